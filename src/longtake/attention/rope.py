@@ -1,0 +1,73 @@
+"""Rotary positions on three axes (frame, row, column), for any frame numbers: no table, so none that ends.
+
+Truth of the rotation: `reference.rotate`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine of every token's angles, [T, D/2] each, float32."""
+
+    cos_TA: Tensor
+    sin_TA: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class RotaryAxes:
+    """How a head's numbers are shared among the axes: `split` counts numbers (not pairs) for frame, row and column."""
+
+    split: tuple[int, int, int]
+    theta: float = 10000.0
+
+    def __post_init__(self) -> None:
+        if any(part % 2 for part in self.split):
+            raise ValueError(f"rotary axes need even sizes, got {self.split}")
+
+    def angles(self, frames: Sequence[float], rows: int, columns: int) -> Tensor:
+        """Angles [T, D/2] in float64 of the tokens of the given frames, frame-major, then row, then column."""
+        grid = torch.cartesian_prod(
+            torch.tensor(frames, dtype=torch.float64),
+            torch.arange(rows, dtype=torch.float64),
+            torch.arange(columns, dtype=torch.float64),
+        )
+        return torch.cat([grid[:, i, None] * self._frequencies(size) for i, size in enumerate(self.split)], dim=1)
+
+    def rotation(self, frames: Sequence[float], rows: int, columns: int, device: torch.device | str) -> Rotation:
+        """Cosines and sines of `angles`, computed in float64 on the host and moved to the device in float32.
+
+        Capped positions repeat for ever, so the latest answers are remembered: do not write to them.
+        """
+        return _rotation(self, tuple(frames), rows, columns, torch.device(device))
+
+    def _frequencies(self, size: int) -> Tensor:
+        return self.theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+
+
+@lru_cache(maxsize=64)
+def _rotation(axes: RotaryAxes, frames: tuple[float, ...], rows: int, columns: int, device: torch.device) -> Rotation:
+    angles = axes.angles(frames, rows, columns)
+    return Rotation(angles.cos().float().to(device), angles.sin().float().to(device))
+
+
+def split_like_wan(head_dim: int) -> tuple[int, int, int]:
+    """Wan2.1's sharing of a head among frame, row and column: rows and columns get a third each, the frame the rest."""
+    side = 2 * (head_dim // 6)
+    return head_dim - 2 * side, side, side
+
+
+def rotate(x_BTND: Tensor, rotation: Rotation) -> Tensor:
+    """Turn consecutive pairs of each head vector by its token's angles, in float32; returns the dtype of x.
+
+    Leading dimensions of the rotation beyond [T, D/2] broadcast against those of x.
+    """
+    cos, sin = rotation.cos_TA.unsqueeze(-2), rotation.sin_TA.unsqueeze(-2)
+    even, odd = x_BTND.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).to(x_BTND.dtype)

@@ -1,0 +1,296 @@
+"""The command line: `longtake generate | bench | evaluate | models`.
+
+Results go to stdout, progress and complaints to stderr. Verbs import the parts of longtake that they use when they
+run: torch takes seconds to import, and `longtake --help` should not wait for it.
+"""
+
+import itertools
+import math
+import os
+import random
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from json import dumps
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import FlagCreatePairsOff, Positional, arg, create_mutex_group
+from tyro.extras import SubcommandApp
+
+if TYPE_CHECKING:
+    from longtake.evaluation.toy import Source
+    from longtake.generation.stream import Chunk, Engine
+    from longtake.media.mp4 import Mp4Writer
+
+_BAD_INPUT, _INTERRUPTED = 2, 130
+
+app = SubcommandApp()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit code: 0 done, 2 bad input (one line on stderr), 130 stopped by Ctrl-C."""
+    # Before torch is imported: threads that wait by spinning make a busy machine a hundred times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        exit_code: int = app.cli(
+            prog="longtake",
+            description="Endless, live, steerable video from text.",
+            args=arguments,
+            config=(FlagCreatePairsOff,),
+        )
+    except (ValueError, OSError) as error:
+        _say(_in_one_line(error))
+        return _BAD_INPUT
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    return exit_code
+
+
+@app.command
+def generate(
+    prompt: Annotated[Positional[str], arg(metavar="PROMPT")],
+    seconds: float = 10.0,
+    seed: int = 42,
+    recipe: str = "self_forcing_sink",
+    model: str = "toy",
+    out: Annotated[Path | None, arg(aliases=["-o"], metavar="PATH")] = None,
+    device: Annotated[str | None, arg(metavar="NAME")] = None,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+) -> int:
+    """Make a video from a text and print where it is. Ctrl-C stops it and keeps what is made.
+
+    Args:
+        prompt: What is to be seen.
+        seconds: Length of the video.
+        seed: Same seed, same video; -1 draws one.
+        recipe: The method that makes it; `longtake models` lists them.
+        model: The weights that make it; `longtake models` lists them.
+        out: The mp4 to write; unless given, a free name made of the prompt and the seed.
+        device: cpu, cuda, cuda:1, ...; unless given, the best there is.
+        dtype: Precision; auto takes the fastest that is safe.
+    """
+    from longtake.media.mp4 import Mp4Writer
+
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"a video lasts more than 0 seconds, got {seconds:g}")
+    if seed == -1:
+        seed = random.SystemRandom().randrange(2**31)
+        _say(f"seed {seed}")
+    path = out or _free_name(prompt, seed)
+    engine = _load(model, recipe, device, dtype)
+    pictures = max(1, round(seconds * engine.frame_rate))
+    with (
+        engine.stream(prompt, seed=seed) as stream,
+        Mp4Writer(path, engine.width, engine.height, engine.frame_rate) as writer,
+    ):
+        complete = _film(stream, writer, pictures)
+    if writer.frames_written:
+        print(path)
+    return 0 if complete else _INTERRUPTED
+
+
+bench = app.command(SubcommandApp(), name="bench", help="Measure speed on this machine.")
+
+
+@bench.command(name="stream")
+def bench_stream(
+    recipe: str = "self_forcing_sink",
+    model: str = "toy",
+    seconds: float = 10.0,
+    repeats: int = 5,
+    prompt: str = "a red ball bounces over green hills",
+    device: Annotated[str | None, arg(metavar="NAME")] = None,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    json: bool = False,
+) -> int:
+    """Time one stream, network and codec together; the first block of each repeat is left out.
+
+    Args:
+        recipe: The method to time.
+        model: The weights to time.
+        seconds: Length of each repeat, in seconds of video.
+        repeats: How often; the fastest is the headline.
+        prompt: What the stream shows.
+        device: cpu, cuda, cuda:1, ...; unless given, the best there is.
+        dtype: Precision; auto takes the fastest that is safe.
+        json: Print one JSON object, every repeat included.
+    """
+    from longtake.evaluation import speed
+
+    result = speed.bench_stream(_load(model, recipe, device, dtype), prompt, seconds, repeats)
+    print(dumps(result, indent=2) if json else _speed_in_words(result))
+    return 0
+
+
+evaluate = app.command(SubcommandApp(), name="evaluate", help="Score what a recipe makes.")
+_one_source = create_mutex_group(required=False, title="prompts: how many, or which")
+
+
+@evaluate.command(name="toy")
+def evaluate_toy(
+    recipe: tuple[str, ...] = ("self_forcing_sink",),
+    prompts: Annotated[int, _one_source] = 100,
+    prompt_file: Annotated[Path | None, arg(metavar="PATH"), _one_source] = None,
+    seeds: int = 2,
+    at: tuple[int, ...] = (5,),
+    json: bool = False,
+) -> int:
+    """Score recipes against the toy world, where the truth is known.
+
+    Args:
+        recipe: Recipes to score; also teacher, codec and truth, the marks to compare with.
+        prompts: How many held-out captions.
+        prompt_file: A file with one caption a line.
+        seeds: Videos for each caption.
+        at: Seconds at which the pictures just shown are scored.
+        json: Print a JSON list with one object for each recipe.
+    """
+    from longtake.evaluation import toy
+
+    results = toy.evaluate_toy(
+        recipe,
+        lambda name: _load("toy", name, None, "auto"),
+        prompts=prompts,
+        prompt_file=prompt_file,
+        seeds=seeds,
+        at=at,
+        sources={name: source() for name, source in _MARKS.items() if name in recipe},
+        progress=_say,
+    )
+    print(dumps(results, indent=2) if json else _scores_in_words(results))
+    return 0
+
+
+@app.command
+def models() -> int:
+    """List what runs: each model with each recipe that it has weights for."""
+    from longtake.recipes import MODELS
+
+    for model, recipe in MODELS:
+        print(f"--model {model} --recipe {recipe}")
+    return 0
+
+
+def _codec_source() -> "Source":
+    from longtake.evaluation.toy import codec_source
+    from longtake.recipes import toy_codec
+
+    return codec_source(toy_codec())
+
+
+def _teacher_source() -> "Source":
+    from longtake.evaluation.toy import clip_source
+    from longtake.recipes import toy_teacher
+
+    return clip_source(toy_teacher())
+
+
+_MARKS = {"codec": _codec_source, "teacher": _teacher_source}  # what recipes are compared with
+
+
+def _load(model: str, recipe: str, device: str | None, dtype: str) -> "Engine":
+    import torch
+
+    from longtake.recipes import load
+
+    precision = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
+    return load(model, recipe=recipe, device=device, dtype=precision)
+
+
+def _film(stream: Iterable["Chunk"], writer: "Mp4Writer", pictures: int) -> bool:
+    """Write the stream's first pictures; False when Ctrl-C came before the last of them."""
+    line = LiveLine(writer.frames_per_second)
+    try:
+        for chunk in stream:
+            writer.write(chunk.frames[: pictures - writer.frames_written])
+            line.show(writer.frames_written)
+            if writer.frames_written == pictures:
+                return True
+    except KeyboardInterrupt:
+        pass
+    finally:
+        line.end()
+    return False
+
+
+class LiveLine:
+    """How far a video has come, on stderr: one line rewritten in a terminal, a line now and then in a log."""
+
+    _LOG_EVERY_SECONDS = 5.0
+
+    def __init__(self, frame_rate: int) -> None:
+        self._frame_rate = frame_rate
+        self._rewrites = sys.stderr.isatty()
+        self._start: tuple[int, float] | None = None  # pictures and time after the first block
+        self._text = self._logged = ""
+        self._next_log = 0.0
+
+    def show(self, pictures: int) -> None:
+        """Tell of `pictures` made so far; called once a block."""
+        now = perf_counter()
+        self._start = self._start or (pictures, now)
+        self._text = f"{pictures / self._frame_rate:.1f} s made{self._speed(pictures, now)}"
+        if self._rewrites:
+            print(f"\r{self._text}\x1b[K", end="", file=sys.stderr, flush=True)
+        elif now >= self._next_log:
+            self._next_log = now + self._LOG_EVERY_SECONDS
+            self._log()
+
+    def end(self) -> None:
+        """Leave the last state standing."""
+        if self._rewrites:
+            print(file=sys.stderr)
+        elif self._text != self._logged:
+            self._log()
+
+    def _log(self) -> None:
+        self._logged = self._text
+        _say(self._text)
+
+    def _speed(self, pictures: int, now: float) -> str:
+        assert self._start is not None
+        pictures_before, before = self._start
+        if pictures == pictures_before:
+            return ""  # the first block pays for the start and says nothing about speed
+        rate = (pictures - pictures_before) / (now - before)
+        return f", {rate:.1f} frames a second, {rate / self._frame_rate:.1f} times real time"
+
+
+def _free_name(prompt: str, seed: int) -> Path:
+    """A file name that nobody has yet, such as `a-red-ball-bounces-42.mp4`, in the current folder."""
+    words = re.findall(r"[^\W_]+", prompt.lower())
+    stem = f"{'-'.join(words)[:60].strip('-') or 'video'}-{seed}"
+    names = itertools.chain([f"{stem}.mp4"], (f"{stem}-{number}.mp4" for number in itertools.count(2)))
+    return next(path for path in map(Path, names) if not path.exists())
+
+
+def _speed_in_words(result: dict[str, Any]) -> str:
+    block = result["block_ms"]
+    return (
+        f"{result['frames_per_second']:.1f} frames a second, {result['real_time_factor']:.2f} times real time "
+        f"({result['precision']}, {result['threads']} threads, best of {len(result['repeats'])})\n"
+        f"first frame after {result['first_frame_seconds']:.2f} s; "
+        f"a block takes {block['p50']:.0f} / {block['p95']:.0f} / {block['p99']:.0f} ms (p50 / p95 / p99); "
+        f"{result['deadline_misses']} deadline misses; at most {result['peak_memory_mib']:.0f} MiB"
+    )
+
+
+def _scores_in_words(results: list[dict[str, Any]]) -> str:
+    return "\n".join(
+        f"{result['recipe']} at {second} s: " + ", ".join(f"{name} {share:.2f}" for name, share in shares.items())
+        for result in results
+        for second, shares in result["at"].items()
+    )
+
+
+def _in_one_line(error: Exception) -> str:
+    """An error as one line, without Python's error number in front of what the system says."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+def _say(text: str) -> None:
+    print(f"longtake: {text}", file=sys.stderr)

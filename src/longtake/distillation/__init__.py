@@ -1,0 +1,1 @@
+"""From a many-step bidirectional teacher to a few-step streaming student."""

@@ -1,0 +1,99 @@
+"""Losses on clips: the codec's, the teacher's flow matching, and the same under the causal memory (teacher forcing)."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from longtake.flow import add_noise, shift_level
+from longtake.memory.window import WindowShape
+from longtake.models.light_codec import Reconstruction
+from longtake.models.wan import WanTransformer
+
+
+@dataclass(frozen=True)
+class Clips:
+    """A batch to learn from. Each latent frame has one of P prompts.
+
+    latents [B, F, C, H, W]; text [B, P, L, E]; prompt [B, F] whole numbers below P; subject [B, F, H, W] the share of
+    each latent cell that the subject covers, 0..1.
+    """
+
+    latents_BFCHW: Tensor
+    text_BPLE: Tensor
+    prompt_BF: Tensor
+    subject_BFHW: Tensor
+
+
+def codec_loss(made: Reconstruction, frames_BFCHW: Tensor, mask_BFHW: Tensor, kl_weight: float) -> dict[str, Tensor]:
+    """Reconstruction, edges, motion and KL of whole clips in -1..1; the subject's pixels count six times.
+
+    Returns the parts and their weighted sum under "loss".
+    """
+    mean, log_variance = made.mean_BFCHW.float(), made.log_variance_BFCHW.float()
+    weight = (1 + 5 * mask_BFHW).unsqueeze(2)
+    weight = weight / weight.mean()
+    error = made.frames_BFCHW.float() - frames_BFCHW
+    across, down, later = error.diff(dim=4), error.diff(dim=3), error.diff(dim=1)
+    parts = {
+        "l1": (weight * error.abs()).mean(),
+        "mse": (weight * error.square()).mean(),
+        "edges_l1": (weight[..., 1:] * across.abs()).mean() + (weight[..., 1:, :] * down.abs()).mean(),
+        "edges_mse": (weight[..., 1:] * across.square()).mean() + (weight[..., 1:, :] * down.square()).mean(),
+        "motion_l1": (weight[:, 1:] * later.abs()).mean(),
+        "kl": 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean(),
+    }
+    factors = {"l1": 0.5, "mse": 6.0, "edges_l1": 0.3, "edges_mse": 3.0, "motion_l1": 0.2, "kl": kl_weight}
+    return {"loss": torch.stack([factors[name] * part for name, part in parts.items()]).sum(), **parts}
+
+
+def flow_loss(network: WanTransformer, clips: Clips, shift: float, subject_weight: float) -> Tensor:
+    """Velocity error of whole clips, each at one level (a uniform draw, shifted): flow matching (arXiv 2210.02747)."""
+    clean = clips.latents_BFCHW
+    draw = torch.rand(clean.shape[0], 1, device=clean.device)
+    level_BF = shift_level(draw, shift).expand(clean.shape[:2])
+    noise = torch.randn_like(clean)
+    prompts = network.prompt_keys(clips.text_BPLE)
+    velocity = network(add_noise(clean, noise, level_BF), level_BF, prompts, network.clip_view(clean), clips.prompt_BF)
+    return _subject_mse(velocity, noise - clean, clips.subject_BFHW, level_BF, subject_weight)
+
+
+def teacher_forcing_loss(
+    network: WanTransformer,
+    clips: Clips,
+    shift: float,
+    subject_weight: float,
+    *,
+    block: int,
+    window: WindowShape,
+    context_noise: float = 0.02,
+) -> Tensor:
+    """Velocity error of noisy blocks, each at its own level and in front of the clean past that streaming would hold.
+
+    The clean copy carries a little noise, so that a stream's own small errors are not new to the network.
+    """
+    clean = clips.latents_BFCHW
+    blocks = clean.shape[1] // block
+    draw = torch.rand(clean.shape[0], blocks, device=clean.device)
+    level_BF = shift_level(draw, shift).repeat_interleave(block, dim=1)
+    noise = torch.randn_like(clean)
+    context = clean + context_noise * torch.randn_like(clean)
+    view = network.teacher_forced_view(clean, block, window, network.config.extent)
+    velocity = network(
+        torch.cat([context, add_noise(clean, noise, level_BF)], dim=1),
+        torch.cat([torch.zeros_like(level_BF), level_BF], dim=1),
+        network.prompt_keys(clips.text_BPLE),
+        view,
+        clips.prompt_BF.repeat(1, 2),
+    )[:, clean.shape[1] :]
+    return _subject_mse(velocity, noise - clean, clips.subject_BFHW, level_BF, subject_weight)
+
+
+def _subject_mse(
+    velocity: Tensor, target: Tensor, subject_BFHW: Tensor, level_BF: Tensor, subject_weight: float
+) -> Tensor:
+    """Squared error in which the subject's cells count more, the more the less noise hides where it is."""
+    visible = (1 - level_BF)[:, :, None, None] * subject_BFHW
+    weight = (1 + subject_weight * visible).unsqueeze(2)
+    return (weight * functional.mse_loss(velocity.float(), target.float(), reduction="none")).mean() / weight.mean()

@@ -1,0 +1,44 @@
+"""The student's own video: the serving schedule itself, with chosen calls kept on the graph."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from longtake.generation.blockwise import blockwise
+from longtake.generation.noise import Noise
+from longtake.memory.stream_memory import MemoryShape, StreamMemory
+from longtake.models.wan import PromptKeys, WanTransformer
+
+
+@dataclass(frozen=True)
+class FreshNoise:
+    """New noise at every call, from torch's own generator of the device. shape: [B, F, C, H, W] of a block."""
+
+    shape: tuple[int, int, int, int, int]
+    device: torch.device
+
+    def __call__(self, block: int, step: int) -> Tensor:
+        return torch.randn(self.shape, device=self.device)
+
+
+def rollout(
+    network: WanTransformer,
+    memory: MemoryShape,
+    prompts: Callable[[int], PromptKeys],
+    noise: Noise,
+    levels: Sequence[float],
+    *,
+    blocks: int,
+    learning: int,
+) -> Tensor:
+    """Latents [B, F, C, H, W] of the last `learning` of so many blocks, each with the graph of its last estimate.
+
+    levels end at the exit step (Self Forcing, arXiv 2506.08009, Algorithm 1): the estimate made there is the result,
+    and what later blocks remember. No gradient passes through memory.
+    """
+    stream = StreamMemory(memory, network.config.layers, ring=False)
+    schedule = blockwise(network, stream, prompts, noise, levels, learns=lambda block: block >= blocks - learning)
+    return torch.cat(list(islice(schedule, blocks))[-learning:], dim=1)

@@ -1,0 +1,88 @@
+"""How fast a stream is on this machine, codec included, files and players left out."""
+
+import platform
+import resource
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from longtake.generation.stream import Engine
+from longtake.generation.timing import Timing, measure
+
+_MIB = 2**20
+
+
+def bench_stream(engine: Engine, prompt: str, seconds: float, repeats: int) -> dict[str, Any]:
+    """Time the same stream several times over.
+
+    Args:
+        engine: the loaded model and recipe.
+        prompt: what the stream shows.
+        seconds: length of each run, in seconds of video; at least two blocks.
+        repeats: how many runs. The fastest is the headline, because noise from other programs only ever slows a run
+            down; all are listed.
+
+    Returns:
+        A table ready for JSON: the fields of `Timing`, what ran, on what, and every repeat.
+
+    Raises:
+        ValueError: no repeats, or seconds too few for two blocks.
+    """
+    if repeats < 1:
+        raise ValueError(f"a benchmark needs at least one repeat, got {repeats}")
+    _forget_peak_memory(engine.device)
+    timings = [time_stream(engine, prompt, seconds) for _ in range(repeats)]
+    best = max(timings, key=lambda timing: timing.frames_per_second)
+    return {
+        **asdict(best),
+        "peak_memory_mib": peak_memory_mib(engine.device),
+        "model": engine.model_name,
+        "recipe": engine.recipe.name,
+        "precision": str(engine.dtype).removeprefix("torch."),
+        "device": str(engine.device),
+        "threads": torch.get_num_threads(),
+        "seconds": seconds,
+        "cpu": cpu_name(),
+        "torch": torch.__version__,
+        "repeats": [asdict(timing) for timing in timings],
+    }
+
+
+def time_stream(engine: Engine, prompt: str, seconds: float) -> Timing:
+    """Run one stream for that many seconds of video and time its blocks."""
+    block_seconds, block_pictures = [], []
+    before = perf_counter()
+    with engine.stream(prompt, seed=0) as stream:
+        for chunk in stream:
+            now = perf_counter()
+            block_seconds.append(now - before)
+            block_pictures.append(len(chunk.frames))
+            before = now
+            if sum(block_pictures) >= seconds * engine.frame_rate:
+                break
+    return measure(block_seconds, block_pictures, engine.frame_rate)
+
+
+def peak_memory_mib(device: torch.device) -> float:
+    """The most memory taken so far: of the device on a GPU, of the whole process on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / _MIB
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB, macOS in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _MIB
+
+
+def cpu_name() -> str:
+    """The processor as its maker calls it, where the system tells."""
+    table = Path("/proc/cpuinfo")
+    lines = table.read_text().splitlines() if table.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _forget_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)

@@ -1,0 +1,35 @@
+"""A whole clip by a many-step sampler with guidance: the teacher's way."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from longtake.flow import euler_step, guided
+from longtake.models.wan import PromptKeys, WanTransformer
+
+
+@torch.no_grad()
+def sample_clip(
+    network: WanTransformer,
+    noise_BFCHW: Tensor,
+    prompts: PromptKeys,
+    no_prompt: PromptKeys,
+    levels: Sequence[float],
+    guidance: float,
+    prompt_BF: Tensor | None = None,
+    on_step: Callable[[int], None] = lambda step: None,
+) -> Tensor:
+    """Follow the guided velocity from pure noise through falling levels to 0 by Euler steps; returns clean latents."""
+    view = network.clip_view(noise_BFCHW)
+    latents = noise_BFCHW
+    for step, (level, lower) in enumerate(zip(levels, [*levels[1:], 0.0], strict=True)):
+        level_BF, lower_BF = (torch.full(latents.shape[:2], value, device=latents.device) for value in (level, lower))
+        velocity = guided(
+            network(latents, level_BF, prompts, view, prompt_BF),
+            network(latents, level_BF, no_prompt, view),
+            guidance,
+        )
+        latents = euler_step(latents, velocity, level_BF, lower_BF)
+        on_step(step)
+    return latents

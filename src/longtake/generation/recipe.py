@@ -1,0 +1,38 @@
+"""What a method is at serving time: memory, schedule, levels."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from longtake.flow import warped_levels
+from longtake.generation.noise import Noise
+from longtake.memory.stream_memory import MemoryShape, StreamMemory
+from longtake.memory.window import WindowShape
+from longtake.models.wan import PromptKeys, WanTransformer
+
+Schedule = Callable[
+    [WanTransformer, StreamMemory, Callable[[int], PromptKeys], Noise, Sequence[float]], Iterator[Tensor]
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One named method. Frames are latent frames; `steps` is a published step list (in thousandths, unshifted)."""
+
+    name: str
+    schedule: Schedule
+    sink: int
+    past: int
+    block: int = 3
+    steps: tuple[int, ...] = (1000, 750, 500, 250)
+
+    def memory(self, network: WanTransformer) -> MemoryShape:
+        """The memory of this recipe for a network, positions capped at the extent it was trained on."""
+        shape = MemoryShape(window=WindowShape(sink=self.sink, past=self.past), extent=network.config.extent)
+        shape.require_fit(self.block, network.config.extent)
+        return shape
+
+    def levels(self, shift: float) -> tuple[float, ...]:
+        """The levels of the steps under a model's shift."""
+        return warped_levels(list(self.steps), shift)

@@ -1,0 +1,1 @@
+"""Frames to files: mp4 as it is made, and still pictures."""

@@ -1,0 +1,127 @@
+"""H.264 in mp4: written while the video is being made, readable whatever ends the writing.
+
+Shape letters: F pictures, H height, W width, C the three colours red, green, blue.
+"""
+
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import av
+import numpy as np
+from av.video.reformatter import ColorRange, Colorspace
+from numpy.typing import NDArray
+
+# Fragments, each complete in itself and flushed to disk, until the file is closed; then one index, as every player
+# likes it. A writer that is killed leaves a file that plays up to its last fragment.
+_CONTAINER = {"movflags": "hybrid_fragmented+frag_keyframe", "flush_packets": "1"}
+
+# "zerolatency" holds no picture back to look ahead, so what was written is on its way to the disk.
+_ENCODER = {"preset": "veryfast", "tune": "zerolatency", "crf": "18"}
+
+
+class Mp4Writer:
+    """Writes pictures to an mp4 as they come.
+
+    The file grows beside its final name (`out.part.mp4` for `out.mp4`) and takes that name when it is closed, which
+    happens on Ctrl-C and on errors too: pictures once written are kept. Closed without a picture, it leaves nothing.
+
+    Args:
+        path: the file to make; its folder must exist.
+        width, height: picture size in pixels, both even (H.264 halves the colour resolution).
+        frames_per_second: pictures shown a second.
+        overwrite: replace a file of that name instead of refusing.
+
+    Raises:
+        FileExistsError: the file is there and `overwrite` is not set.
+        OSError: the folder is missing or cannot be written.
+        ValueError: width or height is odd.
+    """
+
+    def __init__(
+        self, path: str | Path, width: int, height: int, frames_per_second: int, *, overwrite: bool = False
+    ) -> None:
+        self.path = Path(path)
+        self.width, self.height = width, height
+        self.frames_per_second = frames_per_second
+        self.frames_written = 0
+        _require_even(width, height)
+        _require_free(self.path, overwrite)
+        self._part = self.path.with_suffix(".part.mp4")
+        self._part.write_bytes(b"")  # a folder that refuses it says so now, not after the first block
+        self._container = av.open(str(self._part), "w", format="mp4", options=_CONTAINER)
+        self._stream: Any = self._container.add_stream("libx264", rate=frames_per_second, options=_ENCODER)
+        _describe(self._stream, width, height)
+        self._closed = False
+
+    def write(self, frames_FHWC: NDArray[np.uint8]) -> None:
+        """Append pictures, uint8 [F, H, W, 3] of the writer's size; F may be 0."""
+        if frames_FHWC.dtype != np.uint8 or frames_FHWC.shape[1:] != (self.height, self.width, 3):
+            raise ValueError(
+                f"pictures must be uint8 [F, {self.height}, {self.width}, 3], "
+                f"got {frames_FHWC.dtype} {list(frames_FHWC.shape)}"
+            )
+        for picture_HWC in frames_FHWC:
+            frame = _to_yuv(picture_HWC)
+            frame.pts = self.frames_written
+            self._container.mux(self._stream.encode(frame))
+            self.frames_written += 1
+
+    def close(self) -> None:
+        """Finish the file and give it its name. Closing twice does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self._container.mux(self._stream.encode(None))
+            self._container.close()
+        finally:  # on a full disk the index is missing, and the fragments still play
+            self._settle()
+
+    def _settle(self) -> None:
+        if self.frames_written:
+            os.replace(self._part, self.path)
+        else:
+            self._part.unlink()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_frames(path: str | Path) -> NDArray[np.uint8]:
+    """All pictures of a video file, uint8 [F, H, W, 3]."""
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def _require_even(width: int, height: int) -> None:
+    if width <= 0 or height <= 0 or width % 2 or height % 2:
+        raise ValueError(f"an mp4 needs an even width and height, got {width} x {height}")
+
+
+def _require_free(path: Path, overwrite: bool) -> None:
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{path} exists already: choose another name or remove it first")
+
+
+def _describe(stream: Any, width: int, height: int) -> None:
+    """Size, and the colour standard: a player that has to guess it gets small videos slightly wrong."""
+    context = stream.codec_context
+    context.width, context.height, context.pix_fmt = width, height, "yuv420p"
+    context.gop_size = stream.codec_context.framerate.numerator  # a key picture, and so a fragment, each second
+    context.colorspace = Colorspace.ITU709
+    context.color_range = ColorRange.MPEG
+    context.color_primaries = context.color_trc = 1  # BT.709
+
+
+def _to_yuv(picture_HWC: NDArray[np.uint8]) -> av.VideoFrame:
+    frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture_HWC), format="rgb24")
+    return frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)

@@ -1,0 +1,161 @@
+"""What one forward pass reads: each view turns a layer's own tokens into attended values.
+
+A view is a value: any number of passes may read it, none changes it. A network rotates its tokens by `view.rotation`
+and calls `view.attend`, so every backbone can read through every view.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from longtake.attention.dense import dense
+from longtake.attention.rope import RotaryAxes, Rotation, rotate
+from longtake.memory.window import Keys, WindowShape
+
+
+class Tokens(NamedTuple):
+    """A layer's own tokens, [B, T, N, D] each: queries and keys rotated at their positions, plain keys, values."""
+
+    q: Tensor
+    k: Tensor
+    plain_k: Tensor
+    v: Tensor
+
+
+class View(Protocol):
+    """How the tokens of one pass attend. `rotation` holds their own positions; the answer has the shape of q."""
+
+    @property
+    def rotation(self) -> Rotation: ...
+
+    def attend(self, layer: int, own: Tokens) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class ClipView:
+    """A whole clip at once: every token sees every token, or those that a boolean mask of tokens allows."""
+
+    rotation: Rotation
+    mask_TT: Tensor | None = None
+
+    def attend(self, layer: int, own: Tokens) -> Tensor:
+        return dense(own.q, own.k, own.v, self.mask_TT)
+
+
+@dataclass(frozen=True)
+class MemoryView:
+    """A block in front of a memory: its tokens see what each layer remembers (rotated already), and each other."""
+
+    rotation: Rotation
+    layers: Sequence[tuple[Tensor, Tensor] | None]
+
+    def attend(self, layer: int, own: Tokens) -> Tensor:
+        k_BTND, v_BTND = own.k, own.v
+        remembered = self.layers[layer]
+        if remembered is not None:
+            k_BTND = torch.cat([remembered[0], k_BTND], dim=1)
+            v_BTND = torch.cat([remembered[1], v_BTND], dim=1)
+        return dense(own.q, k_BTND, v_BTND)
+
+
+class TeacherForcedView:
+    """Streaming in one pass: a clean copy of a clip in front of a noisy one, [B, 2 * frames * tokens per frame, N, D].
+
+    A clean block answers as if it were being committed, a noisy block as if it were being denoised: each sees the
+    clean frames that the window would hold at that moment, at the positions it would give them, and itself. Equal
+    to streaming with that memory (tested), but parallel. Blocks with equally many remembered frames share a call.
+    """
+
+    def __init__(self, axes: RotaryAxes, shape: WindowShape, extent: int | None, block: int, blocks: int,
+                 rows: int, columns: int, device: torch.device | str):  # fmt: skip
+        self.block, self.blocks, self.tokens = block, blocks, rows * columns
+        frames = [range(b * block, (b + 1) * block) for b in range(blocks)]
+        held = [_held_frames(b * block, shape) for b in range(blocks)]
+        places = [place_frames(h, own, shape.sink, extent) for h, own in zip(held, frames, strict=True)]
+        positions = [position for place in places for position in place.current]
+        self.rotation = axes.rotation(positions + positions, rows, columns, device)
+        self._groups = [
+            _Group(
+                blocks=torch.tensor(group, device=device),
+                held=torch.tensor([held[b] for b in group], dtype=torch.long, device=device),
+                rotation=_stack([axes.rotation(places[b].held, rows, columns, device) for b in group]),
+            )
+            for group in _equally_long(held)
+        ]
+
+    def attend(self, layer: int, own: Tokens) -> Tensor:
+        q, k, plain_k, v = (x.unflatten(1, (2, self.blocks, self.block * self.tokens)) for x in own)
+        clean_k, clean_v = (x[:, 0].unflatten(2, (self.block, self.tokens)).flatten(1, 2) for x in (plain_k, v))
+        out = torch.empty_like(q)
+        for group in self._groups:
+            q_group, k_group, v_group = (x[:, :, group.blocks] for x in (q, k, v))
+            out[:, :, group.blocks] = group.attend(
+                q_group, k_group, v_group, clean_k[:, group.held], clean_v[:, group.held]
+            )
+        return out.flatten(1, 3)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Blocks that remember equally many frames: their numbers [G], the frames they hold [G, R], those' rotation."""
+
+    blocks: Tensor
+    held: Tensor
+    rotation: Rotation
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, held_k: Tensor, held_v: Tensor) -> Tensor:
+        """q, k, v [B, 2, G, T, N, D] of the clean and the noisy half; held [B, G, R, tokens, N, D] of the clean one."""
+        halves = (q.shape[0], 2, q.shape[2])
+        held_k = rotate(held_k.flatten(2, 3), self.rotation)
+        k, v = (
+            torch.cat([held.unsqueeze(1).expand(*halves, *held.shape[2:]), own], dim=3)
+            for held, own in ((held_k, k), (held_v.flatten(2, 3), v))
+        )
+        return dense(*(x.flatten(0, 2) for x in (q, k, v))).unflatten(0, halves)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Positions for rotation, of the frames a memory holds and of the current block."""
+
+    held: tuple[int, ...]
+    current: tuple[int, ...]
+
+
+def place_frames(held: Sequence[int], current: Sequence[int], sink: int, extent: int | None) -> Places:
+    """Positions of frames by number: natural until the newest would pass the trained extent, then capped.
+
+    Beyond it everything but the sink moves back, so that the newest frame stays at extent - 1 and no position ever
+    grows (Hybrid Forcing, 2604.10103; Rolling Forcing, 2509.25161). None: absolute, as Self Forcing (2506.08009).
+    """
+    back = 0 if extent is None else max(0, current[-1] + 1 - extent)
+    return Places(tuple(f if f < sink else f - back for f in held), tuple(f - back for f in current))
+
+
+def rotated(keys: Keys, axes: RotaryAxes, positions: Sequence[int], rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """A window's keys at the given positions, with their values: what a `MemoryView` reads."""
+    return rotate(keys.k_BTND, axes.rotation(positions, rows, columns, keys.k_BTND.device)), keys.v_BTND
+
+
+def frame_mask(allowed_FF: Tensor, tokens: int) -> Tensor:
+    """A mask of frames (query, key) repeated for the tokens of each frame."""
+    return allowed_FF.repeat_interleave(tokens, 0).repeat_interleave(tokens, 1)
+
+
+def _held_frames(committed: int, shape: WindowShape) -> list[int]:
+    return [f for f in range(committed) if f < shape.sink or f >= committed - shape.past]
+
+
+def _equally_long(held: list[list[int]]) -> list[list[int]]:
+    """Indices of the lists, grouped by length."""
+    groups: dict[int, list[int]] = {}
+    for index, frames in enumerate(held):
+        groups.setdefault(len(frames), []).append(index)
+    return list(groups.values())
+
+
+def _stack(rotations: list[Rotation]) -> Rotation:
+    return Rotation(*(torch.stack(parts) for parts in zip(*rotations, strict=True)))

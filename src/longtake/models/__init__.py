@@ -1,0 +1,1 @@
+"""Networks on one device: they read memory and know no schedule."""

@@ -1,0 +1,249 @@
+"""Wan2.1's text-to-video transformer at any size: one class for teacher, causal student and critic.
+
+What differs among the three is only the view that attention reads through (`memory.view`). Every latent frame has a
+level of its own and may have a prompt of its own. Parameters carry the published names.
+
+Shapes: B batch, F latent frames, C channels, H W height and width, P prompts, L text length, E model width, T tokens,
+N heads, D per head. Tokens are patches of 1 x p x p, frame-major, then row, then column.
+Source: Wan2.1 (arXiv 2503.20314); names and shapes from its published checkpoints.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from longtake.attention.dense import dense
+from longtake.attention.rope import RotaryAxes, Rotation, rotate, split_like_wan
+from longtake.memory.stream_memory import LayerKeys, StreamMemory
+from longtake.memory.view import ClipView, MemoryView, TeacherForcedView, Tokens, View, frame_mask
+from longtake.memory.window import WindowShape
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanConfig:
+    """Sizes of the transformer. `extent` is how many latent frames it was trained to see at once."""
+
+    dim: int
+    heads: int
+    ffn_dim: int
+    layers: int
+    text_dim: int
+    channels: int = 16
+    patch: int = 2
+    level_dim: int = 256
+    rotary_split: tuple[int, int, int] | None = None
+    extent: int = 21
+
+    def __post_init__(self) -> None:
+        if self.dim % self.heads or (self.dim // self.heads) % 2:
+            raise ValueError(f"width {self.dim} cannot be shared among {self.heads} heads of an even size")
+
+    @property
+    def axes(self) -> RotaryAxes:
+        split = self.rotary_split or split_like_wan(self.dim // self.heads)
+        return RotaryAxes(split=(split[0], split[1], split[2]))
+
+
+class PromptKeys(NamedTuple):
+    """Every layer's cross-attention keys and values of P prompts, [B, P, L, N, D] each; computed once a prompt."""
+
+    layers: list[tuple[Tensor, Tensor]]
+
+    def select(self, prompt_B: Tensor) -> "PromptKeys":
+        """One prompt for each batch element, by its number."""
+        batch = torch.arange(len(prompt_B), device=prompt_B.device)
+        return PromptKeys([(k[batch, prompt_B, None], v[batch, prompt_B, None]) for k, v in self.layers])
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension, in float32."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x.float(), (x.shape[-1],), self.weight.float(), eps=1e-6).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Projections of one attention, with queries and keys normed over the full width before the heads are split."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(dim), RMSNorm(dim)
+
+    def queries(self, x: Tensor) -> Tensor:
+        return self.norm_q(self.q(x)).unflatten(-1, (self.heads, -1))
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.norm_k(self.k(x)).unflatten(-1, (self.heads, -1)), self.v(x).unflatten(-1, (self.heads, -1))
+
+
+class Block(nn.Module):
+    """One transformer layer, in the two halves on either side of its self-attention."""
+
+    def __init__(self, dim: int, heads: int, ffn_dim: int):
+        super().__init__()
+        self.self_attn = Attention(dim, heads)
+        self.cross_attn = Attention(dim, heads)
+        self.norm3 = nn.LayerNorm(dim, eps=1e-6)
+        self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def before_attention(self, x_BFTE: Tensor, levels_BF6E: Tensor, rotation: Rotation) -> Tokens:
+        """The layer's own tokens, [B, F * T, N, D] each."""
+        shift, scale = self._modulation(levels_BF6E)[:2]
+        x = _modulated(x_BFTE, shift, scale).flatten(1, 2)
+        q, (k, v) = self.self_attn.queries(x), self.self_attn.keys_values(x)
+        return Tokens(rotate(q, rotation), rotate(k, rotation), k, v)
+
+    def after_attention(
+        self, x_BFTE: Tensor, attended_BTND: Tensor, levels_BF6E: Tensor,
+        prompt: tuple[Tensor, Tensor], prompt_BF: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """The layer's output: attended values, then the prompt, then the feed-forward part, each added."""
+        _, _, gate, ffn_shift, ffn_scale, ffn_gate = self._modulation(levels_BF6E)
+        x = x_BFTE + gate * self.self_attn.o(attended_BTND.flatten(2)).view_as(x_BFTE)
+        x = x + self._read_prompt(x, prompt, prompt_BF)
+        return x + ffn_gate * self.ffn(_modulated(x, ffn_shift, ffn_scale))
+
+    def _modulation(self, levels_BF6E: Tensor) -> tuple[Tensor, ...]:
+        return (levels_BF6E + self.modulation).unsqueeze(3).unbind(2)
+
+    def _read_prompt(self, x_BFTE: Tensor, prompt: tuple[Tensor, Tensor], prompt_BF: Tensor | None) -> Tensor:
+        """Cross-attention of each frame to its own prompt; without `prompt_BF` there is one prompt for all."""
+        q = self.cross_attn.queries(self.norm3(x_BFTE))
+        k, v = prompt
+        if prompt_BF is None:
+            read = dense(q.flatten(1, 2), k[:, 0], v[:, 0])
+        else:
+            batch = torch.arange(k.shape[0], device=k.device)[:, None]
+            read = dense(q.flatten(0, 1), k[batch, prompt_BF].flatten(0, 1), v[batch, prompt_BF].flatten(0, 1))
+        return self.cross_attn.o(read.flatten(2)).view_as(x_BFTE)
+
+
+class Head(nn.Module):
+    """From tokens to patches of velocity; within a token: patch row, patch column, channel."""
+
+    def __init__(self, dim: int, out: int):
+        super().__init__()
+        self.head = nn.Linear(dim, out)
+        self.modulation = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+
+    def forward(self, x_BFTE: Tensor, level_BFE: Tensor) -> Tensor:
+        shift, scale = (level_BFE.unsqueeze(2) + self.modulation).unsqueeze(3).unbind(2)
+        return self.head(_modulated(x_BFTE, shift, scale))
+
+
+class WanTransformer(nn.Module):
+    """Noisy latents, a level per frame, prompts and a view -> velocity. A forward pass writes nothing."""
+
+    def __init__(self, config: WanConfig):
+        super().__init__()
+        self.config = config
+        dim, patch_size = config.dim, config.channels * config.patch**2
+        kernel = (1, config.patch, config.patch)
+        self.patch_embedding = nn.Conv3d(config.channels, dim, kernel_size=kernel, stride=kernel)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim)
+        )
+        self.time_embedding = nn.Sequential(nn.Linear(config.level_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(dim, config.heads, config.ffn_dim) for _ in range(config.layers))
+        self.head = Head(dim, patch_size)
+
+    @property
+    def layers(self) -> list[Block]:
+        return cast(list[Block], list(self.blocks))
+
+    def prompt_keys(self, text_BPLE: Tensor) -> PromptKeys:
+        """Cross-attention keys of P prompts per batch element. Every one of the L rows is attended, as published."""
+        text = self.text_embedding(text_BPLE)
+        return PromptKeys([block.cross_attn.keys_values(text) for block in self.layers])
+
+    def forward(
+        self, noisy_BFCHW: Tensor, level_BF: Tensor, prompts: PromptKeys, view: View, prompt_BF: Tensor | None = None
+    ) -> Tensor:
+        """Velocity [B, F, C, H, W] of noisy latents at levels in 0..1; `prompt_BF` numbers each frame's prompt."""
+        x, level_BFE, levels_BF6E = self._embed(noisy_BFCHW, level_BF)
+        for i, block in enumerate(self.layers):
+            own = block.before_attention(x, levels_BF6E, view.rotation)
+            x = block.after_attention(x, view.attend(i, own), levels_BF6E, prompts.layers[i], prompt_BF)
+        return self._unpatch(self.head(x, level_BFE), noisy_BFCHW.shape)
+
+    def keys_to_commit(
+        self, clean_BFCHW: Tensor, level_BF: Tensor, prompts: PromptKeys, view: View, prompt_BF: Tensor | None = None
+    ) -> LayerKeys:
+        """Every layer's unrotated keys and values of finished latents. The last layer stops once it has its own."""
+        x, _, levels_BF6E = self._embed(clean_BFCHW, level_BF)
+        keys = []
+        for i, block in enumerate(self.layers):
+            own = block.before_attention(x, levels_BF6E, view.rotation)
+            keys.append((own.plain_k, own.v))
+            if i + 1 < len(self.blocks):
+                x = block.after_attention(x, view.attend(i, own), levels_BF6E, prompts.layers[i], prompt_BF)
+        return keys
+
+    def clip_view(self, latents_BFCHW: Tensor, allowed_FF: Tensor | None = None) -> ClipView:
+        """A view in which the frames of a clip see each other, or those that `allowed_FF` (query, key) allows."""
+        rows, columns = self._grid(latents_BFCHW)
+        rotation = self.config.axes.rotation(range(latents_BFCHW.shape[1]), rows, columns, latents_BFCHW.device)
+        return ClipView(rotation, None if allowed_FF is None else frame_mask(allowed_FF, rows * columns))
+
+    def memory_view(self, memory: StreamMemory, latents_BFCHW: Tensor) -> MemoryView:
+        """A view of a memory for the passes of its next frames, of the shape of these latents."""
+        rows, columns = self._grid(latents_BFCHW)
+        return memory.view(self.config.axes, latents_BFCHW.shape[1], rows, columns, latents_BFCHW.device)
+
+    def teacher_forced_view(
+        self, clean_BFCHW: Tensor, block: int, shape: WindowShape, extent: int | None
+    ) -> TeacherForcedView:
+        """A view for [clean copy | noisy copy] of a clip: every noisy block in front of its clean past, in parallel."""
+        rows, columns = self._grid(clean_BFCHW)
+        blocks = clean_BFCHW.shape[1] // block
+        return TeacherForcedView(self.config.axes, shape, extent, block, blocks, rows, columns, clean_BFCHW.device)
+
+    def _grid(self, latents_BFCHW: Tensor) -> tuple[int, int]:
+        height, width = latents_BFCHW.shape[-2:]
+        patch = self.config.patch
+        if height % patch or width % patch:
+            raise ValueError(f"latents of {height} x {width} cannot be cut into patches of {patch} x {patch}")
+        return height // patch, width // patch
+
+    def _embed(self, latents_BFCHW: Tensor, level_BF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [B, F, T, E], level embedding [B, F, E] and its projection for the layers [B, F, 6, E]."""
+        weight = self.patch_embedding.weight
+        rows, columns = self._grid(latents_BFCHW)
+        p = self.config.patch
+        patches = latents_BFCHW.unflatten(4, (columns, p)).unflatten(3, (rows, p)).permute(0, 1, 3, 5, 2, 4, 6)
+        x = functional.linear(
+            patches.flatten(4).flatten(2, 3).to(weight.dtype), weight.flatten(1), self.patch_embedding.bias
+        )
+        level_BFE = self.time_embedding(level_features(level_BF, self.config.level_dim).to(weight.dtype))
+        return x, level_BFE, self.time_projection(level_BFE).unflatten(-1, (6, -1))
+
+    def _unpatch(self, x_BFTE: Tensor, shape: torch.Size) -> Tensor:
+        p = self.config.patch
+        rows, columns = shape[3] // p, shape[4] // p
+        x = x_BFTE.unflatten(3, (p, p, -1)).unflatten(2, (rows, columns)).permute(0, 1, 6, 2, 4, 3, 5)
+        return x.reshape(shape)
+
+
+def level_features(level_BF: Tensor, size: int) -> Tensor:
+    """Cosines, then sines, of 1000 * level at `size` / 2 frequencies from 1 down to 1/10000, computed in float64."""
+    half = size // 2
+    steps = torch.arange(half, dtype=torch.float64, device=level_BF.device)
+    angles = 1000 * level_BF.double().unsqueeze(-1) * torch.exp(-math.log(10000) / half * steps)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
+
+
+def _modulated(x_BFTE: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Layer norm without parameters, then a scale and a shift per frame."""
+    return functional.layer_norm(x_BFTE, (x_BFTE.shape[-1],), eps=1e-6) * (1 + scale) + shift

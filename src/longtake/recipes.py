@@ -1,0 +1,210 @@
+"""One function per published method, and the table that says which weights run with which.
+
+Recipes compare at equal finished frames visible: here 6 latent frames besides the current block of 3.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
+from dataclasses import asdict, replace
+from difflib import get_close_matches
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from longtake.flow import even_levels
+from longtake.generation.blockwise import blockwise
+from longtake.generation.clip import sample_clip
+from longtake.generation.noise import SeededNoise
+from longtake.generation.recipe import Recipe
+from longtake.generation.stream import Engine, to_uint8
+from longtake.models.light_codec import LightCodec, LightCodecConfig
+from longtake.models.text import WordEncoder, WordEncoderConfig, WordText
+from longtake.models.wan import WanConfig, WanTransformer
+from longtake.models.weights import load_into, load_weights, save_weights, with_prefix
+from longtake.toy import captions, world
+
+
+def self_forcing() -> Recipe:
+    """Self Forcing (arXiv 2506.08009): block by block over a sliding window, distilled on its own rollouts."""
+    return Recipe(name="self_forcing", schedule=blockwise, sink=0, past=6)
+
+
+def self_forcing_sink() -> Recipe:
+    """Self Forcing whose first frames never leave, at capped positions (as in Rolling Forcing, arXiv 2509.25161)."""
+    return replace(self_forcing(), name="self_forcing_sink", sink=3, past=3)
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "self_forcing": self_forcing,
+    "self_forcing_sink": self_forcing_sink,
+}
+
+CPU = torch.device("cpu")
+TOY_WEIGHTS = "toy/weights"
+NETWORK_FILE = "student.safetensors"
+TEACHER_FILE = "teacher.safetensors"
+CODEC_FILE = "codec_decoder.safetensors"
+ENCODER_FILE = "codec_encoder.safetensors"
+
+MODELS: dict[tuple[str, str], str] = {
+    ("toy", "self_forcing"): NETWORK_FILE,
+    ("toy", "self_forcing_sink"): NETWORK_FILE,
+}
+"""(model, recipe) -> the network's weights. One student serves both recipes: it was distilled under both."""
+
+
+def recipe_named(name: str) -> Recipe:
+    """The recipe of that name. ValueError with the nearest names otherwise."""
+    if name not in RECIPES:
+        raise ValueError(f"no recipe {name!r}{_nearest(name, RECIPES)}")
+    return RECIPES[name]()
+
+
+def load(
+    model: str | Path, *, recipe: str, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> Engine:
+    """Put text encoder, network and codec together under a recipe.
+
+    model: a name (`toy`), a folder that holds student.safetensors and codec_decoder.safetensors, or a network's
+    weight file (its codec is looked for beside it, then in the package). device: the GPU if there is one.
+    dtype: by default bfloat16 on a GPU; on a CPU whichever of float32 and bfloat16 a short trial finds faster.
+    Raises ValueError, with what to do, for unknown names and for files that are not whole or do not fit.
+    """
+    chosen = recipe_named(recipe)
+    network_file, codec_file = _weight_files(model, recipe)
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    text, network, description = load_network(network_file, device)
+    codec = load_codec([codec_file], device)
+    engine = Engine(
+        model_name=str(model),
+        recipe=chosen,
+        text=WordText(text, captions.encode),
+        network=network,
+        codec=codec,
+        latent_size=_latent_size(codec),
+        frame_rate=world.RATE,
+        shift=description["shift"],
+    )
+    engine.to(dtype or (torch.bfloat16 if device.type == "cuda" else _faster_dtype(engine)))
+    return engine
+
+
+def load_network(path: Path, device: torch.device) -> tuple[WordEncoder, WanTransformer, dict[str, Any]]:
+    """A network with its text encoder from one file, frozen and in fp32, and the file's description."""
+    tensors, description = load_weights(path)
+    text = WordEncoder(WordEncoderConfig(**description["text"]))
+    network = WanTransformer(WanConfig(**description["network"]))
+    for prefix, module in (("text", text), ("network", network)):
+        load_into(module, with_prefix(tensors, prefix), path)
+        module.requires_grad_(False).eval().to(device)
+    return text, network, description
+
+
+def save_network(path: Path, text: WordEncoder, network: WanTransformer, more: dict[str, Any], *, int8: bool) -> None:
+    """Write a network with its text encoder to one file that `load_network` reads; `more` joins its description."""
+    parts = {"text": text.state_dict(), "network": network.state_dict()}
+    tensors = {f"{prefix}.{name}": tensor for prefix, part in parts.items() for name, tensor in part.items()}
+    description = {"text": asdict(text.config), "network": asdict(network.config)} | more
+    save_weights(path, tensors, description, int8=int8)
+
+
+def load_codec(paths: Sequence[Path], device: torch.device) -> LightCodec:
+    """A light codec, frozen and in fp32, from its decoder's file alone or from both parts' (decoder first)."""
+    tensors, description = load_weights(paths[0])
+    for path in paths[1:]:
+        tensors |= load_weights(path)[0]
+    codec = LightCodec(LightCodecConfig(**description["codec"]), encoder=len(paths) > 1)
+    load_into(codec, tensors, paths[0])
+    return codec.requires_grad_(False).eval().to(device)
+
+
+def save_codec(folder: Path, codec: LightCodec, more: dict[str, Any], *, int8: bool) -> None:
+    """Write a light codec as two files, so that a package that only decodes can leave the encoder out."""
+    tensors = codec.state_dict()
+    encoder = {name: x for name, x in tensors.items() if name.startswith("encoder.")}
+    decoder = {name: x for name, x in tensors.items() if name not in encoder}
+    description = {"codec": asdict(codec.config)} | more
+    save_weights(folder / CODEC_FILE, decoder, description, int8=int8)
+    save_weights(folder / ENCODER_FILE, encoder, description, int8=int8)
+
+
+def toy_codec(device: torch.device = CPU) -> LightCodec:
+    """The embedded model's whole codec, encoder included. ValueError where only the decoder is installed."""
+    return load_codec([packaged(CODEC_FILE), packaged(ENCODER_FILE)], device)
+
+
+def toy_teacher(
+    device: torch.device = CPU, *, steps: int = 32, guidance: float = 3.0
+) -> Callable[[Sequence[str], int], Tensor]:
+    """The embedded model's teacher as a function of prompts and a seed: whole clips, uint8 [B, F, H, W, 3]."""
+    text, network, description = load_network(packaged(TEACHER_FILE), device)
+    codec = load_codec([packaged(CODEC_FILE)], device)
+    levels = even_levels(steps, description["shift"])
+    words = WordText(text, captions.encode)
+
+    @torch.no_grad()
+    def sample(prompts: Sequence[str], seed: int) -> Tensor:
+        shape = (network.config.extent, *_latent_size(codec))
+        noise = SeededNoise([seed] * len(prompts), shape, device, torch.float32)(0, 0)
+        said = network.prompt_keys(words.encode(prompts)[:, None])
+        nothing = network.prompt_keys(text(text.no_prompt(len(prompts)))[:, None])
+        latents = sample_clip(network, noise, said, nothing, levels, guidance)
+        return torch.from_numpy(to_uint8(codec.decode(latents)[0]))
+
+    return sample
+
+
+def packaged(name: str) -> Path:
+    """The path of one of the embedded model's weight files. ValueError if this installation has none of that name."""
+    path = Path(str(resources.files("longtake") / TOY_WEIGHTS / name))
+    if not path.is_file():
+        raise ValueError(f"{name} is not part of this installation: use a checkout of the repository")
+    return path
+
+
+def _weight_files(model: str | Path, recipe: str) -> tuple[Path, Path]:
+    path = Path(model)
+    if path.is_dir():
+        return path / NETWORK_FILE, path / CODEC_FILE
+    if path.is_file():
+        beside = path.with_name(CODEC_FILE)
+        return path, beside if beside.is_file() else packaged(CODEC_FILE)
+    if (str(model), recipe) not in MODELS:
+        names = {name for name, _ in MODELS}
+        if str(model) in names:
+            raise ValueError(f"model {model} has no weights for recipe {recipe}")
+        raise ValueError(f"no model, folder or file {str(model)!r}{_nearest(str(model), names)}")
+    return packaged(MODELS[str(model), recipe]), packaged(CODEC_FILE)
+
+
+@torch.no_grad()
+def _faster_dtype(engine: Engine) -> torch.dtype:
+    """float32 or bfloat16, whichever passes one block through the network sooner on this machine."""
+    latents = torch.zeros(1, engine.recipe.block, *engine.latent_size)
+    level_BF = torch.ones(latents.shape[:2])
+    seconds: dict[torch.dtype, float] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        network = deepcopy(engine.network).to(dtype)  # a copy: weights that were bfloat16 once stay rounded
+        text = torch.zeros(1, 1, 1, network.config.text_dim, dtype=dtype)
+        prompts, view = network.prompt_keys(text), network.clip_view(latents)
+        tries = []
+        for _ in range(4):
+            started = time.perf_counter()
+            network(latents, level_BF, prompts, view)
+            tries.append(time.perf_counter() - started)
+        seconds[dtype] = min(tries)
+    return min(seconds, key=lambda dtype: seconds[dtype])
+
+
+def _latent_size(codec: LightCodec) -> tuple[int, int, int]:
+    """Channels, height and width of the toy world's latent frames."""
+    return codec.latent_channels, world.HEIGHT // codec.spatial_factor, world.WIDTH // codec.spatial_factor
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    close = get_close_matches(name, known, n=2, cutoff=0.4)
+    return f": did you mean {' or '.join(close)}?" if close else f": there are {', '.join(sorted(known))}"

@@ -1,0 +1,84 @@
+"""Clips of the toy world to learn from: rendered and encoded on the spot, in a pool that is renewed all the time."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from longtake.models.codec import Codec
+from longtake.toy.captions import caption_tokens
+from longtake.toy.world import CLIP_PICTURES, RATE, Rendering, Scenes, render, sample_scenes
+
+
+class LatentClips(NamedTuple):
+    """A batch of B clips of F latent frames, each frame under one of its clip's two prompts.
+
+    latents [B, F, C, H, W]; tokens [B, 2, L] of the captions before and after a change (twice the same without one);
+    prompt [B, F], 0 or 1; subject [B, F, H, W], the share of each latent cell that the subject covers, 0..1.
+    """
+
+    latents_BFCHW: Tensor
+    tokens_BPL: Tensor
+    prompt_BF: Tensor
+    subject_BFHW: Tensor
+
+
+class ClipPool:
+    """So many encoded clips; `renew` replaces the oldest, `draw` cuts training clips out of random ones.
+
+    seed: of the scenes; processes that train together take different ones. Scenes never repeat.
+    """
+
+    def __init__(self, codec: Codec, size: int, seed: int, device: torch.device, at_once: int = 8):
+        self._codec, self._seed, self._device, self._at_once = codec, seed, device, at_once
+        self._made = 0
+        first = self._make()
+        self._pool = LatentClips(*(torch.empty(size, *x.shape[1:], dtype=x.dtype, device=device) for x in first))
+        for _ in range(0, size, at_once):
+            self.renew()
+
+    def renew(self) -> None:
+        """Render and encode a few new clips in place of the oldest."""
+        size = len(self._pool.latents_BFCHW)
+        rows = [i % size for i in range(self._made, self._made + self._at_once)]
+        for kept, new in zip(self._pool, self._make(), strict=True):
+            kept[rows] = new
+        self._made += self._at_once
+
+    def draw(self, count: int, frames: int) -> LatentClips:
+        """Clips of `frames` latent frames: half from the beginning of a clip, half from a random moment of it."""
+        size, length = self._pool.latents_BFCHW.shape[:2]
+        rows = torch.randint(size, (count, 1), device=self._device)
+        starts = torch.randint(length - frames + 1, (count, 1), device=self._device)
+        starts = starts * torch.randint(2, (count, 1), device=self._device)
+        taken = rows, starts + torch.arange(frames, device=self._device)
+        latents, tokens, prompt, subject = self._pool
+        return LatentClips(latents[taken].float(), tokens[rows[:, 0]], prompt[taken], subject[taken].float())
+
+    @torch.no_grad()
+    def _make(self) -> LatentClips:
+        seed = (self._seed << 32) + self._made
+        scenes = sample_scenes(self._at_once, seed, device=self._device)
+        rendered = render(scenes, CLIP_PICTURES)
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
+            latents, _ = self._codec.encode(rendered.frames_BFCHW)
+        return LatentClips(
+            latents.bfloat16(),
+            caption_tokens(scenes, seed),
+            prompt_of_frames(scenes, latents.shape[1], self._codec.temporal_factor),
+            subject_share(rendered, self._codec).bfloat16(),
+        )
+
+
+def prompt_of_frames(scenes: Scenes, frames: int, pictures_a_frame: int) -> Tensor:
+    """The prompt of each latent frame, [B, frames]: 0 before a clip's change, 1 once all its pictures come after it."""
+    first_picture = (torch.arange(frames, device=scenes.subject.device) - 1) * pictures_a_frame + 1
+    return (first_picture.clamp_min(0) / RATE >= scenes.change_seconds[:, None]).long()
+
+
+def subject_share(rendered: Rendering, codec: Codec) -> Tensor:
+    """The share of each latent cell that the subject covers, [B, F, H, W], averaged over a latent frame's pictures."""
+    mask = functional.avg_pool2d(rendered.mask_BFHW, codec.spatial_factor)
+    rest = mask[:, 1:].unflatten(1, (-1, codec.temporal_factor)).mean(dim=2)
+    return torch.cat([mask[:, :1], rest], dim=1)

@@ -1,0 +1,60 @@
+"""Every fast function equals its definition, gradients included."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from longtake.attention import dense, reference, rope
+
+
+def value_and_grads(function, tensors: list[Tensor]) -> list[Tensor]:
+    tensors = [t.detach().clone().requires_grad_() for t in tensors]
+    out = function(*tensors)
+    direction = torch.linspace(-1, 1, out.numel()).view_as(out)
+    return [out.detach(), *torch.autograd.grad((out * direction).sum(), tensors)]
+
+
+def assert_alike(fast, slow, tensors: list[Tensor]) -> None:
+    for got, want in zip(value_and_grads(fast, tensors), value_and_grads(slow, tensors), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("queries, keys", [(1, 1), (63, 100), (64, 256)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_dense_attention_equals_its_definition(queries: int, keys: int, masked: bool) -> None:
+    torch.manual_seed(queries)
+    q, k, v = torch.randn(2, queries, 3, 8), torch.randn(2, keys, 3, 8), torch.randn(2, keys, 3, 8)
+    mask = torch.rand(queries, keys) < 0.6 if masked else None
+    if mask is not None:
+        mask[:, 0] = True  # no query without keys
+    assert_alike(lambda q, k, v: dense.dense(q, k, v, mask), lambda q, k, v: reference.dense(q, k, v, mask), [q, k, v])
+
+
+@pytest.mark.parametrize("frames", [(0,), (5, 6, 7), (0, 1, 40_000_000)])
+def test_rotation_equals_its_definition(frames: tuple[int, ...]) -> None:
+    axes = rope.RotaryAxes(split=(8, 4, 4))
+    angles = axes.angles(frames, 2, 3)
+    x = torch.randn(2, len(frames) * 6, 3, 16, generator=torch.Generator().manual_seed(0))
+    rotation = axes.rotation(frames, 2, 3, "cpu")
+    assert_alike(lambda x: rope.rotate(x, rotation), lambda x: reference.rotate(x, angles), [x])
+
+
+def test_only_distances_between_positions_matter_even_after_a_year() -> None:
+    axes = rope.RotaryAxes(split=(8, 4, 4))
+    q, k = torch.randn(2, 1, 6, 1, 16, generator=torch.Generator().manual_seed(0))
+    scores = [
+        (rope.rotate(q, axes.rotation([shift + 2], 2, 3, "cpu")) * rope.rotate(k, axes.rotation([shift], 2, 3, "cpu")))
+        .sum(-1)
+        for shift in (0, 365 * 24 * 3600 * 4)
+    ]  # fmt: skip
+    torch.testing.assert_close(scores[0], scores[1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("head, split", [(128, (44, 42, 42)), (64, (24, 20, 20)), (20, (8, 6, 6))])
+def test_a_head_is_shared_among_the_axes_as_published(head: int, split: tuple[int, int, int]) -> None:
+    assert rope.split_like_wan(head) == split
+
+
+def test_axes_of_odd_size_are_refused() -> None:
+    with pytest.raises(ValueError, match="even"):
+        rope.RotaryAxes(split=(3, 4, 4))

@@ -1,0 +1,13 @@
+import os
+
+# Before torch is imported: threads that wait by spinning make two busy cores many times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def poison() -> None:
+    """Fresh memory is filled with NaN, so that what was never written cannot pass for a number."""
+    torch.use_deterministic_algorithms(True)

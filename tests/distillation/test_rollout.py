@@ -1,0 +1,68 @@
+"""Training unrolls the schedule that serves."""
+
+from itertools import islice
+
+import pytest
+import torch
+from tests import tiny
+
+from longtake.distillation.rollout import rollout
+from longtake.generation.blockwise import blockwise
+from longtake.memory.stream_memory import MemoryShape
+from longtake.memory.window import WindowShape
+
+SHAPE = MemoryShape(window=WindowShape(sink=3, past=3), extent=15)
+
+
+def roll(made, noise, levels=tiny.LEVELS, blocks=4, learning=4) -> torch.Tensor:
+    keys = made.prompt_keys(tiny.text())
+    return rollout(made, SHAPE, lambda block: keys, noise, levels, blocks=blocks, learning=learning)
+
+
+def test_a_rollout_to_the_last_step_is_the_stream() -> None:
+    made = tiny.network()
+    keys = tiny.prompt(made)
+    stream = blockwise(made, tiny.memory(made), lambda block: keys, tiny.noise(7), tiny.LEVELS)
+    torch.testing.assert_close(roll(made, tiny.noise(7)), torch.cat(list(islice(stream, 4)), 1))
+
+
+def test_an_early_exit_gives_the_estimate_made_there() -> None:
+    made = tiny.network()
+    early = roll(made, tiny.noise(7), tiny.LEVELS[:1], blocks=1, learning=1)
+    assert not torch.allclose(early, roll(made, tiny.noise(7), blocks=1, learning=1))
+
+
+class LeafNoise:
+    """Recorded noise as leaves, to see which blocks a loss reaches."""
+
+    def __init__(self) -> None:
+        self.drawn: dict[tuple[int, int], torch.Tensor] = {}
+
+    def __call__(self, block: int, step: int) -> torch.Tensor:
+        return self.drawn.setdefault((block, step), tiny.noise(7)(block, step).requires_grad_())
+
+
+def test_no_gradient_passes_through_memory_or_earlier_steps() -> None:
+    made = tiny.network()
+    noise = LeafNoise()
+    out = roll(made, noise, levels=(1.0,))
+    out[:, -tiny.BLOCK :].square().sum().backward()
+    reached = {block for (block, _), leaf in noise.drawn.items() if leaf.grad is not None and leaf.grad.abs().sum() > 0}
+    assert reached == {3}
+    noise = LeafNoise()
+    roll(made, noise).square().sum().backward()
+    assert all(leaf.grad is None for leaf in noise.drawn.values()), "only the last estimate keeps its graph"
+
+
+@pytest.mark.parametrize("blocks, learning", [(4, 4), (6, 2)])
+def test_the_last_blocks_learn_and_only_they_come_back(blocks: int, learning: int) -> None:
+    made = tiny.network()
+    calls = []
+    forward = made.forward
+    made.forward = lambda *a, **k: calls.append(torch.is_grad_enabled()) or forward(*a, **k)
+    out = roll(made, tiny.noise(7), blocks=blocks, learning=learning)
+    assert out.shape[1] == learning * tiny.BLOCK and out.requires_grad
+    assert sum(calls) == learning and len(calls) == blocks * len(tiny.LEVELS)
+    out.square().mean().backward()
+    missing = [name for name, p in made.named_parameters() if p.grad is None]
+    assert not missing, f"no gradient for {missing}"

@@ -1,0 +1,121 @@
+"""The laws of a stream, on a tiny random network."""
+
+import statistics
+import time
+from itertools import islice
+
+import torch
+from tests import tiny
+
+from longtake.flow import add_noise
+from longtake.generation.blockwise import blockwise, clean_estimate, commit
+from longtake.memory.view import MemoryView
+
+
+def stream(made, *seeds: int, memory=None, **memory_shape):
+    memory = memory or tiny.memory(made, **memory_shape)
+    prompts = tiny.prompt(made, batch=len(seeds))
+    return blockwise(made, memory, lambda block: prompts, tiny.noise(*seeds), tiny.LEVELS)
+
+
+def take(blocks, count: int) -> torch.Tensor:
+    return torch.cat(list(islice(blocks, count)), dim=1)
+
+
+def test_remembering_equals_seeing_everything_again() -> None:
+    made = tiny.network(extent=100)
+    fast = take(stream(made, 7, sink=0, past=30), 5)
+    noise, prompt, slow = tiny.noise(7), tiny.prompt(made), []
+    for block in range(5):
+        memory = tiny.memory(made, 0, 30, ring=False)
+        with torch.no_grad():
+            for past in slow:  # show the network its whole past again
+                commit(made, memory, past, prompt)
+            noisy = noise(block, 0)
+            view = made.memory_view(memory, noisy)
+            for step, level in enumerate(tiny.LEVELS):
+                clean = clean_estimate(made, noisy, level, prompt, view)
+                if step + 1 < len(tiny.LEVELS):
+                    lower = torch.full((1, tiny.BLOCK), tiny.LEVELS[step + 1])
+                    noisy = add_noise(clean, noise(block, step + 1), lower)
+        slow.append(clean)
+    assert torch.equal(fast, torch.cat(slow, 1))
+
+
+def test_ring_and_functional_memory_stream_alike() -> None:
+    made = tiny.network()
+    torch.testing.assert_close(take(stream(made, 7, ring=True), 9), take(stream(made, 7, ring=False), 9))
+
+
+def test_the_same_seed_gives_the_same_blocks_and_another_seed_others() -> None:
+    made = tiny.network()
+    assert torch.equal(take(stream(made, 7), 4), take(stream(made, 7), 4))
+    assert not torch.allclose(take(stream(made, 7), 1), take(stream(made, 8), 1))
+
+
+def test_a_batch_of_two_streams_is_two_streams() -> None:
+    made = tiny.network()
+    text = tiny.text(batch=2)
+    keys = made.prompt_keys(text)
+    with torch.no_grad():
+        together = take(blockwise(made, tiny.memory(made), lambda _: keys, tiny.noise(3, 4), tiny.LEVELS), 6)
+        for i, seed in enumerate((3, 4)):
+            alone = made.prompt_keys(text[i : i + 1])
+            one = take(blockwise(made, tiny.memory(made), lambda _, k=alone: k, tiny.noise(seed), tiny.LEVELS), 6)
+            torch.testing.assert_close(together[i : i + 1], one)
+
+
+def test_a_forked_stream_goes_on_identically() -> None:
+    made = tiny.network()
+    memory = tiny.memory(made)
+    original = stream(made, 7, memory=memory)
+    take(original, 4)
+    fork = stream(made, 7, memory=memory.fork())
+    assert torch.equal(take(original, 4), take(fork, 4))
+
+
+def test_a_prompt_is_asked_for_once_a_block_and_holds_for_all_of_it() -> None:
+    made = tiny.network()
+    asked = []
+    first, second = tiny.prompt(made, seed=1), tiny.prompt(made, seed=2)
+
+    def prompts(block: int):
+        asked.append(block)
+        return first if block < 2 else second
+
+    changed = take(blockwise(made, tiny.memory(made), prompts, tiny.noise(7), tiny.LEVELS), 4)
+    assert asked == [0, 1, 2, 3]
+    same = take(stream(made, 7), 4)
+    assert torch.equal(changed[:, :6], same[:, :6]) and not torch.allclose(changed[:, 6:9], same[:, 6:9])
+
+
+def test_nothing_grows_over_two_thousand_blocks() -> None:
+    """Constant memory and latency; the books right; no position ever reaches the end of anything."""
+    made = tiny.network().float()
+    memory = tiny.memory(made)
+    prompt = made.prompt_keys(tiny.text().float())
+    noise = tiny.noise(7)
+    blocks = blockwise(made, memory, lambda _: prompt, lambda b, s: noise(b, s).float(), tiny.LEVELS)
+    seconds, sizes = [], []
+    for _ in range(2000):
+        started = time.thread_time()
+        clean = next(blocks)
+        seconds.append(time.thread_time() - started)
+        sizes.append(memory.nbytes())
+    memory.audit()
+    assert torch.isfinite(clean).all()
+    assert len(set(sizes[2:])) == 1
+    assert statistics.median(seconds[-500:]) < 1.5 * statistics.median(seconds[100:600])
+
+
+def test_every_block_reads_sink_and_past_at_capped_positions() -> None:
+    made = tiny.network(extent=15)
+    memory = tiny.memory(made)
+    blocks = stream(made, 7, memory=memory)
+    for _ in range(20):
+        next(blocks)
+    view = made.memory_view(memory, tiny.noise(7)(20, 0))
+    assert isinstance(view, MemoryView)
+    expected = made.config.axes.rotation([12, 13, 14], 2, 3, "cpu")
+    assert torch.equal(view.rotation.cos_TA, expected.cos_TA)
+    assert sorted(memory.held(0).frames) == [0, 1, 2, 57, 58, 59]

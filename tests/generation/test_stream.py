@@ -1,0 +1,95 @@
+"""The embedded model's streams, as a user meets them."""
+
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+import longtake
+
+PROMPT = "a red ball bounces over green hills"
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return longtake.load("toy", recipe="self_forcing_sink", dtype=torch.float32)
+
+
+def take(stream, count: int) -> np.ndarray:
+    return np.concatenate([chunk.frames for chunk in islice(stream, count)])
+
+
+def test_chunks_say_where_they_stand(engine) -> None:
+    with engine.stream(PROMPT, seed=7) as stream:
+        chunks = list(islice(stream, 3))
+    assert [chunk.index for chunk in chunks] == [0, 1, 2]
+    assert [len(chunk.frames) for chunk in chunks] == [9, 12, 12]
+    assert [chunk.start_seconds for chunk in chunks] == [0, 9 / 16, 21 / 16]
+    for chunk in chunks:
+        assert chunk.frames.dtype == np.uint8 and chunk.frames.shape[1:] == (engine.height, engine.width, 3)
+        timings = chunk.timings
+        assert 0 < timings.network_seconds + timings.codec_seconds <= timings.total_seconds * 1.001
+
+
+def test_a_seed_is_a_video(engine) -> None:
+    first, again, other = (take(engine.stream(PROMPT, seed=seed), 3) for seed in (7, 7, 8))
+    assert (first == again).all() and (first != other).any()
+
+
+def test_streams_side_by_side_do_not_touch_each_other(engine) -> None:
+    alone = take(engine.stream(PROMPT, seed=7), 4)
+    one, two = engine.stream(PROMPT, seed=7), engine.stream("a blue fish spins in the city", seed=9)
+    woven = []
+    for _ in range(4):
+        woven.append(next(one).frames)
+        next(two)
+    assert (np.concatenate(woven) == alone).all()
+
+
+def test_a_redirect_acts_from_the_next_block(engine) -> None:
+    with engine.stream(PROMPT, seed=7) as stream, engine.stream(PROMPT, seed=7) as same:
+        before = take(stream, 2)
+        stream.redirect("it starts to snow at night")
+        after = take(stream, 2)
+        assert stream.prompt == "it starts to snow at night"
+        plain = take(same, 4)
+    assert (before == plain[: len(before)]).all()
+    assert (after != plain[len(before) :]).any()
+
+
+def test_a_redirect_that_cannot_be_read_changes_nothing(engine) -> None:
+    with engine.stream(PROMPT, seed=7) as stream:
+        take(stream, 1)
+        with pytest.raises(ValueError, match="zeppelin"):
+            stream.redirect("a red zeppelin")
+        with pytest.raises(ValueError, match="empty"):
+            stream.redirect("   ")
+        assert stream.prompt == PROMPT
+        with engine.stream(PROMPT, seed=7) as same:
+            assert (take(stream, 1) == take(same, 2)[9:]).all()
+
+
+def test_prompts_that_cannot_be_read_are_refused(engine) -> None:
+    with pytest.raises(ValueError, match="empty"):
+        engine.stream(" ")
+    with pytest.raises(ValueError, match="zeppelin"):
+        engine.stream("a red zeppelin")
+    with pytest.raises(ValueError, match="at most 39"):
+        engine.stream("a red ball " * 30)
+
+
+def test_a_closed_stream_says_so(engine) -> None:
+    with engine.stream(PROMPT) as stream:
+        next(stream)
+    with pytest.raises(RuntimeError, match="closed"):
+        next(stream)
+
+
+def test_the_picture_follows_the_prompt(engine) -> None:
+    """Night is dark, day is bright: a rough check that text reaches the network at all."""
+    night, day = (
+        take(engine.stream(f"a red ball stands still over green hills {when}", seed=3), 2).mean()
+        for when in ("at night", "in the daytime")
+    )
+    assert day > night + 40

@@ -1,0 +1,55 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tests import tiny
+
+from longtake.memory.stream_memory import MemoryShape
+from longtake.memory.view import place_frames
+from longtake.memory.window import WindowShape
+
+
+def shape(sink: int, past: int, extent: int | None = None) -> MemoryShape:
+    return MemoryShape(window=WindowShape(sink=sink, past=past), extent=extent)
+
+
+@given(block=st.integers(0, 10**9), sink=st.sampled_from([0, 3]), past=st.sampled_from([3, 6]))
+def test_positions_stay_within_the_extent_and_keep_their_distances(block: int, sink: int, past: int) -> None:
+    extent, current = 15, range(3 * block, 3 * block + 3)
+    held = [f for f in (*range(sink), *range(max(sink, current[0] - past), current[0])) if f < current[0]]
+    places = place_frames(held, current, sink, extent)
+    everything = (*places.held, *places.current)
+    assert min(everything) >= 0 and max(everything) < extent
+    assert len(set(everything)) == len(everything)
+    recent = [(f, p) for f, p in zip(held, places.held, strict=True) if f >= sink]
+    assert all(current[0] - f == places.current[0] - p for f, p in recent)
+    if current[-1] < extent:
+        assert places.current == tuple(current)
+
+
+def test_without_an_extent_positions_are_absolute() -> None:
+    assert place_frames([0, 997], range(1000, 1003), 1, None).current == (1000, 1001, 1002)
+
+
+@pytest.mark.parametrize(
+    "memory, said",
+    [
+        (shape(2, 3), "whole numbers of blocks of 3"),
+        (shape(3, 6, extent=9), "= 12 latent frames do not fit the extent of 9"),
+        (shape(3, 3, extent=30), "exceeds the 21 latent frames"),
+    ],
+)
+def test_shapes_that_cannot_be_streamed_are_refused_with_the_numbers(memory: MemoryShape, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        memory.require_fit(block=3, trained_extent=21)
+
+
+def test_keys_are_cut_from_their_graph_and_a_wrong_number_of_layers_is_refused() -> None:
+    made = tiny.network()
+    memory = tiny.memory(made, ring=False)
+    layer = (torch.randn(1, 18, 2, 12, requires_grad=True), torch.randn(1, 18, 2, 12, requires_grad=True))
+    with pytest.raises(ValueError, match="keys of 2 layers"):
+        memory.commit([layer] * 2, 3)
+    memory.commit([layer] * 3, 3)
+    assert not memory.held(0).k_BTND.requires_grad
+    memory.audit()

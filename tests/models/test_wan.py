@@ -1,0 +1,128 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests import tiny
+
+from longtake.generation.blockwise import commit
+from longtake.memory.window import WindowShape
+from longtake.models.wan import WanConfig, WanTransformer
+
+BLOCK = tiny.BLOCK
+
+
+def clip(frames: int, batch: int = 1, seed: int = 5) -> torch.Tensor:
+    size = (batch, frames, *tiny.LATENTS[1:])
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@given(sink=st.sampled_from([0, 3]), past=st.sampled_from([0, 3, 6]), blocks=st.integers(1, 7))
+@settings(deadline=None, max_examples=12)
+@torch.no_grad()
+def test_streaming_equals_the_parallel_form(sink: int, past: int, blocks: int) -> None:
+    """Teacher forcing sees in one pass what streaming sees block by block, capped positions and far sinks included."""
+    made = tiny.network()
+    prompts = tiny.prompt(made)
+    clean, noisy = clip(blocks * BLOCK), clip(blocks * BLOCK, seed=6)
+    level_BF = torch.rand(1, blocks, dtype=torch.float64).repeat_interleave(BLOCK, 1)
+    view = made.teacher_forced_view(clean, BLOCK, WindowShape(sink=sink, past=past), made.config.extent)
+    parallel = made(torch.cat([clean, noisy], 1), torch.cat([0 * level_BF, level_BF], 1), prompts, view)
+    memory = tiny.memory(made, sink, past)
+    streamed = []
+    for first in range(0, blocks * BLOCK, BLOCK):
+        now = slice(first, first + BLOCK)
+        view = made.memory_view(memory, noisy[:, now])
+        streamed.append(made(noisy[:, now], level_BF[:, now], prompts, view))
+        commit(made, memory, clean[:, now], prompts)
+    torch.testing.assert_close(parallel[:, clean.shape[1] :], torch.cat(streamed, 1))
+
+
+@torch.no_grad()
+def test_a_memory_that_holds_everything_equals_a_causal_mask() -> None:
+    made = tiny.network(extent=100)
+    prompts, noisy = tiny.prompt(made), clip(9)
+    level_BF = torch.zeros(1, 9, dtype=torch.float64)
+    block_of = torch.arange(9) // BLOCK
+    masked = made(noisy, level_BF, prompts, made.clip_view(noisy, block_of[:, None] >= block_of[None]))
+    memory = tiny.memory(made, 0, 9)
+    streamed = []
+    for now in noisy.split(BLOCK, dim=1):
+        streamed.append(made(now, level_BF[:, :BLOCK], prompts, made.memory_view(memory, now)))
+        commit(made, memory, now, prompts)
+    torch.testing.assert_close(masked, torch.cat(streamed, 1))
+
+
+@torch.no_grad()
+def test_a_pass_writes_nothing_and_repeats_itself() -> None:
+    made = tiny.network()
+    prompts, noisy = tiny.prompt(made), clip(BLOCK)
+    memory = tiny.memory(made)
+    commit(made, memory, clip(BLOCK, seed=9), prompts)
+    before = memory.held(1).k_BTND.clone()
+    view, level = made.memory_view(memory, noisy), torch.ones(1, BLOCK)
+    first = made(noisy, level, prompts, view)
+    assert torch.equal(first, made(noisy, level, prompts, view))
+    assert torch.equal(before, memory.held(1).k_BTND) and memory.frames == BLOCK
+
+
+@torch.no_grad()
+def test_each_frame_reads_its_own_prompt() -> None:
+    """With attention among frames masked off, a clip under two prompts is two clips under one each."""
+    made = tiny.network()
+    both = made.prompt_keys(tiny.text(prompts=2))
+    noisy, level = clip(4), torch.full((1, 4), 0.5)
+    view = made.clip_view(noisy, torch.eye(4, dtype=torch.bool))
+    mixed = made(noisy, level, both, view, torch.tensor([[0, 0, 1, 1]]))
+    for number, frames in ((0, slice(0, 2)), (1, slice(2, 4))):
+        alone = made(noisy, level, both.select(torch.tensor([number])), view)
+        torch.testing.assert_close(mixed[:, frames], alone[:, frames])
+        assert not torch.allclose(
+            mixed[:, frames], made(noisy, level, both.select(torch.tensor([1 - number])), view)[:, frames]
+        )
+
+
+@torch.no_grad()
+def test_each_frame_has_its_own_level() -> None:
+    made = tiny.network()
+    prompts, noisy = tiny.prompt(made), clip(4)
+    view = made.clip_view(noisy, torch.eye(4, dtype=torch.bool))
+    mixed = made(noisy, torch.tensor([[0.1, 0.1, 0.9, 0.9]]), prompts, view)
+    for level, frames in ((0.1, slice(0, 2)), (0.9, slice(2, 4))):
+        alone = made(noisy, torch.full((1, 4), level), prompts, view)
+        torch.testing.assert_close(mixed[:, frames], alone[:, frames])
+
+
+@torch.no_grad()
+def test_a_batch_of_two_is_two() -> None:
+    made = tiny.network()
+    noisy, level = clip(6, batch=2), torch.rand(2, 6)
+    together = made(noisy, level, tiny.prompt(made, batch=2), made.clip_view(noisy))
+    text = tiny.text(batch=2)
+    for i in range(2):
+        alone = made(noisy[i : i + 1], level[i : i + 1], made.prompt_keys(text[i : i + 1]), made.clip_view(noisy))
+        torch.testing.assert_close(together[i : i + 1], alone)
+
+
+@torch.no_grad()
+def test_keys_to_commit_are_those_of_a_whole_pass() -> None:
+    """Stopping early in the last layer changes no key; and the keys carry no position."""
+    made = tiny.network()
+    prompts, clean, level = tiny.prompt(made), clip(BLOCK), torch.zeros(1, BLOCK)
+    seen = []
+    for block in made.blocks:
+        original = block.before_attention
+        block.before_attention = lambda *a, original=original: seen.append(original(*a)) or seen[-1]
+    made(clean, level, prompts, made.clip_view(clean))
+    whole = list(seen)
+    keys = made.keys_to_commit(clean, level, prompts, made.clip_view(clean))
+    for (k, v), tokens in zip(keys, whole, strict=True):
+        assert torch.equal(k, tokens.plain_k) and torch.equal(v, tokens.v)
+        assert not torch.equal(k, tokens.k)
+
+
+def test_latents_that_no_patch_fits_and_heads_that_do_not_divide_are_refused() -> None:
+    made = tiny.network()
+    with pytest.raises(ValueError, match="3 x 6 cannot be cut into patches of 2 x 2"):
+        made.clip_view(torch.zeros(1, 1, 4, 3, 6))
+    with pytest.raises(ValueError, match="width 10"):
+        WanTransformer(WanConfig(dim=10, heads=4, ffn_dim=8, layers=1, text_dim=4))

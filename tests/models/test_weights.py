@@ -1,0 +1,75 @@
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from longtake.models.weights import load_into, load_weights, save_weights, with_prefix
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    return {
+        "a.weight": torch.randn(6, 4),
+        "a.bias": torch.randn(6),
+        "conv": torch.randn(3, 2, 3, 3),
+        "n": torch.arange(3),
+    }
+
+
+def test_exact_files_round_trip(tmp_path: Path) -> None:
+    save_weights(tmp_path / "w.safetensors", tensors(), {"size": 3}, int8=False)
+    loaded, description = load_weights(tmp_path / "w.safetensors")
+    assert description == {"size": 3}
+    assert loaded.keys() == tensors().keys()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors().items())
+
+
+def test_int8_rows_err_by_half_a_step_of_their_own_largest_value(tmp_path: Path) -> None:
+    save_weights(tmp_path / "w.safetensors", tensors(), {}, int8=True)
+    loaded, _ = load_weights(tmp_path / "w.safetensors")
+    assert loaded.keys() == tensors().keys()
+    for name in ("a.weight", "conv"):
+        rows, original = loaded[name].flatten(1), tensors()[name].flatten(1)
+        step = original.abs().amax(1, keepdim=True) / 127
+        assert ((rows - original).abs() <= step * 0.5001).all()
+    assert torch.equal(loaded["a.bias"], tensors()["a.bias"].bfloat16().float())
+    assert torch.equal(loaded["n"], torch.arange(3))
+
+
+def test_a_truncated_a_missing_and_a_foreign_file_are_refused(tmp_path: Path) -> None:
+    whole = tmp_path / "w.safetensors"
+    save_weights(whole, tensors(), {}, int8=False)
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(whole.read_bytes()[:-7])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        load_weights(cut)
+    with pytest.raises(ValueError, match="no weights at"):
+        load_weights(tmp_path / "absent.safetensors")
+    save_file(tensors(), tmp_path / "foreign.safetensors")
+    with pytest.raises(ValueError, match="no description"):
+        load_weights(tmp_path / "foreign.safetensors")
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "w.safetensors"
+    save_weights(path, tensors(), {"old": True}, int8=False)
+    with pytest.raises(TypeError):
+        save_weights(path, tensors(), {"not json": torch.zeros(1)}, int8=False)
+    assert load_weights(path)[1] == {"old": True}
+
+
+def test_leftovers_gaps_and_misfits_are_named() -> None:
+    module, source = nn.Linear(4, 6), Path("w.safetensors")
+    fitting = {"weight": torch.zeros(6, 4), "bias": torch.zeros(6)}
+    load_into(module, fitting, source)
+    assert module.weight.abs().sum() == 0
+    with pytest.raises(ValueError, match=r"1 not known \(extra\)"):
+        load_into(module, fitting | {"extra": torch.zeros(1)}, source)
+    with pytest.raises(ValueError, match=r"1 missing \(bias\); 1 of another shape \(weight\)"):
+        load_into(module, {"weight": torch.zeros(6, 5)}, source)
+
+
+def test_prefixes_are_whole_words() -> None:
+    assert with_prefix({"text.a": torch.zeros(1), "texture.b": torch.zeros(1)}, "text").keys() == {"a"}

@@ -1,0 +1,282 @@
+"""The command line over an engine that makes grey pictures at once. With the embedded model: test_generate.py."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from time import perf_counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import longtake.evaluation
+from longtake.cli import main
+from longtake.media.mp4 import read_frames
+
+
+class GreyEngine:
+    """An engine as the command line sees one; Ctrl-C comes in block `stops_at`."""
+
+    frame_rate, height, width = 16, 32, 48
+    model_name, recipe = "toy", SimpleNamespace(name="self_forcing_sink")
+    dtype, device = torch.float32, torch.device("cpu")
+
+    def __init__(self, stops_at: int | None = None) -> None:
+        self.stops_at = stops_at
+        self.opened: list[tuple[str, int]] = []
+
+    def stream(self, prompt, *, seed):
+        if not prompt:
+            raise ValueError("the prompt is empty:\nsay what to show")
+        self.opened.append((prompt, seed))
+        return GreyStream(self.stops_at)
+
+
+class GreyStream:
+    def __init__(self, stops_at: int | None) -> None:
+        self.stops_at = stops_at
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def __iter__(self):
+        index = 0
+        while index != self.stops_at:
+            pictures = 12 if index else 9
+            yield SimpleNamespace(frames=np.full((pictures, 32, 48, 3), 128, np.uint8), index=index)
+            index += 1
+        raise KeyboardInterrupt
+
+
+@pytest.fixture
+def engine(monkeypatch, tmp_path) -> GreyEngine:
+    """The engine every verb gets; the current folder is empty."""
+    engine = GreyEngine()
+    engine.asked_for = []
+
+    def load(model, **options):
+        engine.asked_for.append((model, options))
+        return engine
+
+    monkeypatch.setattr("longtake.recipes.load", load)
+    monkeypatch.chdir(tmp_path)
+    return engine
+
+
+def files() -> list[str]:
+    return sorted(path.name for path in Path().iterdir())
+
+
+# help
+
+
+def test_help_does_not_wait_for_torch():
+    program = """
+import sys
+from longtake.cli import main
+try:
+    main(["--help"])
+finally:
+    assert "torch" not in sys.modules and "numpy" not in sys.modules
+"""
+    times = []
+    for _ in range(3):
+        start = perf_counter()
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        times.append(perf_counter() - start)
+    assert all(verb in done.stdout for verb in ["generate", "bench", "evaluate", "models"])
+    assert min(times) < 0.5
+
+
+@pytest.mark.parametrize("verb", [["generate"], ["bench", "stream"], ["evaluate", "toy"], ["models"]])
+def test_every_verb_explains_itself(verb, capsys):
+    with pytest.raises(SystemExit) as leave:
+        main([*verb, "--help"])
+    assert leave.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: longtake {' '.join(verb)}")
+
+
+# generate
+
+
+@pytest.mark.parametrize("seconds, pictures", [("2", 32), ("0.5", 8), ("0.01", 1), ("1.3125", 21)])
+def test_a_video_has_the_length_asked_for(engine, capsys, seconds, pictures):
+    assert main(["generate", "a red ball", "--seconds", seconds, "-o", "out.mp4"]) == 0
+    assert read_frames("out.mp4").shape == (pictures, 32, 48, 3)
+    assert capsys.readouterr().out == "out.mp4\n"
+    assert files() == ["out.mp4"]
+
+
+def test_generate_asks_for_what_it_was_told(engine):
+    arguments = "--seed 7 --recipe self_forcing --model folder --device cpu --dtype bfloat16 --seconds 1 --out out.mp4"
+    main(["generate", "a red ball", *arguments.split()])
+    assert engine.asked_for == [("folder", {"recipe": "self_forcing", "device": "cpu", "dtype": torch.bfloat16})]
+    assert engine.opened == [("a red ball", 7)]
+
+
+def test_generate_by_default(engine):
+    main(["generate", "a red ball", "--seconds", "1"])
+    assert engine.asked_for == [("toy", {"recipe": "self_forcing_sink", "device": None, "dtype": None})]
+    assert engine.opened == [("a red ball", 42)]
+
+
+def test_a_free_name_is_made_of_prompt_and_seed(engine, capsys):
+    for _ in range(2):
+        assert main(["generate", "A red/ball, BOUNCES...", "--seconds", "1", "--seed", "7"]) == 0
+    assert files() == ["a-red-ball-bounces-7-2.mp4", "a-red-ball-bounces-7.mp4"]
+    assert capsys.readouterr().out.split() == ["a-red-ball-bounces-7.mp4", "a-red-ball-bounces-7-2.mp4"]
+
+
+def test_a_drawn_seed_is_told(engine, capsys):
+    main(["generate", "a red ball", "--seconds", "1", "--seed", "-1", "-o", "out.mp4"])
+    (_, seed), *_ = engine.opened
+    assert seed >= 0
+    assert f"longtake: seed {seed}\n" in capsys.readouterr().err
+
+
+def test_a_file_that_is_there_stays(engine, capsys):
+    Path("out.mp4").write_text("precious")
+    assert main(["generate", "a red ball", "-o", "out.mp4"]) == 2
+    assert Path("out.mp4").read_text() == "precious"
+    assert "out.mp4 exists already" in capsys.readouterr().err
+
+
+def test_interrupt_keeps_what_is_made(engine, capsys):
+    engine.stops_at = 3
+    assert main(["generate", "a red ball", "--seconds", "60", "-o", "out.mp4"]) == 130
+    assert len(read_frames("out.mp4")) == 9 + 12 + 12
+    assert capsys.readouterr().out == "out.mp4\n"
+
+
+def test_interrupt_before_the_first_block_leaves_nothing(engine, capsys):
+    engine.stops_at = 0
+    assert main(["generate", "a red ball", "-o", "out.mp4"]) == 130
+    assert files() == []
+    assert capsys.readouterr().out == ""
+
+
+def test_a_log_gets_a_few_whole_lines(engine, capsys):
+    main(["generate", "a red ball", "--seconds", "20", "-o", "out.mp4"])
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == "longtake: 0.6 s made"
+    assert lines[-1].startswith("longtake: 20.0 s made, ")
+    assert lines[-1].endswith(" times real time")
+    assert len(lines) <= 4
+
+
+def test_a_terminal_gets_one_line_that_rewrites_itself(engine, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    main(["generate", "a red ball", "--seconds", "2", "-o", "out.mp4"])
+    text = capsys.readouterr().err
+    assert text.count("\n") == 1
+    assert [line.split(" s made")[0] for line in text.split("\r")[1:]] == ["0.6", "1.3", "2.0"]
+    assert "frames a second" in text
+
+
+# bad input
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["generate", ""], "the prompt is empty: say what to show"),
+        (["generate", "a red ball", "--seconds", "0"], "more than 0 seconds, got 0"),
+        (["generate", "a red ball", "--seconds", "-3"], "more than 0 seconds, got -3"),
+        (["generate", "a red ball", "--seconds", "nan"], "more than 0 seconds, got nan"),
+        (["generate", "a red ball", "--seconds", "inf"], "more than 0 seconds, got inf"),
+        (["generate", "a red ball", "-o", "nowhere/out.mp4"], "there is no folder nowhere"),
+        (["bench", "stream", "--repeats", "0"], "at least one repeat"),
+        (["bench", "stream", "--seconds", "0.1"], "at least two blocks"),
+        (["evaluate", "toy", "--prompt-file", "nowhere.txt"], "nowhere.txt: No such file or directory"),
+    ],
+)
+def test_bad_input_is_one_clear_line(engine, capsys, arguments, says):
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1
+    assert captured.err.startswith("longtake: ")
+    assert says in captured.err
+    assert files() == []
+
+
+@pytest.mark.parametrize(
+    "option, nearest", [(["--recipe", "self_forcing_sing"], "self_forcing_sink"), (["--model", "toi"], "toy")]
+)
+def test_unknown_names_are_answered_with_the_nearest(capsys, option, nearest):
+    assert main(["generate", "a red ball", *option]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert nearest in captured.err
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["generate"], ["generate", "x", "--seconds", "soon"]])
+def test_what_cannot_be_parsed_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as leave:
+        main(arguments)
+    assert leave.value.code == 2
+    assert capsys.readouterr().out == ""
+
+
+# bench, evaluate, models
+
+
+def test_bench_prints_json_alone(engine, capsys):
+    assert main(["bench", "stream", "--seconds", "3", "--repeats", "4", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert set(result["block_ms"]) == {"p50", "p95", "p99"}
+    assert result["frames_per_second"] == max(run["frames_per_second"] for run in result["repeats"])
+    assert result["real_time_factor"] == pytest.approx(result["frames_per_second"] / 16)
+    assert len(result["repeats"]) == 4
+    assert result["precision"] == "float32"
+    assert result["threads"] == torch.get_num_threads()
+    assert 10 < result["peak_memory_mib"] < 1_000_000
+    assert result["first_frame_seconds"] > 0
+    assert (result["model"], result["recipe"]) == ("toy", "self_forcing_sink")
+
+
+def test_bench_in_words(engine, capsys):
+    assert main(["bench", "stream", "--seconds", "3", "--repeats", "2"]) == 0
+    assert "best of 2" in capsys.readouterr().out
+
+
+SCORES = {"recipe": "truth", "at": {"5": {"subject": 0.5, "colour": 1.0}}}
+
+
+@pytest.fixture
+def scorer(monkeypatch) -> list:
+    """Stands for the toy world's judge; holds what it was asked."""
+    asked = []
+
+    def evaluate_toy(recipe, prompts, *, seeds, at):
+        asked.append((recipe, prompts, seeds, at))
+        return SCORES
+
+    judge = SimpleNamespace(evaluate_toy=evaluate_toy)
+    monkeypatch.setitem(sys.modules, "longtake.evaluation.toy", judge)
+    monkeypatch.setattr(longtake.evaluation, "toy", judge, raising=False)
+    return asked
+
+
+def test_evaluate_gives_one_object_a_recipe(scorer, capsys):
+    arguments = "evaluate toy --recipe truth codec --prompts 3 --seeds 4 --at 5 60 --json"
+    assert main(arguments.split()) == 0
+    assert json.loads(capsys.readouterr().out) == [SCORES, SCORES]
+    assert scorer == [("truth", 3, 4, (5, 60)), ("codec", 3, 4, (5, 60))]
+
+
+def test_evaluate_reads_captions_from_a_file(scorer, capsys, tmp_path):
+    (tmp_path / "captions.txt").write_text("a red ball\n\n a cat \n")
+    assert main(["evaluate", "toy", "--prompt-file", str(tmp_path / "captions.txt")]) == 0
+    assert scorer == [("self_forcing_sink", ["a red ball", "a cat"], 2, (5,))]
+    assert capsys.readouterr().out == "truth at 5 s: subject 0.50, colour 1.00\n"
+
+
+def test_models_lists_what_runs(capsys):
+    assert main(["models"]) == 0
+    assert "--model toy --recipe self_forcing_sink\n" in capsys.readouterr().out

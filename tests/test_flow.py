@@ -1,0 +1,44 @@
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longtake import flow
+
+levels = st.floats(0.01, 1.0)
+
+
+@given(level=levels, shift=st.floats(0.5, 10))
+def test_a_shift_keeps_the_ends_and_the_order(level: float, shift: float) -> None:
+    assert flow.shift_level(0.0, shift) == 0 and flow.shift_level(1.0, shift) == 1
+    assert flow.shift_level(level, shift) > flow.shift_level(level * 0.9, shift)
+
+
+@given(level=levels)
+def test_velocity_clean_and_noise_tell_the_same(level: float) -> None:
+    clean, noise = torch.randn(2, 1, 2, 3, 4, 4, dtype=torch.float64)
+    level_BF = torch.full((1, 2), level, dtype=torch.float64)
+    noisy, velocity = flow.add_noise(clean, noise, level_BF), noise - clean
+    torch.testing.assert_close(flow.clean_from_velocity(noisy, velocity, level_BF), clean)
+    torch.testing.assert_close(flow.velocity_from_clean(noisy, clean, level_BF), velocity)
+    torch.testing.assert_close(flow.euler_step(noisy, velocity, level_BF, 0 * level_BF), clean)
+
+
+def test_each_frame_has_its_own_level() -> None:
+    clean, noise = torch.zeros(1, 2, 1, 1, 1), torch.ones(1, 2, 1, 1, 1)
+    assert flow.add_noise(clean, noise, torch.tensor([[0.25, 1.0]])).flatten().tolist() == [0.25, 1.0]
+
+
+def test_published_step_lists() -> None:
+    warped = [round(1000 * level, 3) for level in flow.warped_levels([1000, 750, 500, 250], 5)]
+    assert warped == [1000, 937.5, 833.333, 625]
+
+
+def test_guidance_of_one_is_the_prompt_alone() -> None:
+    with_prompt, without = torch.randn(2, 5)
+    torch.testing.assert_close(flow.guided(with_prompt, without, 1.0), with_prompt)
+    torch.testing.assert_close(flow.guided(with_prompt, without, 4.0), with_prompt + 3 * (with_prompt - without))
+
+
+def test_matching_levels_stay_off_the_ends() -> None:
+    drawn = flow.matching_level(torch.linspace(0, 0.9999, 1000), 5)
+    assert drawn.min() == 0.02 and drawn.max() == 0.98

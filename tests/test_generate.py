@@ -1,0 +1,74 @@
+"""The main job with the embedded model: a prompt goes in, a video that plays comes out."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+
+import longtake
+from longtake.cli import main
+from longtake.media.mp4 import Mp4Writer, read_frames
+
+PROMPT = "a red ball bounces over green hills"
+LONGTAKE = [sys.executable, "-c", "import sys; from longtake.cli import main; sys.exit(main())"]
+
+
+def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*LONGTAKE, *arguments], cwd=folder, capture_output=True, text=True, check=False)
+
+
+def test_a_video_that_plays(tmp_path):
+    done = run("generate", PROMPT, "--seconds", "2", "--seed", "7", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / done.stdout.strip()
+    assert path.name == "a-red-ball-bounces-over-green-hills-7.mp4"
+    with av.open(str(path)) as container:
+        video = container.streams.video[0]
+        assert (video.codec_context.name, video.pix_fmt) == ("h264", "yuv420p")
+        assert (video.width, video.height, video.average_rate, video.frames) == (192, 112, 16, 32)
+
+
+def test_generate_writes_exactly_the_pictures_of_the_iterator(tmp_path, monkeypatch):
+    written = []
+    write = Mp4Writer.write
+    monkeypatch.setattr(Mp4Writer, "write", lambda writer, frames: written.append(frames) or write(writer, frames))
+    assert main(["generate", PROMPT, "--seconds", "1", "--dtype", "float32", "-o", str(tmp_path / "out.mp4")]) == 0
+    with longtake.load("toy", recipe="self_forcing_sink", dtype=torch.float32).stream(PROMPT, seed=42) as stream:
+        expected = np.concatenate([next(stream).frames for _ in range(2)])
+    assert np.array_equal(np.concatenate(written), expected[:16])
+
+
+@pytest.mark.parametrize("prompt", ["", "   ", "a zorblax quuxes"])
+def test_a_prompt_that_cannot_be_shown_is_one_clear_line(tmp_path, prompt):
+    done = run("generate", prompt, "--dtype", "float32", folder=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("longtake: ") and done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_interrupt_keeps_what_is_made(tmp_path):
+    command = [*LONGTAKE, "generate", PROMPT, "--seconds", "3600", "-o", "out.mp4"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+        assert running.stderr is not None
+        assert "s made" in running.stderr.readline()
+        running.send_signal(signal.SIGINT)
+        printed, _ = running.communicate(timeout=30)
+    assert running.returncode == 130
+    assert printed == "out.mp4\n"
+    assert len(read_frames(tmp_path / "out.mp4")) >= 9
+    assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
+
+
+def test_bench_prints_json_alone(tmp_path):
+    done = run("bench", "stream", "--seconds", "2", "--repeats", "1", "--json", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["frames_per_second"] > 0
+    assert result["model"] == "toy"

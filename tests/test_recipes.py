@@ -1,0 +1,74 @@
+"""Loading: by name, folder and file; and what is refused."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import longtake
+from longtake import recipes
+from longtake.toy.world import HEIGHT, RATE, WIDTH
+
+
+def engine(model="toy", recipe="self_forcing_sink", dtype=torch.float32):
+    return longtake.load(model, recipe=recipe, dtype=dtype)
+
+
+def test_recipes_see_equally_many_finished_frames_and_fit_the_network() -> None:
+    network = engine().network
+    for name in recipes.RECIPES:
+        recipe = recipes.recipe_named(name)
+        assert recipe.name == name
+        assert recipe.memory(network).window.frames == 6
+    assert ("toy", "self_forcing") in recipes.MODELS and ("toy", "self_forcing_sink") in recipes.MODELS
+
+
+def test_a_name_a_folder_and_a_file_load_the_same_network(tmp_path: Path) -> None:
+    for name in (recipes.NETWORK_FILE, recipes.CODEC_FILE):
+        shutil.copy(recipes.packaged(name), tmp_path / name)
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    shutil.copy(tmp_path / recipes.NETWORK_FILE, alone / "mine.safetensors")
+    prompt = "a red ball bounces over green hills"
+    frames = []
+    for model in ("toy", tmp_path, alone / "mine.safetensors"):
+        with engine(model).stream(prompt) as stream:
+            frames.append(next(stream).frames)
+    assert (frames[0] == frames[1]).all() and (frames[0] == frames[2]).all()
+    assert frames[0].shape == (9, HEIGHT, WIDTH, 3)
+
+
+@pytest.mark.parametrize(
+    "model, recipe, said",
+    [
+        ("toi", "self_forcing", "did you mean toy"),
+        ("toy", "self_forcing_sinc", "did you mean self_forcing_sink"),
+        ("/nowhere/at/all", "self_forcing", "no model, folder or file"),
+    ],
+)
+def test_unknown_names_are_refused_with_the_nearest_ones(model: str, recipe: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        longtake.load(model, recipe=recipe)
+
+
+def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
+    cut = tmp_path / "student.safetensors"
+    cut.write_bytes(recipes.packaged(recipes.NETWORK_FILE).read_bytes()[:1000])
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        longtake.load(cut, recipe="self_forcing")
+
+
+def test_a_chosen_precision_leaves_the_weights_unrounded() -> None:
+    assert engine(dtype=torch.bfloat16).dtype == torch.bfloat16
+    chosen = longtake.load("toy", recipe="self_forcing")
+    exact = engine().network.state_dict()
+    for name, tensor in chosen.network.state_dict().items():
+        assert torch.equal(tensor, exact[name].to(chosen.dtype))
+
+
+def test_the_teacher_makes_whole_clips() -> None:
+    clips = recipes.toy_teacher(steps=1)(["a red ball"], 1)
+    assert clips.dtype == torch.uint8
+    assert clips.shape == (1, 1 + 4 * (engine().network.config.extent - 1), HEIGHT, WIDTH, 3)
+    assert clips.shape[1] >= 5 * RATE

@@ -1,0 +1,40 @@
+import torch
+
+from longtake.models.light_codec import LightCodec, LightCodecConfig
+from longtake.toy.captions import TEXT_LENGTH
+from longtake.toy.clips import ClipPool, prompt_of_frames, subject_share
+from longtake.toy.world import Rendering, make_scene
+
+SMALL = LightCodecConfig(
+    encoder_widths=(4, 4, 4), encoder_blocks=(1, 0, 0), decoder_widths=(4, 4, 4), decoder_blocks=(0, 0, 0)
+)
+
+
+def test_a_pool_hands_out_clips_and_renews_them() -> None:
+    torch.manual_seed(0)
+    pool = ClipPool(LightCodec(SMALL), 2, seed=1, device=torch.device("cpu"), at_once=1)
+    drawn = pool.draw(5, 9)
+    assert drawn.latents_BFCHW.shape == (5, 9, 16, 14, 24)
+    assert drawn.tokens_BPL.shape == (5, 2, TEXT_LENGTH)
+    assert drawn.prompt_BF.shape == (5, 9) and drawn.subject_BFHW.shape == (5, 9, 14, 24)
+    assert drawn.subject_BFHW.min() >= 0 and 0.3 < drawn.subject_BFHW.max() <= 1
+    whole = pool.draw(20, 33).latents_BFCHW
+    assert len({round(x.double().sum().item(), 3) for x in whole}) == 2
+    pool.renew()
+    renewed = pool.draw(20, 33).latents_BFCHW
+    assert len({round(x.double().sum().item(), 3) for x in torch.cat([whole, renewed])}) == 3
+
+
+def test_the_second_prompt_begins_with_the_first_latent_frame_after_the_change() -> None:
+    scene = make_scene(time="day", change_seconds=1.0, after={"time": "night"})  # picture 16
+    assert prompt_of_frames(scene, 8, 4).tolist() == [[0, 0, 0, 0, 0, 1, 1, 1]]  # frame 5 holds pictures 17 to 20
+    assert prompt_of_frames(make_scene(), 8, 4).sum() == 0
+
+
+def test_the_share_of_a_cell_is_averaged_over_a_latent_frames_pictures() -> None:
+    mask = torch.zeros(1, 5, 112, 192)
+    mask[0, 0, :8, :4] = 1  # half of the first cell, in the first picture
+    mask[0, 1:3, 8:16, 8:16] = 1  # another cell, in two of the next four
+    share = subject_share(Rendering(torch.zeros(1, 5, 3, 112, 192), mask), LightCodec(SMALL))
+    assert share.shape == (1, 2, 14, 24)
+    assert share[0, 0, 0, 0] == 0.5 and share[0, 1, 1, 1] == 0.5 and share.sum() == 1

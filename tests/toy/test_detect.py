@@ -1,0 +1,199 @@
+"""Detectors are right on what the world draws, also after a lossy codec, and are not taken in by planted errors."""
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as nn
+
+from longtake.toy import world
+from longtake.toy.detect import Detections, detect, detector_fingerprint, frozen_fingerprint, window_truth
+from longtake.toy.world import Scenes, make_scene, sample_scenes
+
+CLIPS = 10  # of the training sampler, and as many held-out ones
+ATTRIBUTES = (
+    "subject",
+    "colour",
+    "place",
+    "time",
+    "weather",
+    "motion",
+    "camera",
+    "landmark",
+    "landmark_colour",
+    "count",
+)
+MOST_WRONG = 1  # of these clips, for each attribute; larger samples stand in the records
+
+
+def as_uint8(frames_BFCHW: Tensor) -> Tensor:
+    return ((frames_BFCHW + 1) * 127.5).round().to(torch.uint8).movedim(2, -1)
+
+
+def lossy(frames_BFHWC: Tensor) -> Tensor:
+    """Like a codec: half the resolution, some of the neighbouring pictures, and noise."""
+    frames = frames_BFHWC.movedim(-1, 2).float() / 255
+    flat = frames.flatten(0, 1)
+    small = nn.interpolate(flat, scale_factor=0.5, mode="bicubic", antialias=True)
+    frames = nn.interpolate(small, scale_factor=2, mode="bicubic").unflatten(0, frames.shape[:2])
+    before, after = frames[:, :1], frames[:, -1:]
+    frames = 0.6 * frames + 0.2 * torch.cat([before, frames[:, :-1]], 1) + 0.2 * torch.cat([frames[:, 1:], after], 1)
+    noise = torch.randn(frames.shape, generator=torch.Generator().manual_seed(0))
+    return as_uint8((frames + 0.02 * noise).clamp(0, 1) * 2 - 1)
+
+
+@cache
+def sampled() -> tuple[Scenes, Tensor]:
+    """Scenes of both samplers and where their windows begin."""
+    seen, held_out = sample_scenes(CLIPS, 5), sample_scenes(CLIPS, 6, held_out=True)
+    both = Scenes(**{name: torch.cat([getattr(seen, name), getattr(held_out, name)]) for name in vars(seen)})
+    return both, torch.randint(0, 50, (2 * CLIPS,), generator=torch.Generator().manual_seed(7))
+
+
+@cache
+def sampled_clips() -> Tensor:
+    scenes, first = sampled()
+    return as_uint8(world.render(scenes, 80, first).frames_BFCHW)
+
+
+@cache
+def sampled_truth() -> dict[str, Tensor]:
+    scenes, first = sampled()
+    return window_truth(scenes, 80, first)
+
+
+@cache
+def found_in_samples(through_codec: bool) -> Detections:
+    return detect(lossy(sampled_clips()) if through_codec else sampled_clips())
+
+
+@pytest.mark.parametrize("through_codec", [False, True])
+@pytest.mark.parametrize("attribute", ATTRIBUTES)
+def test_attributes_are_read_off_pictures(attribute: str, through_codec: bool) -> None:
+    wanted, found = sampled_truth()[attribute], getattr(found_in_samples(through_codec), attribute)
+    scored = wanted >= 0
+    assert scored.sum() > CLIPS / 2
+    assert ((found != wanted) & scored).sum() <= MOST_WRONG
+
+
+def test_position_is_right_to_a_few_pixels() -> None:
+    scenes, first = sampled()
+    true, found = world.truth(scenes, 80, first), found_in_samples(False)
+    clear = (true.visible > 0.95) & ~found.x.isnan()
+    assert clear.sum() > 0.85 * (true.visible > 0.95).sum()
+    error = torch.hypot(found.x - true.x, found.y - true.y)[clear]
+    assert (error < 4).float().mean() > 0.95
+
+
+def test_features_are_finite_and_differ_between_clips() -> None:
+    features = found_in_samples(False).features
+    assert features.isfinite().all()
+    assert (features.std(0) > 0.01).all()
+
+
+# Planted errors: a still camera and a subject in plain view, of every kind in some place.
+
+PLACES = ("hills", "city", "beach", "forest", "mountains", "desert", "hills", "beach")
+LANDMARKS = ("tree", "house", "tower", "tent") * 2
+
+
+@cache
+def planted_scenes(motion: str = "flies") -> Scenes:
+    scenes = [
+        make_scene(
+            seed=number,
+            subject=subject,
+            colour=world.COLOURS[-1 - number],
+            place=PLACES[number],
+            landmark=LANDMARKS[number],
+            time=world.TIMES[number % 3],
+            weather=world.WEATHERS[number // 3],
+            motion=motion,
+            camera="still",
+            landmark_front=number % 2 == 0,
+        )
+        for number, subject in enumerate(world.SUBJECTS)
+    ]
+    return Scenes(**{name: torch.cat([getattr(scene, name) for scene in scenes]) for name in vars(scenes[0])})
+
+
+def drawn(scenes: Scenes, pictures: int = 32, shift: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Pictures with the subject moved aside, and its mask [B, F, 1, H, W]."""
+    where = world.pose(scenes, pictures)
+    moved = world.Pose(*(value.reshape(-1) for value in where._replace(x=where.x + shift)))
+    frames, mask = world.paint(moved, world.look(scenes, pictures))
+    return frames.unflatten(0, (-1, pictures)), mask.unflatten(0, (-1, pictures))[:, :, None]
+
+
+def blurred(frames_BFCHW: Tensor, spread: float) -> Tensor:
+    weights = torch.exp(-torch.arange(-9, 10.0).square() / (2 * spread**2))
+    weights = weights / weights.sum()
+    planes = frames_BFCHW.flatten(0, 2)[:, None]
+    planes = nn.conv2d(planes, weights[None, None, None], padding=(0, 9))
+    return nn.conv2d(planes, weights[None, None, :, None], padding=(9, 0))[:, 0].unflatten(0, frames_BFCHW.shape[:3])
+
+
+def test_a_missing_subject_is_not_found() -> None:
+    frames, _ = drawn(planted_scenes(), shift=1000.0)
+    found = detect(as_uint8(frames))
+    assert (found.subject == -1).all() and (found.colour == -1).all() and (found.motion == -1).all()
+    assert (found.count == 0).all() and found.x.isnan().all()
+
+
+def test_a_blurred_subject_is_not_accepted() -> None:
+    frames, mask = drawn(planted_scenes())
+    area = nn.max_pool2d(mask.flatten(0, 1), 9, 1, 4).unflatten(0, mask.shape[:2])
+    found = detect(as_uint8(torch.lerp(frames, blurred(frames, 4.0), area)))
+    assert (found.subject == -1).all() and (found.count == 0).all()
+
+
+@pytest.mark.parametrize("motion", world.MOTIONS)
+def test_a_frozen_video_shows_no_motion(motion: str) -> None:
+    frames, _ = drawn(planted_scenes(motion), pictures=1)
+    assert (detect(as_uint8(frames.expand(-1, 32, -1, -1, -1))).motion == -1).all()
+
+
+def test_two_subjects_are_counted() -> None:
+    scenes = replace(planted_scenes("stands still"), landmark_x=torch.full((8,), -60.0))
+    scenes.uniforms[:, world.UNIFORMS.index("start")] = 0.1
+    frames, _ = drawn(scenes)
+    twins, mask = drawn(scenes, shift=80.0)
+    found = detect(as_uint8(torch.lerp(frames, twins, mask)))
+    assert (found.count == 2).sum() >= 7
+
+
+def test_wrong_kind_and_colour_are_told_apart() -> None:
+    """What is drawn is what is found, so that no other claim is accepted."""
+    scenes = planted_scenes()
+    found = detect(as_uint8(drawn(scenes)[0]))
+    assert ((found.subject == scenes.subject) | (found.subject == -1)).all()
+    assert ((found.colour == scenes.colour[:, 0]) | (found.colour == -1)).all()
+    assert (found.subject >= 0).sum() >= 7
+
+
+def test_noise_shows_nothing() -> None:
+    frames = torch.randint(0, 256, (2, 16, world.HEIGHT, world.WIDTH, 3), dtype=torch.uint8)
+    found = detect(frames)
+    for attribute in ("subject", "colour", "place", "time", "weather", "motion", "landmark", "landmark_colour"):
+        assert (getattr(found, attribute) == -1).all(), attribute
+    assert (found.count == 0).all()
+    assert found.features.isfinite().all()
+
+
+def test_clips_of_a_batch_do_not_depend_on_each_other() -> None:
+    clips = sampled_clips()[:2, :16]
+    together, alone = detect(clips), detect(clips[1:])
+    torch.testing.assert_close(together.features[1:], alone.features, atol=1e-4, rtol=1e-4)
+    assert together.subject[1] == alone.subject[0]
+
+
+def test_what_is_not_a_clip_is_refused() -> None:
+    with pytest.raises(ValueError, match="16 or more"):
+        detect(torch.zeros(1, 8, world.HEIGHT, world.WIDTH, 3, dtype=torch.uint8))
+
+
+def test_the_detectors_are_the_frozen_ones() -> None:
+    """After a change: python -m longtake.toy.detect --freeze, and measure every published number again."""
+    assert detector_fingerprint() == frozen_fingerprint()
