@@ -1,6 +1,6 @@
 import os
 
-# Before torch is imported: threads that wait by spinning make two busy cores many times slower.
+# Before torch is imported: threads that spin for work make a machine with other work many times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
