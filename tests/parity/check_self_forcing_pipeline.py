@@ -16,8 +16,9 @@ from tests.parity.fixture import Fixture, network_of
 @torch.no_grad()
 def check(fixture: Fixture) -> None:
     network = network_of(fixture)
-    assert fixture.config["warp_denoising_step"] and fixture.config["context_noise"] == 0
-    levels = warped_levels(fixture.config["denoising_step_list"], fixture.config["timestep_shift"])
+    assert fixture.config["context_noise"] == 0, "commit passes are made at level 0"
+    shift = fixture.config["timestep_shift"] if fixture.config["warp_denoising_step"] else 1.0
+    levels = warped_levels(fixture.config["denoising_step_list"], shift)
     fixture.compare("timesteps", torch.tensor(levels) * TIMESTEPS)
     for variant in fixture.config["variants"]:
         fixture.compare(f"{variant['name']}.latents", _sample(fixture, network, levels, variant))

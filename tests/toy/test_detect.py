@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nn
 
+from longtake.recipes import toy_codec
 from longtake.toy import world
 from longtake.toy.detect import Detections, detect, detector_fingerprint, frozen_fingerprint, window_truth
 from longtake.toy.world import Scenes, make_scene, sample_scenes
@@ -32,16 +33,16 @@ def as_uint8(frames_BFCHW: Tensor) -> Tensor:
     return ((frames_BFCHW + 1) * 127.5).round().to(torch.uint8).movedim(2, -1)
 
 
+@torch.no_grad()
 def lossy(frames_BFHWC: Tensor) -> Tensor:
-    """Like a codec: half the resolution, some of the neighbouring pictures, and noise."""
-    frames = frames_BFHWC.movedim(-1, 2).float() / 255
-    flat = frames.flatten(0, 1)
-    small = nn.interpolate(flat, scale_factor=0.5, mode="bicubic", antialias=True)
-    frames = nn.interpolate(small, scale_factor=2, mode="bicubic").unflatten(0, frames.shape[:2])
-    before, after = frames[:, :1], frames[:, -1:]
-    frames = 0.6 * frames + 0.2 * torch.cat([before, frames[:, :-1]], 1) + 0.2 * torch.cat([frames[:, 1:], after], 1)
-    noise = torch.randn(frames.shape, generator=torch.Generator().manual_seed(0))
-    return as_uint8((frames + 0.02 * noise).clamp(0, 1) * 2 - 1)
+    """Through the embedded model's codec, a few clips at a time; the first picture is shown twice, to be 1 + 4 k."""
+    codec = toy_codec()
+    decoded = []
+    for frames in frames_BFHWC.split(4):
+        video = torch.cat([frames[:, :1], frames], dim=1).movedim(-1, 2).float() / 127.5 - 1
+        latents, _ = codec.encode(video)
+        decoded.append(as_uint8(codec.decode(latents)[0][:, 1:].clamp(-1, 1)))
+    return torch.cat(decoded)
 
 
 @cache

@@ -8,6 +8,7 @@ keep an old one to fork a stream, save it, or start again with `None`.
 Shape letters: B batch, F frames, C channels, H W height and width.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
@@ -92,7 +93,7 @@ class Carry:
         return self._past[turn]
 
 
-class Codec(nn.Module):
+class Codec(nn.Module, ABC):
     """Encodes pictures in -1..1 to normalised latents (each channel about mean 0, deviation 1) and back.
 
     `encode` and `decode` take a whole clip with `state=None`, or one piece after another, each with the
@@ -134,13 +135,13 @@ class Codec(nn.Module):
         pieces = raw_BFCHW.split(self.span or raw_BFCHW.shape[1], dim=1)
         return self._through(self.decode_piece, pieces, state)
 
+    @abstractmethod
     def encode_piece(self, frames_BFCHW: Tensor, carry: Carry) -> Tensor:
         """Raw latents of one piece of video."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode_piece(self, raw_BFCHW: Tensor, carry: Carry) -> Tensor:
         """Pictures of one piece of raw latents."""
-        raise NotImplementedError
 
     def normalise(self, raw_BFCHW: Tensor) -> Tensor:
         """Raw latents on the scale the video network works on."""
