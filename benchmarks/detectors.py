@@ -11,17 +11,14 @@ import json
 import sys
 
 import torch
-from torch import Tensor
 
+from longtake.generation.stream import to_uint8
 from longtake.recipes import toy_codec
 from longtake.toy.detect import detect, detector_fingerprint, window_truth
-from longtake.toy.world import render, sample_scenes
+from longtake.toy.scenes import sample_scenes
+from longtake.toy.world import render
 
 AT_ONCE, PICTURES, SEEDS = 5, 80, {"train": 9001, "held_out": 9002}
-
-
-def as_uint8(frames_BFCHW: Tensor) -> Tensor:
-    return ((frames_BFCHW.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(2, -1)
 
 
 @torch.no_grad()
@@ -40,7 +37,7 @@ def main() -> None:
             decoded = codec.decode(codec.encode(frames)[0])[0]
             truth = window_truth(some, PICTURES, now + 1)
             for name, video in (("fresh", frames), ("codec", decoded)):
-                found = detect(as_uint8(video[:, 1:]))
+                found = detect(to_uint8(video[:, 1:]))
                 for attribute, wanted in truth.items():
                     scored = wanted >= 0
                     row = counts[name].setdefault(attribute, [0, 0])

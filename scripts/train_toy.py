@@ -15,6 +15,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,13 @@ from longtake.models.text import WordEncoder, WordEncoderConfig
 from longtake.models.wan import WanConfig, WanTransformer
 from longtake.toy import captions, world
 from longtake.toy.clips import ClipPool
+from longtake.toy.scenes import CLIP_PICTURES, HEIGHT, WIDTH, sample_scenes
 
 SHIFT = 3.0  # of the toy's levels: its latents are small
 GUIDANCE = 3.0
 TEACHER_STEPS = 32
 RENEW_EVERY = 6  # steps: painting and encoding eight new clips takes as long as a training step
 PICTURED_BLOCKS = 20  # 15 seconds
-EAGER_PAINT = world.paint
 NETWORK_ENDS = ("patch_embedding", "text_embedding", "time_", "head")  # matrices that are not hidden: AdamW's
 
 
@@ -133,6 +134,13 @@ class Run:
     def first(self) -> bool:
         return self.rank == 0
 
+    @cached_property
+    def _compiled(self) -> world.Painter:
+        return torch.compile(world.paint, dynamic=False)  # one kernel instead of hundreds, once per shape
+
+    def painter(self) -> world.Painter:
+        return self._compiled if self.device.type == "cuda" else world.paint
+
     def autocast(self) -> torch.autocast:
         # Without autocast's cache: weights cast during no_grad passes would be reused, cut from the graph.
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False)
@@ -144,10 +152,12 @@ def main() -> None:
     stage = _stage(arguments.stage, arguments.set)
     torch.manual_seed(stage.seed + rank)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if (arguments.out / "metrics.jsonl").exists():
+        raise SystemExit(f"{arguments.out} holds another run: choose an empty folder")
+    if arguments.stage == "codec" and processes > 1:
+        raise SystemExit("the codec trains in one process")
     arguments.out.mkdir(parents=True, exist_ok=True)
     run = Run(rank, processes, device, arguments.out, arguments.codec, arguments.teacher, arguments.weights)
-    if device.type == "cuda":
-        world.paint = torch.compile(world.paint, dynamic=False)  # one kernel instead of hundreds, once per shape
     began = time.time()
     spent = _TRAINERS[arguments.stage](stage, run)
     if run.first:
@@ -169,9 +179,9 @@ def train_codec(stage: CodecStage, run: Run) -> dict[str, float]:
 
     def clips() -> world.Rendering:
         seed = int(torch.randint(1 << 60, (), generator=dice))
-        scenes = world.sample_scenes(stage.batch, seed, device=run.device)
-        first = torch.randint(world.CLIP_PICTURES, (stage.batch,), generator=dice).to(run.device)
-        return world.render(scenes, stage.pictures, first)
+        scenes = sample_scenes(stage.batch, seed, device=run.device)
+        first = torch.randint(CLIP_PICTURES, (stage.batch,), generator=dice).to(run.device)
+        return world.render(scenes, stage.pictures, first, run.painter())
 
     def turn(step: int) -> dict[str, Tensor]:
         rendered = clips()
@@ -189,7 +199,7 @@ def train_codec(stage: CodecStage, run: Run) -> dict[str, float]:
             moments.append(codec.encode_moments(clips().frames_BFCHW)[0].float().transpose(1, 2).flatten(2))
     latents = torch.cat(moments).transpose(0, 1).flatten(1)
     codec.set_latent_statistics(latents.mean(1), latents.std(1))
-    recipes.save_codec(run.out, codec, {}, int8=True)
+    recipes.save_codec(run.out, codec, int8=True)
     return spent | _codec_report(_codec(run.out, run.device), run)
 
 
@@ -197,8 +207,7 @@ def train_codec(stage: CodecStage, run: Run) -> dict[str, float]:
 def _codec_report(codec: LightCodec, run: Run) -> dict[str, float]:
     """PSNR of what was saved, over everything and over the subject, with noise of 0, 0.2 and 0.5 in the latents."""
     report = {}
-    world.paint = EAGER_PAINT  # not worth compiling for one more shape
-    rendered = world.render(world.sample_scenes(16, 7, device=run.device, held_out=True), 33)
+    rendered = world.render(sample_scenes(16, 7, device=run.device, held_out=True), 33)
     latents, _ = codec.encode(rendered.frames_BFCHW)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(7)).to(latents)
     mask = rendered.mask_BFHW.unsqueeze(2)
@@ -208,7 +217,7 @@ def _codec_report(codec: LightCodec, run: Run) -> dict[str, float]:
         report[f"psnr_noise_{sigma}"] = -10 * error.mean().log10().item()
         report[f"psnr_subject_noise_{sigma}"] = -10 * ((error * mask).sum() / (3 * mask.sum())).log10().item()
         both = torch.cat([rendered.frames_BFCHW[:12, 9:10], decoded[:12, 9:10], decoded[:12, 20:21]], dim=1)
-        save_png(run.out / f"noise_{sigma}.png", contact_sheet(to_uint8(both).reshape(-1, *both.shape[3:], 3), 6))
+        save_png(run.out / f"noise_{sigma}.png", contact_sheet(to_uint8(both).flatten(0, 1).cpu().numpy(), 6))
     return report
 
 
@@ -239,7 +248,7 @@ def train_teacher(stage: TeacherStage, run: Run) -> dict[str, float]:
     spent = train([learner], turn, _budget(stage, warmup=200), run.out / "metrics.jsonl", run.device, every=100)
     learner.swap_average()
     if run.first:
-        recipes.save_network(run.out / recipes.TEACHER_FILE, text, network, {"shift": SHIFT}, int8=True)
+        recipes.save_network(run.out / recipes.TEACHER_FILE, text, network, role="teacher", shift=SHIFT, int8=True)
         _teacher_pictures(text, network, codec, run)
     return spent
 
@@ -278,7 +287,7 @@ def train_teacher_forcing(stage: TeacherForcingStage, run: Run) -> dict[str, flo
     spent = train([learner], turn, _budget(stage, warmup=50), run.out / "metrics.jsonl", run.device)
     learner.swap_average()
     if run.first:
-        recipes.save_network(run.out / recipes.NETWORK_FILE, text, network, {"shift": SHIFT}, int8=False)
+        recipes.save_network(run.out / recipes.NETWORK_FILE, text, network, role="student", shift=SHIFT, int8=False)
     return spent
 
 
@@ -315,7 +324,7 @@ def train_dmd(stage: DmdStage, run: Run) -> dict[str, float]:
             early = plan.blocks - len(by_block)
             noise = FreshNoise((stage.batch, recipe.block, *_latent_size(codec)), run.device)
             sample = rollout(
-                network, recipe.memory(network), lambda block: by_block[max(0, block - early)], noise,
+                recipe.schedule, network, recipe.memory(network), lambda block: by_block[max(0, block - early)], noise,
                 recipe.levels(SHIFT)[: plan.exit + 1], blocks=plan.blocks, learning=len(by_block),
             ).float()  # fmt: skip
             guided = dmd.guided_estimate(
@@ -333,7 +342,7 @@ def train_dmd(stage: DmdStage, run: Run) -> dict[str, float]:
     spent = train([student, judge], turn, _budget(stage, warmup=20), run.out / "metrics.jsonl", run.device, every=25)
     student.swap_average()
     if run.first:
-        recipes.save_network(run.out / recipes.NETWORK_FILE, text, network, {"shift": SHIFT}, int8=True)
+        recipes.save_network(run.out / recipes.NETWORK_FILE, text, network, role="student", shift=SHIFT, int8=True)
         for recipe in {recipe.name: recipe for recipe in shapes}.values():
             _student_pictures(text, network, codec, recipe, run)
     return spent
@@ -350,9 +359,10 @@ class _Plan:
 def _plan(structure: torch.Generator, recipe: Recipe, clip: int, most_blocks: int) -> _Plan:
     exit_step = int(torch.randint(len(recipe.steps), (), generator=structure))
     least = clip // recipe.block
-    # Half the rollouts are as long as the clip; the others learn on their last part only.
-    longer = int(torch.randint(2 * (most_blocks - least), (), generator=structure)) - (most_blocks - least)
-    return _Plan(exit_step, least + max(0, longer))
+    # Half the rollouts are as long as the clip; the others may be longer and learn on their last part only.
+    stretched = bool(torch.randint(2, (), generator=structure))
+    longer = int(torch.randint(most_blocks - least + 1, (), generator=structure))
+    return _Plan(exit_step, least + stretched * longer)
 
 
 def _prompt_of_rollout(prompt_BF: Tensor, block: int) -> Tensor:
@@ -372,6 +382,7 @@ def _student_pictures(text: WordEncoder, network: WanTransformer, codec: LightCo
         keys = network.prompt_keys(_embed(text, tokens)[:, :1])
         noise = FreshNoise((count, recipe.block, *_latent_size(codec)), run.device)
         latents = rollout(
+            recipe.schedule,
             network,
             recipe.memory(network),
             lambda block: keys,
@@ -387,9 +398,9 @@ def _strip(path: Path, codec: LightCodec, latents_BFCHW: Tensor) -> None:
     """One row a clip, eight pictures over its length."""
     rows = []
     for latents in latents_BFCHW.split(4):
-        pictures = to_uint8(codec.decode(latents.float())[0].clamp(-1, 1))
-        rows += [pictures[:, torch.linspace(4, pictures.shape[1] - 1, 8).long().tolist()]]
-    save_png(path, contact_sheet(torch.cat([torch.from_numpy(r) for r in rows]).flatten(0, 1).numpy(), 8))
+        pictures = to_uint8(codec.decode(latents.float())[0])
+        rows.append(pictures[:, torch.linspace(4, pictures.shape[1] - 1, 8).long()])
+    save_png(path, contact_sheet(torch.cat(rows).flatten(0, 1).cpu().numpy(), 8))
 
 
 def _codec(folder: Path, device: torch.device) -> LightCodec:
@@ -397,15 +408,15 @@ def _codec(folder: Path, device: torch.device) -> LightCodec:
 
 
 def _pool(codec: LightCodec, size: int, seed: int, run: Run) -> ClipPool:
-    return ClipPool(codec, size, seed * 1000 + run.rank, run.device)
+    return ClipPool(codec, size, seed * 1000 + run.rank, run.device, run.painter())
 
 
 def _latent_size(codec: LightCodec) -> tuple[int, int, int]:
-    return codec.latent_channels, world.HEIGHT // codec.spatial_factor, world.WIDTH // codec.spatial_factor
+    return codec.latent_channels, HEIGHT // codec.spatial_factor, WIDTH // codec.spatial_factor
 
 
 def _held_out_tokens(count: int, run: Run) -> Tensor:
-    scenes = world.sample_scenes(count, 11, held_out=True, changes=0.0)
+    scenes = sample_scenes(count, 11, held_out=True, changes=0.0)
     return captions.caption_tokens(scenes, 11).to(run.device)
 
 

@@ -245,7 +245,7 @@ def test_bench_in_words(engine, capsys):
     assert "best of 2" in capsys.readouterr().out
 
 
-SCORES = {"recipe": "truth", "at": {"5": {"subject": 0.5, "colour": 1.0}}}
+SCORES = {"recipe": "truth", "at": {"5": {"subject": 0.5, "colour": 1.0, "place": None}}}
 
 
 @pytest.fixture
@@ -253,11 +253,11 @@ def scorer(monkeypatch) -> list:
     """Stands for the toy world's judge; holds what it was asked."""
     asked = []
 
-    def evaluate_toy(recipe, prompts, *, seeds, at):
-        asked.append((recipe, prompts, seeds, at))
-        return SCORES
+    def evaluate_toy(recipes, engine_of, *, prompts, prompt_file, seeds, at, sources, progress):
+        asked.append((recipes, prompts, prompt_file, seeds, at, sorted(sources)))
+        return [SCORES] * len(recipes)
 
-    judge = SimpleNamespace(evaluate_toy=evaluate_toy)
+    judge = SimpleNamespace(evaluate_toy=evaluate_toy, codec_source=lambda codec: codec)
     monkeypatch.setitem(sys.modules, "longtake.evaluation.toy", judge)
     monkeypatch.setattr(longtake.evaluation, "toy", judge, raising=False)
     return asked
@@ -267,14 +267,14 @@ def test_evaluate_gives_one_object_a_recipe(scorer, capsys):
     arguments = "evaluate toy --recipe truth codec --prompts 3 --seeds 4 --at 5 60 --json"
     assert main(arguments.split()) == 0
     assert json.loads(capsys.readouterr().out) == [SCORES, SCORES]
-    assert scorer == [("truth", 3, 4, (5, 60)), ("codec", 3, 4, (5, 60))]
+    assert scorer == [(("truth", "codec"), 3, None, 4, (5, 60), ["codec"])]
 
 
 def test_evaluate_reads_captions_from_a_file(scorer, capsys, tmp_path):
-    (tmp_path / "captions.txt").write_text("a red ball\n\n a cat \n")
-    assert main(["evaluate", "toy", "--prompt-file", str(tmp_path / "captions.txt")]) == 0
-    assert scorer == [("self_forcing_sink", ["a red ball", "a cat"], 2, (5,))]
-    assert capsys.readouterr().out == "truth at 5 s: subject 0.50, colour 1.00\n"
+    path = tmp_path / "captions.txt"
+    assert main(["evaluate", "toy", "--prompt-file", str(path)]) == 0
+    assert [(asked[0], asked[2]) for asked in scorer] == [(("self_forcing_sink",), path)]
+    assert capsys.readouterr().out == "truth at 5 s: subject 0.50, colour 1.00, place -\n"
 
 
 def test_models_lists_what_runs(capsys):

@@ -8,7 +8,7 @@ import torch
 
 import longtake
 from longtake import recipes
-from longtake.toy.world import HEIGHT, RATE, WIDTH
+from longtake.toy.scenes import HEIGHT, RATE, WIDTH
 
 
 def engine(model="toy", recipe="self_forcing_sink", dtype=torch.float32):
@@ -50,6 +50,29 @@ def test_a_name_a_folder_and_a_file_load_the_same_network(tmp_path: Path) -> Non
 def test_unknown_names_are_refused_with_the_nearest_ones(model: str, recipe: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         longtake.load(model, recipe=recipe)
+
+
+def test_devices_that_are_not_here_are_refused() -> None:
+    for device in ("nonsense", "meta", *(() if torch.cuda.is_available() else ("cuda",))):
+        with pytest.raises(ValueError, match="cannot compute on device"):
+            longtake.load("toy", recipe="self_forcing", device=device)
+
+
+def test_a_folder_of_the_models_name_does_not_hide_it(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "toy").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert engine("toy").model_name == "toy"
+    with pytest.raises(ValueError, match="no weights at"):
+        engine("./toy")
+
+
+def test_weights_of_another_kind_are_refused() -> None:
+    with pytest.raises(ValueError, match="holds a teacher, which cannot stream"):
+        engine(recipes.packaged(recipes.TEACHER_FILE))
+    with pytest.raises(ValueError, match="does not hold a network"):
+        engine(recipes.packaged(recipes.CODEC_FILE))
+    with pytest.raises(ValueError, match="does not hold a codec"):
+        recipes.load_codec([recipes.packaged(recipes.NETWORK_FILE)], torch.device("cpu"))
 
 
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:

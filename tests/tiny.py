@@ -1,11 +1,16 @@
 """Random networks small enough for tests: the same classes as the real ones."""
 
+from collections.abc import Sequence
+
 import torch
 
 from longtake.generation.noise import SeededNoise
+from longtake.generation.stream import Engine
 from longtake.memory.stream_memory import MemoryShape, StreamMemory
 from longtake.memory.window import WindowShape
+from longtake.models.light_codec import LightCodec, LightCodecConfig
 from longtake.models.wan import PromptKeys, WanConfig, WanTransformer
+from longtake.recipes import self_forcing_sink
 
 BLOCK = 3
 LATENTS = (BLOCK, 4, 4, 6)  # frames, channels, height, width of a block
@@ -31,6 +36,37 @@ def prompt(made: WanTransformer, batch: int = 1, seed: int = 1) -> PromptKeys:
 
 def noise(*seeds: int) -> SeededNoise:
     return SeededNoise(seeds, LATENTS, "cpu", torch.float64)
+
+
+class AnyText:
+    """A text encoder that takes every prompt for the same."""
+
+    def encode(self, prompts: Sequence[str]) -> torch.Tensor:
+        return text(len(prompts))[:, 0].float()
+
+
+def engine() -> Engine:
+    """A stream's whole engine, in fp32."""
+    torch.manual_seed(3)
+    codec = LightCodec(
+        LightCodecConfig(
+            latent_channels=LATENTS[1],
+            encoder_widths=(4, 4, 4),
+            encoder_blocks=(0, 0, 0),
+            decoder_widths=(4, 4, 4),
+            decoder_blocks=(1, 1, 0),
+        )
+    )
+    return Engine(
+        model_name="tiny",
+        recipe=self_forcing_sink(),
+        text=AnyText(),
+        network=network().float().requires_grad_(False),
+        codec=codec.requires_grad_(False),
+        latent_size=LATENTS[1:],
+        frame_rate=16,
+        shift=3.0,
+    )
 
 
 def memory(made: WanTransformer, sink: int = 3, past: int = 3, ring: bool = True) -> StreamMemory:

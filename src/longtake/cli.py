@@ -136,6 +136,8 @@ def evaluate_toy(
     prompt_file: Annotated[Path | None, arg(metavar="PATH"), _one_source] = None,
     seeds: int = 2,
     at: tuple[int, ...] = (5,),
+    device: Annotated[str | None, arg(metavar="NAME")] = None,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     json: bool = False,
 ) -> int:
     """Score recipes against the toy world, where the truth is known.
@@ -146,18 +148,20 @@ def evaluate_toy(
         prompt_file: A file with one caption a line.
         seeds: Videos for each caption.
         at: Seconds at which the pictures just shown are scored.
+        device: cpu, cuda, cuda:1, ...; unless given, the best there is.
+        dtype: Precision; auto takes the fastest that is safe.
         json: Print a JSON list with one object for each recipe.
     """
     from longtake.evaluation import toy
 
     results = toy.evaluate_toy(
         recipe,
-        lambda name: _load("toy", name, None, "auto"),
+        lambda name: _load("toy", name, device, dtype),
         prompts=prompts,
         prompt_file=prompt_file,
         seeds=seeds,
         at=at,
-        sources={name: source() for name, source in _MARKS.items() if name in recipe},
+        sources={name: source(device) for name, source in _MARKS.items() if name in recipe},
         progress=_say,
     )
     print(dumps(results, indent=2) if json else _scores_in_words(results))
@@ -174,18 +178,18 @@ def models() -> int:
     return 0
 
 
-def _codec_source() -> "Source":
+def _codec_source(device: str | None) -> "Source":
     from longtake.evaluation.toy import codec_source
-    from longtake.recipes import toy_codec
+    from longtake.recipes import device_named, toy_codec
 
-    return codec_source(toy_codec())
+    return codec_source(toy_codec(device_named(device)))
 
 
-def _teacher_source() -> "Source":
+def _teacher_source(device: str | None) -> "Source":
     from longtake.evaluation.toy import clip_source
-    from longtake.recipes import toy_teacher
+    from longtake.recipes import device_named, toy_teacher
 
-    return clip_source(toy_teacher())
+    return clip_source(toy_teacher(device_named(device)))
 
 
 _MARKS = {"codec": _codec_source, "teacher": _teacher_source}  # what recipes are compared with
@@ -261,10 +265,12 @@ class LiveLine:
 
 def _free_name(prompt: str, seed: int) -> Path:
     """A file name that nobody has yet, such as `a-red-ball-bounces-42.mp4`, in the current folder."""
+    from longtake.media.mp4 import part_of
+
     words = re.findall(r"[^\W_]+", prompt.lower())
     stem = f"{'-'.join(words)[:60].strip('-') or 'video'}-{seed}"
     names = itertools.chain([f"{stem}.mp4"], (f"{stem}-{number}.mp4" for number in itertools.count(2)))
-    return next(path for path in map(Path, names) if not path.exists())
+    return next(path for path in map(Path, names) if not path.exists() and not part_of(path).exists())
 
 
 def _speed_in_words(result: dict[str, Any]) -> str:
@@ -280,7 +286,8 @@ def _speed_in_words(result: dict[str, Any]) -> str:
 
 def _scores_in_words(results: list[dict[str, Any]]) -> str:
     return "\n".join(
-        f"{result['recipe']} at {second} s: " + ", ".join(f"{name} {share:.2f}" for name, share in shares.items())
+        f"{result['recipe']} at {second} s: "
+        + ", ".join(f"{name} {'-' if share is None else f'{share:.2f}'}" for name, share in shares.items())
         for result in results
         for second, shares in result["at"].items()
     )

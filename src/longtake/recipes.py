@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longtake.flow import even_levels
 from longtake.generation.blockwise import blockwise
@@ -24,8 +24,9 @@ from longtake.generation.stream import Engine, to_uint8
 from longtake.models.light_codec import LightCodec, LightCodecConfig
 from longtake.models.text import WordEncoder, WordEncoderConfig, WordText
 from longtake.models.wan import WanConfig, WanTransformer
-from longtake.models.weights import load_into, load_weights, save_weights, with_prefix
-from longtake.toy import captions, world
+from longtake.models.weights import load_into, load_weights, save_weights
+from longtake.toy import captions
+from longtake.toy.scenes import HEIGHT, RATE, WIDTH
 
 
 def self_forcing() -> Recipe:
@@ -44,6 +45,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
 }
 
 CPU = torch.device("cpu")
+BFLOAT16_GAIN = 1.2  # how many times faster it must be to be chosen
 TOY_WEIGHTS = "toy/weights"
 NETWORK_FILE = "student.safetensors"
 TEACHER_FILE = "teacher.safetensors"
@@ -55,6 +57,16 @@ MODELS: dict[tuple[str, str], str] = {
     ("toy", "self_forcing_sink"): NETWORK_FILE,
 }
 """(model, recipe) -> the network's weights. One student serves both recipes: it was distilled under both."""
+
+
+def device_named(name: str | torch.device | None) -> torch.device:
+    """The device of that name, by default the GPU if there is one. ValueError if there is no such device here."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"cannot compute on device {name!r}: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def recipe_named(name: str) -> Recipe:
@@ -76,8 +88,10 @@ def load(
     """
     chosen = recipe_named(recipe)
     network_file, codec_file = _weight_files(model, recipe)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_named(device)
     text, network, description = load_network(network_file, device)
+    if description["role"] != "student":
+        raise ValueError(f"{network_file} holds a {description['role']}, which cannot stream: name a student's weights")
     codec = load_codec([codec_file], device)
     engine = Engine(
         model_name=str(model),
@@ -86,35 +100,44 @@ def load(
         network=network,
         codec=codec,
         latent_size=_latent_size(codec),
-        frame_rate=world.RATE,
+        frame_rate=RATE,
         shift=description["shift"],
     )
-    engine.to(dtype or (torch.bfloat16 if device.type == "cuda" else _faster_dtype(engine)))
+    engine.to(dtype or (_faster_dtype(engine) if device.type == "cpu" else torch.bfloat16))
     return engine
 
 
 def load_network(path: Path, device: torch.device) -> tuple[WordEncoder, WanTransformer, dict[str, Any]]:
     """A network with its text encoder from one file, frozen and in fp32, and the file's description."""
     tensors, description = load_weights(path)
+    if missing := {"text", "network", "shift", "role"} - description.keys():
+        raise ValueError(f"{path} does not hold a network: it says nothing of {', '.join(sorted(missing))}")
     text = WordEncoder(WordEncoderConfig(**description["text"]))
     network = WanTransformer(WanConfig(**description["network"]))
-    for prefix, module in (("text", text), ("network", network)):
-        load_into(module, with_prefix(tensors, prefix), path)
+    load_into(nn.ModuleDict({"text": text, "network": network}), tensors, path)
+    for module in (text, network):
         module.requires_grad_(False).eval().to(device)
     return text, network, description
 
 
-def save_network(path: Path, text: WordEncoder, network: WanTransformer, more: dict[str, Any], *, int8: bool) -> None:
-    """Write a network with its text encoder to one file that `load_network` reads; `more` joins its description."""
+def save_network(
+    path: Path, text: WordEncoder, network: WanTransformer, *, role: str, shift: float, int8: bool
+) -> None:
+    """Write a network with its text encoder to one file that `load_network` reads.
+
+    role: teacher or student. shift: of the levels it was trained with.
+    """
     parts = {"text": text.state_dict(), "network": network.state_dict()}
     tensors = {f"{prefix}.{name}": tensor for prefix, part in parts.items() for name, tensor in part.items()}
-    description = {"text": asdict(text.config), "network": asdict(network.config)} | more
+    description = {"role": role, "shift": shift, "text": asdict(text.config), "network": asdict(network.config)}
     save_weights(path, tensors, description, int8=int8)
 
 
 def load_codec(paths: Sequence[Path], device: torch.device) -> LightCodec:
     """A light codec, frozen and in fp32, from its decoder's file alone or from both parts' (decoder first)."""
     tensors, description = load_weights(paths[0])
+    if "codec" not in description:
+        raise ValueError(f"{paths[0]} does not hold a codec")
     for path in paths[1:]:
         tensors |= load_weights(path)[0]
     codec = LightCodec(LightCodecConfig(**description["codec"]), encoder=len(paths) > 1)
@@ -122,12 +145,12 @@ def load_codec(paths: Sequence[Path], device: torch.device) -> LightCodec:
     return codec.requires_grad_(False).eval().to(device)
 
 
-def save_codec(folder: Path, codec: LightCodec, more: dict[str, Any], *, int8: bool) -> None:
+def save_codec(folder: Path, codec: LightCodec, *, int8: bool) -> None:
     """Write a light codec as two files, so that a package that only decodes can leave the encoder out."""
     tensors = codec.state_dict()
     encoder = {name: x for name, x in tensors.items() if name.startswith("encoder.")}
     decoder = {name: x for name, x in tensors.items() if name not in encoder}
-    description = {"codec": asdict(codec.config)} | more
+    description = {"codec": asdict(codec.config)}
     save_weights(folder / CODEC_FILE, decoder, description, int8=int8)
     save_weights(folder / ENCODER_FILE, encoder, description, int8=int8)
 
@@ -153,7 +176,7 @@ def toy_teacher(
         said = network.prompt_keys(words.encode(prompts)[:, None])
         nothing = network.prompt_keys(text(text.no_prompt(len(prompts)))[:, None])
         latents = sample_clip(network, noise, said, nothing, levels, guidance)
-        return torch.from_numpy(to_uint8(codec.decode(latents)[0]))
+        return to_uint8(codec.decode(latents)[0])
 
     return sample
 
@@ -167,23 +190,26 @@ def packaged(name: str) -> Path:
 
 
 def _weight_files(model: str | Path, recipe: str) -> tuple[Path, Path]:
-    path = Path(model)
+    name, path = str(model), Path(model)
+    if (name, recipe) in MODELS:  # names come first: ./toy is a folder of that name
+        return packaged(MODELS[name, recipe]), packaged(CODEC_FILE)
+    names = {name for name, _ in MODELS}
+    if name in names:
+        raise ValueError(f"model {name} has no weights for recipe {recipe}")
     if path.is_dir():
         return path / NETWORK_FILE, path / CODEC_FILE
     if path.is_file():
         beside = path.with_name(CODEC_FILE)
         return path, beside if beside.is_file() else packaged(CODEC_FILE)
-    if (str(model), recipe) not in MODELS:
-        names = {name for name, _ in MODELS}
-        if str(model) in names:
-            raise ValueError(f"model {model} has no weights for recipe {recipe}")
-        raise ValueError(f"no model, folder or file {str(model)!r}{_nearest(str(model), names)}")
-    return packaged(MODELS[str(model), recipe]), packaged(CODEC_FILE)
+    raise ValueError(f"no model, folder or file {name!r}{_nearest(name, names)}")
 
 
 @torch.no_grad()
 def _faster_dtype(engine: Engine) -> torch.dtype:
-    """float32 or bfloat16, whichever passes one block through the network sooner on this machine."""
+    """bfloat16 if it passes one block through the network clearly sooner on this machine, else float32.
+
+    Where the two are close float32 wins, so that one machine answers the same each time.
+    """
     latents = torch.zeros(1, engine.recipe.block, *engine.latent_size)
     level_BF = torch.ones(latents.shape[:2])
     seconds: dict[torch.dtype, float] = {}
@@ -197,12 +223,13 @@ def _faster_dtype(engine: Engine) -> torch.dtype:
             network(latents, level_BF, prompts, view)
             tries.append(time.perf_counter() - started)
         seconds[dtype] = min(tries)
-    return min(seconds, key=lambda dtype: seconds[dtype])
+    clearly = seconds[torch.float32] > BFLOAT16_GAIN * seconds[torch.bfloat16]
+    return torch.bfloat16 if clearly else torch.float32
 
 
 def _latent_size(codec: LightCodec) -> tuple[int, int, int]:
     """Channels, height and width of the toy world's latent frames."""
-    return codec.latent_channels, world.HEIGHT // codec.spatial_factor, world.WIDTH // codec.spatial_factor
+    return codec.latent_channels, HEIGHT // codec.spatial_factor, WIDTH // codec.spatial_factor
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ SHAPE = MemoryShape(window=WindowShape(sink=3, past=3), extent=15)
 
 def roll(made, noise, levels=tiny.LEVELS, blocks=4, learning=4) -> torch.Tensor:
     keys = made.prompt_keys(tiny.text())
-    return rollout(made, SHAPE, lambda block: keys, noise, levels, blocks=blocks, learning=learning)
+    return rollout(blockwise, made, SHAPE, lambda block: keys, noise, levels, blocks=blocks, learning=learning)
 
 
 def test_a_rollout_to_the_last_step_is_the_stream() -> None:

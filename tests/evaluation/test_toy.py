@@ -13,7 +13,7 @@ from torch import Tensor
 from longtake.evaluation import toy
 from longtake.evaluation.toy import Tally
 from longtake.toy.captions import parse
-from longtake.toy.world import ATTRIBUTES, held_out_combinations
+from longtake.toy.scenes import ATTRIBUTES, held_out_combinations
 
 PROMPTS = ("a red ball bounces over green hills at night", "a blue cat stands still on a beach")
 

@@ -1,5 +1,6 @@
 """The laws of a stream, on a tiny random network."""
 
+import gc
 import statistics
 import time
 from itertools import islice
@@ -90,22 +91,33 @@ def test_a_prompt_is_asked_for_once_a_block_and_holds_for_all_of_it() -> None:
 
 
 def test_nothing_grows_over_two_thousand_blocks() -> None:
-    """Constant memory and latency; the books right; no position ever reaches the end of anything."""
-    made = tiny.network().float()
-    memory = tiny.memory(made)
-    prompt = made.prompt_keys(tiny.text().float())
-    noise = tiny.noise(7)
-    blocks = blockwise(made, memory, lambda _: prompt, lambda b, s: noise(b, s).float(), tiny.LEVELS)
-    seconds, sizes = [], []
-    for _ in range(2000):
-        started = time.thread_time()
-        clean = next(blocks)
-        seconds.append(time.thread_time() - started)
-        sizes.append(memory.nbytes())
-    memory.audit()
-    assert torch.isfinite(clean).all()
-    assert len(set(sizes[2:])) == 1
+    """Through a whole stream, codec included: as many live tensors, bytes and seconds late as early on."""
+    with tiny.engine().stream("anything", seed=7) as stream:
+        seconds, held = [], []
+        for block in range(2000):
+            started = time.thread_time()
+            frames = next(stream).frames
+            seconds.append(time.thread_time() - started)
+            if block in (200, 1999):
+                held.append(live_tensors())
+    assert len(frames) == 12 and frames.std() > 0
+    assert held[0] == held[1]
     assert statistics.median(seconds[-500:]) < 1.5 * statistics.median(seconds[100:600])
+
+
+def live_tensors() -> tuple[int, int]:
+    """How many tensors are alive, and their bytes."""
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+    return len(tensors), sum(x.nbytes for x in tensors)
+
+
+def test_a_long_stream_keeps_its_books() -> None:
+    made = tiny.network()
+    memory = tiny.memory(made)
+    take(stream(made, 7, memory=memory), 50)
+    memory.audit()
+    assert memory.frames == 150 and memory.blocks == 50
 
 
 def test_every_block_reads_sink_and_past_at_capped_positions() -> None:

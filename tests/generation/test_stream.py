@@ -1,6 +1,9 @@
 """The embedded model's streams, as a user meets them."""
 
+from dataclasses import replace
 from itertools import islice
+from unittest.mock import patch
+from weakref import ref
 
 import numpy as np
 import pytest
@@ -79,11 +82,32 @@ def test_prompts_that_cannot_be_read_are_refused(engine) -> None:
         engine.stream("a red ball " * 30)
 
 
-def test_a_closed_stream_says_so(engine) -> None:
-    with engine.stream(PROMPT) as stream:
+def test_a_closed_stream_says_so_and_lets_go_of_its_memory(engine) -> None:
+    made = []
+    schedule = engine.recipe.schedule
+    spying = replace(engine, recipe=replace(engine.recipe, schedule=lambda *a: made.append(ref(a[1])) or schedule(*a)))
+    with spying.stream(PROMPT) as stream:
         next(stream)
+        assert made[0]() is not None
+    assert made[0]() is None
     with pytest.raises(RuntimeError, match="closed"):
         next(stream)
+
+
+def test_a_stream_that_failed_does_not_end_as_if_it_were_complete(engine) -> None:
+    stream = engine.stream(PROMPT)
+    next(stream)
+    with patch.object(type(engine.codec), "decode", side_effect=MemoryError), pytest.raises(MemoryError):
+        next(stream)
+    with pytest.raises(RuntimeError, match="failed"):
+        next(stream)
+
+
+def test_a_seed_may_be_drawn(engine) -> None:
+    one, two = engine.stream(PROMPT, seed=-1), engine.stream(PROMPT, seed=-1)
+    assert one.seed >= 0 and one.seed != two.seed
+    with pytest.raises(ValueError, match="seed"):
+        engine.stream(PROMPT, seed=-2)
 
 
 def test_the_picture_follows_the_prompt(engine) -> None:

@@ -7,7 +7,7 @@ import av
 import numpy as np
 import pytest
 
-from longtake.media.mp4 import Mp4Writer, read_frames
+from longtake.media.mp4 import Mp4Writer, part_of, read_frames
 
 WIDTH, HEIGHT, RATE = 64, 48, 16
 
@@ -133,3 +133,11 @@ except OSError as error:
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "File too large" in done.stdout
     assert len(read_frames(tmp_path / "out.mp4")) >= RATE
+
+
+def test_what_a_killed_writer_left_is_not_overwritten(tmp_path):
+    left = part_of(tmp_path / "out.mp4")
+    left.write_bytes(b"pictures that play")
+    with pytest.raises(FileExistsError, match="move it away first"):
+        Mp4Writer(tmp_path / "out.mp4", 16, 16, 8)
+    assert left.read_bytes() == b"pictures that play"

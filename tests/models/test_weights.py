@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from longtake.models.weights import load_into, load_weights, save_weights, with_prefix
+from longtake.models.weights import load_into, load_weights, save_weights
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -69,7 +69,3 @@ def test_leftovers_gaps_and_misfits_are_named() -> None:
         load_into(module, fitting | {"extra": torch.zeros(1)}, source)
     with pytest.raises(ValueError, match=r"1 missing \(bias\); 1 of another shape \(weight\)"):
         load_into(module, {"weight": torch.zeros(6, 5)}, source)
-
-
-def test_prefixes_are_whole_words() -> None:
-    assert with_prefix({"text.a": torch.zeros(1), "texture.b": torch.zeros(1)}, "text").keys() == {"a"}

@@ -1,7 +1,7 @@
 """One file of numerical test vectors: its description, weights, inputs, and outputs to compare with."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ class Fixture:
     weights: dict[str, Tensor]
     inputs: dict[str, Tensor]
     outputs: dict[str, Tensor]
+    compared: set[str] = field(default_factory=set)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -26,6 +27,7 @@ class Fixture:
     def compare(self, name: str, got: Tensor) -> None:
         """Assert that an output agrees within the file's tolerance; whole numbers must be equal."""
         expected = self.outputs[name]
+        self.compared.add(name)
         assert got.shape == expected.shape, f"{name}: shape {tuple(got.shape)}, expected {tuple(expected.shape)}"
         if not expected.is_floating_point():
             assert torch.equal(got.to(expected.dtype), expected), f"{name} differs"

@@ -51,7 +51,10 @@ def test_file(path: Path) -> None:
     if kind in NOT_YET:
         pytest.skip(NOT_YET[kind])
     assert kind in CHECKS, f"{path.name}: no check for kind {kind!r}"
-    CHECKS[kind](read_fixture(path))
+    fixture = read_fixture(path)
+    CHECKS[kind](fixture)
+    missed = sorted(fixture.outputs.keys() - fixture.compared)
+    assert not missed, f"{path.name}: outputs that nothing was compared with: {missed}"
 
 
 def test_no_kind_is_both_checked_and_postponed() -> None:

@@ -8,12 +8,23 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longtake.toy import captions, world
+from longtake.toy import captions
 from longtake.toy.captions import TEXT_LENGTH, VOCABULARY, caption_tokens, describe, encode, parse
+from longtake.toy.scenes import (
+    ATTRIBUTES,
+    CHANGEABLE,
+    LANDMARK_COLOURS,
+    LANDMARKS,
+    SUBJECTS,
+    TIMES,
+    Scenes,
+    held_out_combinations,
+    sample_scenes,
+)
 
-ALWAYS = {"subject": st.sampled_from(world.SUBJECTS)}
-SOMETIMES = {name: st.sampled_from(world.ATTRIBUTES[name]) for name in captions.PHRASES if name != "subject"}
-LANDMARK = st.sampled_from(world.LANDMARKS), st.sampled_from(world.LANDMARK_COLOURS)
+ALWAYS = {"subject": st.sampled_from(SUBJECTS)}
+SOMETIMES = {name: st.sampled_from(ATTRIBUTES[name]) for name in captions.PHRASES if name != "subject"}
+LANDMARK = st.sampled_from(LANDMARKS), st.sampled_from(LANDMARK_COLOURS)
 
 
 @st.composite
@@ -69,7 +80,7 @@ def test_one_long_sentence_says_it_all() -> None:
 
 
 def test_articles_are_right() -> None:
-    texts = [text for pair in captions.captions(world.sample_scenes(500, 1), 1) for text in pair]
+    texts = [text for pair in captions.captions(sample_scenes(500, 1), 1) for text in pair]
     for words in (text.split() for text in texts):
         for article, following in pairwise(words):
             if article in ("a", "an"):
@@ -79,12 +90,12 @@ def test_articles_are_right() -> None:
 def test_the_vocabulary_is_small_lower_case_and_used() -> None:
     assert len(VOCABULARY) == len(set(VOCABULARY)) < 200
     assert all(word == word.lower() for word in VOCABULARY)
-    used = caption_tokens(world.sample_scenes(4000, 2, changes=0.6), 2).flatten().tolist()
+    used = caption_tokens(sample_scenes(4000, 2, changes=0.6), 2).flatten().tolist()
     assert sorted(set(used)) == list(range(len(VOCABULARY))), "every word is learned in training"
 
 
 def test_tokens_and_texts_are_the_same_captions() -> None:
-    scenes = world.sample_scenes(60, 4, changes=0.5)
+    scenes = sample_scenes(60, 4, changes=0.5)
     tokens = caption_tokens(scenes, 9)
     assert tokens.shape == (60, 2, TEXT_LENGTH) and tokens.dtype == torch.int64
     for row, texts in zip(tokens, captions.captions(scenes, 9), strict=True):
@@ -94,17 +105,14 @@ def test_tokens_and_texts_are_the_same_captions() -> None:
     assert not torch.equal(tokens, caption_tokens(scenes, 10))
 
 
-def names(scenes: world.Scenes, row: int, side: int) -> dict[str, str]:
+def names(scenes: Scenes, row: int, side: int) -> dict[str, str]:
     """A scene's attributes by name, before (side 0) or after (1)."""
-    values = {name: getattr(scenes, name)[row] for name in world.ATTRIBUTES}
-    return {
-        name: world.ATTRIBUTES[name][int(value[side] if name in world.CHANGEABLE else value)]
-        for name, value in values.items()
-    }
+    values = {name: getattr(scenes, name)[row] for name in ATTRIBUTES}
+    return {name: ATTRIBUTES[name][int(value[side] if name in CHANGEABLE else value)] for name, value in values.items()}
 
 
 def test_captions_tell_the_truth_and_name_what_changes() -> None:
-    scenes = world.sample_scenes(300, 6, changes=0.5)
+    scenes = sample_scenes(300, 6, changes=0.5)
     for row, (before, after) in enumerate(captions.captions(scenes, 3)):
         old, new = names(scenes, row, 0), names(scenes, row, 1)
         assert parse(before).items() <= old.items()
@@ -115,14 +123,14 @@ def test_captions_tell_the_truth_and_name_what_changes() -> None:
 
 
 def test_short_prompts_mean_a_clear_day() -> None:
-    scenes = world.sample_scenes(3000, 8, changes=0.0)
+    scenes = sample_scenes(3000, 8, changes=0.0)
     silent = [row for row, (text, _) in enumerate(captions.captions(scenes, 0)) if "time" not in parse(text)]
-    assert (scenes.time[silent, 0] == world.TIMES.index("day")).float().mean() > 0.7
+    assert (scenes.time[silent, 0] == TIMES.index("day")).float().mean() > 0.7
 
 
 def test_training_captions_never_name_a_held_out_combination() -> None:
-    held_out = world.held_out_combinations()
-    for before, after in captions.captions(world.sample_scenes(1500, 5, changes=0.5), 5):
+    held_out = held_out_combinations()
+    for before, after in captions.captions(sample_scenes(1500, 5, changes=0.5), 5):
         known = parse(before)
         for said in (known, known | parse(after)):
             assert (said["subject"], said.get("colour"), said.get("place")) not in held_out

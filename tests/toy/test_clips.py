@@ -3,7 +3,8 @@ import torch
 from longtake.models.light_codec import LightCodec, LightCodecConfig
 from longtake.toy.captions import TEXT_LENGTH
 from longtake.toy.clips import ClipPool, prompt_of_frames, subject_share
-from longtake.toy.world import Rendering, make_scene
+from longtake.toy.scenes import make_scene
+from longtake.toy.world import Rendering
 
 SMALL = LightCodecConfig(
     encoder_widths=(4, 4, 4), encoder_blocks=(1, 0, 0), decoder_widths=(4, 4, 4), decoder_blocks=(0, 0, 0)

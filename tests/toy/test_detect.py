@@ -8,10 +8,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nn
 
+from longtake.generation.stream import to_uint8
 from longtake.recipes import toy_codec
-from longtake.toy import world
 from longtake.toy.detect import Detections, detect, detector_fingerprint, frozen_fingerprint, window_truth
-from longtake.toy.world import Scenes, make_scene, sample_scenes
+from longtake.toy.palettes import look
+from longtake.toy.poses import Pose, pose
+from longtake.toy.scenes import (
+    COLOURS,
+    HEIGHT,
+    MOTIONS,
+    SUBJECTS,
+    TIMES,
+    UNIFORMS,
+    WEATHERS,
+    WIDTH,
+    Scenes,
+    make_scene,
+    sample_scenes,
+)
+from longtake.toy.truth import truth
+from longtake.toy.world import paint, render
 
 CLIPS = 10  # of the training sampler, and as many held-out ones
 ATTRIBUTES = (
@@ -29,10 +45,6 @@ ATTRIBUTES = (
 MOST_WRONG = 1  # of these clips, for each attribute; larger samples stand in the records
 
 
-def as_uint8(frames_BFCHW: Tensor) -> Tensor:
-    return ((frames_BFCHW + 1) * 127.5).round().to(torch.uint8).movedim(2, -1)
-
-
 @torch.no_grad()
 def lossy(frames_BFHWC: Tensor) -> Tensor:
     """Through the embedded model's codec, a few clips at a time; the first picture is shown twice, to be 1 + 4 k."""
@@ -41,7 +53,7 @@ def lossy(frames_BFHWC: Tensor) -> Tensor:
     for frames in frames_BFHWC.split(4):
         video = torch.cat([frames[:, :1], frames], dim=1).movedim(-1, 2).float() / 127.5 - 1
         latents, _ = codec.encode(video)
-        decoded.append(as_uint8(codec.decode(latents)[0][:, 1:].clamp(-1, 1)))
+        decoded.append(to_uint8(codec.decode(latents)[0][:, 1:]))
     return torch.cat(decoded)
 
 
@@ -56,7 +68,7 @@ def sampled() -> tuple[Scenes, Tensor]:
 @cache
 def sampled_clips() -> Tensor:
     scenes, first = sampled()
-    return as_uint8(world.render(scenes, 80, first).frames_BFCHW)
+    return to_uint8(render(scenes, 80, first).frames_BFCHW)
 
 
 @cache
@@ -81,7 +93,7 @@ def test_attributes_are_read_off_pictures(attribute: str, through_codec: bool) -
 
 def test_position_is_right_to_a_few_pixels() -> None:
     scenes, first = sampled()
-    true, found = world.truth(scenes, 80, first), found_in_samples(False)
+    true, found = truth(scenes, 80, first), found_in_samples(False)
     clear = (true.visible > 0.95) & ~found.x.isnan()
     assert clear.sum() > 0.85 * (true.visible > 0.95).sum()
     error = torch.hypot(found.x - true.x, found.y - true.y)[clear]
@@ -106,25 +118,25 @@ def planted_scenes(motion: str = "flies") -> Scenes:
         make_scene(
             seed=number,
             subject=subject,
-            colour=world.COLOURS[-1 - number],
+            colour=COLOURS[-1 - number],
             place=PLACES[number],
             landmark=LANDMARKS[number],
-            time=world.TIMES[number % 3],
-            weather=world.WEATHERS[number // 3],
+            time=TIMES[number % 3],
+            weather=WEATHERS[number // 3],
             motion=motion,
             camera="still",
             landmark_front=number % 2 == 0,
         )
-        for number, subject in enumerate(world.SUBJECTS)
+        for number, subject in enumerate(SUBJECTS)
     ]
     return Scenes(**{name: torch.cat([getattr(scene, name) for scene in scenes]) for name in vars(scenes[0])})
 
 
 def drawn(scenes: Scenes, pictures: int = 32, shift: float = 0.0) -> tuple[Tensor, Tensor]:
     """Pictures with the subject moved aside, and its mask [B, F, 1, H, W]."""
-    where = world.pose(scenes, pictures)
-    moved = world.Pose(*(value.reshape(-1) for value in where._replace(x=where.x + shift)))
-    frames, mask = world.paint(moved, world.look(scenes, pictures))
+    where = pose(scenes, pictures)
+    moved = Pose(*(value.reshape(-1) for value in where._replace(x=where.x + shift)))
+    frames, mask = paint(moved, look(scenes, pictures))
     return frames.unflatten(0, (-1, pictures)), mask.unflatten(0, (-1, pictures))[:, :, None]
 
 
@@ -138,7 +150,7 @@ def blurred(frames_BFCHW: Tensor, spread: float) -> Tensor:
 
 def test_a_missing_subject_is_not_found() -> None:
     frames, _ = drawn(planted_scenes(), shift=1000.0)
-    found = detect(as_uint8(frames))
+    found = detect(to_uint8(frames))
     assert (found.subject == -1).all() and (found.colour == -1).all() and (found.motion == -1).all()
     assert (found.count == 0).all() and found.x.isnan().all()
 
@@ -146,36 +158,36 @@ def test_a_missing_subject_is_not_found() -> None:
 def test_a_blurred_subject_is_not_accepted() -> None:
     frames, mask = drawn(planted_scenes())
     area = nn.max_pool2d(mask.flatten(0, 1), 9, 1, 4).unflatten(0, mask.shape[:2])
-    found = detect(as_uint8(torch.lerp(frames, blurred(frames, 4.0), area)))
+    found = detect(to_uint8(torch.lerp(frames, blurred(frames, 4.0), area)))
     assert (found.subject == -1).all() and (found.count == 0).all()
 
 
-@pytest.mark.parametrize("motion", world.MOTIONS)
+@pytest.mark.parametrize("motion", MOTIONS)
 def test_a_frozen_video_shows_no_motion(motion: str) -> None:
     frames, _ = drawn(planted_scenes(motion), pictures=1)
-    assert (detect(as_uint8(frames.expand(-1, 32, -1, -1, -1))).motion == -1).all()
+    assert (detect(to_uint8(frames.expand(-1, 32, -1, -1, -1))).motion == -1).all()
 
 
 def test_two_subjects_are_counted() -> None:
     scenes = replace(planted_scenes("stands still"), landmark_x=torch.full((8,), -60.0))
-    scenes.uniforms[:, world.UNIFORMS.index("start")] = 0.1
+    scenes.uniforms[:, UNIFORMS.index("start")] = 0.1
     frames, _ = drawn(scenes)
     twins, mask = drawn(scenes, shift=80.0)
-    found = detect(as_uint8(torch.lerp(frames, twins, mask)))
+    found = detect(to_uint8(torch.lerp(frames, twins, mask)))
     assert (found.count == 2).sum() >= 7
 
 
 def test_wrong_kind_and_colour_are_told_apart() -> None:
     """What is drawn is what is found, so that no other claim is accepted."""
     scenes = planted_scenes()
-    found = detect(as_uint8(drawn(scenes)[0]))
+    found = detect(to_uint8(drawn(scenes)[0]))
     assert ((found.subject == scenes.subject) | (found.subject == -1)).all()
     assert ((found.colour == scenes.colour[:, 0]) | (found.colour == -1)).all()
     assert (found.subject >= 0).sum() >= 7
 
 
 def test_noise_shows_nothing() -> None:
-    frames = torch.randint(0, 256, (2, 16, world.HEIGHT, world.WIDTH, 3), dtype=torch.uint8)
+    frames = torch.randint(0, 256, (2, 16, HEIGHT, WIDTH, 3), dtype=torch.uint8)
     found = detect(frames)
     for attribute in ("subject", "colour", "place", "time", "weather", "motion", "landmark", "landmark_colour"):
         assert (getattr(found, attribute) == -1).all(), attribute
@@ -192,7 +204,7 @@ def test_clips_of_a_batch_do_not_depend_on_each_other() -> None:
 
 def test_what_is_not_a_clip_is_refused() -> None:
     with pytest.raises(ValueError, match="16 or more"):
-        detect(torch.zeros(1, 8, world.HEIGHT, world.WIDTH, 3, dtype=torch.uint8))
+        detect(torch.zeros(1, 8, HEIGHT, WIDTH, 3, dtype=torch.uint8))
 
 
 def test_the_detectors_are_the_frozen_ones() -> None:

@@ -6,17 +6,39 @@ import pytest
 import torch
 from torch import Tensor
 
-from longtake.toy import world
-from longtake.toy.world import RATE, make_scene, render, sample_scenes, truth
+from longtake.toy.clock import FADE_SECONDS
+from longtake.toy.landscape import FAR, MIDDLE, NEAR, PERIOD, Layer
+from longtake.toy.palettes import BODY, SUBJECT_LIGHT
+from longtake.toy.poses import pose
+from longtake.toy.scenes import (
+    CLIP_PICTURES,
+    COLOURS,
+    HEIGHT,
+    MOTIONS,
+    PLACES,
+    RATE,
+    SUBJECTS,
+    SWEEP_SECONDS,
+    TIMES,
+    UNIFORMS,
+    WIDTH,
+    Scenes,
+    held_out_combinations,
+    make_scene,
+    sample_scenes,
+)
+from longtake.toy.shapes import silhouette
+from longtake.toy.truth import truth
+from longtake.toy.world import render
 
 TEN_HOURS = 10 * 3600 * RATE
 
 
-def combinations(scenes: world.Scenes) -> set[tuple[str, str, str]]:
+def combinations(scenes: Scenes) -> set[tuple[str, str, str]]:
     """The subject, colour and place of every scene, before and after."""
     rows = [(scenes.subject, scenes.colour[:, side], scenes.place[:, side]) for side in (0, 1)]
     numbers = torch.cat([torch.stack(row, 1) for row in rows]).tolist()
-    return {(world.SUBJECTS[s], world.COLOURS[c], world.PLACES[p]) for s, c, p in numbers}
+    return {(SUBJECTS[s], COLOURS[c], PLACES[p]) for s, c, p in numbers}
 
 
 def test_sampling_is_repeatable() -> None:
@@ -34,8 +56,8 @@ def test_scenes_are_sliced_and_moved() -> None:
 
 def test_pictures_have_their_shape_and_range() -> None:
     frames, mask = render(sample_scenes(3, 1), 4)
-    assert frames.shape == (3, 4, 3, world.HEIGHT, world.WIDTH) and frames.dtype == torch.float32
-    assert mask.shape == (3, 4, world.HEIGHT, world.WIDTH)
+    assert frames.shape == (3, 4, 3, HEIGHT, WIDTH) and frames.dtype == torch.float32
+    assert mask.shape == (3, 4, HEIGHT, WIDTH)
     assert frames.isfinite().all() and frames.min() >= -1 and frames.max() <= 1
     assert mask.min() >= 0 and mask.max() <= 1
 
@@ -56,21 +78,21 @@ def returns(share: Tensor) -> Tensor:
 
 
 def test_sampled_clips_need_memory() -> None:
-    facts = truth(sample_scenes(80, 11), world.CLIP_PICTURES)
+    facts = truth(sample_scenes(80, 11), CLIP_PICTURES)
     remembered = returns(facts.visible) | returns(facts.landmark_visible)
     assert remembered.float().mean() >= 0.30
     assert (facts.visible[:, 0] > 0.7).float().mean() > 0.9, "the first picture introduces the subject"
 
 
 def test_training_and_held_out_combinations_are_apart() -> None:
-    held_out = world.held_out_combinations()
-    assert len(held_out) >= 0.1 * len(world.SUBJECTS) * len(world.COLOURS) * len(world.PLACES)
+    held_out = held_out_combinations()
+    assert len(held_out) >= 0.1 * len(SUBJECTS) * len(COLOURS) * len(PLACES)
     assert not combinations(sample_scenes(4000, 0, changes=0.5)) & held_out
     assert combinations(sample_scenes(1000, 0, held_out=True, changes=0.5)) <= held_out
 
 
 def test_training_covers_every_pair_of_subject_colour_and_place() -> None:
-    held_out = world.held_out_combinations()
+    held_out = held_out_combinations()
     for left, right in ((0, 1), (0, 2), (1, 2)):
         pairs = [(row[left], row[right]) for row in held_out]
         assert max(map(pairs.count, pairs)) <= 2, "most scenes with any two of the three remain"
@@ -87,7 +109,7 @@ def test_changes_change_something_and_only_then_differ() -> None:
 def test_a_change_fades_and_is_told() -> None:
     scene = make_scene(time="day", place="hills", change_seconds=2.0, after={"time": "night"})
     facts, frames = truth(scene, 64), render(scene, 64, 0).frames_BFCHW[0]
-    end = int((2.0 + world.FADE_SECONDS) * RATE)
+    end = int((2.0 + FADE_SECONDS) * RATE)
     assert set(facts.time[0, : 2 * RATE].tolist()) == {0} and set(facts.time[0, end:].tolist()) == {2}
     assert set(facts.time[0, 2 * RATE + 1 : end].tolist()) == {-1}
     assert set(facts.place[0].tolist()) == {0}
@@ -109,7 +131,7 @@ def test_looking_away_loses_everything_and_finds_it_again(stay: float) -> None:
     scene = make_scene(
         camera="looks away", motion="stands still", away_start=1.0, away_seconds=stay, away_every=stay + 20, seed=4
     )
-    sweep = int(world.SWEEP_SECONDS * RATE)
+    sweep = int(SWEEP_SECONDS * RATE)
     gone = truth(scene, int(stay * RATE), first=RATE + sweep)
     assert gone.visible.max() == 0 and gone.landmark_visible.max() == 0
     before, after = truth(scene, 1), truth(scene, 1, first=RATE + 2 * sweep + int(stay * RATE))
@@ -117,8 +139,8 @@ def test_looking_away_loses_everything_and_finds_it_again(stay: float) -> None:
     assert after.visible == before.visible > 0.9
 
 
-@pytest.mark.parametrize("layer", [world.FAR, world.MIDDLE, world.NEAR])
-def test_the_landscape_repeats(layer: world.Layer) -> None:
+@pytest.mark.parametrize("layer", [FAR, MIDDLE, NEAR])
+def test_the_landscape_repeats(layer: Layer) -> None:
     u = torch.arange(0, layer.period) + 0.25
     for line in layer.lines:
         torch.testing.assert_close(line(u), line(u + layer.period), rtol=0, atol=2e-3)
@@ -126,16 +148,16 @@ def test_the_landscape_repeats(layer: world.Layer) -> None:
 
 def test_a_panning_camera_brings_the_landmark_back() -> None:
     scene = make_scene(camera="pans right", motion="spins")
-    scene.uniforms[:, world.UNIFORMS.index("pan")] = 1 / 3  # 16 pixels a second
-    lap = int(world.PERIOD / 16 * RATE)
+    scene.uniforms[:, UNIFORMS.index("pan")] = 1 / 3  # 16 pixels a second
+    lap = int(PERIOD / 16 * RATE)
     now, later = truth(scene, 20), truth(scene, 20, first=lap)
     torch.testing.assert_close(now.landmark_x, later.landmark_x, rtol=0, atol=1e-2)
 
 
 def test_motion_stays_smooth_after_ten_hours() -> None:
-    for motion in world.MOTIONS:
+    for motion in MOTIONS:
         scene = make_scene(motion=motion, camera="pans left")
-        early, late = (world.pose(scene, 200, first) for first in (0, TEN_HOURS))
+        early, late = (pose(scene, 200, first) for first in (0, TEN_HOURS))
         for name in ("x", "y", "landmark_x"):
             steps = [getattr(where, name).diff().abs() for where in (early, late)]
             steps = [step[step < 100] for step in steps]  # a lap begins anew out of view
@@ -143,7 +165,7 @@ def test_motion_stays_smooth_after_ten_hours() -> None:
 
 
 def test_a_walker_keeps_its_pace_after_ten_hours() -> None:
-    where = world.pose(make_scene(motion="walks right"), 60, first=TEN_HOURS)
+    where = pose(make_scene(motion="walks right"), 60, first=TEN_HOURS)
     pace = where.x.diff()
     pace = pace[pace > 0]
     assert pace.max() - pace.min() < 1e-3
@@ -151,11 +173,11 @@ def test_a_walker_keeps_its_pace_after_ten_hours() -> None:
 
 def own_area(subject: str) -> Tensor:
     alone = make_scene(subject=subject, motion="spins", camera="still", landmark_front=False)
-    alone.uniforms[:, world.UNIFORMS.index("start")] = 0.5
+    alone.uniforms[:, UNIFORMS.index("start")] = 0.5
     return render(alone, 1).mask_BFHW.sum()
 
 
-@pytest.mark.parametrize("subject", world.SUBJECTS)
+@pytest.mark.parametrize("subject", SUBJECTS)
 def test_what_is_told_visible_is_what_the_mask_shows(subject: str) -> None:
     scene = make_scene(subject=subject, motion="walks right", camera="still", landmark="house", landmark_front=True)
     for first in (0, 20, 40, 60, 80):
@@ -167,8 +189,8 @@ def test_what_is_told_visible_is_what_the_mask_shows(subject: str) -> None:
 def test_the_centre_told_is_where_the_mask_is() -> None:
     scene = make_scene(subject="ball", motion="bounces", camera="still", landmark_front=False)
     mask, facts = render(scene, 6).mask_BFHW[0], truth(scene, 6)
-    x = torch.arange(world.WIDTH) + 0.5
-    y = torch.arange(world.HEIGHT) + 0.5
+    x = torch.arange(WIDTH) + 0.5
+    y = torch.arange(HEIGHT) + 0.5
     area = mask.sum((1, 2))
     torch.testing.assert_close((mask.sum(1) * x).sum(1) / area, facts.x[0], rtol=0, atol=0.5)
     torch.testing.assert_close((mask.sum(2) * y).sum(1) / area, facts.y[0], rtol=0, atol=0.5)
@@ -177,20 +199,20 @@ def test_the_centre_told_is_where_the_mask_is() -> None:
 def test_silhouettes_are_told_apart() -> None:
     axis = torch.linspace(-1.4, 1.4, 57)
     x, y = axis[None, :], axis[:, None]
-    masks = [world.silhouette(torch.tensor(index), x, y) < 0 for index in range(len(world.SUBJECTS))]
+    masks = [silhouette(torch.tensor(index), x, y) < 0 for index in range(len(SUBJECTS))]
     for index, mask in enumerate(masks):
         for other in masks[index + 1 :]:
             assert (mask & other).sum() / (mask | other).sum() < 0.88
 
 
 def test_the_body_has_the_colour_of_the_palette() -> None:
-    for time, light in zip(world.TIMES, world.SUBJECT_LIGHT, strict=True):
+    for time, light in zip(TIMES, SUBJECT_LIGHT, strict=True):
         scene = make_scene(
             subject="ball", colour="blue", time=time, weather="clear", motion="stands still", landmark_front=False
         )
         frames, mask = render(scene, 1)
         pixels = (frames[0, 0, :, mask[0, 0] > 0.99] + 1) / 2
-        expected = torch.tensor(world.BODY[world.COLOURS.index("blue")]) * torch.tensor(light)
+        expected = torch.tensor(BODY[COLOURS.index("blue")]) * torch.tensor(light)
         torch.testing.assert_close(pixels.median(1).values, expected, rtol=0, atol=0.06)
 
 

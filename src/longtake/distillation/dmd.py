@@ -32,7 +32,7 @@ def guided_estimate(with_prompt: Estimate, without_prompt: Estimate, weight: flo
 def matching_gradient(sample: Tensor, critic_clean: Tensor, teacher_clean: Tensor) -> Tensor:
     """Away from where the student is denser than the teacher, in steps of the remaining error (DMD, Eq. 7 and 8)."""
     size = (sample - teacher_clean).abs().mean(dim=tuple(range(1, sample.ndim)), keepdim=True)
-    return torch.nan_to_num((critic_clean - teacher_clean) / size)
+    return torch.nan_to_num((critic_clean - teacher_clean) / size, posinf=0.0, neginf=0.0)
 
 
 def matching_loss(sample_BFCHW: Tensor, teacher: Estimate, critic: Estimate, shift: float) -> Tensor:

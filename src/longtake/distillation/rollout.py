@@ -7,8 +7,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from longtake.generation.blockwise import blockwise
 from longtake.generation.noise import Noise
+from longtake.generation.recipe import Schedule
 from longtake.memory.stream_memory import MemoryShape, StreamMemory
 from longtake.models.wan import PromptKeys, WanTransformer
 
@@ -25,6 +25,7 @@ class FreshNoise:
 
 
 def rollout(
+    schedule: Schedule,
     network: WanTransformer,
     memory: MemoryShape,
     prompts: Callable[[int], PromptKeys],
@@ -40,5 +41,5 @@ def rollout(
     and what later blocks remember. No gradient passes through memory.
     """
     stream = StreamMemory(memory, network.config.layers, ring=False)
-    schedule = blockwise(network, stream, prompts, noise, levels, learns=lambda block: block >= blocks - learning)
-    return torch.cat(list(islice(schedule, blocks))[-learning:], dim=1)
+    made = schedule(network, stream, prompts, noise, levels, lambda block: block >= blocks - learning)
+    return torch.cat(list(islice(made, blocks))[-learning:], dim=1)

@@ -4,6 +4,7 @@ import platform
 import resource
 import sys
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -47,7 +48,9 @@ def bench_stream(engine: Engine, prompt: str, seconds: float, repeats: int) -> d
         "threads": torch.get_num_threads(),
         "seconds": seconds,
         "cpu": cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
+        "longtake": version("longtake"),
         "repeats": [asdict(timing) for timing in timings],
     }
 

@@ -20,10 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longtake.generation.stream import to_uint8
 from longtake.models.codec import Codec
-from longtake.toy.captions import captions, parse
+from longtake.toy.captions import captions, encode, parse
 from longtake.toy.detect import Detections, detect
-from longtake.toy.world import ATTRIBUTES, RATE, Scenes, make_scene, render, sample_scenes
+from longtake.toy.scenes import ATTRIBUTES, RATE, Scenes, make_scene, sample_scenes
+from longtake.toy.world import render
 
 FOLLOWED = ("subject", "colour", "place", "time", "weather", "motion", "camera")
 WINDOW_SECONDS = 5
@@ -86,12 +88,14 @@ def evaluate_toy(
         raise ValueError(f"evaluation needs captions and seeds, got {len(texts)} and {seeds}")
     if not at or min(at) < WINDOW_SECONDS:
         raise ValueError(f"windows of {WINDOW_SECONDS} seconds end at {WINDOW_SECONDS} or later, got {list(at)}")
+    for text in texts:
+        encode(text)  # a line that cannot be read is refused now, not after an hour
     known = {"truth": truth_source, **(sources or {})}
+    chosen = {name: known[name] if name in known else engine_source(engine_of(name)) for name in recipes}
     plan = _Plan(texts, list(range(seeds)), sorted(set(at)), progress)
     reference = _watch("reference", truth_source, plan, [REFERENCE_SEED + seed for seed in plan.seeds])
     results = []
-    for recipe in recipes:
-        source = known[recipe] if recipe in known else engine_source(engine_of(recipe))
+    for recipe, source in chosen.items():
         results.append(_table(recipe, plan, _watch(recipe, source, plan, plan.seeds), reference))
     return results
 
@@ -136,7 +140,7 @@ def codec_source(codec: Codec) -> Source:
                 frames = render(scenes, pictures, first).frames_BFCHW.to(weight)
                 latents, encoder_state = codec.encode(frames, encoder_state)
                 decoded, decoder_state = codec.decode(latents, decoder_state)
-                yield _to_uint8(decoded)
+                yield to_uint8(decoded)
 
         yield from windows(pieces(), RATE, marks)
 
@@ -198,12 +202,7 @@ def _scene_of(prompt: str, seed: int) -> Scenes:
 
 
 def _rendered(scenes: Scenes, pictures: int, first: int) -> Tensor:
-    return _to_uint8(render(scenes, pictures, first).frames_BFCHW)
-
-
-def _to_uint8(frames_BFCHW: Tensor) -> Tensor:
-    scaled = (frames_BFCHW.float().clamp(-1, 1) + 1) * 127.5
-    return scaled.round().to(torch.uint8).movedim(2, -1)
+    return to_uint8(render(scenes, pictures, first).frames_BFCHW)
 
 
 def _blocks(temporal_factor: int, pictures: int) -> Iterator[tuple[int, int]]:

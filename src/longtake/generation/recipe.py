@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor
 
@@ -11,9 +12,22 @@ from longtake.memory.stream_memory import MemoryShape, StreamMemory
 from longtake.memory.window import WindowShape
 from longtake.models.wan import PromptKeys, WanTransformer
 
-Schedule = Callable[
-    [WanTransformer, StreamMemory, Callable[[int], PromptKeys], Noise, Sequence[float]], Iterator[Tensor]
-]
+
+class Schedule(Protocol):
+    """A generator of finished latent blocks, without end; serving and training unroll the same one.
+
+    prompts: the prompt of a block by its number. learns: whether a block's last estimate keeps its graph.
+    """
+
+    def __call__(
+        self,
+        network: WanTransformer,
+        memory: StreamMemory,
+        prompts: Callable[[int], PromptKeys],
+        noise: Noise,
+        levels: Sequence[float],
+        learns: Callable[[int], bool] = ...,
+    ) -> Iterator[Tensor]: ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """A stream: prompt in, pictures out, block by block, redirected while it runs."""
 
+import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -86,8 +87,13 @@ class Engine:
         return self.network.prompt_keys(self.text.encode([prompt])[:, None].to(self.dtype))
 
     def stream(self, prompt: str, *, seed: int = 42) -> "Stream":
-        """Open an endless stream. The same seed gives the same pictures on one device and version."""
-        return Stream(self, prompt, seed)
+        """Open an endless stream. The same seed gives the same pictures on one device, version and precision.
+
+        seed: -1 draws one; `stream.seed` tells which. ValueError for other negative ones.
+        """
+        if seed < -1:
+            raise ValueError(f"a seed is a whole number from 0, or -1 to draw one, got {seed}")
+        return Stream(self, prompt, random.SystemRandom().randrange(2**31) if seed == -1 else seed)
 
 
 class Stream:
@@ -98,12 +104,11 @@ class Stream:
         self.seed = seed
         self.prompt = prompt
         self._prompt_keys = engine.prompt_keys(prompt)
-        self._memory = StreamMemory(engine.recipe.memory(engine.network), engine.network.config.layers, ring=True)
         self._codec_state: CodecState | None = None
-        self._pictures = 0
+        self._pictures = self._chunks = 0
         self._blocks: Iterator[Tensor] | None = engine.recipe.schedule(
             engine.network,
-            self._memory,
+            StreamMemory(engine.recipe.memory(engine.network), engine.network.config.layers, ring=True),
             lambda block: self._prompt_keys,
             SeededNoise([seed], (engine.recipe.block, *engine.latent_size), engine.device, torch.float32),
             engine.recipe.levels(engine.shift),
@@ -119,25 +124,33 @@ class Stream:
 
     def __next__(self) -> Chunk:
         if self._blocks is None:
-            raise RuntimeError("this stream is closed: open another one")
+            raise RuntimeError("this stream is closed, or failed: open another one")
+        try:
+            return self._next_chunk(self._blocks)
+        except BaseException:  # Ctrl-C too: half a block is in no state to go on from
+            self.close()
+            raise
+
+    def _next_chunk(self, blocks: Iterator[Tensor]) -> Chunk:
         started = time.perf_counter()
-        latents = next(self._blocks)
+        latents = next(blocks)
         self._wait()
         made = time.perf_counter()
         frames = self._decode(latents)
         decoded = time.perf_counter()
         chunk = Chunk(
             frames,
-            index=self._memory.blocks - 1,
+            index=self._chunks,
             start_seconds=self._pictures / self.engine.frame_rate,
             timings=Timings(made - started, decoded - made, decoded - started),
         )
         self._pictures += len(frames)
+        self._chunks += 1
         return chunk
 
     def close(self) -> None:
-        """Let go of everything that is held; a closed stream makes no more chunks."""
-        self._blocks = None
+        """Let go of memory and codec state; a closed stream makes no more chunks."""
+        self._blocks = self._codec_state = None  # the schedule holds the memory
 
     def __enter__(self) -> Self:
         return self
@@ -150,14 +163,15 @@ class Stream:
     @torch.no_grad()
     def _decode(self, latents_BFCHW: Tensor) -> np.ndarray:
         frames, self._codec_state = self.engine.codec.decode(latents_BFCHW.to(self.engine.dtype), self._codec_state)
-        return to_uint8(frames)[0]
+        frames_FHWC: np.ndarray = to_uint8(frames)[0].cpu().numpy()
+        return frames_FHWC
 
     def _wait(self) -> None:
         if self.engine.device.type == "cuda":
             torch.cuda.synchronize(self.engine.device)
 
 
-def to_uint8(frames_BFCHW: Tensor) -> np.ndarray:
-    """Pictures in -1..1 (values beyond are cut) as uint8 [B, F, H, W, C] on the host."""
+def to_uint8(frames_BFCHW: Tensor) -> Tensor:
+    """Pictures in -1..1 (values beyond are cut) as uint8 [B, F, H, W, C]."""
     scaled = (frames_BFCHW.float().clamp(-1, 1) + 1) * 127.5
-    return scaled.round().to(torch.uint8).permute(0, 1, 3, 4, 2).cpu().numpy()
+    return scaled.round().to(torch.uint8).movedim(2, -1)

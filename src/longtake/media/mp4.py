@@ -34,7 +34,7 @@ class Mp4Writer:
         overwrite: replace a file of that name instead of refusing.
 
     Raises:
-        FileExistsError: the file is there and `overwrite` is not set.
+        FileExistsError: the file is there and `overwrite` is not set, or another writer makes it or was killed.
         OSError: the folder is missing or cannot be written.
         ValueError: width or height is odd.
     """
@@ -48,8 +48,8 @@ class Mp4Writer:
         self.frames_written = 0
         _require_even(width, height)
         _require_free(self.path, overwrite)
-        self._part = self.path.with_suffix(".part.mp4")
-        self._part.write_bytes(b"")  # a folder that refuses it says so now, not after the first block
+        self._part = part_of(self.path)
+        _claim(self._part)  # a folder that refuses it says so now, not after the first block
         self._container = av.open(str(self._part), "w", format="mp4", options=_CONTAINER)
         self._stream: Any = self._container.add_stream("libx264", rate=frames_per_second, options=_ENCODER)
         _describe(self._stream, width, height)
@@ -110,6 +110,20 @@ def _require_free(path: Path, overwrite: bool) -> None:
         raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists already: choose another name or remove it first")
+
+
+def part_of(path: Path) -> Path:
+    """Where a video grows before it takes its name."""
+    return path.with_suffix(".part.mp4")
+
+
+def _claim(part: Path) -> None:
+    try:
+        part.open("xb").close()
+    except FileExistsError:
+        raise FileExistsError(
+            f"{part} is being written, or was left when its writer was killed (it plays): move it away first"
+        ) from None
 
 
 def _describe(stream: Any, width: int, height: int) -> None:

@@ -60,11 +60,6 @@ def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) ->
     module.load_state_dict(dict(tensors))
 
 
-def with_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose names begin with `prefix.`, without it."""
-    return {name.removeprefix(prefix + "."): x for name, x in tensors.items() if name.startswith(prefix + ".")}
-
-
 def _quantized(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():

@@ -16,14 +16,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from longtake.toy.world import (
-    ATTRIBUTES,
-    CHANGEABLE,
-    LANDMARK_COLOURS,
-    LANDMARKS,
-    TIMES,
-    Scenes,
-)
+from longtake.toy.scenes import ATTRIBUTES, CHANGEABLE, LANDMARK_COLOURS, LANDMARKS, TIMES, Scenes
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The grammar

@@ -8,7 +8,8 @@ from torch.nn import functional
 
 from longtake.models.codec import Codec
 from longtake.toy.captions import caption_tokens
-from longtake.toy.world import CLIP_PICTURES, RATE, Rendering, Scenes, render, sample_scenes
+from longtake.toy.scenes import CLIP_PICTURES, RATE, Scenes, sample_scenes
+from longtake.toy.world import Painter, Rendering, paint, render
 
 
 class LatentClips(NamedTuple):
@@ -30,8 +31,11 @@ class ClipPool:
     seed: of the scenes; processes that train together take different ones. Scenes never repeat.
     """
 
-    def __init__(self, codec: Codec, size: int, seed: int, device: torch.device, at_once: int = 8):
-        self._codec, self._seed, self._device, self._at_once = codec, seed, device, at_once
+    def __init__(
+        self, codec: Codec, size: int, seed: int, device: torch.device, painter: Painter = paint, at_once: int = 8
+    ):
+        self._codec, self._seed, self._device = codec, seed, device
+        self._painter, self._at_once = painter, at_once
         self._made = 0
         first = self._make()
         self._pool = LatentClips(*(torch.empty(size, *x.shape[1:], dtype=x.dtype, device=device) for x in first))
@@ -60,7 +64,7 @@ class ClipPool:
     def _make(self) -> LatentClips:
         seed = (self._seed << 32) + self._made
         scenes = sample_scenes(self._at_once, seed, device=self._device)
-        rendered = render(scenes, CLIP_PICTURES)
+        rendered = render(scenes, CLIP_PICTURES, painter=self._painter)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
             latents, _ = self._codec.encode(rendered.frames_BFCHW)
         return LatentClips(

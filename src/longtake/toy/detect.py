@@ -1,6 +1,6 @@
 """Exact detectors for the toy world: which attributes does a video show, and where is its subject?
 
-Everything is arithmetic on palettes, templates and tracks that follow from `world`; nothing is learned. What no
+Everything is arithmetic on palettes, templates and tracks that follow from what draws it; nothing is learned. What no
 template explains well enough is abstained from, as -1.
 
 Published numbers depend on every line here, so the sources are frozen by a hash:
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nn
 
-from longtake.toy import world
+from longtake.toy.landscape import PERIOD
 from longtake.toy.motion import is_frozen, motion_kind, read_track
 from longtake.toy.scenery import (
     ABSTAIN,
@@ -29,11 +29,14 @@ from longtake.toy.scenery import (
     read_landmark,
     read_setting,
 )
+from longtake.toy.scenes import CAMERAS, COLOURS, HEIGHT, WIDTH, Scenes
+from longtake.toy.scenes import RATE as FULL_RATE
 from longtake.toy.sightings import Sightings, sightings
 from longtake.toy.subjects import discounted, read_subject
+from longtake.toy.truth import Truth, truth
 
 STRIDE = 2  # every second picture is looked at
-RATE = world.RATE / STRIDE
+RATE = FULL_RATE / STRIDE
 ANCHOR = 4  # every fourth of these is read for its light and its landmark
 ENDING = 8  # of these, the last ones, that decide place, time and weather: one second
 FEWEST = 16  # pictures that a clip must have
@@ -41,7 +44,7 @@ FEWEST = 16  # pictures that a clip must have
 
 @dataclass(frozen=True)
 class Detections:
-    """What clips show. Indices into the tuples of `world` are int64 [B], -1 to abstain."""
+    """What clips show. Indices into the tuples of `scenes` are int64 [B], -1 to abstain."""
 
     subject: Tensor
     colour: Tensor
@@ -62,8 +65,8 @@ class Detections:
 def detect(frames_BFHWC: Tensor) -> Detections:
     """Read all attributes off clips: uint8 pictures of the toy world's size and rate, 16 of them or more."""
     clips, pictures = frames_BFHWC.shape[:2]
-    if pictures < FEWEST or frames_BFHWC.shape[2:] != (world.HEIGHT, world.WIDTH, 3):
-        expected = f"[B, {FEWEST} or more, {world.HEIGHT}, {world.WIDTH}, 3]"
+    if pictures < FEWEST or frames_BFHWC.shape[2:] != (HEIGHT, WIDTH, 3):
+        expected = f"[B, {FEWEST} or more, {HEIGHT}, {WIDTH}, 3]"
         raise ValueError(f"clips are {expected}, got {list(frames_BFHWC.shape)}")
     looked_at = frames_BFHWC[:, (pictures - 1) % STRIDE :: STRIDE].float() / 255  # the last one is among them
     steps = torch.arange(looked_at.shape[1], device=looked_at.device)
@@ -131,25 +134,25 @@ CLEARLY, PARTLY = 0.9, 0.1  # shares of a silhouette
 TURNED, UNTURNED = 60.0, 4.0  # pixels: whether a camera that looks away does so in a window; between, nothing is right
 
 
-def window_truth(scenes: world.Scenes, pictures: int, first: int | Tensor = 0) -> dict[str, Tensor]:
+def window_truth(scenes: Scenes, pictures: int, first: int | Tensor = 0) -> dict[str, Tensor]:
     """What a detector should say about pictures number `first` to `first + pictures` of scenes, by attribute: [B].
 
     -1 is what the window cannot show, and is not scored: the kind of a subject that is hidden throughout, the colour
     halfway through a change, a landmark out of view.
     """
-    true = world.truth(scenes, pictures, first)
+    true = truth(scenes, pictures, first)
     visible = true.visible > CLEARLY
-    shown = visible.sum(1) >= SEEN_SECONDS * world.RATE
-    half_second = world.RATE // 2
-    tracked = (visible[:, half_second:] & visible[:, :-half_second]).sum(1) >= TRACKED_SECONDS * world.RATE
+    shown = visible.sum(1) >= SEEN_SECONDS * FULL_RATE
+    half_second = FULL_RATE // 2
+    tracked = (visible[:, half_second:] & visible[:, :-half_second]).sum(1) >= TRACKED_SECONDS * FULL_RATE
     result = {"subject": torch.where(shown, scenes.subject, ABSTAIN)}
     result["motion"] = torch.where(shown & tracked, scenes.motion, ABSTAIN)
     result["colour"] = torch.where(shown, _majority(true.colour, visible), ABSTAIN)
     for name in ("place", "time", "weather"):
-        ending = getattr(true, name)[:, -round(SETTLED_SECONDS * world.RATE) :]
+        ending = getattr(true, name)[:, -round(SETTLED_SECONDS * FULL_RATE) :]
         result[name] = torch.where((ending == ending[:, -1:]).all(1), ending[:, -1], ABSTAIN)
     result["camera"] = _visible_camera(scenes, true)
-    landmark_shown = (true.landmark_visible > CLEARLY).sum(1) >= SEEN_SECONDS * world.RATE
+    landmark_shown = (true.landmark_visible > CLEARLY).sum(1) >= SEEN_SECONDS * FULL_RATE
     for name in ("landmark", "landmark_colour"):
         result[name] = torch.where(landmark_shown, getattr(scenes, name), ABSTAIN)
     result["count"] = torch.where(shown, 1, torch.where((true.visible < PARTLY).all(1), 0, ABSTAIN))
@@ -158,18 +161,18 @@ def window_truth(scenes: world.Scenes, pictures: int, first: int | Tensor = 0) -
 
 def _majority(colour_BF: Tensor, visible_BF: Tensor) -> Tensor:
     """The colour that most pictures with the subject show, -1 where there is none: [B]."""
-    votes = (nn.one_hot(colour_BF.clamp(min=0), len(world.COLOURS)) * (visible_BF & (colour_BF >= 0))[..., None]).sum(1)
+    votes = (nn.one_hot(colour_BF.clamp(min=0), len(COLOURS)) * (visible_BF & (colour_BF >= 0))[..., None]).sum(1)
     most, colour = votes.max(1)
     return torch.where(most >= MAJORITY * visible_BF.sum(1), colour, ABSTAIN)
 
 
-def _visible_camera(scenes: world.Scenes, true: world.Truth) -> Tensor:
+def _visible_camera(scenes: Scenes, true: Truth) -> Tensor:
     """The camera's kind as far as a window shows it: one that looks away at another time is still."""
-    half = world.PERIOD / 2
-    steps = torch.remainder(true.camera_x[:, 1:] - true.camera_x[:, :-1] + half, world.PERIOD) - half
+    half = PERIOD / 2
+    steps = torch.remainder(true.camera_x[:, 1:] - true.camera_x[:, :-1] + half, PERIOD) - half
     way = nn.pad(steps.cumsum(1), (1, 0))
     span = way.amax(1) - way.amin(1)
-    away, still = world.CAMERAS.index("looks away"), world.CAMERAS.index("still")
+    away, still = CAMERAS.index("looks away"), CAMERAS.index("still")
     seen = torch.where(span > TURNED, away, torch.where(span < UNTURNED, still, ABSTAIN))
     return torch.where(scenes.camera == away, seen, scenes.camera)
 
@@ -179,7 +182,14 @@ def _visible_camera(scenes: world.Scenes, true: world.Truth) -> Tensor:
 # ---------------------------------------------------------------------------------------------------------------------
 
 SOURCES = (
+    "scenes.py",
+    "clock.py",
+    "shapes.py",
+    "landscape.py",
+    "poses.py",
+    "palettes.py",
     "world.py",
+    "truth.py",
     "captions.py",
     "templates.py",
     "scenery.py",

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nn
 
-from longtake.toy import world
 from longtake.toy.scenery import ABSTAIN
+from longtake.toy.scenes import MOTIONS
 from longtake.toy.subjects import Subject
 
 LEAST_STEPS = 2  # pairs of pictures half a second apart
@@ -74,7 +74,7 @@ def _turning(subject: Subject, rate: float) -> tuple[Tensor, Tensor]:
 
 def motion_kind(track: Track, frozen_B: Tensor) -> Tensor:
     """The kind of motion that a track shows, [B]; what is nan fulfils no condition."""
-    bounces, walks_left, walks_right, flies, spins, stands = range(len(world.MOTIONS))
+    bounces, walks_left, walks_right, flies, spins, stands = range(len(MOTIONS))
     sure = track.steady > LEAST_STEADY
     upright, turning = sure & (track.turning == 0), sure & (track.turning != 0)
     low, high, level = track.middle > FLOOR, track.middle < AIR, track.rise < 2 * HOP

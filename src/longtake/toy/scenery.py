@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nn
 
-from longtake.toy import world
+from longtake.toy import landscape, palettes
+from longtake.toy.scenes import CAMERAS, HEIGHT, LANDMARKS, PLACES, TIMES, WEATHERS, WIDTH
 from longtake.toy.templates import Looks, landmark_templates, looks
 
 ABSTAIN = -1
@@ -19,7 +20,7 @@ ABSTAIN = -1
 # Place, time and weather
 # ---------------------------------------------------------------------------------------------------------------------
 
-ROWS, COLUMNS = slice(2, world.HEIGHT, 4), slice(3, world.WIDTH, 6)  # the pixels that are looked at
+ROWS, COLUMNS = slice(2, HEIGHT, 4), slice(3, WIDTH, 6)  # the pixels that are looked at
 COLOUR_SPREAD = 0.05  # how far a pixel may be from its layer's colour
 STRAY = 0.02  # the likelihood of pixels that belong to none: subject, landmark, clouds, drops
 LEAST_LIKELIHOOD = -3.4  # a mean below this (in logarithms; pure noise has log(STRAY) = -3.9) is no landscape of ours
@@ -60,7 +61,7 @@ def read_setting(likelihoods_BSL: Tensor, falling_B: Tensor) -> Setting:
         torch.where(best > LEAST_LIKELIHOOD, column[index], ABSTAIN)
         for column in (table.place, table.time, table.weather)
     )
-    dry = weather == world.WEATHERS.index("clear")
+    dry = weather == WEATHERS.index("clear")
     fits = dry == (falling_B < FALLING)
     soft = torch.cat([_marginals(mean), 4 * falling_B[:, None]], 1)
     return Setting(place, time, torch.where(fits, weather, ABSTAIN), soft)
@@ -68,7 +69,7 @@ def read_setting(likelihoods_BSL: Tensor, falling_B: Tensor) -> Setting:
 
 def _marginals(likelihoods_BL: Tensor) -> Tensor:
     """How likely each place, time and weather is by itself; the last of each follows from the others: [B, 9]."""
-    counts = (len(world.PLACES), len(world.TIMES), len(world.WEATHERS))
+    counts = (len(PLACES), len(TIMES), len(WEATHERS))
     chances = (likelihoods_BL / 0.1).softmax(1).unflatten(1, counts)
     by_attribute = (chances.sum((2, 3)), chances.sum((1, 3)), chances.sum((1, 2)))
     return torch.cat([chance[:, :-1] for chance in by_attribute], 1)
@@ -80,7 +81,7 @@ def best_times(likelihoods: Tensor) -> Tensor:
 
 
 def _looks(device: torch.device) -> Looks:
-    return looks(tuple(range(world.HEIGHT))[ROWS], device)
+    return looks(tuple(range(HEIGHT))[ROWS], device)
 
 
 FALLING = 0.03  # share of the upper sky that drops or flakes enter or leave from one picture to the next
@@ -125,7 +126,7 @@ def read_camera(pictures_BSHWC: Tensor, rate: float) -> Camera:
     turned = _turns(bands).cumsum(1)
     away = (turned.amax(1) - turned.amin(1)) > LEAST_TURN
     drift, flat = _drift(bands, rate)
-    still, left, right, looks_away = range(len(world.CAMERAS))
+    still, left, right, looks_away = range(len(CAMERAS))
     kind = torch.where(drift < 0, left, right)
     kind = torch.where(drift.abs() < SLOWEST_PAN, still, kind)
     kind = torch.where(flat, ABSTAIN, kind)
@@ -179,8 +180,8 @@ def _mismatch(before: Tensor, after: Tensor, shift: float) -> Tensor:
     """
     near = _difference(before, after, shift)
     upper_before, upper_after = before[..., :NEAR, :], after[..., :NEAR, :]
-    upper = torch.minimum(near[..., :NEAR, :], _difference(upper_before, upper_after, shift * world.MIDDLE.speed))
-    upper = torch.minimum(upper, _difference(upper_before, upper_after, shift * world.FAR.speed))
+    upper = torch.minimum(near[..., :NEAR, :], _difference(upper_before, upper_after, shift * landscape.MIDDLE.speed))
+    upper = torch.minimum(upper, _difference(upper_before, upper_after, shift * landscape.FAR.speed))
     beyond = math.ceil(abs(shift) / 2)  # columns that were not seen before; a column is two pixels
     seen = slice(beyond, None) if shift < 0 else slice(None, near.shape[-1] - beyond)
     return torch.cat([upper, near[..., NEAR:, :]], -2)[..., seen].mean((-2, -1))
@@ -223,7 +224,7 @@ def read_landmark(pictures_BSHWC: Tensor, times_BS: Tensor) -> LandmarkFound:
     known = best > LEAST_LANDMARK
     score, column = (part.take_along_dim(index[:, None, None], 2)[..., 0] for part in (score, column))
     seen = known[:, None] & (score > LEAST_LANDMARK)
-    kinds = len(world.LANDMARKS)
+    kinds = len(LANDMARKS)
     return LandmarkFound(
         kind=torch.where(known, index % kinds, ABSTAIN),
         colour=torch.where(known, index // kinds, ABSTAIN),
@@ -234,9 +235,9 @@ def read_landmark(pictures_BSHWC: Tensor, times_BS: Tensor) -> LandmarkFound:
 
 def _landmark_scores(pictures_BSHWC: Tensor, times_BS: Tensor) -> tuple[Tensor, Tensor]:
     """For every colour and kind, how well it fits where it fits best, and in which column: [N, colours x kinds]."""
-    light = torch.tensor(world.SUBJECT_LIGHT, device=times_BS.device)[times_BS.flatten()][:, None]
-    paint = torch.tensor(world.LANDMARK_PAINT, device=light.device) * light
-    wall = torch.tensor(world.LANDMARK_BODY, device=light.device) * light
+    light = torch.tensor(palettes.SUBJECT_LIGHT, device=times_BS.device)[times_BS.flatten()][:, None]
+    paint = torch.tensor(palettes.LANDMARK_PAINT, device=light.device) * light
+    wall = torch.tensor(palettes.LANDMARK_BODY, device=light.device) * light
     pixels = nn.avg_pool2d(pictures_BSHWC.flatten(0, 1).movedim(-1, 1), LANDMARK_PIXEL)
     table = landmark_templates(LANDMARK_PIXEL, light.device)
 

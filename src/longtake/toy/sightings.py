@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nn
 
-from longtake.toy import world
+from longtake.toy import palettes
 from longtake.toy.scenery import membership
 from longtake.toy.templates import VARIANTS, poses, subject_templates
 
@@ -60,8 +60,8 @@ class _Maps(NamedTuple):
 
 
 def _maps(pixels_NCHW: Tensor, times_N: Tensor) -> _Maps:
-    light = torch.tensor(world.SUBJECT_LIGHT, device=pixels_NCHW.device)[times_N][:, None]
-    bodies = torch.tensor(world.BODY, device=pixels_NCHW.device) * light
+    light = torch.tensor(palettes.SUBJECT_LIGHT, device=pixels_NCHW.device)[times_N][:, None]
+    bodies = torch.tensor(palettes.BODY, device=pixels_NCHW.device) * light
     brightest = pixels_NCHW.amax(1)
     return _Maps(membership(pixels_NCHW, bodies), ((DARK - brightest) / (DARK - DARKEST)).clamp(0, 1))
 

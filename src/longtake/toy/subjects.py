@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nn
 
-from longtake.toy import world
 from longtake.toy.scenery import ABSTAIN
+from longtake.toy.scenes import COLOURS, LANDMARK_COLOURS, SUBJECTS
 from longtake.toy.sightings import Sightings
 
 LEAST_MATCH = 0.28  # of the clip's kind, for a candidate to be the subject
@@ -41,7 +41,7 @@ class Subject:
 
 def discounted(found: Sightings, landmark_colour_B: Tensor, landmark_x_BS: Tensor) -> Sightings:
     """Lower the match of what may be just a part of the clip's landmark: of its colour, and where it stands."""
-    alike = [world.COLOURS.index(name) for name in world.LANDMARK_COLOURS]
+    alike = [COLOURS.index(name) for name in LANDMARK_COLOURS]
     colour = torch.tensor([*alike, ABSTAIN], device=found.x.device)[landmark_colour_B]  # no landmark is the last entry
     there = (found.x - landmark_x_BS[..., None]).abs() < LANDMARK_WIDTH  # never where x is nan
     suspect = there & (found.colour == colour[:, None, None])
@@ -66,7 +66,7 @@ def read_subject(found_BSC: Sightings) -> Subject:
 
     second = (match > SECOND_MATCH * level[:, None, None]).sum(2) > 1
     twice = (second & seen).sum(1) > SECOND_SHARE * seen.sum(1)
-    colours = _mean_where(nn.one_hot(at.colour, len(world.COLOURS)).float(), seen)
+    colours = _mean_where(nn.one_hot(at.colour, len(COLOURS)).float(), seen)
     return Subject(
         kind=torch.where(known, kind, ABSTAIN),
         colour=torch.where(known, colour, ABSTAIN),
@@ -80,7 +80,7 @@ def read_subject(found_BSC: Sightings) -> Subject:
 
 def _chosen(found: Sightings) -> tuple[Tensor, Tensor]:
     """The kind and the colour, [B] each, that together gather the most match over the pictures of a clip."""
-    kinds, colours = len(world.SUBJECTS), len(world.COLOURS)
+    kinds, colours = len(SUBJECTS), len(COLOURS)
     own = nn.one_hot(found.colour, colours)[..., None]  # [B, S, C, colours, 1]
     gain = (found.match - LEAST_MATCH).clamp(min=0)[..., None, :] * own
     index = gain.amax(2).sum(1).flatten(1).argmax(1)  # the best candidate of each picture counts, so twins do not

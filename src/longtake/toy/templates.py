@@ -1,4 +1,4 @@
-"""What the toy world looks like, as templates that pictures are compared with. All follow from `world`, none is fitted.
+"""What the toy world looks like, as templates that pictures are compared with: made from its own code, none fitted.
 
 Shapes: K subject kinds, P poses, V variants of a pose, L looks (every place at every time in every weather),
 T rows and columns of a template, Y rows of a picture. Colours are RGB from 0 to 1.
@@ -13,7 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as nn
 
-from longtake.toy import world
+from longtake.toy import shapes
+from longtake.toy.landscape import FAR, MIDDLE, NEAR, Layer
+from longtake.toy.palettes import Look, look
+from longtake.toy.poses import own_coordinates, pose
+from longtake.toy.scenes import HEIGHT, LANDMARKS, PLACES, SUBJECTS, TIMES, WEATHERS, sample_scenes
 
 RING = 5.0  # pixels outside a silhouette where its colour must not go on
 BODY, OUTLINE, FACE = 0.35, 0.55, 0.1  # how much each of these counts
@@ -62,7 +66,7 @@ def subject_templates(pixel: int, variants: bool, device: torch.device) -> Subje
     if variants:
         angle, stretch = (own.angle[:, None] + VARIANTS[:, 0]), (own.stretch[:, None] + VARIANTS[:, 1])
         own = Poses(angle, stretch, own.facing[:, None].expand_as(angle))
-    kinds = [_drawn(kind, own, pixel) for kind in range(len(world.SUBJECTS))]
+    kinds = [_drawn(kind, own, pixel) for kind in range(len(SUBJECTS))]
     return SubjectTemplates(*(torch.stack(parts).to(device) for parts in zip(*kinds, strict=True)))
 
 
@@ -87,9 +91,9 @@ class _Parts(NamedTuple):
 def _parts(kind: int, own: Poses, pixel: int) -> _Parts:
     """Draw one kind in the given poses, part by part."""
     x, y = _own_grid(own, pixel)
-    distance = world.silhouette(torch.tensor(kind), x, y) * world.SUBJECT_RADIUS
-    inside = distance < -world.OUTLINE
-    face = world.Face(*world.FACES[kind])
+    distance = shapes.silhouette(torch.tensor(kind), x, y) * shapes.SUBJECT_RADIUS
+    inside = distance < -shapes.OUTLINE
+    face = shapes.Face(*shapes.FACES[kind])
     aside, down = face.eye * 0.25, face.eye * 0.1  # pupils look ahead
     eyes = _either_eye(face, x, y) < face.eye
     pupils = _either_eye(face, x - aside, y - down) < face.eye * 0.58
@@ -97,7 +101,7 @@ def _parts(kind: int, own: Poses, pixel: int) -> _Parts:
         torch.hypot(x - face.mouth_x, y - face.mouth_y) < face.mouth + 0.08
     )
     patches, tyres = torch.zeros_like(inside), torch.zeros_like(inside)
-    for middle_x, middle_y, radius_x, radius_y, red, _, _, strength in world.PATCHES[kind]:
+    for middle_x, middle_y, radius_x, radius_y, red, _, _, strength in shapes.PATCHES[kind]:
         patch = ((x - middle_x) / radius_x) ** 2 + ((y - middle_y) / radius_y) ** 2 < 1
         patches |= patch
         if strength == 1 and red < 0.2:
@@ -117,12 +121,12 @@ def _own_grid(own: Poses, pixel: int) -> tuple[Tensor, Tensor]:
     offset = (torch.arange(steps * pixel) + 0.5) - steps * pixel / 2
     angle, stretch, facing = (value[..., None, None] for value in own)
     zero = torch.zeros_like(angle)
-    somewhere = world.pose(world.sample_scenes(1, 0), 1)
+    somewhere = pose(sample_scenes(1, 0), 1)
     at = somewhere._replace(x=zero, y=zero, angle=angle, stretch=stretch, facing=facing)
-    return world.own_coordinates(at, offset, offset[:, None])
+    return own_coordinates(at, offset, offset[:, None])
 
 
-def _either_eye(face: world.Face[float], x: Tensor, y: Tensor) -> Tensor:
+def _either_eye(face: shapes.Face[float], x: Tensor, y: Tensor) -> Tensor:
     """Distance to the nearer eye's centre."""
     return torch.minimum(torch.hypot(x - face.left_x, y - face.left_y), torch.hypot(x - face.right_x, y - face.right_y))
 
@@ -149,10 +153,10 @@ def landmark_templates(pixel: int, device: torch.device) -> LandmarkTemplates:
     half_width = 60
     steps = 2 * (half_width // pixel) + 1
     x = (torch.arange(steps * pixel) + 0.5) - steps * pixel / 2
-    y = (torch.arange(world.HEIGHT) + 0.5)[:, None]
-    kinds = torch.arange(len(world.LANDMARKS)).repeat_interleave(2)[:, None, None]
-    front = torch.arange(2.0).repeat(len(world.LANDMARKS))[:, None, None]
-    parts = world.landmark_shape(kinds, front, x, y)
+    y = (torch.arange(HEIGHT) + 0.5)[:, None]
+    kinds = torch.arange(len(LANDMARKS)).repeat_interleave(2)[:, None, None]
+    front = torch.arange(2.0).repeat(len(LANDMARKS))[:, None, None]
+    parts = shapes.landmark_shape(kinds, front, x, y)
     inside = (parts.whole < -1.3) & (parts.detail > 0)
     outside = (parts.whole > 0) & (parts.whole < 8)
     paint, body = inside & (parts.paint < -1), inside & (parts.paint > 1)
@@ -177,13 +181,13 @@ class Looks(NamedTuple):
 @cache
 def looks(rows: tuple[int, ...], device: torch.device) -> Looks:
     """The looks of all places, times and weathers, at the given rows of the screen."""
-    counts = len(world.PLACES), len(world.TIMES), len(world.WEATHERS)
+    counts = len(PLACES), len(TIMES), len(WEATHERS)
     place, time, weather = torch.cartesian_prod(*map(torch.arange, counts)).unbind(1)
-    scenes = world.sample_scenes(len(place), 0, changes=0.0)
+    scenes = sample_scenes(len(place), 0, changes=0.0)
     pairs = {name: torch.stack([value, value], 1) for name, value in zip(_LOOK, (place, time, weather), strict=True)}
-    colours = world.look(replace(scenes, **pairs), 1)
+    colours = look(replace(scenes, **pairs), 1)
     y = torch.tensor(rows) + 0.5
-    lines = torch.stack([_lines(layer) for layer in (world.FAR, world.MIDDLE, world.NEAR)], 1)[place]  # [L, 3, U]
+    lines = torch.stack([_lines(layer) for layer in (FAR, MIDDLE, NEAR)], 1)[place]  # [L, 3, U]
     return Looks(
         *(value.to(device) for value in (_layer_colours(colours, lines, y), _shares(lines, y), place, time, weather))
     )
@@ -192,7 +196,7 @@ def looks(rows: tuple[int, ...], device: torch.device) -> Looks:
 _LOOK = ("place", "time", "weather")
 
 
-def _lines(layer: world.Layer) -> Tensor:
+def _lines(layer: Layer) -> Tensor:
     """The upper edge of a layer, for every place, along its period: [places, U]."""
     u = torch.linspace(0, layer.period, 400)
     return torch.stack([line(u) for line in layer.lines])
@@ -206,7 +210,7 @@ def _shares(lines: Tensor, y: Tensor) -> Tensor:
     return torch.stack([sky, far * (1 - middle) * (1 - near), middle * (1 - near), near], -1)
 
 
-def _layer_colours(colours: world.Look, lines: Tensor, y: Tensor) -> Tensor:
+def _layer_colours(colours: Look, lines: Tensor, y: Tensor) -> Tensor:
     """The colour of the sky and of the three layers at every row: [L, Y, 4, 3]."""
     height = (y / 78).clamp(0, 1)[:, None]
     sky = torch.lerp(colours.sky_top[:, None], colours.sky_low[:, None], height)
