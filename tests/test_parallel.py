@@ -1,0 +1,53 @@
+"""Two processes that train together stay alike."""
+
+import os
+from pathlib import Path
+
+import torch
+from torch import multiprocessing, nn
+
+from longtake import parallel
+
+
+def work(rank: int, folder: str) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": Path(folder, "port").read_text()}
+    own_rank, processes, device = parallel.join()
+    torch.manual_seed(rank)
+    module = nn.Linear(2, 1)
+    unused = nn.Parameter(torch.ones(1))
+    parallel.share_parameters(module)
+    (module(torch.full((1, 2), float(rank)))).sum().backward()
+    if rank == 0:
+        unused.grad = torch.ones(1)
+    parallel.average_gradients([*module.parameters(), unused])
+    seen = {
+        "who": (own_rank, processes),
+        "weight": module.weight.detach(),
+        "gradient": module.weight.grad,
+        "unused": unused.grad,
+        "first": parallel.from_first(float(rank + 5), device),
+        "mean": parallel.mean_over_processes(torch.tensor(float(rank))),
+    }
+    torch.save(seen, f"{folder}/{rank}.pt")
+    parallel.leave()
+
+
+def test_two_processes_share_parameters_gradients_and_decisions(tmp_path) -> None:
+    (tmp_path / "port").write_text(str(20000 + os.getpid() % 20000))
+    multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert (one["who"], two["who"]) == ((0, 2), (1, 2))
+    assert torch.equal(one["weight"], two["weight"])
+    for seen in (one, two):
+        assert seen["gradient"].tolist() == [[0.5, 0.5]] and seen["unused"].tolist() == [0.5]
+        assert (seen["first"], seen["mean"].item()) == (5.0, 0.5)
+
+
+def test_alone_nothing_is_exchanged() -> None:
+    rank, processes, device = parallel.join()
+    assert (rank, processes) == (0, 1)
+    assert parallel.from_first(3.0, device) == 3.0
+    assert parallel.mean_over_processes(torch.tensor(2.0)) == 2.0
+    parallel.average_gradients([])
+    parallel.leave()
