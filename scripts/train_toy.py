@@ -42,7 +42,7 @@ from longtake.toy.scenes import CLIP_PICTURES, HEIGHT, WIDTH, sample_scenes
 SHIFT = 3.0  # of the toy's levels: its latents are small
 GUIDANCE = 3.0
 TEACHER_STEPS = 32
-RENEW_EVERY = 6  # steps: painting and encoding eight new clips takes as long as a training step
+RENEW_EVERY = 6  # steps between new clips, which cost time to paint and encode
 PICTURED_BLOCKS = 20  # 15 seconds
 NETWORK_ENDS = ("patch_embedding", "text_embedding", "time_", "head")  # matrices that are not hidden: AdamW's
 
