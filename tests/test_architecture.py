@@ -26,9 +26,12 @@ MAY_IMPORT = {
     "evaluation": "flow attention memory models generation media toy",
     "serving": "generation media",
     "recipes": "flow media parallel attention memory models generation toy distillation evaluation",
-    "cli": "flow media parallel attention memory models generation toy distillation evaluation serving recipes",
+    "training": "flow media parallel attention memory models generation toy distillation evaluation recipes",
+    "cli": (
+        "flow media parallel attention memory models generation toy distillation evaluation serving training recipes"
+    ),
 }
-ENGINE_AND_TRAINING = "flow attention memory models generation distillation parallel recipes toy"
+ENGINE_AND_TRAINING = "flow attention memory models generation distillation parallel recipes toy training"
 BARE = {"torch", "numpy", "einops", "safetensors", "pyyaml"}
 
 

@@ -20,7 +20,7 @@ class GreyEngine:
     """An engine as the command line sees one; Ctrl-C comes in block `stops_at`."""
 
     frame_rate, height, width = 16, 32, 48
-    model_name, recipe = "toy", SimpleNamespace(name="self_forcing_sink")
+    model_name, recipe = "toy", SimpleNamespace(name="self_forcing_sink", steps=(1000, 500))
     dtype, device = torch.float32, torch.device("cpu")
 
     def __init__(self, stops_at: int | None = None) -> None:
@@ -93,7 +93,9 @@ finally:
     assert min(times) < 0.5
 
 
-@pytest.mark.parametrize("verb", [["generate"], ["bench", "stream"], ["evaluate", "toy"], ["models"]])
+@pytest.mark.parametrize(
+    "verb", [["generate"], ["bench", "stream"], ["evaluate", "toy"], ["evaluate", "redirect"], ["models"]]
+)
 def test_every_verb_explains_itself(verb, capsys):
     with pytest.raises(SystemExit) as leave:
         main([*verb, "--help"])
@@ -113,15 +115,17 @@ def test_a_video_has_the_length_asked_for(engine, capsys, seconds, pictures):
 
 
 def test_generate_asks_for_what_it_was_told(engine):
-    arguments = "--seed 7 --recipe self_forcing --model folder --device cpu --dtype bfloat16 --seconds 1 --out out.mp4"
-    main(["generate", "a red ball", *arguments.split()])
-    assert engine.asked_for == [("folder", {"recipe": "self_forcing", "device": "cpu", "dtype": torch.bfloat16})]
+    arguments = "--seed 7 --recipe self_forcing --model folder --levels 2 --device cpu --dtype bfloat16 --seconds 1"
+    main(["generate", "a red ball", *arguments.split(), "--out", "out.mp4"])
+    options = {"recipe": "self_forcing", "levels": 2, "device": "cpu", "dtype": torch.bfloat16}
+    assert engine.asked_for == [("folder", options)]
     assert engine.opened == [("a red ball", 7)]
 
 
 def test_generate_by_default(engine):
     main(["generate", "a red ball", "--seconds", "1"])
-    assert engine.asked_for == [("toy", {"recipe": "self_forcing_sink", "device": None, "dtype": None})]
+    options = {"recipe": "self_forcing_sink", "levels": None, "device": None, "dtype": None}
+    assert engine.asked_for == [("toy", options)]
     assert engine.opened == [("a red ball", 42)]
 
 
@@ -215,6 +219,12 @@ def test_unknown_names_are_answered_with_the_nearest(capsys, option, nearest):
     assert nearest in captured.err
 
 
+@pytest.mark.parametrize("verb", ["generate x", "bench stream", "evaluate toy", "evaluate redirect"])
+def test_a_number_of_levels_that_makes_no_sense_is_one_clear_line(verb, capsys):
+    assert main([*verb.split(), "--levels", "0"]) == 2
+    assert capsys.readouterr().err == "longtake: the number of levels is a whole number from 1 to 1000, got 0\n"
+
+
 @pytest.mark.parametrize("arguments", [[], ["nonsense"], ["generate"], ["generate", "x", "--seconds", "soon"]])
 def test_what_cannot_be_parsed_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as leave:
@@ -237,7 +247,7 @@ def test_bench_prints_json_alone(engine, capsys):
     assert result["threads"] == torch.get_num_threads()
     assert 10 < result["peak_memory_mib"] < 1_000_000
     assert result["first_frame_seconds"] > 0
-    assert (result["model"], result["recipe"]) == ("toy", "self_forcing_sink")
+    assert (result["model"], result["recipe"], result["levels"]) == ("toy", "self_forcing_sink", 2)
 
 
 def test_bench_in_words(engine, capsys):
@@ -245,36 +255,82 @@ def test_bench_in_words(engine, capsys):
     assert "best of 2" in capsys.readouterr().out
 
 
-SCORES = {"recipe": "truth", "at": {"5": {"subject": 0.5, "colour": 1.0, "place": None}}}
+SCORES = {
+    "recipe": "truth",
+    "at": {"5": {"subject": 0.5, "colour": 1.0, "place": None}},
+    "one_subject": {"5": 0.75},
+}
 
 
 @pytest.fixture
-def scorer(monkeypatch) -> list:
+def scorer(engine, monkeypatch) -> list:
     """Stands for the toy world's judge; holds what it was asked."""
     asked = []
 
-    def evaluate_toy(recipes, engine_of, *, prompts, prompt_file, seeds, at, sources, progress):
-        asked.append((recipes, prompts, prompt_file, seeds, at, sorted(sources)))
+    def evaluate_toy(recipes, engine_of, *, prompts, prompt_file, seeds, at, sources, device, progress):
+        engine_of("self_forcing")
+        asked.append((recipes, prompts, prompt_file, seeds, at, sorted(sources), device.type))
         return [SCORES] * len(recipes)
 
-    judge = SimpleNamespace(evaluate_toy=evaluate_toy, codec_source=lambda codec: codec)
+    judge = SimpleNamespace(evaluate_toy=evaluate_toy)
     monkeypatch.setitem(sys.modules, "longtake.evaluation.toy", judge)
     monkeypatch.setattr(longtake.evaluation, "toy", judge, raising=False)
     return asked
 
 
-def test_evaluate_gives_one_object_a_recipe(scorer, capsys):
-    arguments = "evaluate toy --recipe truth codec --prompts 3 --seeds 4 --at 5 60 --json"
+def test_evaluate_gives_one_object_a_recipe(scorer, engine, capsys):
+    arguments = "evaluate toy --recipe truth codec --prompts 3 --seeds 4 --at 5 60 --levels 2 --device cpu --json"
     assert main(arguments.split()) == 0
     assert json.loads(capsys.readouterr().out) == [SCORES, SCORES]
-    assert scorer == [(("truth", "codec"), 3, None, 4, (5, 60), ["codec"])]
+    assert scorer == [(("truth", "codec"), 3, None, 4, (5, 60), ["codec"], "cpu")]
+    assert engine.asked_for == [
+        ("toy", {"recipe": "self_forcing", "levels": 2, "device": "cpu", "dtype": None}),
+    ]
 
 
 def test_evaluate_reads_captions_from_a_file(scorer, capsys, tmp_path):
     path = tmp_path / "captions.txt"
     assert main(["evaluate", "toy", "--prompt-file", str(path)]) == 0
     assert [(asked[0], asked[2]) for asked in scorer] == [(("self_forcing_sink",), path)]
-    assert capsys.readouterr().out == "truth at 5 s: subject 0.50, colour 1.00, place -\n"
+    words = "truth at 5 s: subject 0.50, colour 1.00, place -, one subject 0.75\n"
+    assert capsys.readouterr().out == words
+
+
+def test_evaluate_scores_other_weights(scorer, engine, capsys, tmp_path):
+    assert main(["evaluate", "toy", "--model", str(tmp_path)]) == 0
+    assert engine.asked_for[0][0] == str(tmp_path)
+    for mark in ("teacher", "codec"):
+        assert main(["evaluate", "toy", "--model", str(tmp_path), "--recipe", mark]) == 2
+        assert "nor a folder that holds" in capsys.readouterr().err
+
+
+def test_redirects_in_words_and_json(engine, capsys, monkeypatch):
+    result = {
+        "recipe": "self_forcing",
+        "reached_within_4s": {"time": 0.5, "weather": None},
+        "reached_within_4s_control": {"time": 0.0, "weather": None},
+        "median_seconds": 1.5,
+        "kept_unchanged": 0.9,
+        "kept_unchanged_control": 1.0,
+    }
+    asked = []
+
+    def evaluate_redirect(recipes, engine_of, *, prompts, seeds, progress):
+        asked.append((recipes, engine_of("self_forcing"), prompts, seeds))
+        return [result]
+
+    judge = SimpleNamespace(evaluate_redirect=evaluate_redirect)
+    monkeypatch.setitem(sys.modules, "longtake.evaluation.redirect", judge)
+    monkeypatch.setattr(longtake.evaluation, "redirect", judge, raising=False)
+    arguments = ["evaluate", "redirect", "--recipe", "self_forcing", "--prompts", "3"]
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [result]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == (
+        "self_forcing: reached within 4 s: time 0.50, weather - (by chance: time 0.00, weather -), "
+        "after 1.50 s in the middle; kept 0.90 (1.00 when left alone)\n"
+    )
+    assert asked == [(("self_forcing",), engine, 3, 2)] * 2
 
 
 def test_models_lists_what_runs(capsys):

@@ -33,6 +33,12 @@ def test_published_step_lists() -> None:
     assert warped == [1000, 937.5, 833.333, 625]
 
 
+def test_published_code_looks_levels_up_in_a_grid_that_ends_above_zero() -> None:
+    found = flow.nearest_level(torch.tensor([[0.0, 0.5], [0.9, 1.0]]), 5)
+    torch.testing.assert_close(found, torch.tensor([[0.00498, 0.5], [0.9, 1.0]]), atol=1e-3, rtol=0)
+    assert found[0, 0] > 0 and found[1, 1] == 1 and torch.equal(flow.nearest_level(found, 5), found)
+
+
 def test_guidance_of_one_is_the_prompt_alone() -> None:
     with_prompt, without = torch.randn(2, 5)
     torch.testing.assert_close(flow.guided(with_prompt, without, 1.0), with_prompt)

@@ -26,7 +26,8 @@ def work(rank: int, folder: str) -> None:
         "weight": module.weight.detach(),
         "gradient": module.weight.grad,
         "unused": unused.grad,
-        "first": parallel.from_first(float(rank + 5), device),
+        "first": parallel.from_first([float(rank + 5), 1.0], device),
+        "gathered": (parallel.processes(), parallel.gather({"rank": rank})),
         "mean": parallel.mean_over_processes(torch.tensor(float(rank))),
     }
     torch.save(seen, f"{folder}/{rank}.pt")
@@ -41,13 +42,14 @@ def test_two_processes_share_parameters_gradients_and_decisions(tmp_path) -> Non
     assert torch.equal(one["weight"], two["weight"])
     for seen in (one, two):
         assert seen["gradient"].tolist() == [[0.5, 0.5]] and seen["unused"].tolist() == [0.5]
-        assert (seen["first"], seen["mean"].item()) == (5.0, 0.5)
+        assert (seen["first"], seen["mean"].item()) == ([5.0, 1.0], 0.5)
+        assert seen["gathered"] == (2, [{"rank": 0}, {"rank": 1}])
 
 
 def test_alone_nothing_is_exchanged() -> None:
     rank, processes, device = parallel.join()
     assert (rank, processes) == (0, 1)
-    assert parallel.from_first(3.0, device) == 3.0
+    assert parallel.from_first([3.0], device) == [3.0] and parallel.gather(4) == [4] and parallel.processes() == 1
     assert parallel.mean_over_processes(torch.tensor(2.0)) == 2.0
     parallel.average_gradients([])
     parallel.leave()

@@ -95,3 +95,31 @@ def test_the_teacher_makes_whole_clips() -> None:
     assert clips.dtype == torch.uint8
     assert clips.shape == (1, 1 + 4 * (engine().network.config.extent - 1), HEIGHT, WIDTH, 3)
     assert clips.shape[1] >= 5 * RATE
+
+
+def test_codec_and_teacher_are_taken_from_a_folder(tmp_path: Path) -> None:
+    for name in (recipes.CODEC_FILE, recipes.ENCODER_FILE):
+        shutil.copy(recipes.packaged(name), tmp_path / name)
+    assert recipes.toy_codec(model=tmp_path).latent_channels == recipes.toy_codec().latent_channels
+    with pytest.raises(ValueError, match=r"nor a folder that holds teacher\.safetensors"):
+        recipes.toy_teacher(model=tmp_path)
+    with pytest.raises(ValueError, match=r"nor a folder that holds codec_decoder\.safetensors"):
+        recipes.toy_codec(model=tmp_path / recipes.CODEC_FILE)
+
+
+def test_the_number_of_levels_can_be_chosen() -> None:
+    assert engine().recipe.steps == (1000, 750, 500, 250)
+    assert longtake.load("toy", recipe="self_forcing", levels=2, dtype=torch.float32).recipe.steps == (1000, 500)
+    for count in (0, -1, 1001, 2.5):
+        with pytest.raises(ValueError, match="a whole number from 1 to 1000, got"):
+            longtake.load("toy", recipe="self_forcing", levels=count)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "count, steps",
+    [(4, (1000, 750, 500, 250)), (5, (1000, 800, 600, 400, 200)), (2, (1000, 500)), (1, (1000,))],
+)
+def test_levels_are_evenly_spaced(count: int, steps: tuple[float, ...]) -> None:
+    recipe = recipes.self_forcing()
+    assert recipe.with_levels(count).steps == steps
+    assert recipe.with_levels(4) == recipe and recipe.with_levels(4).levels(3.0) == recipe.levels(3.0)

@@ -1,4 +1,4 @@
-"""The command line: `longtake generate | bench | evaluate | models`.
+"""The command line: `longtake generate | bench | evaluate | train | models`.
 
 Results go to stdout, progress and complaints to stderr. Verbs import the parts of longtake that they use when they
 run: torch takes seconds to import, and `longtake --help` should not wait for it.
@@ -20,7 +20,9 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg, create_mutex_group
 from tyro.extras import SubcommandApp
 
 if TYPE_CHECKING:
-    from longtake.evaluation.toy import Source
+    import torch
+
+    from longtake.evaluation.sources import Source
     from longtake.generation.stream import Chunk, Engine
     from longtake.media.mp4 import Mp4Writer
 
@@ -56,6 +58,7 @@ def generate(
     seed: int = 42,
     recipe: str = "self_forcing_sink",
     model: str = "toy",
+    levels: Annotated[int | None, arg(metavar="N")] = None,
     out: Annotated[Path | None, arg(aliases=["-o"], metavar="PATH")] = None,
     device: Annotated[str | None, arg(metavar="NAME")] = None,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
@@ -68,6 +71,7 @@ def generate(
         seed: Same seed, same video; -1 draws one.
         recipe: The method that makes it; `longtake models` lists them.
         model: The weights that make it; `longtake models` lists them.
+        levels: Denoising steps of a block; unless given, as many as the recipe has.
         out: The mp4 to write; unless given, a free name made of the prompt and the seed.
         device: cpu, cuda, cuda:1, ...; unless given, the best there is.
         dtype: Precision; auto takes the fastest that is safe.
@@ -80,7 +84,7 @@ def generate(
         seed = random.SystemRandom().randrange(2**31)
         _say(f"seed {seed}")
     path = out or _free_name(prompt, seed)
-    engine = _load(model, recipe, device, dtype)
+    engine = _load(model, recipe, levels, device, dtype)
     pictures = max(1, round(seconds * engine.frame_rate))
     with (
         engine.stream(prompt, seed=seed) as stream,
@@ -99,6 +103,7 @@ bench = app.command(SubcommandApp(), name="bench", help="Measure speed on this m
 def bench_stream(
     recipe: str = "self_forcing_sink",
     model: str = "toy",
+    levels: Annotated[int | None, arg(metavar="N")] = None,
     seconds: float = 10.0,
     repeats: int = 5,
     prompt: str = "a red ball bounces over green hills",
@@ -111,6 +116,7 @@ def bench_stream(
     Args:
         recipe: The method to time.
         model: The weights to time.
+        levels: Denoising steps of a block; unless given, as many as the recipe has.
         seconds: Length of each repeat, in seconds of video.
         repeats: How often; the fastest is the headline.
         prompt: What the stream shows.
@@ -120,7 +126,7 @@ def bench_stream(
     """
     from longtake.evaluation import speed
 
-    result = speed.bench_stream(_load(model, recipe, device, dtype), prompt, seconds, repeats)
+    result = speed.bench_stream(_load(model, recipe, levels, device, dtype), prompt, seconds, repeats)
     print(dumps(result, indent=2) if json else _speed_in_words(result))
     return 0
 
@@ -132,6 +138,8 @@ _one_source = create_mutex_group(required=False, title="prompts: how many, or wh
 @evaluate.command(name="toy")
 def evaluate_toy(
     recipe: tuple[str, ...] = ("self_forcing_sink",),
+    model: str = "toy",
+    levels: Annotated[int | None, arg(metavar="N")] = None,
     prompts: Annotated[int, _one_source] = 100,
     prompt_file: Annotated[Path | None, arg(metavar="PATH"), _one_source] = None,
     seeds: int = 2,
@@ -144,6 +152,8 @@ def evaluate_toy(
 
     Args:
         recipe: Recipes to score; also teacher, codec and truth, the marks to compare with.
+        model: The weights to score: a name, a folder, or a network's file. Teacher and codec are taken from a folder.
+        levels: Denoising steps of a block; unless given, as many as the recipe has. The marks keep their own.
         prompts: How many held-out captions.
         prompt_file: A file with one caption a line.
         seeds: Videos for each caption.
@@ -153,18 +163,83 @@ def evaluate_toy(
         json: Print a JSON list with one object for each recipe.
     """
     from longtake.evaluation import toy
+    from longtake.recipes import device_named
 
+    place = device_named(device)
     results = toy.evaluate_toy(
         recipe,
-        lambda name: _load("toy", name, device, dtype),
+        lambda name: _load(model, name, levels, device, dtype),
         prompts=prompts,
         prompt_file=prompt_file,
         seeds=seeds,
         at=at,
-        sources={name: source(device) for name, source in _MARKS.items() if name in recipe},
+        sources={name: source(model, place, dtype) for name, source in _MARKS.items() if name in recipe},
+        device=place,
         progress=_say,
     )
     print(dumps(results, indent=2) if json else _scores_in_words(results))
+    return 0
+
+
+@evaluate.command(name="redirect")
+def evaluate_redirect(
+    recipe: tuple[str, ...] = ("self_forcing_sink",),
+    model: str = "toy",
+    levels: Annotated[int | None, arg(metavar="N")] = None,
+    prompts: int = 100,
+    seeds: int = 2,
+    device: Annotated[str | None, arg(metavar="NAME")] = None,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    json: bool = False,
+) -> int:
+    """Redirect streams of the toy world: does one changed attribute act, how soon, and does the rest stay?
+
+    Args:
+        recipe: Recipes to score.
+        model: The weights to score; `longtake models` lists them.
+        levels: Denoising steps of a block; unless given, as many as the recipe has.
+        prompts: How many held-out captions.
+        seeds: Streams for each caption.
+        device: cpu, cuda, cuda:1, ...; unless given, the best there is.
+        dtype: Precision; auto takes the fastest that is safe.
+        json: Print a JSON list with one object for each recipe.
+    """
+    from longtake.evaluation import redirect
+
+    results = redirect.evaluate_redirect(
+        recipe, lambda name: _load(model, name, levels, device, dtype), prompts=prompts, seeds=seeds, progress=_say
+    )
+    print(dumps(results, indent=2) if json else _redirects_in_words(results))
+    return 0
+
+
+@app.command
+def train(
+    stage: Positional[Literal["codec", "teacher", "teacher_forcing", "ode", "dmd", "report"]],
+    out: Annotated[Path, arg(metavar="DIR")],
+    start: Annotated[str | None, arg(name="from", metavar="DIR")] = None,
+    recipe: tuple[str, ...] = ("self_forcing_sink", "self_forcing"),
+    set: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE")] = (),
+) -> int:
+    """Train one part of the embedded model, from a folder of weights to a folder of weights.
+
+    In order: codec, teacher, teacher_forcing or ode, dmd; each reads what the ones before it left in --from. A run that
+    was stopped goes on when the same command is given again. Many processes: torchrun -m longtake.cli train ...
+    report draws a run's curves and films its student, where training could not.
+
+    Args:
+        stage: What to train.
+        out: Folder for weights, record, metrics and samples.
+        start: Folder of the weights to start from; toy is the embedded model.
+        recipe: What the student is trained under, in turn.
+        set: Settings of the stage, values in JSON: seconds=60 lr=1e-4.
+    """
+    from longtake import training
+
+    if stage == "report":
+        print(*training.report(out), sep="\n")
+    elif record := training.train(stage, start=start, out=out, recipe_names=recipe, settings=set):
+        print(dumps(record, indent=2))
     return 0
 
 
@@ -178,30 +253,33 @@ def models() -> int:
     return 0
 
 
-def _codec_source(device: str | None) -> "Source":
-    from longtake.evaluation.toy import codec_source
-    from longtake.recipes import device_named, toy_codec
+def _codec_source(model: str, device: "torch.device", dtype: str) -> "Source":
+    from longtake.evaluation.sources import codec_source
+    from longtake.recipes import toy_codec
 
-    return codec_source(toy_codec(device_named(device)))
+    return codec_source(toy_codec(device, model=model))
 
 
-def _teacher_source(device: str | None) -> "Source":
-    from longtake.evaluation.toy import clip_source
-    from longtake.recipes import device_named, toy_teacher
+def _teacher_source(model: str, device: "torch.device", dtype: str) -> "Source":
+    from longtake.evaluation.sources import clip_source
+    from longtake.recipes import TEACHER_STEPS, toy_teacher
 
-    return clip_source(toy_teacher(device_named(device)))
+    return clip_source(toy_teacher(device, model=model, dtype=_precision(dtype)), device, TEACHER_STEPS)
 
 
 _MARKS = {"codec": _codec_source, "teacher": _teacher_source}  # what recipes are compared with
 
 
-def _load(model: str, recipe: str, device: str | None, dtype: str) -> "Engine":
-    import torch
-
+def _load(model: str, recipe: str, levels: int | None, device: str | None, dtype: str) -> "Engine":
     from longtake.recipes import load
 
-    precision = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[dtype]
-    return load(model, recipe=recipe, device=device, dtype=precision)
+    return load(model, recipe=recipe, levels=levels, device=device, dtype=_precision(dtype))
+
+
+def _precision(name: str) -> "torch.dtype | None":
+    import torch
+
+    return {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
 def _film(stream: Iterable["Chunk"], writer: "Mp4Writer", pictures: int) -> bool:
@@ -286,11 +364,29 @@ def _speed_in_words(result: dict[str, Any]) -> str:
 
 def _scores_in_words(results: list[dict[str, Any]]) -> str:
     return "\n".join(
-        f"{result['recipe']} at {second} s: "
-        + ", ".join(f"{name} {'-' if share is None else f'{share:.2f}'}" for name, share in shares.items())
+        f"{result['recipe']} at {second} s: {_shares_in_words(shares)}, "
+        f"one subject {_share(result['one_subject'][second])}"
         for result in results
         for second, shares in result["at"].items()
     )
+
+
+def _redirects_in_words(results: list[dict[str, Any]]) -> str:
+    return "\n".join(
+        f"{result['recipe']}: reached within 4 s: {_shares_in_words(result['reached_within_4s'])} "
+        f"(by chance: {_shares_in_words(result['reached_within_4s_control'])}), "
+        f"after {_share(result['median_seconds'])} s in the middle; kept {_share(result['kept_unchanged'])} "
+        f"({_share(result['kept_unchanged_control'])} when left alone)"
+        for result in results
+    )
+
+
+def _shares_in_words(shares: dict[str, float | None]) -> str:
+    return ", ".join(f"{name} {_share(share)}" for name, share in shares.items())
+
+
+def _share(share: float | None) -> str:
+    return "-" if share is None else f"{share:.2f}"
 
 
 def _in_one_line(error: Exception) -> str:
@@ -302,3 +398,7 @@ def _in_one_line(error: Exception) -> str:
 
 def _say(text: str) -> None:
     print(f"longtake: {text}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -4,8 +4,8 @@ A *level* is the share of noise in a sample, 0 (clean) to 1 (pure noise):
 
     noisy = (1 - level) * clean + level * noise          velocity = noise - clean
 
-Levels are float32 or float64 and exact; nothing here is looked up in a table of timesteps. Published code counts
-timesteps t = 1000 * level.
+Levels are float32 or float64 and exact; only `nearest_level`, there for comparison with published numbers, looks them
+up in a table of timesteps. Published code counts timesteps t = 1000 * level.
 """
 
 from typing import TypeVar
@@ -31,6 +31,16 @@ def warped_levels(nominal: list[float], shift: float) -> tuple[float, ...]:
 def even_levels(steps: int, shift: float) -> tuple[float, ...]:
     """`steps` levels from 1 downwards, evenly spaced before the shift, 0 not included."""
     return tuple(shift_level(1 - i / steps, shift) for i in range(steps))
+
+
+def nearest_level(level: Tensor, shift: float) -> Tensor:
+    """The point nearest to each level in the published grid of 1000 levels under a shift; shape and dtype stay.
+
+    Published code converts with this level instead of the exact one. The grid ends above 0: under shift 5 it turns
+    level 0 into 0.00498.
+    """
+    grid = torch.tensor(even_levels(TIMESTEPS, shift), dtype=torch.float64, device=level.device)
+    return grid[(grid - level.unsqueeze(-1)).abs().argmin(dim=-1)].to(level.dtype)
 
 
 def per_frame(level_BF: Tensor, like: Tensor) -> Tensor:

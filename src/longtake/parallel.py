@@ -1,10 +1,14 @@
-"""Many processes, compiled layers: applied to a model from outside, so that no model or loss knows of it."""
+"""Many processes, layers compiled or checkpointed: applied from outside, so that no model or loss knows of it."""
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import partial
+from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def join() -> tuple[int, int, torch.device]:
@@ -41,13 +45,27 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         gradient.copy_(part.view_as(gradient))
 
 
-def from_first(value: float, device: torch.device) -> float:
-    """The first process's value, for decisions that all must take alike."""
+def from_first(values: Sequence[float], device: torch.device) -> list[float]:
+    """The first process's values, for decisions that all must take alike."""
     if not distributed.is_initialized():
-        return value
-    shared = torch.tensor([value], dtype=torch.float64, device=device)
+        return list(values)
+    shared = torch.tensor(values, dtype=torch.float64, device=device)
     distributed.broadcast(shared, 0)
-    return shared.item()
+    return shared.tolist()
+
+
+def processes() -> int:
+    """How many processes work together."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def gather(value: object) -> list[Any]:
+    """Every process's value, in order of rank; tensors in it must be on the host."""
+    if not distributed.is_initialized():
+        return [value]
+    gathered: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(gathered, value)
+    return gathered
 
 
 def share_parameters(module: nn.Module) -> None:
@@ -66,6 +84,17 @@ def compile_layers(layers: Iterable[nn.Module], methods: Iterable[str]) -> None:
     for layer in layers:
         for method in methods:
             setattr(layer, method, torch.compile(getattr(layer, method), dynamic=False))
+
+
+def checkpoint_layers(layers: Iterable[nn.Module], methods: Iterable[str]) -> None:
+    """Keep only the inputs of the named methods for backward, and compute the rest again there (arXiv 1604.06174).
+
+    Gradients stay the same and calls without gradients are untouched. A method must be a function of its arguments
+    and parameters: what it reads elsewhere may have changed by the time it is called again. Goes around compiled
+    methods: compile first.
+    """
+    for layer, method in product(layers, tuple(methods)):
+        setattr(layer, method, partial(checkpoint, getattr(layer, method), use_reentrant=False))
 
 
 def mean_over_processes(value: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ NETWORK_FILE = "student.safetensors"
 TEACHER_FILE = "teacher.safetensors"
 CODEC_FILE = "codec_decoder.safetensors"
 ENCODER_FILE = "codec_encoder.safetensors"
+TEACHER_STEPS = 32  # of a teacher's sampler
 
 MODELS: dict[tuple[str, str], str] = {
     ("toy", "self_forcing"): NETWORK_FILE,
@@ -77,16 +78,22 @@ def recipe_named(name: str) -> Recipe:
 
 
 def load(
-    model: str | Path, *, recipe: str, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    model: str | Path,
+    *,
+    recipe: str,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    levels: int | None = None,
 ) -> Engine:
     """Put text encoder, network and codec together under a recipe.
 
     model: a name (`toy`), a folder that holds student.safetensors and codec_decoder.safetensors, or a network's
     weight file (its codec is looked for beside it, then in the package). device: the GPU if there is one.
     dtype: by default bfloat16 on a GPU; on a CPU whichever of float32 and bfloat16 a short trial finds faster.
+    levels: the number of denoising steps, 1 to 1000; by default the recipe's own.
     Raises ValueError, with what to do, for unknown names and for files that are not whole or do not fit.
     """
-    chosen = recipe_named(recipe)
+    chosen = recipe_named(recipe) if levels is None else recipe_named(recipe).with_levels(levels)
     network_file, codec_file = _weight_files(model, recipe)
     device = device_named(device)
     text, network, description = load_network(network_file, device)
@@ -155,17 +162,29 @@ def save_codec(folder: Path, codec: LightCodec, *, int8: bool) -> None:
     save_weights(folder / ENCODER_FILE, encoder, description, int8=int8)
 
 
-def toy_codec(device: torch.device = CPU) -> LightCodec:
-    """The embedded model's whole codec, encoder included. ValueError where only the decoder is installed."""
-    return load_codec([packaged(CODEC_FILE), packaged(ENCODER_FILE)], device)
+def toy_codec(device: torch.device = CPU, *, model: str | Path = "toy") -> LightCodec:
+    """A model's whole codec, encoder included. model: a name, or a folder with both parts; ValueError for others."""
+    return load_codec([_file_of(model, CODEC_FILE), _file_of(model, ENCODER_FILE)], device)
 
 
 def toy_teacher(
-    device: torch.device = CPU, *, steps: int = 32, guidance: float = 3.0
+    device: torch.device = CPU,
+    *,
+    model: str | Path = "toy",
+    dtype: torch.dtype | None = None,
+    steps: int = TEACHER_STEPS,
+    guidance: float = 3.0,
 ) -> Callable[[Sequence[str], int], Tensor]:
-    """The embedded model's teacher as a function of prompts and a seed: whole clips, uint8 [B, F, H, W, 3]."""
-    text, network, description = load_network(packaged(TEACHER_FILE), device)
-    codec = load_codec([packaged(CODEC_FILE)], device)
+    """A model's teacher as a function of B prompts and a seed: whole clips, uint8 [B, F, H, W, 3] on its device.
+
+    model: a name, or a folder that holds teacher.safetensors and codec_decoder.safetensors; ValueError for others.
+    dtype: by default bfloat16 on a GPU, float32 on a CPU.
+    """
+    text, network, description = load_network(_file_of(model, TEACHER_FILE), device)
+    codec = load_codec([_file_of(model, CODEC_FILE)], device)
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    network.to(dtype)
+    codec.to(dtype)
     levels = even_levels(steps, description["shift"])
     words = WordText(text, captions.encode)
 
@@ -173,10 +192,11 @@ def toy_teacher(
     def sample(prompts: Sequence[str], seed: int) -> Tensor:
         shape = (network.config.extent, *_latent_size(codec))
         noise = SeededNoise([seed] * len(prompts), shape, device, torch.float32)(0, 0)
-        said = network.prompt_keys(words.encode(prompts)[:, None])
-        nothing = network.prompt_keys(text(text.no_prompt(len(prompts)))[:, None])
-        latents = sample_clip(network, noise, said, nothing, levels, guidance)
-        return to_uint8(codec.decode(latents)[0])
+        said = network.prompt_keys(words.encode(prompts)[:, None].to(dtype))
+        nothing = network.prompt_keys(text(text.no_prompt(len(prompts)))[:, None].to(dtype))
+        latents = sample_clip(network, noise, said, nothing, levels, guidance).to(dtype)
+        few = latents.split(8)  # pictures need far more memory than latents
+        return torch.cat([to_uint8(codec.decode(latents_BFCHW)[0]) for latents_BFCHW in few])
 
     return sample
 
@@ -189,19 +209,32 @@ def packaged(name: str) -> Path:
     return path
 
 
+def _file_of(model: str | Path, name: str) -> Path:
+    """One of the files of a model, which is a name or a folder; only a name's are looked for in the package."""
+    if str(model) in _model_names():
+        return packaged(name)
+    path = Path(model) / name
+    if not path.is_file():
+        raise ValueError(f"model {str(model)!r} is neither a known name nor a folder that holds {name}")
+    return path
+
+
+def _model_names() -> set[str]:
+    return {name for name, _ in MODELS}
+
+
 def _weight_files(model: str | Path, recipe: str) -> tuple[Path, Path]:
     name, path = str(model), Path(model)
     if (name, recipe) in MODELS:  # names come first: ./toy is a folder of that name
         return packaged(MODELS[name, recipe]), packaged(CODEC_FILE)
-    names = {name for name, _ in MODELS}
-    if name in names:
+    if name in _model_names():
         raise ValueError(f"model {name} has no weights for recipe {recipe}")
     if path.is_dir():
         return path / NETWORK_FILE, path / CODEC_FILE
     if path.is_file():
         beside = path.with_name(CODEC_FILE)
         return path, beside if beside.is_file() else packaged(CODEC_FILE)
-    raise ValueError(f"no model, folder or file {name!r}{_nearest(name, names)}")
+    raise ValueError(f"no model, folder or file {name!r}{_nearest(name, _model_names())}")
 
 
 @torch.no_grad()

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from tests import tiny
 
@@ -17,6 +18,28 @@ def test_the_loss_has_the_matching_gradient() -> None:
     (gradient,) = torch.autograd.grad(loss, x)
     size = (x - teacher).abs().mean(dim=(1, 2, 3, 4), keepdim=True)
     torch.testing.assert_close(gradient, ((critic - teacher) / size / x.numel()).detach())
+
+
+@pytest.mark.parametrize("frames", [1, 6, 9])
+def test_under_a_mask_the_gradient_is_shared_among_the_elements_that_count(frames: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, frames, *tiny.LATENTS[1:], dtype=torch.float64, requires_grad=True)
+    critic, teacher = torch.randn_like(x).detach(), torch.randn_like(x).detach()
+    counts = torch.ones(1, frames, 1, 1, 1, dtype=torch.uint8)
+    counts[:, : frames // 2] = 0
+    loss = dmd.matching_loss(x, lambda noisy, level: teacher, lambda noisy, level: critic, shift=3.0, mask=counts)
+    (gradient,) = torch.autograd.grad(loss, x)
+    full = dmd.matching_gradient(x, critic, teacher)
+    number = x[:, frames // 2 :].numel()
+    torch.testing.assert_close(gradient, (counts * full / number).detach())
+    torch.testing.assert_close(loss, 0.5 * full[:, frames // 2 :].square().mean())
+
+
+def test_a_full_mask_changes_nothing_and_a_wrong_one_is_refused() -> None:
+    x, y = sample(), sample() + 1
+    torch.testing.assert_close(dmd.masked_mse(x, y, torch.ones_like(x)), dmd.masked_mse(x, y, None))
+    with pytest.raises(RuntimeError):
+        dmd.masked_mse(x, y, torch.ones(2, 5, 1, 1, 1))
 
 
 def test_a_student_that_is_the_teacher_is_left_alone() -> None:
@@ -50,6 +73,27 @@ def test_the_critic_learns_the_velocity_of_detached_samples_at_one_level_a_clip(
     torch.testing.assert_close(loss, (noise - x).square().mean().detach(), check_dtype=False)
     loss.backward()
     assert x.grad is None
+
+
+def test_the_gradient_of_a_linear_critic_is_that_of_least_squares() -> None:
+    """v = W x over channels: d loss / d W = 2 / N * sum (W x - velocity) x^T."""
+    made = tiny.network()
+    channels = tiny.LATENTS[1]
+    weight = torch.randn(channels, channels, dtype=torch.float64, requires_grad=True)
+    seen = []
+
+    def linear(noisy, level, prompts, view, prompt_BF):
+        seen.append((noisy, level))
+        return torch.einsum("oc,bfchw->bfohw", weight, noisy)
+
+    made.forward = linear
+    x = sample()
+    dmd.critic_loss(x, made, tiny.text(batch=2), None, shift=3.0).backward()
+    ((noisy, level_BF),) = seen
+    velocity = (noisy - x) / level_BF[:, :, None, None, None]
+    error = torch.einsum("oc,bfchw->bfohw", weight.detach(), noisy) - velocity
+    expected = 2 / x.numel() * torch.einsum("bfohw,bfchw->oc", error, noisy)
+    torch.testing.assert_close(weight.grad, expected, rtol=1e-4, atol=1e-6)  # the loss is made in float32
 
 
 def test_guided_estimates_mix_clean_estimates() -> None:

@@ -1,13 +1,17 @@
-import json
 import math
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from longtake.distillation.optim import Muon, muon_and_adam, orthogonalized
-from longtake.distillation.trainer import Budget, Learner, train
+from longtake.distillation.trainer import METRICS_FILE, STATE_FILE, Budget, Dice, Learner, Run, read_metrics, train
+
+CPU = torch.device("cpu")
 
 
 def test_orthogonalized_matrices_have_singular_values_near_one() -> None:
@@ -80,11 +84,62 @@ def test_rates_rise_stay_and_fall_to_nothing() -> None:
 
 
 def test_a_budget_ends_in_steps_or_in_time_and_writes_its_metrics(tmp_path: Path) -> None:
-    device = torch.device("cpu")
     turn = lambda step: {"loss": torch.tensor(float(step))}  # noqa: E731
-    spent = train([], turn, Budget(steps=25), tmp_path / "m.jsonl", device, every=10)
+    spent = train({}, turn, Budget(steps=25), Run(tmp_path, CPU), log_every=10)
     assert spent["steps"] == 25
-    rows = [json.loads(line) for line in (tmp_path / "m.jsonl").read_text().splitlines()]
-    assert [(row["step"], row["loss"]) for row in rows] == [(0, 0), (10, 10), (20, 20)]
-    spent = train([], turn, Budget(steps=10**9, seconds=0.2), tmp_path / "n.jsonl", device)
+    assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path)] == [(0, 0), (10, 10), (20, 20)]
+    (tmp_path / "timed").mkdir()
+    spent = train({}, turn, Budget(steps=10**9, seconds=0.2), Run(tmp_path / "timed", CPU), save_seconds=0.1)
     assert 0.2 <= spent["seconds"] < 2
+
+
+class Crash(Exception):
+    pass
+
+
+@given(crash=st.integers(1, 19), steps=st.integers(20, 24))
+@settings(max_examples=8, deadline=None)
+def test_a_run_that_crashes_anywhere_goes_on_as_if_it_had_not(crash: int, steps: int) -> None:
+    def run(out: Path, crash: int | None) -> tuple[list[torch.Tensor], list[dict[str, float]]]:
+        student, dice = learner(), Dice(3)
+
+        def turn(step: int) -> dict[str, torch.Tensor]:
+            if step == crash:
+                raise Crash
+            x = torch.randn(8, 4) + dice.below(5)
+            loss = (student.module(x) - x).square().mean()
+            student.step(loss)
+            return {"loss": loss.detach()}
+
+        torch.manual_seed(1)
+        budget = Budget(steps=steps, warmup=5)
+        train({"student": student}, turn, budget, Run(out, CPU), keep={"dice": dice}, log_every=3, save_seconds=0)
+        student.swap_average()
+        rows = [{"step": row["step"], "loss": row["loss"]} for row in read_metrics(out)]
+        return [p.detach().clone() for p in student.module.parameters()], rows
+
+    with tempfile.TemporaryDirectory() as whole, tempfile.TemporaryDirectory() as broken:
+        expected, expected_rows = run(Path(whole), None)
+        with pytest.raises(Crash):
+            run(Path(broken), crash)
+        resumed, rows = run(Path(broken), None)
+    assert all(torch.equal(a, b) for a, b in zip(expected, resumed, strict=True))
+    assert rows == expected_rows
+
+
+def test_a_state_of_other_processes_is_refused(tmp_path: Path) -> None:
+    torch.save({"step": 1, "seconds": 0.0, "random": [{}, {}], "parts": {}}, tmp_path / STATE_FILE)
+    with pytest.raises(ValueError, match="saved by 2 processes"):
+        train({}, lambda step: {}, Budget(steps=2), Run(tmp_path, CPU))
+
+
+def test_a_last_line_cut_off_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / METRICS_FILE).write_text('{"step": 0}\n{"st')
+    assert read_metrics(tmp_path) == [{"step": 0}]
+
+
+def test_pictures_are_taken_on_the_way_and_at_the_end(tmp_path: Path) -> None:
+    looks: list[str] = []
+    turn = lambda step: {"loss": torch.tensor(0.0)}  # noqa: E731
+    train({}, turn, Budget(steps=3), Run(tmp_path, CPU), look=looks.append, save_seconds=0, look_seconds=0)
+    assert looks == ["step_000000", "step_000001", "step_000002", "step_000003", "last"]

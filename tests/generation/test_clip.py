@@ -10,7 +10,7 @@ def test_a_clip_follows_the_guided_velocity_down_to_level_zero() -> None:
     said, nothing = tiny.prompt(made, seed=1), tiny.prompt(made, seed=2)
     noise = torch.randn(1, 6, *tiny.LATENTS[1:], dtype=torch.float64)
     steps: list[int] = []
-    got = sample_clip(made, noise, said, nothing, (1.0, 0.4), 3.0, on_step=steps.append)
+    got = sample_clip(made, noise, said, nothing, (1.0, 0.4), 3.0, on_step=lambda step, x: steps.append(step))
     with torch.no_grad():
         x = noise
         for level, lower in ((1.0, 0.4), (0.4, 0.0)):

@@ -117,3 +117,43 @@ def test_the_picture_follows_the_prompt(engine) -> None:
         for when in ("at night", "in the daytime")
     )
     assert day > night + 40
+
+
+OTHER = "a blue fish spins in the city"
+
+
+def test_a_batch_shows_what_its_streams_show_alone(engine) -> None:
+    told = ["it starts to snow at night", "a blue fish spins on the beach"]
+    with engine.stream_batch([PROMPT, OTHER], seeds=[7, 9]) as batch:
+        pictures = [next(batch), next(batch)]
+        batch.redirect(told)
+        pictures += [next(batch), next(batch)]
+    together = torch.cat(pictures, 1).numpy()
+    assert together.dtype == np.uint8 and batch.prompts == told
+    for video, prompt, seed, after in zip(together, [PROMPT, OTHER], [7, 9], told, strict=True):
+        with engine.stream(prompt, seed=seed) as stream:
+            before = take(stream, 2)
+            stream.redirect(after)
+            alone = np.concatenate([before, take(stream, 2)])
+        # Rounding differs with the size of a batch, by a grey level here and there.
+        apart = np.abs(video.astype(int) - alone)
+        assert apart.max() <= 8 and (apart > 1).mean() < 0.001
+
+
+def test_a_batch_of_one_is_a_stream_bit_for_bit(engine) -> None:
+    with engine.stream_batch([PROMPT], seeds=[7]) as batch:
+        pictures = torch.cat(list(islice(batch, 3)), 1)
+    assert (pictures[0].numpy() == take(engine.stream(PROMPT, seed=7), 3)).all()
+    assert (batch.blocks, batch.pictures) == (3, 33)
+
+
+def test_a_batch_needs_a_prompt_and_a_seed_for_each_stream(engine) -> None:
+    for prompts, seeds in (([], []), ([PROMPT], [1, 2]), ([PROMPT], [-1])):
+        with pytest.raises(ValueError, match="a prompt and a seed"):
+            engine.stream_batch(prompts, seeds=seeds)
+    batch = engine.stream_batch([PROMPT], seeds=[7])
+    with pytest.raises(ValueError, match="1 streams cannot go on under 2 prompts"):
+        batch.redirect([PROMPT, OTHER])
+    batch.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        next(batch)

@@ -2,8 +2,16 @@ import torch
 
 from longtake.models.light_codec import LightCodec, LightCodecConfig
 from longtake.toy.captions import TEXT_LENGTH
-from longtake.toy.clips import ClipPool, prompt_of_frames, subject_share
-from longtake.toy.scenes import make_scene
+from longtake.toy.clips import ClipPool, prompt_of_frames, sample_prompts, subject_share, training_scenes
+from longtake.toy.scenes import (
+    ATTRIBUTES,
+    COLOURS,
+    PLACES,
+    SUBJECTS,
+    held_out_combinations,
+    make_scene,
+    sample_scenes,
+)
 from longtake.toy.world import Rendering
 
 SMALL = LightCodecConfig(
@@ -39,3 +47,30 @@ def test_the_share_of_a_cell_is_averaged_over_a_latent_frames_pictures() -> None
     share = subject_share(Rendering(torch.zeros(1, 5, 3, 112, 192), mask), LightCodec(SMALL))
     assert share.shape == (1, 2, 14, 24)
     assert share[0, 0, 0, 0] == 0.5 and share[0, 1, 1, 1] == 0.5 and share.sum() == 1
+
+
+def test_what_is_harder_comes_up_more_often_and_held_out_scenes_never_do() -> None:
+    often, plain = training_scenes(2000, 5, torch.device("cpu")), sample_scenes(6000, 5)
+    for attribute, value, least, most in (("camera", "looks away", 1.4, 4), ("camera", "still", 0.3, 0.8)):
+        index = ATTRIBUTES[attribute].index(value)
+        shares = [(getattr(scenes, attribute) == index).double().mean() for scenes in (often, plain)]
+        assert least < shares[0] / shares[1] < most
+    rows = zip(often.subject.tolist(), often.colour[:, 0].tolist(), often.place[:, 0].tolist(), strict=True)
+    combinations = {(SUBJECTS[s], COLOURS[c], PLACES[p]) for s, c, p in rows}
+    assert not combinations & held_out_combinations()
+
+
+def test_a_pool_made_again_holds_the_same_clips() -> None:
+    torch.manual_seed(0)
+    codec = LightCodec(SMALL)
+    pool, twin = (ClipPool(codec, 3, seed=1, device=torch.device("cpu"), at_once=2) for _ in range(2))
+    pool.renew()
+    twin.load_state_dict(pool.state_dict())
+    for one, other in zip(pool._pool, twin._pool, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_prompts_need_no_rendering_and_say_what_the_clips_would() -> None:
+    said = sample_prompts(6, 9, torch.device("cpu"), 4)
+    assert said.tokens_BPL.shape == (6, 2, TEXT_LENGTH) and said.prompt_BF.shape == (6, 33)
+    assert torch.equal(said.tokens_BPL, sample_prompts(6, 9, torch.device("cpu"), 4).tokens_BPL)

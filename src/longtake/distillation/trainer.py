@@ -1,16 +1,66 @@
-"""The loop: rates that warm up and fall, gradients averaged and clipped, running averages, metrics, an end in time."""
+"""The loop: rates that warm up and fall, averages, metrics, pictures on the way, and a state that survives a kill."""
 
 import json
+import os
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from longtake import parallel
+
+METRICS_FILE = "metrics.jsonl"
+STATE_FILE = "state.pt"
+_CLOCK_SECONDS = 1.0  # from one look at the first process's clock to the next: each waits for the device
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a stage runs and writes: this process's rank, its device, and the folder that all processes share."""
+
+    out: Path
+    device: torch.device
+    rank: int = 0
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def autocast(self) -> torch.autocast:
+        """bfloat16 on a GPU. Without autocast's cache: weights cast in no_grad passes would come back without graph."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda", cache_enabled=False)
+
+
+class Stateful(Protocol):
+    """Part of a run that must be as it was when the run goes on after a kill."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Dice:
+    """A random generator on the host whose state is part of a run's."""
+
+    def __init__(self, seed: int):
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def below(self, high: int) -> int:
+        """A whole number in 0..high - 1."""
+        return int(torch.randint(high, (), generator=self.generator))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.set_state(state["generator"])
 
 
 class Learner:
@@ -55,10 +105,25 @@ class Learner:
     @torch.no_grad()
     def swap_average(self) -> None:
         """Exchange the parameters with their running average; call again to change back."""
-        for parameter, average in zip(self._parameters, self._average, strict=True):
+        for parameter, average in zip(self._parameters, self._average, strict=False):
             held = parameter.detach().clone()
             parameter.copy_(average)
             average.copy_(held)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "module": self.module.state_dict(),
+            "optimizers": [o.state_dict() for o in self._optimizers],
+            "average": self._average,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.module.load_state_dict(state["module"])
+        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        for average, saved in zip(self._average, state["average"], strict=True):
+            average.copy_(saved)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,40 +141,145 @@ class Budget:
 
 
 def train(
-    learners: Sequence[Learner],
+    learners: Mapping[str, Learner],
     turn: Callable[[int], dict[str, Tensor]],
     budget: Budget,
-    metrics: Path,
-    device: torch.device,
-    every: int = 50,
+    run: Run,
+    *,
+    keep: Mapping[str, Stateful] | None = None,
+    look: Callable[[str], None] = lambda name: None,
+    log_every: int = 50,
+    save_seconds: float = 60.0,
+    look_seconds: float = 120.0,
 ) -> dict[str, float]:
-    """Run `turn(step)` until the budget is spent; append its metrics to a JSONL file `every` so many steps.
+    """Run `turn(step)` until the budget is spent, going on from the folder's saved state if there is one.
 
-    The first process's clock decides for all, and only it writes.
-    Returns {"steps", "seconds"}.
+    Metrics are appended to metrics.jsonl every `log_every` steps. Every `save_seconds` all of `learners`, of `keep`
+    and of torch's random state is written beside and renamed, so that a run killed at any moment goes on and ends as
+    if it had not been; Ctrl-C does the same at once and raises KeyboardInterrupt. Every `look_seconds` the first
+    process calls `look(name)`, and once more at the end; it must leave all random state alone.
+    Returns {"steps", "seconds"}; seconds count over all parts of a run.
     """
-    started, step, first = time.perf_counter(), 0, _is_first()
-    while True:
-        progress = max(step / budget.steps, (time.perf_counter() - started) / budget.seconds)
-        progress = parallel.from_first(progress, device)
-        if progress >= 1:
+    state = _State(run, {**learners, **(keep or {})})
+    first_step, before = state.resume()
+    step = first_step
+    started = saved = looked = time.perf_counter()
+    clock_share, asked_to_stop, next_look = before / budget.seconds, False, step
+    pace = min(_CLOCK_SECONDS, save_seconds)
+    with _Interrupt() as interrupt:
+        while True:
+            if step == next_look:
+                now = time.perf_counter()
+                steps_ahead = max(1, int(pace * (step - first_step) / (now - started)))
+                clock = ((before + now - started) / budget.seconds, now - saved > save_seconds, interrupt.asked)
+                clock_share, save, stop, ahead = parallel.from_first([*clock, steps_ahead], run.device)
+                next_look, asked_to_stop = step + int(ahead), bool(stop)
+                if save or asked_to_stop:
+                    state.save(step, before + now - started)
+                    saved = time.perf_counter()
+                if run.first and now - looked > look_seconds and not asked_to_stop:
+                    look(f"step_{step:06}")
+                    looked = time.perf_counter()
+            progress = max(step / budget.steps, clock_share)
+            if progress >= 1 or asked_to_stop:
+                break
+            for learner in learners.values():
+                learner.set_rate(budget.rate(step, progress))
+            values = turn(step)
+            if step % log_every == 0:
+                means = {name: parallel.mean_over_processes(value.float()).item() for name, value in values.items()}
+                if run.first:
+                    _log(run.out, {"step": step, "seconds": round(before + time.perf_counter() - started, 2), **means})
+            step += 1
+    if run.first and not asked_to_stop:
+        look("last")
+    if asked_to_stop:
+        raise KeyboardInterrupt(f"stopped at step {step}; the same command goes on from there")
+    return {"steps": step, "seconds": before + time.perf_counter() - started}
+
+
+class _State:
+    """A run's saved state: one file, whole at any moment, written by the first process for all."""
+
+    def __init__(self, run: Run, parts: Mapping[str, Stateful]):
+        self._run, self._parts = run, parts
+        self._file = run.out / STATE_FILE
+
+    def save(self, step: int, seconds: float) -> None:
+        random = parallel.gather(_random_state(self._run.device))
+        if self._run.first:
+            parts = {name: part.state_dict() for name, part in self._parts.items()}
+            beside = self._file.with_suffix(".part")
+            torch.save({"step": step, "seconds": seconds, "random": random, "parts": parts}, beside)
+            os.replace(beside, self._file)
+
+    def resume(self) -> tuple[int, float]:
+        """Load what was saved, if anything was; returns the step to go on from and the seconds already spent."""
+        if not self._file.exists():
+            return 0, 0.0
+        state = torch.load(self._file, map_location="cpu", weights_only=True)
+        if len(state["random"]) != parallel.processes():
+            raise ValueError(
+                f"{self._file} was saved by {len(state['random'])} processes and can only go on in as many, "
+                f"not in {parallel.processes()}"
+            )
+        for name, part in self._parts.items():
+            part.load_state_dict(state["parts"][name])
+        _set_random_state(state["random"][self._run.rank], self._run.device)
+        if self._run.first:
+            _forget_rows(self._run.out, state["step"])
+            sys.stderr.write(f"going on from step {state['step']}\n")
+        return state["step"], state["seconds"]
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    return state | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
+
+
+def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+class _Interrupt:
+    """Turns Ctrl-C into a question asked between steps, so that no step is left half done."""
+
+    asked = False
+
+    def __enter__(self) -> Self:
+        self._before = signal.getsignal(signal.SIGINT)
+        signal.signal(signal.SIGINT, self._ask)
+        return self
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        self.asked = True
+        sys.stderr.write("stopping after this step; the state is saved\n")
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self._before)
+
+
+def read_metrics(out: Path) -> list[dict[str, float]]:
+    """The rows of a run's metrics; a last line cut off by a kill is left out."""
+    rows = []
+    for line in (out / METRICS_FILE).read_text().splitlines() if (out / METRICS_FILE).exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
             break
-        for learner in learners:
-            learner.set_rate(budget.rate(step, progress))
-        values = turn(step)
-        if step % every == 0:
-            means = {name: parallel.mean_over_processes(value.float()).item() for name, value in values.items()}
-            if first:
-                _log(metrics, {"step": step, "seconds": round(time.perf_counter() - started, 2), **means})
-        step += 1
-    return {"steps": step, "seconds": time.perf_counter() - started}
+    return rows
 
 
-def _is_first() -> bool:
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+def _forget_rows(out: Path, step: int) -> None:
+    """Drop the metrics of steps that will be made again."""
+    beside = out / f"{METRICS_FILE}.part"
+    beside.write_text("".join(json.dumps(row) + "\n" for row in read_metrics(out) if row["step"] < step))
+    os.replace(beside, out / METRICS_FILE)
 
 
-def _log(path: Path, row: dict[str, float]) -> None:
-    with path.open("a") as file:
+def _log(out: Path, row: dict[str, float]) -> None:
+    with (out / METRICS_FILE).open("a") as file:
         file.write(json.dumps(row) + "\n")
     sys.stderr.write(" ".join(f"{name} {value:.4g}" for name, value in row.items()) + "\n")

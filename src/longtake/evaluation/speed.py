@@ -43,6 +43,7 @@ def bench_stream(engine: Engine, prompt: str, seconds: float, repeats: int) -> d
         "peak_memory_mib": peak_memory_mib(engine.device),
         "model": engine.model_name,
         "recipe": engine.recipe.name,
+        "levels": len(engine.recipe.steps),
         "precision": str(engine.dtype).removeprefix("torch."),
         "device": str(engine.device),
         "threads": torch.get_num_threads(),

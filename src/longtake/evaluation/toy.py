@@ -1,68 +1,54 @@
 """How well a recipe follows its prompts and keeps what they leave open, in the toy world, where detectors are exact.
 
-A *source* makes videos: from prompts, a seed and marks in seconds it gives, for one mark after another, the five
-seconds of pictures that end there. Scoring knows nothing of where pictures come from. Every clip is scored on what
-its caption says; what detectors abstain from is wrong. What a caption leaves open must stay as it was at the start.
+Scoring knows nothing of where pictures come from (see `sources`). Every clip is scored on what its caption says; what
+detectors abstain from is wrong. What a caption leaves open must stay as it was at the start. And there must be one
+subject, not two.
 
-Shapes: B clips, F pictures of a clip, D features.
+Shapes: B clips, D features.
 """
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from random import Random
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from longtake.generation.stream import to_uint8
-from longtake.models.codec import Codec
-from longtake.toy.captions import captions, encode, parse
+from longtake.evaluation.scores import Score, Tally, asked_for, joined, tally
+from longtake.evaluation.sources import (
+    CPU,
+    WINDOW_SECONDS,
+    Source,
+    at_once,
+    captions_in,
+    engine_source,
+    held_out_captions,
+    seed_list,
+    truth_source,
+)
+from longtake.generation.stream import Engine
+from longtake.toy.captions import encode, parse
 from longtake.toy.detect import Detections, detect
-from longtake.toy.scenes import ATTRIBUTES, RATE, Scenes, make_scene, sample_scenes
-from longtake.toy.world import render
+from longtake.toy.scenes import ATTRIBUTES, RATE
 
 FOLLOWED = ("subject", "colour", "place", "time", "weather", "motion", "camera")
-WINDOW_SECONDS = 5
 OPENING_SECONDS = 2.5  # what a video shows so early is what it has to keep
-CAPTION_SEED, CAPTION_COUNT = 20_001, 1000  # the fixed list of held-out captions
 REFERENCE_SEED = 20_002  # of the renders that features are compared with; no recipe is given it
-BATCH = 8  # prompts that a source is given at once
-
-Source = Callable[[Sequence[str], int, Sequence[int]], Iterator[Tensor]]
-"""From prompts, a seed and rising marks in seconds: for each mark, uint8 pictures [B, 80, H, W, 3] that end there."""
-
-
-class HasFrames(Protocol):
-    """A piece of a video: uint8 pictures [T, H, W, 3]."""
-
-    @property
-    def frames(self) -> np.ndarray: ...
-
-
-class Streams(Protocol):
-    """The part of an engine that evaluation uses."""
-
-    @property
-    def frame_rate(self) -> int: ...
-
-    def stream(self, prompt: str, *, seed: int) -> AbstractContextManager[Iterator[HasFrames]]: ...
 
 
 def evaluate_toy(
     recipes: Sequence[str],
-    engine_of: Callable[[str], Streams],
+    engine_of: Callable[[str], Engine],
     *,
-    prompts: int | None = 100,
+    prompts: int = 100,
     prompt_file: Path | None = None,
     seeds: int = 2,
     at: Sequence[int] = (5,),
     sources: Mapping[str, Source] | None = None,
+    device: torch.device = CPU,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Score recipes on held-out captions.
@@ -70,11 +56,12 @@ def evaluate_toy(
     Args:
         recipes: what to score: names that `sources` has, "truth" (fresh renders of what the captions say), or recipes.
         engine_of: loads the engine of a recipe.
-        prompts: how many captions of the fixed held-out list; not used with a prompt file.
+        prompts: how many captions of the fixed held-out list, 1 to 1000; not used with a prompt file.
         prompt_file: captions to use instead, one a line.
         seeds: videos for each caption, with seeds 0, 1, ...
         at: T scores the pictures of the five seconds that end T seconds into a video.
         sources: where other videos come from, such as {"codec": codec_source(codec)}.
+        device: where truth is rendered, and the reference that features are compared with.
         progress: is told, in words, how far it is.
 
     Returns:
@@ -83,133 +70,20 @@ def evaluate_toy(
     Raises:
         ValueError: no captions or seeds, or a mark before the first window is full.
     """
-    texts = _lines(prompt_file) if prompt_file else held_out_captions(prompts or 0)
-    if not texts or seeds < 1:
-        raise ValueError(f"evaluation needs captions and seeds, got {len(texts)} and {seeds}")
+    texts = captions_in(prompt_file) if prompt_file else held_out_captions(prompts)
     if not at or min(at) < WINDOW_SECONDS:
         raise ValueError(f"windows of {WINDOW_SECONDS} seconds end at {WINDOW_SECONDS} or later, got {list(at)}")
     for text in texts:
         encode(text)  # a line that cannot be read is refused now, not after an hour
-    known = {"truth": truth_source, **(sources or {})}
+    plan = _Plan(texts, seed_list(seeds), sorted(set(at)), progress)
+    truth = truth_source(device)
+    known = {"truth": truth, **(sources or {})}
     chosen = {name: known[name] if name in known else engine_source(engine_of(name)) for name in recipes}
-    plan = _Plan(texts, list(range(seeds)), sorted(set(at)), progress)
-    reference = _watch("reference", truth_source, plan, [REFERENCE_SEED + seed for seed in plan.seeds])
-    results = []
-    for recipe, source in chosen.items():
-        results.append(_table(recipe, plan, _watch(recipe, source, plan, plan.seeds), reference))
-    return results
-
-
-def held_out_captions(count: int) -> list[str]:
-    """The first captions of a list that never changes, each of a combination that training never shows."""
-    if count > CAPTION_COUNT:
-        raise ValueError(f"there are {CAPTION_COUNT} held-out captions, not {count}")
-    scenes = sample_scenes(CAPTION_COUNT, CAPTION_SEED, held_out=True, changes=0.0)
-    return [before for before, _ in captions(scenes, CAPTION_SEED)[:count]]
-
-
-def _lines(path: Path) -> list[str]:
-    """The lines of a file that are not blank."""
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sources
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def truth_source(prompts: Sequence[str], seed: int, marks: Sequence[int]) -> Iterator[Tensor]:
-    """Renders of scenes in which everything is as the captions say; what they leave open is drawn from the seed."""
-    scenes = scenes_of(prompts, seed)
-    for mark in marks:
-        yield _rendered(scenes, WINDOW_SECONDS * RATE, (mark - WINDOW_SECONDS) * RATE)
-
-
-def codec_source(codec: Codec) -> Source:
-    """The same renders, encoded and decoded from the first picture on."""
-
-    @torch.no_grad()
-    def source(prompts: Sequence[str], seed: int, marks: Sequence[int]) -> Iterator[Tensor]:
-        scenes = scenes_of(prompts, seed)
-        weight = next(codec.parameters())
-        encoder_state = decoder_state = None
-
-        def pieces() -> Iterator[Tensor]:
-            nonlocal encoder_state, decoder_state
-            for first, pictures in _blocks(codec.temporal_factor, marks[-1] * RATE):
-                frames = render(scenes, pictures, first).frames_BFCHW.to(weight)
-                latents, encoder_state = codec.encode(frames, encoder_state)
-                decoded, decoder_state = codec.decode(latents, decoder_state)
-                yield to_uint8(decoded)
-
-        yield from windows(pieces(), RATE, marks)
-
-    return source
-
-
-def clip_source(sample: Callable[[Sequence[str], int], Tensor]) -> Source:
-    """Whole clips, uint8 [B, F, H, W, 3], made at once from prompts and a seed: a teacher's. Marks end within them."""
-
-    def source(prompts: Sequence[str], seed: int, marks: Sequence[int]) -> Iterator[Tensor]:
-        clips = sample(prompts, seed)
-        if clips.shape[1] < marks[-1] * RATE:
-            raise ValueError(f"clips of {clips.shape[1] / RATE:.1f} seconds cannot be scored at {marks[-1]}")
-        yield from windows([clips], RATE, marks)
-
-    return source
-
-
-def engine_source(engine: Streams) -> Source:
-    """One stream after another, each as long as the last mark."""
-
-    def source(prompts: Sequence[str], seed: int, marks: Sequence[int]) -> Iterator[Tensor]:
-        clips = [list(_streamed(engine, prompt, seed, marks)) for prompt in prompts]
-        yield from (torch.cat(parts) for parts in zip(*clips, strict=True))
-
-    return source
-
-
-def _streamed(engine: Streams, prompt: str, seed: int, marks: Sequence[int]) -> Iterator[Tensor]:
-    with engine.stream(prompt, seed=seed) as stream:
-        yield from windows((torch.from_numpy(chunk.frames)[None] for chunk in stream), engine.frame_rate, marks)
-
-
-def windows(pieces: Iterator[Tensor] | Sequence[Tensor], rate: int, marks: Sequence[int]) -> Iterator[Tensor]:
-    """Cut the window before each rising mark out of a video in pieces [B, T, H, W, 3], of which it keeps little."""
-    remaining = iter(pieces)
-    kept = next(remaining)
-    seen = kept.shape[1]  # pictures so far, of which `kept` holds the last
-    for mark in marks:
-        while seen < mark * rate:
-            piece = next(remaining)
-            seen += piece.shape[1]
-            longest = WINDOW_SECONDS * rate + piece.shape[1]  # the piece may go on beyond the mark
-            kept = torch.cat([kept, piece], 1)[:, -longest:]
-        end = kept.shape[1] - (seen - mark * rate)
-        yield kept[:, end - WINDOW_SECONDS * rate : end]
-
-
-def scenes_of(prompts: Sequence[str], seed: int) -> Scenes:
-    """A scene for each prompt, as it says; what it leaves open is drawn from the seed and the prompt."""
-    scenes = [_scene_of(prompt, Random(f"{seed} {prompt}").getrandbits(32)) for prompt in prompts]
-    columns = {field.name: [getattr(scene, field.name) for scene in scenes] for field in fields(Scenes)}
-    return Scenes(**{name: torch.cat(column) for name, column in columns.items()})
-
-
-def _scene_of(prompt: str, seed: int) -> Scenes:
-    said: dict[str, Any] = {**parse(prompt)}
-    return make_scene(seed=seed, **said)
-
-
-def _rendered(scenes: Scenes, pictures: int, first: int) -> Tensor:
-    return to_uint8(render(scenes, pictures, first).frames_BFCHW)
-
-
-def _blocks(temporal_factor: int, pictures: int) -> Iterator[tuple[int, int]]:
-    """First picture and length of pieces that a codec takes: one picture, then four latent frames at a time."""
-    yield 0, 1
-    for first in range(1, pictures, 4 * temporal_factor):
-        yield first, 4 * temporal_factor
+    reference = _watch("reference", truth, plan, [REFERENCE_SEED + seed for seed in plan.seeds])
+    return [
+        _table(name, source.levels, plan, _watch(name, source, plan, plan.seeds), reference)
+        for name, source in chosen.items()
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -217,60 +91,44 @@ def _blocks(temporal_factor: int, pictures: int) -> Iterator[tuple[int, int]]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Tally:
-    """How many clips were right, out of how many that could be."""
-
-    right: int = 0
-    scored: int = 0
-    abstained: int = 0
-
-    def __add__(self, other: "Tally") -> "Tally":
-        return Tally(self.right + other.right, self.scored + other.scored, self.abstained + other.abstained)
-
-    @property
-    def share(self) -> float | None:
-        return self.right / self.scored if self.scored else None
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """The 95 % interval of the share: Wilson's, which also holds near 0 and 1 and for few clips."""
-        if not self.scored:
-            return None
-        z, n, p = 1.96, self.scored, self.right / self.scored
-        middle = (p + z * z / (2 * n)) / (1 + z * z / n)
-        half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-        return max(0.0, middle - half), min(1.0, middle + half)
-
-
-Score = dict[str, Tally]  # by attribute
-
-
 def score_following(found: Detections, said: Sequence[Mapping[str, str]]) -> Score:
     """Compare what clips show with what their captions say; what a caption leaves open is not scored."""
-    return {name: _tally(getattr(found, name), _indices(name, said)) for name in FOLLOWED}
+    return {name: tally(getattr(found, name), asked_for(name, said)) for name in FOLLOWED}
+
+
+def score_by_value(found: Detections, said: Sequence[Mapping[str, str]]) -> dict[str, Score]:
+    """The same, apart for each value that captions ask for: by attribute and value."""
+    scores = {}
+    for name in FOLLOWED:
+        wanted, read = asked_for(name, said), getattr(found, name)
+        values = {value: torch.where(wanted == index, wanted, -1) for index, value in enumerate(ATTRIBUTES[name])}
+        scores[name] = {value: tally(read, asked) for value, asked in values.items() if (asked >= 0).any()}
+    return scores
 
 
 def score_constancy(found: Detections, opening: Detections, said: Sequence[Mapping[str, str]]) -> Score:
     """Compare what clips show now with what they showed at the start, where their captions leave it open."""
     scores = {}
     for name in FOLLOWED:
-        open_to_choice = _indices(name, said).to(found.subject.device) < 0
-        scores[name] = _tally(getattr(found, name), torch.where(open_to_choice, getattr(opening, name), -1))
+        open_to_choice = asked_for(name, said) < 0
+        scores[name] = tally(getattr(found, name), torch.where(open_to_choice, getattr(opening, name), -1))
     return scores
 
 
-def _indices(name: str, said: Sequence[Mapping[str, str]]) -> Tensor:
-    """What captions say of one attribute, as indices [B], -1 where nothing."""
-    return torch.tensor([ATTRIBUTES[name].index(one[name]) if name in one else -1 for one in said])
+def score_one_subject(count_B: Tensor, said: Sequence[Mapping[str, str]], mark: int) -> Tally:
+    """Of clips that end at a mark, the share that shows one subject, where the caption names one. Two are wrong.
+
+    None is wrong too (and counted as abstained), but for what may be out of view: later than in the opening, a caption
+    that says it walks or that the camera looks away excuses it, and the clip is not scored.
+    """
+    none = count_B.cpu() == 0
+    excused = none & torch.tensor([mark > WINDOW_SECONDS and _may_hide(one) for one in said])
+    named = torch.tensor(["subject" in one for one in said])
+    return tally(torch.where(none, -1, count_B.cpu()), torch.where(named & ~excused, 1, -1))
 
 
-def _tally(found: Tensor, wanted: Tensor) -> Tally:
-    """Count indices [B] where something is wanted (0 or more)."""
-    found, wanted = found.cpu(), wanted.cpu()
-    scored = wanted >= 0
-    counts = ((found == wanted) & scored, scored, (found < 0) & scored)
-    return Tally(*(int(count.sum()) for count in counts))
+def _may_hide(said: Mapping[str, str]) -> bool:
+    return said.get("motion", "").startswith("walks") or said.get("camera") == "looks away"
 
 
 # Fréchet distance (Dowson and Landau, 1982; "FID" in arXiv 1706.08500, Equation 6) of two sets of features.
@@ -303,74 +161,72 @@ class _Plan(NamedTuple):
     progress: Callable[[str], None]
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Watched:
-    """What was seen at one mark, over all clips."""
+    """What captions said, and what was read off their clips: at the start, and at each mark."""
 
-    following: Score
-    constancy: Score
-    features: list[Tensor]  # [B, D] each
+    said: list[dict[str, str]]
+    opening: Detections
+    at: dict[int, Detections]
 
 
-def _watch(name: str, source: Source, plan: _Plan, seeds: Sequence[int]) -> dict[int, _Watched]:
-    """Make all videos of a recipe and score them, a batch at a time; pictures are forgotten at once."""
-    nothing = {attribute: Tally() for attribute in FOLLOWED}
-    watched = {mark: _Watched(dict(nothing), dict(nothing), []) for mark in plan.marks}
-    jobs = list(itertools.product(seeds, range(0, len(plan.prompts), BATCH)))
+def _watch(name: str, source: Source, plan: _Plan, seeds: Sequence[int]) -> _Watched:
+    """Make all videos of a recipe and read them, a batch at a time; pictures are forgotten at once."""
+    size = at_once(source.device)
+    jobs = list(itertools.product(seeds, range(0, len(plan.prompts), size)))
+    marks = sorted({WINDOW_SECONDS, *plan.marks})  # the opening is needed, whatever is scored
+    said: list[dict[str, str]] = []
+    openings: list[Detections] = []
+    found: dict[int, list[Detections]] = {mark: [] for mark in plan.marks}
     for number, (seed, first) in enumerate(jobs, 1):
-        prompts = plan.prompts[first : first + BATCH]
-        _watch_batch(source, prompts, seed, watched)
-        plan.progress(f"{name}: {number} of {len(jobs)} batches, {len(prompts)} prompts each, seed {seed}")
-    return watched
+        prompts = plan.prompts[first : first + size]
+        said += map(parse, prompts)
+        for mark, pictures in zip(marks, source.play(prompts, seed, marks), strict=True):
+            if mark == WINDOW_SECONDS:
+                openings.append(detect(pictures[:, : int(OPENING_SECONDS * RATE)]))
+            if mark in found:
+                found[mark].append(detect(pictures))
+            plan.progress(f"{name}: batch {number} of {len(jobs)}, {len(prompts)} prompts, seed {seed}, {mark} s")
+    return _Watched(said, joined(openings), {mark: joined(parts) for mark, parts in found.items()})
 
 
-def _watch_batch(source: Source, prompts: Sequence[str], seed: int, watched: dict[int, _Watched]) -> None:
-    said = [parse(prompt) for prompt in prompts]
-    marks = sorted({WINDOW_SECONDS, *watched})  # the opening is needed, whatever is scored
-    opening: Detections | None = None
-    for mark, pictures in zip(marks, source(prompts, seed, marks), strict=True):
-        opening = opening or detect(pictures[:, : int(OPENING_SECONDS * RATE)])
-        if mark in watched:
-            found, at = detect(pictures), watched[mark]
-            at.following = _sum(at.following, score_following(found, said))
-            at.constancy = _sum(at.constancy, score_constancy(found, opening, said))
-            at.features.append(found.features.cpu())
-
-
-def _sum(one: Score, other: Score) -> Score:
-    return {name: one[name] + other[name] for name in one}
-
-
-def _table(recipe: str, plan: _Plan, watched: dict[int, _Watched], reference: dict[int, _Watched]) -> dict[str, Any]:
+def _table(recipe: str, levels: int | None, plan: _Plan, watched: _Watched, reference: _Watched) -> dict[str, Any]:
     """The scores of one recipe, ready for JSON."""
-    by_mark = {str(mark): at for mark, at in watched.items()}
+    said = watched.said
+    by_mark = {str(mark): found for mark, found in watched.at.items()}
+    following = {mark: score_following(found, said) for mark, found in by_mark.items()}
+    constancy = {mark: score_constancy(found, watched.opening, said) for mark, found in by_mark.items()}
+    one_subject = {mark: score_one_subject(found.count, said, int(mark)) for mark, found in by_mark.items()}
     distances = {
-        mark: frechet_distance(torch.cat(at.features), torch.cat(reference[int(mark)].features))
-        for mark, at in by_mark.items()
+        mark: frechet_distance(found.features, reference.at[int(mark)].features) for mark, found in by_mark.items()
     }
     return {
         "recipe": recipe,
+        "levels": levels,
         "prompts": len(plan.prompts),
         "seeds": len(plan.seeds),
-        "at": {mark: {name: tally.share for name, tally in at.following.items()} for mark, at in by_mark.items()},
-        "constancy": {
-            mark: {name: tally.share for name, tally in at.constancy.items()} for mark, at in by_mark.items()
-        },
+        "at": {mark: _shares(score) for mark, score in following.items()},
+        "constancy": {mark: _shares(score) for mark, score in constancy.items()},
+        "one_subject": _shares(one_subject),
         "frechet": {mark: distance if math.isfinite(distance) else None for mark, distance in distances.items()},
+        "by_value": {
+            mark: {
+                name: {value: {"right": one.right, "scored": one.scored} for value, one in score.items()}
+                for name, score in score_by_value(found, said).items()
+            }
+            for mark, found in by_mark.items()
+        },
         "counts": {
-            mark: {"at": _counts(at.following), "constancy": _counts(at.constancy)} for mark, at in by_mark.items()
+            mark: {
+                "at": {name: one.table() for name, one in following[mark].items()},
+                "constancy": {name: one.table() for name, one in constancy[mark].items()},
+                "one_subject": one_subject[mark].table(),
+            }
+            for mark in by_mark
         },
         "seed_list": plan.seeds,
     }
 
 
-def _counts(score: Score) -> dict[str, dict[str, Any]]:
-    return {
-        name: {
-            "right": tally.right,
-            "scored": tally.scored,
-            "abstained": tally.abstained,
-            "interval_95": tally.interval,
-        }
-        for name, tally in score.items()
-    }
+def _shares(score: Score) -> dict[str, float | None]:
+    return {name: one.share for name, one in score.items()}

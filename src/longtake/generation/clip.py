@@ -18,12 +18,16 @@ def sample_clip(
     levels: Sequence[float],
     guidance: float,
     prompt_BF: Tensor | None = None,
-    on_step: Callable[[int], None] = lambda step: None,
+    on_step: Callable[[int, Tensor], None] = lambda step, latents: None,
 ) -> Tensor:
-    """Follow the guided velocity from pure noise through falling levels to 0 by Euler steps; returns clean latents."""
+    """Follow the guided velocity from pure noise through falling levels to 0 by Euler steps; returns clean latents.
+
+    on_step: is told each step's number and the latents [B, F, C, H, W] it starts from.
+    """
     view = network.clip_view(noise_BFCHW)
     latents = noise_BFCHW
     for step, (level, lower) in enumerate(zip(levels, [*levels[1:], 0.0], strict=True)):
+        on_step(step, latents)
         level_BF, lower_BF = (torch.full(latents.shape[:2], value, device=latents.device) for value in (level, lower))
         velocity = guided(
             network(latents, level_BF, prompts, view, prompt_BF),
@@ -31,5 +35,4 @@ def sample_clip(
             guidance,
         )
         latents = euler_step(latents, velocity, level_BF, lower_BF)
-        on_step(step)
     return latents

@@ -27,8 +27,8 @@ class SeededNoise:
     dtype: torch.dtype
 
     def __call__(self, block: int, step: int) -> Tensor:
-        drawn = [torch.randn(self.shape, generator=generator_for(seed, block, step)) for seed in self.seeds]
-        return torch.stack(drawn).to(device=self.device, dtype=self.dtype)
+        drawn = {seed: torch.randn(self.shape, generator=generator_for(seed, block, step)) for seed in set(self.seeds)}
+        return torch.stack([drawn[seed] for seed in self.seeds]).to(device=self.device, dtype=self.dtype)
 
 
 def generator_for(*key: int) -> torch.Generator:

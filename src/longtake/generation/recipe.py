@@ -1,12 +1,12 @@
 """What a method is at serving time: memory, schedule, levels."""
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, Self
 
 from torch import Tensor
 
-from longtake.flow import warped_levels
+from longtake.flow import TIMESTEPS, warped_levels
 from longtake.generation.noise import Noise
 from longtake.memory.stream_memory import MemoryShape, StreamMemory
 from longtake.memory.window import WindowShape
@@ -39,7 +39,7 @@ class Recipe:
     sink: int
     past: int
     block: int = 3
-    steps: tuple[int, ...] = (1000, 750, 500, 250)
+    steps: tuple[float, ...] = (1000, 750, 500, 250)
 
     def memory(self, network: WanTransformer) -> MemoryShape:
         """The memory of this recipe for a network, positions capped at the extent it was trained on."""
@@ -50,3 +50,12 @@ class Recipe:
     def levels(self, shift: float) -> tuple[float, ...]:
         """The levels of the steps under a model's shift."""
         return warped_levels(list(self.steps), shift)
+
+    def with_levels(self, count: int) -> Self:
+        """The same method with another number of denoising steps, 1 to 1000, evenly spaced: 2 are 1000 and 500.
+
+        ValueError for any other number.
+        """
+        if not isinstance(count, int) or not 1 <= count <= TIMESTEPS:
+            raise ValueError(f"the number of levels is a whole number from 1 to {TIMESTEPS}, got {count}")
+        return replace(self, steps=tuple(TIMESTEPS * (count - i) / count for i in range(count)))

@@ -1,8 +1,12 @@
-"""A stream: prompt in, pictures out, block by block, redirected while it runs."""
+"""A stream: prompt in, pictures out, block by block, redirected while it runs. A batch of streams moves in step.
+
+Shapes: B streams of a batch, T pictures of a block, H W height and width.
+"""
 
 import random
 import time
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
@@ -80,11 +84,11 @@ class Engine:
         self.codec.to(dtype)
 
     @torch.no_grad()
-    def prompt_keys(self, prompt: str) -> PromptKeys:
-        """Cross-attention keys of one prompt. ValueError if it is empty or cannot be read."""
-        if not prompt.strip():
+    def prompt_keys(self, *prompts: str) -> PromptKeys:
+        """Cross-attention keys of prompts, one for each stream. ValueError if one is empty or cannot be read."""
+        if not all(prompt.strip() for prompt in prompts):
             raise ValueError("the prompt is empty: say what to show")
-        return self.network.prompt_keys(self.text.encode([prompt])[:, None].to(self.dtype))
+        return self.network.prompt_keys(self.text.encode(list(prompts))[:, None].to(self.dtype))
 
     def stream(self, prompt: str, *, seed: int = 42) -> "Stream":
         """Open an endless stream. The same seed gives the same pictures on one device, version and precision.
@@ -95,62 +99,19 @@ class Engine:
             raise ValueError(f"a seed is a whole number from 0, or -1 to draw one, got {seed}")
         return Stream(self, prompt, random.SystemRandom().randrange(2**31) if seed == -1 else seed)
 
+    def stream_batch(self, prompts: Sequence[str], *, seeds: Sequence[int]) -> "StreamBatch":
+        """Open B streams that move in step, each with its own prompt and seed (a whole number from 0).
 
-class Stream:
-    """One endless video being made: an iterator of chunks that never ends by itself; close it or leave its `with`."""
+        Each shows what it would show alone, but for rounding. ValueError unless there are as many seeds as prompts.
+        """
+        return StreamBatch(self, prompts, seeds)
 
-    def __init__(self, engine: Engine, prompt: str, seed: int):
-        self.engine = engine
-        self.seed = seed
-        self.prompt = prompt
-        self._prompt_keys = engine.prompt_keys(prompt)
-        self._codec_state: CodecState | None = None
-        self._pictures = self._chunks = 0
-        self._blocks: Iterator[Tensor] | None = engine.recipe.schedule(
-            engine.network,
-            StreamMemory(engine.recipe.memory(engine.network), engine.network.config.layers, ring=True),
-            lambda block: self._prompt_keys,
-            SeededNoise([seed], (engine.recipe.block, *engine.latent_size), engine.device, torch.float32),
-            engine.recipe.levels(engine.shift),
-        )
 
-    def redirect(self, prompt: str) -> None:
-        """Go on under another prompt, from the next block; what is remembered stays. ValueError leaves the old one."""
-        self._prompt_keys = self.engine.prompt_keys(prompt)
-        self.prompt = prompt
+class _Closing(ABC):
+    """What is closed when its `with` is left."""
 
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Chunk:
-        if self._blocks is None:
-            raise RuntimeError("this stream is closed, or failed: open another one")
-        try:
-            return self._next_chunk(self._blocks)
-        except BaseException:  # Ctrl-C too: half a block is in no state to go on from
-            self.close()
-            raise
-
-    def _next_chunk(self, blocks: Iterator[Tensor]) -> Chunk:
-        started = time.perf_counter()
-        latents = next(blocks)
-        self._wait()
-        made = time.perf_counter()
-        frames = self._decode(latents)
-        decoded = time.perf_counter()
-        chunk = Chunk(
-            frames,
-            index=self._chunks,
-            start_seconds=self._pictures / self.engine.frame_rate,
-            timings=Timings(made - started, decoded - made, decoded - started),
-        )
-        self._pictures += len(frames)
-        self._chunks += 1
-        return chunk
-
-    def close(self) -> None:
-        """Let go of memory and codec state; a closed stream makes no more chunks."""
-        self._blocks = self._codec_state = None  # the schedule holds the memory
+    @abstractmethod
+    def close(self) -> None: ...
 
     def __enter__(self) -> Self:
         return self
@@ -160,15 +121,115 @@ class Stream:
     ) -> None:
         self.close()
 
+
+class StreamBatch(_Closing):
+    """Endless videos made in step: an iterator of uint8 pictures [B, T, H, W, 3] on the engine's device.
+
+    It never ends by itself; close it or leave its `with`. blocks, pictures: how many it has made of each video.
+    timings: of the last block.
+    """
+
+    def __init__(self, engine: Engine, prompts: Sequence[str], seeds: Sequence[int]):
+        if not prompts or len(prompts) != len(seeds) or min(seeds) < 0:
+            raise ValueError(
+                f"streams need a prompt and a seed from 0 each, got {len(prompts)} prompts and seeds {list(seeds)}"
+            )
+        self.engine = engine
+        self.seeds = list(seeds)
+        self.blocks = self.pictures = 0
+        self.timings: Timings | None = None
+        self._set_prompts(prompts)
+        self._codec_state: CodecState | None = None
+        self._latents: Iterator[Tensor] | None = engine.recipe.schedule(
+            engine.network,
+            StreamMemory(engine.recipe.memory(engine.network), engine.network.config.layers, ring=True),
+            lambda block: self._prompt_keys,
+            SeededNoise(self.seeds, (engine.recipe.block, *engine.latent_size), engine.device, torch.float32),
+            engine.recipe.levels(engine.shift),
+        )
+
+    def redirect(self, prompts: Sequence[str]) -> None:
+        """Go on under other prompts, one a stream, from the next block; what is remembered stays.
+
+        ValueError, for a prompt that cannot be read or another number of them, leaves the old ones.
+        """
+        if len(prompts) != len(self.seeds):
+            raise ValueError(f"{len(self.seeds)} streams cannot go on under {len(prompts)} prompts")
+        self._set_prompts(prompts)
+
+    def _set_prompts(self, prompts: Sequence[str]) -> None:
+        self._prompt_keys = self.engine.prompt_keys(*prompts)
+        self.prompts = list(prompts)
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Tensor:
+        if self._latents is None:
+            raise RuntimeError("this stream is closed, or failed: open another one")
+        try:
+            return self._next_pictures(self._latents)
+        except BaseException:  # Ctrl-C too: half a block is in no state to go on from
+            self.close()
+            raise
+
+    def _next_pictures(self, latents: Iterator[Tensor]) -> Tensor:
+        started = time.perf_counter()
+        latents_BFCHW = next(latents)
+        self._wait()
+        made = time.perf_counter()
+        pictures_BTHWC = self._decode(latents_BFCHW)
+        self._wait()
+        decoded = time.perf_counter()
+        self.timings = Timings(made - started, decoded - made, decoded - started)
+        self.blocks += 1
+        self.pictures += pictures_BTHWC.shape[1]
+        return pictures_BTHWC
+
+    def close(self) -> None:
+        """Let go of memory and codec state; closed streams make no more pictures."""
+        self._latents = self._codec_state = None  # the schedule holds the memory
+
     @torch.no_grad()
-    def _decode(self, latents_BFCHW: Tensor) -> np.ndarray:
+    def _decode(self, latents_BFCHW: Tensor) -> Tensor:
         frames, self._codec_state = self.engine.codec.decode(latents_BFCHW.to(self.engine.dtype), self._codec_state)
-        frames_FHWC: np.ndarray = to_uint8(frames)[0].cpu().numpy()
-        return frames_FHWC
+        return to_uint8(frames)
 
     def _wait(self) -> None:
         if self.engine.device.type == "cuda":
             torch.cuda.synchronize(self.engine.device)
+
+
+class Stream(_Closing):
+    """One endless video being made: an iterator of chunks that never ends by itself; close it or leave its `with`."""
+
+    def __init__(self, engine: Engine, prompt: str, seed: int):
+        self.engine = engine
+        self.seed = seed
+        self._batch = StreamBatch(engine, [prompt], [seed])
+
+    @property
+    def prompt(self) -> str:
+        return self._batch.prompts[0]
+
+    def redirect(self, prompt: str) -> None:
+        """Go on under another prompt, from the next block; what is remembered stays. ValueError leaves the old one."""
+        self._batch.redirect([prompt])
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Chunk:
+        started = time.perf_counter()
+        index, start_seconds = self._batch.blocks, self._batch.pictures / self.engine.frame_rate
+        frames_THWC: np.ndarray = next(self._batch)[0].cpu().numpy()
+        assert self._batch.timings is not None
+        timings = self._batch.timings._replace(total_seconds=time.perf_counter() - started)
+        return Chunk(frames_THWC, index, start_seconds, timings)
+
+    def close(self) -> None:
+        """Let go of memory and codec state; a closed stream makes no more chunks."""
+        self._batch.close()
 
 
 def to_uint8(frames_BFCHW: Tensor) -> Tensor:

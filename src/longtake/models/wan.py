@@ -124,8 +124,8 @@ class Block(nn.Module):
         if prompt_BF is None:
             read = dense(q.flatten(1, 2), k[:, 0], v[:, 0])
         else:
-            batch = torch.arange(k.shape[0], device=k.device)[:, None]
-            read = dense(q.flatten(0, 1), k[batch, prompt_BF].flatten(0, 1), v[batch, prompt_BF].flatten(0, 1))
+            k_BFLND, v_BFLND = _of_frames(k, prompt_BF), _of_frames(v, prompt_BF)
+            read = dense(q.flatten(0, 1), k_BFLND.flatten(0, 1), v_BFLND.flatten(0, 1))
         return self.cross_attn.o(read.flatten(2)).view_as(x_BFTE)
 
 
@@ -242,6 +242,12 @@ def level_features(level_BF: Tensor, size: int) -> Tensor:
     steps = torch.arange(half, dtype=torch.float64, device=level_BF.device)
     angles = 1000 * level_BF.double().unsqueeze(-1) * torch.exp(-math.log(10000) / half * steps)
     return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
+
+
+def _of_frames(keys_BPLND: Tensor, prompt_BF: Tensor) -> Tensor:
+    """The keys of each frame's prompt, [B, F, L, N, D]. A product with ones and zeros: indexing's backward is slow."""
+    chosen_BFP = functional.one_hot(prompt_BF, keys_BPLND.shape[1]).to(keys_BPLND.dtype)
+    return (chosen_BFP @ keys_BPLND.flatten(2)).unflatten(2, keys_BPLND.shape[2:])
 
 
 def _modulated(x_BFTE: Tensor, shift: Tensor, scale: Tensor) -> Tensor:

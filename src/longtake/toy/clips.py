@@ -1,6 +1,6 @@
 """Clips of the toy world to learn from: rendered and encoded on the spot, in a pool that is renewed all the time."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,8 +8,14 @@ from torch.nn import functional
 
 from longtake.models.codec import Codec
 from longtake.toy.captions import caption_tokens
-from longtake.toy.scenes import CLIP_PICTURES, RATE, Scenes, sample_scenes
+from longtake.toy.scenes import ATTRIBUTES, CLIP_PICTURES, RATE, Scenes, sample_scenes
 from longtake.toy.world import Painter, Rendering, paint, render
+
+HARDER: dict[str, dict[str, float]] = {
+    "camera": {"looks away": 4.0, "pans left": 2.0, "pans right": 2.0},
+    "motion": {"spins": 2.0},
+}
+"""What networks learn last, with the weight of its scenes against 1 of others when training chooses."""
 
 
 class LatentClips(NamedTuple):
@@ -23,6 +29,13 @@ class LatentClips(NamedTuple):
     tokens_BPL: Tensor
     prompt_BF: Tensor
     subject_BFHW: Tensor
+
+
+class Prompts(NamedTuple):
+    """What clips would be about: tokens [B, 2, L] and prompt [B, F] as in `LatentClips`, over the longest clip."""
+
+    tokens_BPL: Tensor
+    prompt_BF: Tensor
 
 
 class ClipPool:
@@ -47,7 +60,7 @@ class ClipPool:
         size = len(self._pool.latents_BFCHW)
         rows = [i % size for i in range(self._made, self._made + self._at_once)]
         for kept, new in zip(self._pool, self._make(), strict=True):
-            kept[rows] = new
+            kept[rows[-size:]] = new[-size:]
         self._made += self._at_once
 
     def draw(self, count: int, frames: int) -> LatentClips:
@@ -60,10 +73,21 @@ class ClipPool:
         latents, tokens, prompt, subject = self._pool
         return LatentClips(latents[taken].float(), tokens[rows[:, 0]], prompt[taken], subject[taken].float())
 
+    def state_dict(self) -> dict[str, Any]:
+        """How many clips were made: enough, for the clips follow from their numbers."""
+        return {"made": self._made}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Make the clips again that were held when so many had been made."""
+        made, size = int(state["made"]), len(self._pool.latents_BFCHW)
+        self._made = max(0, made - size) // self._at_once * self._at_once
+        while self._made < made:
+            self.renew()
+
     @torch.no_grad()
     def _make(self) -> LatentClips:
         seed = (self._seed << 32) + self._made
-        scenes = sample_scenes(self._at_once, seed, device=self._device)
+        scenes = training_scenes(self._at_once, seed, self._device)
         rendered = render(scenes, CLIP_PICTURES, painter=self._painter)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
             latents, _ = self._codec.encode(rendered.frames_BFCHW)
@@ -73,6 +97,24 @@ class ClipPool:
             prompt_of_frames(scenes, latents.shape[1], self._codec.temporal_factor),
             subject_share(rendered, self._codec).bfloat16(),
         )
+
+
+def sample_prompts(count: int, seed: int, device: torch.device, pictures_a_frame: int) -> Prompts:
+    """The captions of scenes that are not rendered. The same seed gives the same ones."""
+    scenes = training_scenes(count, seed, device)
+    frames = 1 + (CLIP_PICTURES - 1) // pictures_a_frame
+    return Prompts(caption_tokens(scenes, seed), prompt_of_frames(scenes, frames, pictures_a_frame))
+
+
+def training_scenes(count: int, seed: int, device: torch.device) -> Scenes:
+    """Scenes in which what is `HARDER` comes up more often, chosen among three times as many."""
+    scenes = sample_scenes(3 * count, seed)
+    weights = torch.ones(len(scenes))
+    for attribute, values in HARDER.items():
+        for value, times in values.items():
+            weights[getattr(scenes, attribute) == ATTRIBUTES[attribute].index(value)] *= times
+    chosen = torch.multinomial(weights, count, generator=torch.Generator().manual_seed(seed))
+    return scenes[chosen].to(device)
 
 
 def prompt_of_frames(scenes: Scenes, frames: int, pictures_a_frame: int) -> Tensor:

@@ -1,0 +1,489 @@
+"""The stages from nothing to a streaming student. Each trains modules in place; where clips come from is handed in.
+
+    codec            pictures -> codec
+    teacher          clips -> bidirectional teacher and its text encoder, by flow matching
+    teacher_forcing  teacher + clips -> causal student, by flow matching in front of the clean past
+    ode              teacher + prompts -> causal student, by regression of the teacher's trajectories
+    dmd              teacher + student + prompts -> few-step student, by distribution matching on its own rollouts
+
+Every process draws its own noise and prompts; what has to be alike in all (recipe, exit step, length) comes from
+shared dice.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from longtake import parallel
+from longtake.distillation import dmd, ode_init
+from longtake.distillation.optim import muon_and_adam
+from longtake.distillation.pretrain import Clips, codec_loss, flow_loss, teacher_forcing_loss
+from longtake.distillation.rollout import FreshNoise, rollout
+from longtake.distillation.trainer import Budget, Dice, Learner, Run, Stateful, train
+from longtake.flow import even_levels
+from longtake.generation.clip import sample_clip
+from longtake.generation.noise import SeededNoise
+from longtake.generation.recipe import Recipe
+from longtake.memory.stream_memory import StreamMemory
+from longtake.models.light_codec import LightCodec
+from longtake.models.text import WordEncoder
+from longtake.models.wan import PromptKeys, WanConfig, WanTransformer
+
+RENEW_EVERY = 6  # steps between new clips, which cost time to paint and encode
+LOOKED_AT = 12  # clips on a strip of pictures
+LOOKED_AT_BLOCKS = 20
+NETWORK_ENDS = ("patch_embedding", "text_embedding", "time_", "head")  # matrices that are not hidden: AdamW's
+
+
+class LatentClips(Protocol):
+    """Clips [B, F, C, H, W] with the tokens [B, P, L] of P prompts; see `pretrain.Clips` for the rest."""
+
+    @property
+    def latents_BFCHW(self) -> Tensor: ...
+
+    @property
+    def tokens_BPL(self) -> Tensor: ...
+
+    @property
+    def prompt_BF(self) -> Tensor: ...
+
+    @property
+    def subject_BFHW(self) -> Tensor: ...
+
+
+class ClipSupply(Stateful, Protocol):
+    """Clips to draw from, replaced a few at a time."""
+
+    def renew(self) -> None: ...
+
+    def draw(self, count: int, frames: int) -> LatentClips: ...
+
+
+class Prompts(Protocol):
+    """Tokens [B, P, L] of P prompts a clip, and the prompt [B, F] of each frame of a clip that is as long as any."""
+
+    @property
+    def tokens_BPL(self) -> Tensor: ...
+
+    @property
+    def prompt_BF(self) -> Tensor: ...
+
+
+class World(Protocol):
+    """What stages learn from. Seeds of one process's draws must not be those of another's: the world sees to it."""
+
+    latent_size: tuple[int, int, int]
+    """Channels, height and width of a latent frame."""
+
+    def clips(self, size: int, seed: int) -> ClipSupply:
+        """A supply that holds so many clips."""
+        ...
+
+    def prompts(self, count: int, seed: int) -> Prompts:
+        """Prompts of clips that nobody rendered; the same seed gives the same ones."""
+        ...
+
+    def held_out(self, count: int) -> Tensor:
+        """Tokens [B, L] of prompts that training never shows."""
+        ...
+
+    def show(self, name: str, latents_BFCHW: Tensor) -> None:
+        """Write a strip of pictures of these clips."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecStage:
+    """The codec from nothing, on clips of `pictures`, in one process."""
+
+    steps: int = 100_000
+    seconds: float = 285.0
+    seed: int = 42
+    batch: int = 16
+    pictures: int = 17
+    lr: float = 1.5e-3
+    kl_weight: float = 1.5e-3
+    decoder_widths: tuple[int, ...] = (160, 96, 48)
+    decoder_blocks: tuple[int, ...] = (3, 3, 1)
+    encoder_widths: tuple[int, ...] = (48, 96, 160)
+    encoder_blocks: tuple[int, ...] = (2, 2, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherStage:
+    """The bidirectional teacher and its text encoder, from nothing or from an earlier one."""
+
+    steps: int = 100_000
+    seconds: float = 480.0
+    seed: int = 42
+    batch: int = 32
+    lr: float = 2e-3
+    average: float = 0.999
+    shift: float = 3.0
+    subject_weight: float = 5.0
+    no_prompt_share: float = 0.1
+    pool: int = 2048
+    guidance: float = 3.0
+    sampling_steps: int = 32
+    network: WanConfig = field(
+        default_factory=lambda: WanConfig(dim=256, heads=4, ffn_dim=1024, layers=10, text_dim=192, extent=21)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherForcingStage:
+    """The causal student from the teacher, on clips of `frames` latent frames: longer than the teacher's, so that
+    the sink comes to lie far behind."""
+
+    steps: int = 100_000
+    seconds: float = 80.0
+    seed: int = 43
+    batch: int = 24
+    frames: int = 33
+    lr: float = 1e-3
+    average: float = 0.995
+    subject_weight: float = 5.0
+    pool: int = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class OdeStage:
+    """The causal student from the teacher, or from a student, on `pairs` trajectories in each process."""
+
+    steps: int = 100_000
+    seconds: float = 80.0
+    seed: int = 46
+    batch: int = 24
+    lr: float = 5e-4
+    average: float = 0.995
+    pairs: int = 1536
+    levels: int = 4
+    sampling_steps: int = 32
+    guidance: float = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DmdStage:
+    """Distribution matching under every recipe and every number of levels in turn.
+
+    Rollouts are as long as the teacher's clip, or up to `most_blocks` and learn on their last part.
+    """
+
+    steps: int = 100_000
+    seconds: float = 330.0
+    seed: int = 44
+    batch: int = 32
+    lr: float = 1e-4
+    critic_lr: float = 2e-4
+    critic_turns: int = 3
+    average: float = 0.98
+    guidance: float = 3.0
+    most_blocks: int = 11
+    levels: tuple[int, ...] = (4,)
+
+
+def train_codec(
+    codec: LightCodec, pictures: Callable[[Dice], tuple[Tensor, Tensor]], stage: CodecStage, run: Run
+) -> dict[str, float]:
+    """pictures: draws frames [B, F, 3, H, W] in -1..1 and the subject's mask [B, F, H, W]."""
+    learner = Learner(
+        codec, muon_and_adam(codec, stage.lr, adamw_only=("encoder.enter", "decoder.leave")), average=0.999
+    )
+    there_and_back = torch.compile(codec) if run.device.type == "cuda" else codec
+    dice = Dice(stage.seed)
+
+    def turn(step: int) -> dict[str, Tensor]:
+        frames, mask = pictures(dice)
+        shape = (frames.shape[0], 1 + (frames.shape[1] - 1) // codec.temporal_factor, codec.latent_channels)
+        size = (frames.shape[3] // codec.spatial_factor, frames.shape[4] // codec.spatial_factor)
+        with run.autocast():
+            made = there_and_back(frames, torch.randn(*shape, *size, device=run.device))
+            parts = codec_loss(made, frames, mask, stage.kl_weight)
+        return {**{name: x.detach() for name, x in parts.items()}, "norm": learner.step(parts["loss"])}
+
+    spent = train({"codec": learner}, turn, _budget(stage, warmup=100), run, keep={"dice": dice}, log_every=100)
+    learner.swap_average()
+    codec.eval().requires_grad_(False)
+    moments = []
+    with torch.no_grad(), run.autocast():
+        for _ in range(40):
+            moments.append(codec.encode_moments(pictures(dice)[0])[0].float().transpose(1, 2).flatten(2))
+    latents = torch.cat(moments).transpose(0, 1).flatten(1)
+    codec.set_latent_statistics(latents.mean(1), latents.std(1))
+    return spent
+
+
+def train_teacher(
+    text: WordEncoder, network: WanTransformer, world: World, stage: TeacherStage, run: Run
+) -> dict[str, float]:
+    model = torch.nn.ModuleDict({"text": text, "network": network}).requires_grad_(True).train()
+    parallel.share_parameters(model)
+    ends = ("text.words", "text.places", *(f"network.{name}" for name in NETWORK_ENDS))
+    learner = Learner(model, muon_and_adam(model, stage.lr, adamw_only=ends), average=stage.average)
+    compile_for(run, network)
+    supply = world.clips(stage.pool, stage.seed)
+
+    def turn(step: int) -> dict[str, Tensor]:
+        drawn = _drawn(supply, step, stage.batch, network.config.extent)
+        absent = torch.rand(stage.batch, 1, 1, device=run.device) < stage.no_prompt_share
+        with run.autocast():
+            text_BPLE = embed(text, drawn.tokens_BPL.masked_fill(absent, 0))
+            clips = Clips(drawn.latents_BFCHW, text_BPLE, drawn.prompt_BF, drawn.subject_BFHW)
+            loss = flow_loss(network, clips, stage.shift, stage.subject_weight)
+        return {"loss": loss.detach(), "norm": learner.step(loss)}
+
+    def look(name: str) -> None:
+        with _resting(learner), run.autocast():
+            tokens = world.held_out(LOOKED_AT)
+            noise = SeededNoise(
+                range(LOOKED_AT), (network.config.extent, *world.latent_size), run.device, torch.float32
+            )
+            said = network.prompt_keys(embed(text, tokens[:, None]))
+            nothing = network.prompt_keys(embed(text, text.no_prompt(LOOKED_AT)[:, None]))
+            levels = even_levels(stage.sampling_steps, stage.shift)
+            world.show(name, sample_clip(network, noise(0, 0), said, nothing, levels, stage.guidance))
+
+    spent = train(
+        {"teacher": learner}, turn, _budget(stage, warmup=200), run, keep={"clips": supply}, look=look, log_every=100
+    )
+    learner.swap_average()
+    return spent
+
+
+def train_teacher_forcing(
+    text: WordEncoder, network: WanTransformer, world: World, recipes: Sequence[Recipe], shift: float,
+    stage: TeacherForcingStage, run: Run,
+) -> dict[str, float]:  # fmt: skip
+    learner = _student(network, stage.lr, stage.average)
+    compile_for(run, network)
+    supply = world.clips(stage.pool, stage.seed)
+
+    def turn(step: int) -> dict[str, Tensor]:
+        recipe = recipes[step % len(recipes)]
+        drawn = _drawn(supply, step, stage.batch, stage.frames)
+        with run.autocast():
+            clips = Clips(drawn.latents_BFCHW, embed(text, drawn.tokens_BPL), drawn.prompt_BF, drawn.subject_BFHW)
+            window = recipe.memory(network).window
+            loss = teacher_forcing_loss(network, clips, shift, stage.subject_weight, block=recipe.block, window=window)
+        return {"loss": loss.detach(), "norm": learner.step(loss)}
+
+    look = _student_strips(text, network, learner, world, recipes, shift, run)
+    spent = train({"student": learner}, turn, _budget(stage, warmup=50), run, keep={"clips": supply}, look=look)
+    learner.swap_average()
+    return spent
+
+
+def train_ode(
+    text: WordEncoder, network: WanTransformer, teacher: WanTransformer, world: World, recipes: Sequence[Recipe],
+    shift: float, stage: OdeStage, run: Run,
+) -> dict[str, float]:  # fmt: skip
+    learner = _student(network, stage.lr, stage.average)
+    compile_for(run, network, teacher)
+    states, text_BPLE, prompt_BF = _trajectories(text, teacher, world, shift, stage, run)
+
+    def turn(step: int) -> dict[str, Tensor]:
+        recipe = recipes[step % len(recipes)]
+        rows = torch.randint(len(states), (stage.batch,), device=run.device)
+        with run.autocast():
+            prompts = network.prompt_keys(text_BPLE[rows])
+            window = recipe.memory(network).window
+            loss = ode_init.regression_loss(
+                network, states[rows].float(), prompts, prompt_BF[rows], shift=shift, block=recipe.block, window=window
+            )
+        return {"loss": loss.detach(), "norm": learner.step(loss)}
+
+    look = _student_strips(text, network, learner, world, recipes, shift, run)
+    spent = train({"student": learner}, turn, _budget(stage, warmup=50), run, look=look)
+    learner.swap_average()
+    return spent
+
+
+@torch.no_grad()
+def _trajectories(
+    text: WordEncoder, teacher: WanTransformer, world: World, shift: float, stage: OdeStage, run: Run
+) -> tuple[Tensor, Tensor, Tensor]:
+    """States [pairs, K, F, C, H, W] in bfloat16, text embeddings and the prompt of each frame. They follow from the
+    seed, so a run that goes on makes them again."""
+    states, texts, numbers = [], [], []
+    for number in range(-(-stage.pairs // stage.batch)):
+        said = world.prompts(stage.batch, stage.seed * 1_000_000 + number)
+        frames = teacher.config.extent
+        seeds = [stage.seed + run.rank * stage.pairs + number * stage.batch + row for row in range(stage.batch)]
+        noise = SeededNoise(seeds, (frames, *world.latent_size), run.device, torch.float32)
+        with run.autocast():
+            text_BPLE = embed(text, said.tokens_BPL)
+            nothing = teacher.prompt_keys(embed(text, text.no_prompt(stage.batch)[:, None]))
+            states.append(ode_init.trajectories(
+                teacher, noise(0, 0), teacher.prompt_keys(text_BPLE), nothing, said.prompt_BF[:, :frames],
+                steps=stage.sampling_steps, stops=stage.levels, shift=shift, guidance=stage.guidance,
+            ).bfloat16())  # fmt: skip
+        texts.append(text_BPLE.float())
+        numbers.append(said.prompt_BF[:, :frames])
+    return torch.cat(states), torch.cat(texts), torch.cat(numbers)
+
+
+def train_dmd(
+    text: WordEncoder, network: WanTransformer, teacher: WanTransformer, world: World, recipes: Sequence[Recipe],
+    shift: float, stage: DmdStage, run: Run,
+) -> dict[str, float]:  # fmt: skip
+    critic = copy.deepcopy(teacher).requires_grad_(True).train()
+    network.requires_grad_(True).train()
+    student = Learner(network, [_dmd_adam(network, stage.lr)], average=stage.average)
+    judge = Learner(critic, [_dmd_adam(critic, stage.critic_lr)], average=None)
+    compile_for(run, network, teacher, critic)
+    shared = Dice(stage.seed)
+    with torch.no_grad():
+        nothing_BPLE = embed(text, text.no_prompt(stage.batch)[:, None])
+
+    def turn(step: int) -> dict[str, Tensor]:
+        recipe = recipes[step % len(recipes)]
+        plan = _plan(shared, recipe, stage, network.config.extent)
+        said = world.prompts(stage.batch, stage.seed * 1_000_000 + step)
+        prompt_BF = plan.prompts_of_learned(said.prompt_BF)
+        with torch.no_grad():
+            text_BPLE = embed(text, said.tokens_BPL)
+        with run.autocast():
+            sample = _rolled_out(network, text_BPLE, prompt_BF, world.latent_size, recipe, plan, shift, run).float()
+            guided = dmd.guided_estimate(
+                dmd.estimate_by(teacher, text_BPLE, prompt_BF),
+                dmd.estimate_by(teacher, nothing_BPLE, None),
+                stage.guidance,
+            )
+            loss = dmd.matching_loss(sample, guided, dmd.estimate_by(critic, text_BPLE, prompt_BF), shift)
+        norm = student.step(loss)
+        for _ in range(stage.critic_turns):
+            with run.autocast():
+                critic_loss = dmd.critic_loss(sample, critic, text_BPLE, prompt_BF, shift)
+            judge.step(critic_loss)
+        moving = sample.detach().diff(dim=1).abs().mean()
+        return {"matching": loss.detach(), "critic": critic_loss.detach(), "norm": norm, "motion": moving}
+
+    look = _student_strips(text, network, student, world, recipes, shift, run)
+    learners = {"student": student, "critic": judge}
+    spent = train(learners, turn, _budget(stage, warmup=20), run, keep={"shared": shared}, look=look, log_every=25)
+    student.swap_average()
+    return spent
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """The shape of one rollout, alike in every process: levels down to its exit, and lengths in blocks."""
+
+    levels: tuple[int, int]
+    """How many there are, and how many of them are used."""
+    blocks: int
+    learned: int
+    block: int
+
+    def prompts_of_learned(self, prompt_BF: Tensor) -> Tensor:
+        """The prompt of each learned frame [B, F]: that of its block's first frame, in a clip as long as any.
+
+        A rollout of more than the learned part may have come to any moment of the clip by then.
+        """
+        frames, batch = self.learned * self.block, prompt_BF.shape[0]
+        latest = prompt_BF.shape[1] - frames + 1 if self.blocks > self.learned else 1
+        starts = torch.randint(latest, (batch, 1), device=prompt_BF.device)
+        firsts = starts + torch.arange(0, frames, self.block, device=prompt_BF.device)
+        return prompt_BF.gather(1, firsts).repeat_interleave(self.block, dim=1)
+
+
+def _plan(shared: Dice, recipe: Recipe, stage: DmdStage, clip: int) -> _Plan:
+    levels = stage.levels[shared.below(len(stage.levels))]
+    learned = clip // recipe.block
+    # Half the rollouts are as long as the clip; the others may be longer and learn on their last part only.
+    longer = shared.below(2) * shared.below(stage.most_blocks - learned + 1)
+    return _Plan((levels, 1 + shared.below(levels)), learned + longer, learned, recipe.block)
+
+
+def _rolled_out(
+    network: WanTransformer, text_BPLE: Tensor, prompt_BF: Tensor, latent_size: tuple[int, int, int], recipe: Recipe,
+    plan: _Plan, shift: float, run: Run,
+) -> Tensor:  # fmt: skip
+    """The learned part of a rollout, [B, F, C, H, W]; what comes before it stands under the first prompt."""
+    keys = network.prompt_keys(text_BPLE)
+    by_block = [keys.select(number_B) for number_B in prompt_BF[:, :: recipe.block].unbind(1)]
+    before = keys.select(torch.zeros_like(prompt_BF[:, 0]))
+    early = plan.blocks - plan.learned
+
+    def prompts(block: int) -> PromptKeys:
+        return by_block[block - early] if block >= early else before
+
+    noise = FreshNoise((len(prompt_BF), recipe.block, *latent_size), run.device)
+    count, used = plan.levels
+    levels = recipe.with_levels(count).levels(shift)[:used]
+    memory = recipe.memory(network)
+    return rollout(recipe.schedule, network, memory, prompts, noise, levels, blocks=plan.blocks, learning=plan.learned)
+
+
+def _student_strips(
+    text: WordEncoder, network: WanTransformer, learner: Learner, world: World, recipes: Sequence[Recipe],
+    shift: float, run: Run,
+) -> Callable[[str], None]:  # fmt: skip
+    """Shows what the averaged student streams under each recipe."""
+
+    def look(name: str) -> None:
+        with _resting(learner):
+            for recipe in {recipe.name: recipe for recipe in recipes}.values():
+                latents = stream_latents(text, network, world, recipe, shift, run)
+                world.show(f"{name}_{recipe.name}", latents)
+
+    return look
+
+
+@torch.no_grad()
+def stream_latents(
+    text: WordEncoder, network: WanTransformer, world: World, recipe: Recipe, shift: float, run: Run
+) -> Tensor:
+    """Streams of the first held-out prompts, [B, F, C, H, W], their noise by seeds 0, 1, ..."""
+    with run.autocast():
+        keys = network.prompt_keys(embed(text, world.held_out(LOOKED_AT)[:, None]))
+        noise = SeededNoise(range(LOOKED_AT), (recipe.block, *world.latent_size), run.device, torch.float32)
+        memory = StreamMemory(recipe.memory(network), network.config.layers, ring=True)
+        made = recipe.schedule(network, memory, lambda block: keys, noise, recipe.levels(shift))
+        return torch.cat(list(islice(made, LOOKED_AT_BLOCKS)), dim=1).float()
+
+
+@contextmanager
+def _resting(learner: Learner) -> Iterator[None]:
+    """The averaged parameters in place, no graphs, and nothing compiled anew for shapes that come up once."""
+    learner.swap_average()
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        yield
+    learner.swap_average()
+
+
+def embed(text: WordEncoder, tokens_BPL: Tensor) -> Tensor:
+    """Text embeddings [B, P, L, E] of P prompts a clip."""
+    return text(tokens_BPL.flatten(0, 1)).unflatten(0, tokens_BPL.shape[:2])
+
+
+def compile_for(run: Run, *networks: WanTransformer) -> None:
+    """Compile the layers on a GPU; elsewhere leave them."""
+    if run.device.type == "cuda":
+        for network in networks:
+            parallel.compile_layers(network.blocks, ("before_attention", "after_attention"))
+
+
+def _student(network: WanTransformer, lr: float, average: float) -> Learner:
+    network.requires_grad_(True).train()
+    return Learner(network, muon_and_adam(network, lr, adamw_only=NETWORK_ENDS), average=average)
+
+
+def _drawn(supply: ClipSupply, step: int, count: int, frames: int) -> LatentClips:
+    if step % RENEW_EVERY == 0:
+        supply.renew()
+    return supply.draw(count, frames)
+
+
+def _dmd_adam(network: WanTransformer, lr: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.0, 0.99), weight_decay=0.01)
+
+
+def _budget(stage: Any, warmup: int) -> Budget:
+    return Budget(steps=stage.steps, seconds=stage.seconds, warmup=warmup)

@@ -1,0 +1,393 @@
+"""One training stage, from a folder of weights to a folder of weights, on the toy world.
+
+Every folder holds whatever has been made so far: codec_decoder, codec_encoder, teacher and student (.safetensors).
+A stage reads what it needs from one folder and leaves it in another, with what it made:
+
+    stage             reads                           makes
+    codec             nothing                         codec
+    teacher           codec, teacher if there is one  teacher
+    teacher_forcing   codec, teacher                  student
+    ode               teacher, student if there is one (else it starts from the teacher)  student
+    dmd               teacher, student                student
+
+Beside the weights: record.json (configuration, time, machine), metrics.jsonl, curves.png, samples/*.png and, where
+PyAV is installed, mp4. A folder that holds state.pt holds a run that was stopped; the same command goes on with it.
+"""
+
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from longtake import parallel, recipes
+from longtake.distillation import stages
+from longtake.distillation.stages import CodecStage, DmdStage, OdeStage, TeacherForcingStage, TeacherStage
+from longtake.distillation.trainer import STATE_FILE, Dice, Run, read_metrics
+from longtake.generation.recipe import Recipe
+from longtake.generation.stream import to_uint8
+from longtake.media.pictures import contact_sheet, save_png
+from longtake.models.light_codec import LightCodec, LightCodecConfig
+from longtake.models.text import WordEncoder, WordEncoderConfig
+from longtake.models.wan import WanConfig, WanTransformer
+from longtake.toy import captions, world
+from longtake.toy.clips import ClipPool, Prompts, sample_prompts
+from longtake.toy.scenes import CLIP_PICTURES, HEIGHT, RATE, WIDTH, sample_scenes
+
+STAGES = {
+    "codec": CodecStage,
+    "teacher": TeacherStage,
+    "teacher_forcing": TeacherForcingStage,
+    "ode": OdeStage,
+    "dmd": DmdStage,
+}
+Stage = CodecStage | TeacherStage | TeacherForcingStage | OdeStage | DmdStage
+RECORD_FILE, CONFIG_FILE, CURVES_FILE = "record.json", "config.json", "curves.png"
+WEIGHTS = (recipes.CODEC_FILE, recipes.ENCODER_FILE, recipes.TEACHER_FILE, recipes.NETWORK_FILE)
+HELD_OUT_SEED = 11
+FILMED = 4  # streams in a film
+
+
+def train(
+    name: str,
+    *,
+    start: str | Path | None,
+    out: Path,
+    recipe_names: Sequence[str] = ("self_forcing_sink", "self_forcing"),
+    settings: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Run a stage to its end, or go on with one that was stopped; returns its record (in the first process).
+
+    start: a folder of weights, or "toy" for the embedded model's. recipe_names: what a student is trained under, in
+    turn. settings: "key=value" of the stage's settings, values in JSON.
+    Raises ValueError for unknown stages and settings, for a folder that lacks what the stage reads, and for one that
+    holds another run; KeyboardInterrupt after Ctrl-C, with the state saved.
+    """
+    if name not in STAGES:
+        raise ValueError(f"no stage {name!r}: there are {', '.join(STAGES)}")
+    stage = with_settings(STAGES[name](), settings)
+    chosen = [recipes.recipe_named(recipe) for recipe in recipe_names]
+    source = None if start is None else _folder_named(start)
+    rank, processes, device = parallel.join()
+    try:
+        run = Run(out, device, rank)
+        _claim_folder(run, {"stage": name, "from": str(start), "recipes": list(recipe_names), "config": asdict(stage)})
+        torch.manual_seed(stage.seed + rank)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        if name == "codec" and processes > 1:
+            raise ValueError("the codec trains in one process: start it without torchrun")
+        inputs = _Inputs(source, out, device)
+        spent = _TRAINERS[name](stage, inputs, chosen, run)
+        return _finish(run, inputs, spent, processes)
+    finally:
+        parallel.leave()
+
+
+def _folder_named(start: str | Path) -> Path:
+    """A folder of weights; "toy" is that of the embedded model. ValueError if there is none."""
+    folder = recipes.packaged(recipes.CODEC_FILE).parent if str(start) == "toy" else Path(start)
+    if not folder.is_dir():
+        raise ValueError(f"no folder {start}: name one that holds weights, or toy")
+    return folder
+
+
+def with_settings(stage: Any, settings: Sequence[str]) -> Any:
+    """A stage with some of its settings changed: "lr=1e-4", 'levels=[4, 2]', 'network={"dim": 64}'."""
+    known = {field.name for field in fields(stage)}
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        if key not in known:
+            raise ValueError(f"{type(stage).__name__} has no setting {key!r}; it has {', '.join(sorted(known))}")
+        try:
+            stage = replace(stage, **{key: _changed(getattr(stage, key), json.loads(value))})
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"setting {setting!r} cannot be read: {error}") from None
+    return stage
+
+
+def _changed(old: Any, new: Any) -> Any:
+    """A JSON value in the type of the setting it replaces; of a configuration it names the fields that change."""
+    return replace(old, **new) if isinstance(old, WanConfig) else type(old)(new)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stages: load, train, save
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What a stage starts from; files that are not there are named with what makes them."""
+
+    source: Path | None
+    out: Path
+    device: torch.device
+
+    def path(self, file: str) -> Path:
+        if self.source is None:
+            raise ValueError(f"this stage reads {file}: name the folder that holds it with --from")
+        if not (self.source / file).is_file():
+            raise ValueError(
+                f"{self.source} holds no {file}, which this stage reads: run the stage that makes it first"
+            )
+        return self.source / file
+
+    def has(self, file: str) -> bool:
+        return self.source is not None and (self.source / file).is_file()
+
+    def codec(self) -> LightCodec:
+        return recipes.load_codec([self.path(recipes.CODEC_FILE), self.path(recipes.ENCODER_FILE)], self.device)
+
+    def network(self, file: str) -> tuple[WordEncoder, WanTransformer, float]:
+        text, network, description = recipes.load_network(self.path(file), self.device)
+        return text, network, description["shift"]
+
+    def hand_on(self) -> None:
+        """Leave in the output folder all weights that this stage did not make itself."""
+        for file in WEIGHTS:
+            if self.has(file) and not (self.out / file).exists():
+                shutil.copyfile(self.path(file), self.out / (file + ".part"))
+                os.replace(self.out / (file + ".part"), self.out / file)
+
+
+def _train_codec(stage: CodecStage, inputs: _Inputs, chosen: Sequence[Recipe], run: Run) -> dict[str, float]:
+    named = {field.name for field in fields(LightCodecConfig)}
+    config = LightCodecConfig(**{key: value for key, value in vars(stage).items() if key in named})
+    codec = LightCodec(config).to(run.device)
+    painter = _painter(run)
+
+    def pictures(dice: Dice) -> tuple[Tensor, Tensor]:
+        scenes = sample_scenes(stage.batch, dice.below(1 << 60), device=run.device)
+        first = torch.randint(CLIP_PICTURES, (stage.batch,), generator=dice.generator).to(run.device)
+        return world.render(scenes, stage.pictures, first, painter)
+
+    spent = stages.train_codec(codec, pictures, stage, run)
+    recipes.save_codec(run.out, codec, int8=True)
+    saved = recipes.load_codec([run.out / recipes.CODEC_FILE, run.out / recipes.ENCODER_FILE], run.device)
+    return spent | _codec_report(saved, run)
+
+
+@torch.no_grad()
+def _codec_report(codec: LightCodec, run: Run) -> dict[str, float]:
+    """PSNR of what was saved, over everything and over the subject, with noise of 0, 0.2 and 0.5 in the latents."""
+    report = {}
+    rendered = world.render(sample_scenes(16, 7, device=run.device, held_out=True), 33)
+    latents, _ = codec.encode(rendered.frames_BFCHW)
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(7)).to(latents)
+    mask = rendered.mask_BFHW.unsqueeze(2)
+    for sigma in (0.0, 0.2, 0.5):
+        decoded = codec.decode(latents + sigma * noise)[0].clamp(-1, 1)
+        error = (decoded - rendered.frames_BFCHW).square() / 4
+        report[f"psnr_noise_{sigma}"] = -10 * error.mean().log10().item()
+        report[f"psnr_subject_noise_{sigma}"] = -10 * ((error * mask).sum() / (3 * mask.sum())).log10().item()
+        both = torch.cat([rendered.frames_BFCHW[:12, 9:10], decoded[:12, 9:10], decoded[:12, 20:21]], dim=1)
+        sheet = contact_sheet(to_uint8(both).flatten(0, 1).cpu().numpy(), 6)
+        save_png(_samples(run.out) / f"noise_{sigma}.png", sheet)
+    return report
+
+
+def _train_teacher(stage: TeacherStage, inputs: _Inputs, chosen: Sequence[Recipe], run: Run) -> dict[str, float]:
+    if inputs.has(recipes.TEACHER_FILE):
+        text, network, _ = inputs.network(recipes.TEACHER_FILE)
+    else:
+        config = WordEncoderConfig(
+            words=len(captions.VOCABULARY), length=captions.TEXT_LENGTH, dim=stage.network.text_dim
+        )
+        text, network = WordEncoder(config).to(run.device), WanTransformer(stage.network).to(run.device)
+    toy = ToyWorld(inputs.codec(), run)
+    spent = stages.train_teacher(text, network, toy, stage, run)
+    if run.first:
+        path = run.out / recipes.TEACHER_FILE
+        recipes.save_network(path, text, network, role="teacher", shift=stage.shift, int8=True)
+    return spent
+
+
+def _train_teacher_forcing(
+    stage: TeacherForcingStage, inputs: _Inputs, chosen: Sequence[Recipe], run: Run
+) -> dict[str, float]:
+    text, network, shift = inputs.network(recipes.TEACHER_FILE)
+    toy = ToyWorld(inputs.codec(), run)
+    spent = stages.train_teacher_forcing(text, network, toy, chosen, shift, stage, run)
+    _save_student(text, network, shift, run, int8=False)
+    return spent
+
+
+def _train_ode(stage: OdeStage, inputs: _Inputs, chosen: Sequence[Recipe], run: Run) -> dict[str, float]:
+    has_student = inputs.has(recipes.NETWORK_FILE)
+    text, network, shift = inputs.network(recipes.NETWORK_FILE if has_student else recipes.TEACHER_FILE)
+    _, teacher, _ = inputs.network(recipes.TEACHER_FILE)
+    toy = ToyWorld(inputs.codec(), run)
+    spent = stages.train_ode(text, network, teacher, toy, chosen, shift, stage, run)
+    _save_student(text, network, shift, run, int8=False)
+    return spent
+
+
+def _train_dmd(stage: DmdStage, inputs: _Inputs, chosen: Sequence[Recipe], run: Run) -> dict[str, float]:
+    text, network, shift = inputs.network(recipes.NETWORK_FILE)
+    _, teacher, _ = inputs.network(recipes.TEACHER_FILE)
+    toy = ToyWorld(inputs.codec(), run)
+    spent = stages.train_dmd(text, network, teacher, toy, chosen, shift, stage, run)
+    _save_student(text, network, shift, run, int8=True)
+    return spent
+
+
+def _save_student(text: WordEncoder, network: WanTransformer, shift: float, run: Run, *, int8: bool) -> None:
+    if run.first:
+        path = run.out / recipes.NETWORK_FILE
+        recipes.save_network(path, text, network, role="student", shift=shift, int8=int8)
+
+
+_TRAINERS: dict[str, Callable[[Any, _Inputs, Sequence[Recipe], Run], dict[str, float]]] = {
+    "codec": _train_codec,
+    "teacher": _train_teacher,
+    "teacher_forcing": _train_teacher_forcing,
+    "ode": _train_ode,
+    "dmd": _train_dmd,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The world that stages learn from
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class ToyWorld:
+    """Clips, prompts and pictures of the toy world, through its codec (see `stages.World`)."""
+
+    def __init__(self, codec: LightCodec, run: Run):
+        self._codec, self._run = codec, run
+        self.latent_size = (codec.latent_channels, HEIGHT // codec.spatial_factor, WIDTH // codec.spatial_factor)
+
+    def clips(self, size: int, seed: int) -> ClipPool:
+        return ClipPool(self._codec, size, seed * 1000 + self._run.rank, self._run.device, _painter(self._run))
+
+    def prompts(self, count: int, seed: int) -> Prompts:
+        own = seed * 1000 + self._run.rank
+        return sample_prompts(count, own, self._run.device, self._codec.temporal_factor)
+
+    def held_out(self, count: int) -> Tensor:
+        return _held_out_tokens(count).to(self._run.device)
+
+    def show(self, name: str, latents_BFCHW: Tensor) -> None:
+        pictures = to_uint8(self._codec.decode(latents_BFCHW.float())[0])
+        chosen = pictures[:, torch.linspace(4, pictures.shape[1] - 1, 8).long()]
+        save_png(_samples(self._run.out) / f"{name}.png", contact_sheet(chosen.flatten(0, 1).cpu().numpy(), 8))
+
+
+def _held_out_tokens(count: int) -> Tensor:
+    scenes = sample_scenes(count, HELD_OUT_SEED, held_out=True, changes=0.0)
+    return captions.caption_tokens(scenes, HELD_OUT_SEED)[:, 0]
+
+
+def _painter(run: Run) -> world.Painter:
+    """One kernel instead of hundreds, compiled once a shape, where that pays."""
+    return torch.compile(world.paint, dynamic=False) if run.device.type == "cuda" else world.paint
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The output folder
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _claim_folder(run: Run, asked: dict[str, Any]) -> None:
+    """Make the folder, or find in it a run of exactly this kind that was stopped."""
+    config = run.out / CONFIG_FILE
+    wanted = json.loads(json.dumps(asked))  # as it is read back
+    if (run.out / RECORD_FILE).exists():
+        raise ValueError(f"{run.out} holds a finished run: choose another folder")
+    if config.exists():
+        if json.loads(config.read_text()) != wanted:
+            raise ValueError(f"{run.out} holds a run with other settings ({config}): choose another folder")
+    elif run.first:
+        run.out.mkdir(parents=True, exist_ok=True)
+        _write_json(config, wanted)
+
+
+def _finish(run: Run, inputs: _Inputs, spent: dict[str, float], processes: int) -> dict[str, Any]:
+    """Hand on the other weights, write the record, and forget the state: the run is over. {} but for the first."""
+    if not run.first:
+        return {}
+    record = {
+        **json.loads((run.out / CONFIG_FILE).read_text()),
+        "spent": spent,
+        "date": time.strftime("%Y-%m-%d"),
+        "processes": processes,
+        "device": torch.cuda.get_device_name() if run.device.type == "cuda" else platform.processor(),
+        "torch": torch.__version__,
+    }
+    inputs.hand_on()
+    report(run.out)
+    _write_json(run.out / RECORD_FILE, record)
+    (run.out / STATE_FILE).unlink(missing_ok=True)
+    return record
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(beside, path)
+
+
+def _samples(out: Path) -> Path:
+    folder = out / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def report(out: Path) -> list[Path]:
+    """Draw a run's curves (with matplotlib) and film what its student streams (with PyAV); what is missing is left out.
+
+    Returns the files written. ValueError if there is no run in the folder.
+    """
+    if not (out / CONFIG_FILE).exists():
+        raise ValueError(f"{out} holds no training run")
+    config = json.loads((out / CONFIG_FILE).read_text())
+    written = []
+    if find_spec("matplotlib") and read_metrics(out):
+        written.append(_draw_curves(out))
+    if find_spec("av") and config["stage"] in ("teacher_forcing", "ode", "dmd"):
+        written += [_film(out, name) for name in dict.fromkeys(config["recipes"])]
+    return written
+
+
+def _draw_curves(out: Path) -> Path:
+    """Every metric over steps, each in a panel of its own."""
+    from matplotlib.figure import Figure
+
+    rows = read_metrics(out)
+    names = [name for name in rows[0] if name not in ("step", "seconds")]
+    figure = Figure(figsize=(4 * len(names), 3), layout="constrained")
+    for panel, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        panel.plot([row["step"] for row in rows], [row[name] for row in rows], linewidth=0.8)
+        panel.set(title=name, xlabel="step", yscale="log")
+        panel.grid(alpha=0.3)
+    path = out / CURVES_FILE
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _film(out: Path, recipe: str) -> Path:
+    """Streams of held-out prompts side by side, as long as the strips."""
+    from longtake.media.mp4 import Mp4Writer
+
+    engine = recipes.load(out, recipe=recipe)
+    tokens = _held_out_tokens(FILMED)
+    path = _samples(out) / f"{recipe}.mp4"
+    columns = 2
+    with engine.stream_batch([captions.decode(row.tolist()) for row in tokens], seeds=range(FILMED)) as streams:
+        pictures = torch.cat(list(islice(streams, stages.LOOKED_AT_BLOCKS)), dim=1)
+    frames = [contact_sheet(moment.cpu().numpy(), columns) for moment in pictures.unbind(1)]
+    height, width = (size // 2 * 2 for size in frames[0].shape[:2])
+    with Mp4Writer(path, width, height, RATE) as writer:
+        writer.write(np.stack(frames)[:, :height, :width])
+    return path

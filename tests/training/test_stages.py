@@ -1,0 +1,141 @@
+"""Every stage by its command at a tiny size, on pictures of noise; killed and resumed; in two processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from longtake import cli, recipes
+from longtake.distillation.trainer import STATE_FILE, read_metrics
+from longtake.toy import world
+
+ROOT = Path(__file__).parents[2]
+MODULE = "tests.training.noise_world"
+NETWORK = json.dumps({"dim": 32, "heads": 2, "ffn_dim": 64, "layers": 2, "text_dim": 16, "extent": 9})
+CODEC = [f"{part}_{size}" for part in ("encoder", "decoder") for size in ("widths=[8,8,8]", "blocks=[1,0,0]")]
+STEPS = 5
+SETTINGS = {
+    "codec": ["batch=1", "pictures=5", *CODEC],
+    "teacher": ["batch=2", "pool=2", f"network={NETWORK}"],
+    "teacher_forcing": ["batch=2", "pool=2"],
+    "ode": ["batch=2", "pairs=4", "sampling_steps=4"],
+    "dmd": ["batch=2", "most_blocks=4", "levels=[4,2]"],
+}
+READS = {"teacher": "codec", "teacher_forcing": "teacher", "ode": "teacher_forcing", "dmd": "ode"}
+MAKES = {"codec": recipes.CODEC_FILE, "teacher": recipes.TEACHER_FILE}
+
+
+def command(stage: str, out: Path, folders: Path) -> list[str]:
+    start = ["--from", str(folders / READS[stage])] if stage in READS else []
+    return [stage, *start, "--out", str(out), "--set", f"steps={STEPS}", "seconds=1e9", *SETTINGS[stage]]
+
+
+def start(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    program = [sys.executable, *launcher, "-m", MODULE, *arguments]
+    return subprocess.Popen(
+        program, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen) -> None:
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors.decode()[-2000:]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> Path:
+    """Every stage once, uninterrupted, each from the one before."""
+    made = tmp_path_factory.mktemp("stages")
+    for stage in SETTINGS:
+        finish(start(*command(stage, made / stage, made)))
+    return made
+
+
+def test_from_nothing_to_a_student_that_streams(folders) -> None:
+    for stage in SETTINGS:
+        record = json.loads((folders / stage / "record.json").read_text())
+        assert record["stage"] == stage and record["spent"]["steps"] == STEPS
+        assert not (folders / stage / STATE_FILE).exists()
+        assert list((folders / stage / "samples").glob("*.png"))
+    assert (folders / "dmd" / "samples" / "self_forcing.mp4").stat().st_size > 1000
+    engine = recipes.load(folders / "dmd", recipe="self_forcing_sink", dtype=torch.float32, levels=2)
+    with engine.stream("a red ball") as stream:
+        assert next(stream).frames.shape == (9, world.HEIGHT, world.WIDTH, 3)
+
+
+@pytest.mark.parametrize("stage", SETTINGS)
+def test_a_run_killed_and_resumed_is_the_uninterrupted_run(stage: str, folders: Path, tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    process = start(*command(stage, out, folders))
+    deadline = time.monotonic() + 120
+    while not saved_step(out) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert not (out / "record.json").exists(), "the kill came too late to test anything"
+    assert 0 < saved_step(out) < STEPS
+    finish(start(*command(stage, out, folders)))
+    file = MAKES.get(stage, recipes.NETWORK_FILE)
+    whole, resumed = load_file(folders / stage / file), load_file(out / file)
+    assert whole.keys() == resumed.keys()
+    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+    assert metrics(out) == metrics(folders / stage)
+
+
+def saved_step(out: Path) -> int:
+    return torch.load(out / STATE_FILE, weights_only=True)["step"] if (out / STATE_FILE).exists() else 0
+
+
+def metrics(out: Path) -> list[dict[str, float]]:
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in read_metrics(out)]
+
+
+def test_ctrl_c_saves_and_says_so(folders: Path, tmp_path: Path) -> None:
+    process = start(*command("dmd", tmp_path / "stopped", folders))
+    while not (tmp_path / "stopped" / STATE_FILE).exists() and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 130 and b"the state is saved" in errors
+    assert saved_step(tmp_path / "stopped") > 0
+
+
+def test_two_processes_share_the_structure_and_stay_alike(folders: Path, tmp_path: Path) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    finish(start(*command("dmd", tmp_path / "two", folders), launcher=torchrun))
+    record = json.loads((tmp_path / "two" / "record.json").read_text())
+    assert record["processes"] == 2
+    one, two = (load_file(folder / recipes.NETWORK_FILE) for folder in (folders / "dmd", tmp_path / "two"))
+    assert any(not torch.equal(one[name], two[name]) for name in one), "the second process changed nothing"
+
+
+@pytest.mark.parametrize(
+    "stage, arguments, said",
+    [
+        ("codec", ["--set", "bach=1"], "no setting 'bach'"),
+        ("codec", ["--set", "steps=many"], "cannot be read"),
+        ("teacher", [], "--from"),
+        ("dmd", ["--from", "{codec}"], "holds no student.safetensors"),
+        ("dmd", ["--from", "nowhere"], "no folder nowhere"),
+        ("dmd", ["--from", "{ode}", "--recipe", "self_forcin"], "did you mean self_forcing"),
+    ],
+)
+def test_bad_input_is_one_line(stage, arguments, said, folders: Path, tmp_path: Path, capsys) -> None:
+    arguments = [argument.format(codec=folders / "codec", ode=folders / "ode") for argument in arguments]
+    assert cli.main(["train", stage, "--out", str(tmp_path / "out"), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert said in error and error.count("\n") == 1
+
+
+def test_a_folder_belongs_to_one_run(folders: Path, capsys) -> None:
+    start_from = ["--from", str(folders / "codec"), "--set", "steps=1"]
+    assert cli.main(["train", "teacher", "--out", str(folders / "teacher"), *start_from]) == 2
+    assert "holds a finished run" in capsys.readouterr().err
