@@ -33,7 +33,7 @@ class RenderedEngine:
 
 class RenderedBatch:
     def __init__(self, prompts: Sequence[str], seeds: Sequence[int], obeys: bool) -> None:
-        parts = [scenes_of([prompt], seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        parts = [scenes_of([prompt], [seed]) for prompt, seed in zip(prompts, seeds, strict=True)]
         self.scenes = Scenes(**{name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])})
         self.obeys, self.pictures = obeys, 0
 

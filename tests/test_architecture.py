@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "generation": "flow memory models",
     "toy": "models",
     "distillation": "flow attention memory models generation parallel",
-    "evaluation": "flow attention memory models generation media toy",
+    "evaluation": "flow parallel attention memory models generation media toy",
     "serving": "generation media",
     "recipes": "flow media parallel attention memory models generation toy distillation evaluation",
     "training": "flow media parallel attention memory models generation toy distillation evaluation recipes",

@@ -284,7 +284,7 @@ def test_evaluate_gives_one_object_a_recipe(scorer, engine, capsys):
     assert json.loads(capsys.readouterr().out) == [SCORES, SCORES]
     assert scorer == [(("truth", "codec"), 3, None, 4, (5, 60), ["codec"], "cpu")]
     assert engine.asked_for == [
-        ("toy", {"recipe": "self_forcing", "levels": 2, "device": "cpu", "dtype": None}),
+        ("toy", {"recipe": "self_forcing", "levels": 2, "device": torch.device("cpu"), "dtype": None}),
     ]
 
 

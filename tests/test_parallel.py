@@ -27,6 +27,7 @@ def work(rank: int, folder: str) -> None:
         "gradient": module.weight.grad,
         "unused": unused.grad,
         "first": parallel.from_first([float(rank + 5), 1.0], device),
+        "shared": parallel.share_out([3, 4, 5], lambda job: (10 * job, rank)),
         "gathered": (parallel.processes(), parallel.gather({"rank": rank})),
         "mean": parallel.mean_over_processes(torch.tensor(float(rank))),
     }
@@ -43,13 +44,19 @@ def test_two_processes_share_parameters_gradients_and_decisions(tmp_path) -> Non
     for seen in (one, two):
         assert seen["gradient"].tolist() == [[0.5, 0.5]] and seen["unused"].tolist() == [0.5]
         assert (seen["first"], seen["mean"].item()) == ([5.0, 1.0], 0.5)
+        assert seen["shared"] == [(30, 0), (40, 1), (50, 0)]
         assert seen["gathered"] == (2, [{"rank": 0}, {"rank": 1}])
 
 
 def test_alone_nothing_is_exchanged() -> None:
     rank, processes, device = parallel.join()
     assert (rank, processes) == (0, 1)
-    assert parallel.from_first([3.0], device) == [3.0] and parallel.gather(4) == [4] and parallel.processes() == 1
+    assert (
+        parallel.from_first([3.0], device) == [3.0]
+        and parallel.gather(4) == [4]
+        and parallel.share_out([1, 2], str) == ["1", "2"]
+        and parallel.processes() == 1
+    )
     assert parallel.mean_over_processes(torch.tensor(2.0)) == 2.0
     parallel.average_gradients([])
     parallel.leave()

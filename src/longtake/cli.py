@@ -10,7 +10,8 @@ import os
 import random
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from json import dumps
 from pathlib import Path
 from time import perf_counter
@@ -148,7 +149,7 @@ def evaluate_toy(
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     json: bool = False,
 ) -> int:
-    """Score recipes against the toy world, where the truth is known.
+    """Score recipes against the toy world, where the truth is known. Many GPUs: torchrun -m longtake.cli evaluate ...
 
     Args:
         recipe: Recipes to score; also teacher, codec and truth, the marks to compare with.
@@ -163,21 +164,21 @@ def evaluate_toy(
         json: Print a JSON list with one object for each recipe.
     """
     from longtake.evaluation import toy
-    from longtake.recipes import device_named
 
-    place = device_named(device)
-    results = toy.evaluate_toy(
-        recipe,
-        lambda name: _load(model, name, levels, device, dtype),
-        prompts=prompts,
-        prompt_file=prompt_file,
-        seeds=seeds,
-        at=at,
-        sources={name: source(model, place, dtype) for name, source in _MARKS.items() if name in recipe},
-        device=place,
-        progress=_say,
-    )
-    print(dumps(results, indent=2) if json else _scores_in_words(results))
+    with _together(device) as (first, place):
+        results = toy.evaluate_toy(
+            recipe,
+            lambda name: _load(model, name, levels, place, dtype),
+            prompts=prompts,
+            prompt_file=prompt_file,
+            seeds=seeds,
+            at=at,
+            sources={name: source(model, place, dtype) for name, source in _MARKS.items() if name in recipe},
+            device=place,
+            progress=_say,
+        )
+    if first:
+        print(dumps(results, indent=2) if json else _scores_in_words(results))
     return 0
 
 
@@ -206,10 +207,12 @@ def evaluate_redirect(
     """
     from longtake.evaluation import redirect
 
-    results = redirect.evaluate_redirect(
-        recipe, lambda name: _load(model, name, levels, device, dtype), prompts=prompts, seeds=seeds, progress=_say
-    )
-    print(dumps(results, indent=2) if json else _redirects_in_words(results))
+    with _together(device) as (first, place):
+        results = redirect.evaluate_redirect(
+            recipe, lambda name: _load(model, name, levels, place, dtype), prompts=prompts, seeds=seeds, progress=_say
+        )
+    if first:
+        print(dumps(results, indent=2) if json else _redirects_in_words(results))
     return 0
 
 
@@ -253,6 +256,19 @@ def models() -> int:
     return 0
 
 
+@contextmanager
+def _together(device: str | None) -> "Iterator[tuple[bool, torch.device]]":
+    """Whether this process is the first of those that torchrun started, and the device to use; one alone is."""
+    from longtake import parallel
+    from longtake.recipes import device_named
+
+    rank, processes, own = parallel.join()
+    try:
+        yield rank == 0, own if processes > 1 else device_named(device)
+    finally:
+        parallel.leave()
+
+
 def _codec_source(model: str, device: "torch.device", dtype: str) -> "Source":
     from longtake.evaluation.sources import codec_source
     from longtake.recipes import toy_codec
@@ -270,7 +286,7 @@ def _teacher_source(model: str, device: "torch.device", dtype: str) -> "Source":
 _MARKS = {"codec": _codec_source, "teacher": _teacher_source}  # what recipes are compared with
 
 
-def _load(model: str, recipe: str, levels: int | None, device: str | None, dtype: str) -> "Engine":
+def _load(model: str, recipe: str, levels: int | None, device: "str | torch.device | None", dtype: str) -> "Engine":
     from longtake.recipes import load
 
     return load(model, recipe=recipe, levels=levels, device=device, dtype=_precision(dtype))

@@ -1,14 +1,17 @@
 """Many processes, layers compiled or checkpointed: applied from outside, so that no model or loss knows of it."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.utils.checkpoint import checkpoint
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 
 def join() -> tuple[int, int, torch.device]:
@@ -66,6 +69,17 @@ def gather(value: object) -> list[Any]:
     gathered: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(gathered, value)
     return gathered
+
+
+def share_out(jobs: Sequence[Job], work: Callable[[Job], Result]) -> list[Result]:
+    """Do every job once, each process its part; every process gets all results, in the order of the jobs.
+
+    Tensors in results must be on the host.
+    """
+    rank = distributed.get_rank() if distributed.is_initialized() else 0
+    own = {number: work(jobs[number]) for number in range(rank, len(jobs), processes())}
+    done: dict[int, Result] = {number: result for part in gather(own) for number, result in part.items()}
+    return [done[number] for number in range(len(jobs))]
 
 
 def share_parameters(module: nn.Module) -> None:

@@ -174,8 +174,8 @@ def toy_teacher(
     dtype: torch.dtype | None = None,
     steps: int = TEACHER_STEPS,
     guidance: float = 3.0,
-) -> Callable[[Sequence[str], int], Tensor]:
-    """A model's teacher as a function of B prompts and a seed: whole clips, uint8 [B, F, H, W, 3] on its device.
+) -> Callable[[Sequence[str], Sequence[int]], Tensor]:
+    """A model's teacher as a function of B prompts and B seeds: whole clips, uint8 [B, F, H, W, 3] on its device.
 
     model: a name, or a folder that holds teacher.safetensors and codec_decoder.safetensors; ValueError for others.
     dtype: by default bfloat16 on a GPU, float32 on a CPU.
@@ -189,9 +189,9 @@ def toy_teacher(
     words = WordText(text, captions.encode)
 
     @torch.no_grad()
-    def sample(prompts: Sequence[str], seed: int) -> Tensor:
+    def sample(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
         shape = (network.config.extent, *_latent_size(codec))
-        noise = SeededNoise([seed] * len(prompts), shape, device, torch.float32)(0, 0)
+        noise = SeededNoise(seeds, shape, device, torch.float32)(0, 0)
         said = network.prompt_keys(words.encode(prompts)[:, None].to(dtype))
         nothing = network.prompt_keys(text(text.no_prompt(len(prompts)))[:, None].to(dtype))
         latents = sample_clip(network, noise, said, nothing, levels, guidance).to(dtype)

@@ -18,8 +18,8 @@ PROMPTS = ("a red ball bounces over green hills at night", "a blue cat stands st
 
 def test_a_stream_is_scored_like_the_pictures_it_is_made_of() -> None:
     source = sources.engine_source(RenderedEngine())  # type: ignore[arg-type]
-    (window,) = source.play(PROMPTS, 3, [5])
-    (whole,) = sources.truth_source().play(PROMPTS, 3, [5])
+    (window,) = source.play(PROMPTS, [3, 3], [5])
+    (whole,) = sources.truth_source().play(PROMPTS, [3, 3], [5])
     assert torch.equal(window[:, ::2], whole[:, ::2])
     assert source.levels == 4
 
@@ -33,9 +33,9 @@ def test_windows_end_at_their_marks(pieces: Sequence[int]) -> None:
 
 def test_clips_that_are_too_short_are_refused() -> None:
     source = sources.clip_source(lambda prompts, seed: torch.zeros(len(prompts), 81, 1, 1, 3, dtype=torch.uint8))
-    assert next(source.play(PROMPTS, 0, [5])).shape == (2, 80, 1, 1, 3)
+    assert next(source.play(PROMPTS, [0, 1], [5])).shape == (2, 80, 1, 1, 3)
     with pytest.raises(ValueError, match="cannot be scored at 8"):
-        next(source.play(PROMPTS, 0, [5, 8]))
+        next(source.play(PROMPTS, [0, 1], [5, 8]))
 
 
 def test_held_out_captions_never_change_with_their_number() -> None:
@@ -75,7 +75,7 @@ class Halves(torch.nn.Module):
 
 
 def test_renders_go_through_the_codec_piece_by_piece() -> None:
-    (window,) = sources.codec_source(Halves()).play(PROMPTS[:1], 0, [5])  # type: ignore[arg-type]
-    (whole,) = sources.truth_source().play(PROMPTS[:1], 0, [5])
+    (window,) = sources.codec_source(Halves()).play(PROMPTS[:1], [0], [5])  # type: ignore[arg-type]
+    (whole,) = sources.truth_source().play(PROMPTS[:1], [0], [5])
     assert torch.equal(window[:, 4::4], whole[:, 4::4])
     assert torch.equal(window[:, 1], whole[:, 4])

@@ -22,8 +22,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from longtake import parallel
 from longtake.evaluation.scores import Score, Tally, asked_for, joined, tally
-from longtake.evaluation.sources import at_once, held_out_captions, seed_list
+from longtake.evaluation.sources import batches, clip_seed, held_out_captions, seed_list
 from longtake.generation.stream import Engine
 from longtake.toy.captions import describe, parse
 from longtake.toy.detect import Detections, detect
@@ -51,7 +52,7 @@ def redirects(captions: Sequence[str], seeds: Sequence[int]) -> list[Redirect]:
     """
     uses = dict.fromkeys(CHANGEABLE, 0)
     chosen = []
-    for seed, caption in product(seeds, captions):
+    for seed, (number, caption) in product(seeds, enumerate(captions)):
         said, dice = parse(caption), Random(f"{seed} {caption}")
         changeable = [name for name in CHANGEABLE if name in said]
         if not changeable:
@@ -59,7 +60,9 @@ def redirects(captions: Sequence[str], seeds: Sequence[int]) -> list[Redirect]:
         attribute = min(changeable, key=uses.__getitem__)
         uses[attribute] += 1
         value = dice.choice([value for value in ATTRIBUTES[attribute] if value != said[attribute]])
-        chosen.append(Redirect(caption, seed, attribute, value, describe(said | {attribute: value}, dice)))
+        chosen.append(
+            Redirect(caption, clip_seed(seed, number), attribute, value, describe(said | {attribute: value}, dice))
+        )
     return chosen
 
 
@@ -100,6 +103,7 @@ def evaluate_redirect(
                 "seeds": seeds,
                 **_table(chosen, told, control),
                 "seed_list": seed_list(seeds),
+                "seed_of_a_video": "100000 * seed + number of the caption, from 0",
             }
         )
     return results
@@ -122,13 +126,15 @@ def _watch(
     name: str, engine: Engine, chosen: Sequence[Redirect], told: Sequence[str], progress: Callable[[str], None]
 ) -> _Watched:
     """Stream every caption, go on as told, and read the pictures, a batch at a time."""
-    parts = []
-    size = at_once(engine.device)
-    for first in range(0, len(chosen), size):
-        batch = chosen[first : first + size]
-        parts.append(_read(*_pictures(engine, batch, told[first : first + size]), batch))
-        progress(f"{name}: {first + len(batch)} of {len(chosen)} streams")
-    before, reads, last = zip(*parts, strict=True)
+    jobs = batches(list(zip(chosen, told, strict=True)), engine.device)
+
+    def read(job: Sequence[tuple[Redirect, str]]) -> _Watched:
+        batch, texts = zip(*job, strict=True)
+        watched = _read(*_pictures(engine, batch, texts), batch)
+        progress(f"{name}: {len(batch)} of {len(chosen)} streams read")
+        return watched
+
+    before, reads, last = zip(*parallel.share_out(jobs, read), strict=True)
     return _Watched(joined(before), torch.cat(reads), joined(last))
 
 
@@ -155,9 +161,9 @@ def _read(before: Tensor, after: Tensor, batch: Sequence[Redirect]) -> _Watched:
     reads = [_of_changed(detect(around[:, end : end + length]), batch) for end in ends]
     end = AFTER_SECONDS * RATE
     return _Watched(
-        detect(before[:, -BEFORE_SECONDS * RATE :]),
+        joined([detect(before[:, -BEFORE_SECONDS * RATE :])]),
         torch.stack(reads, 1),
-        detect(after[:, end - LAST_SECONDS * RATE : end]),
+        joined([detect(after[:, end - LAST_SECONDS * RATE : end])]),
     )
 
 

@@ -7,11 +7,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from longtake import parallel
 from longtake.generation.stream import Engine, to_uint8
 from longtake.models.codec import Codec
 from longtake.toy.captions import captions, parse
@@ -22,24 +23,32 @@ WINDOW_SECONDS = 5
 CAPTION_SEED, CAPTION_COUNT = 20_001, 1000  # the fixed list of held-out captions
 RENDERED_AT_ONCE = 8  # scenes, which bounds memory
 CPU = torch.device("cpu")
+Clip = TypeVar("Clip")
 
 
 @dataclass(frozen=True)
 class Source:
     """What makes videos, on one device, a batch at a time.
 
-    play: from B prompts, a seed and rising marks in seconds: for each mark, the uint8 pictures [B, 80, H, W, 3] of the
-    five seconds that end there. levels: denoising steps, None for what has none.
+    play: from B prompts, as many seeds and rising marks in seconds: for each mark, the uint8 pictures
+    [B, 80, H, W, 3] of the five seconds that end there. levels: denoising steps, None for what has none.
     """
 
-    play: Callable[[Sequence[str], int, Sequence[int]], Iterator[Tensor]]
+    play: Callable[[Sequence[str], Sequence[int], Sequence[int]], Iterator[Tensor]]
     device: torch.device = CPU
     levels: int | None = None
 
 
-def at_once(device: torch.device) -> int:
-    """How many videos a device makes at a time: a GPU is idle with few, a CPU gains nothing from many."""
-    return 125 if device.type == "cuda" else 8
+def batches(clips: Sequence[Clip], device: torch.device) -> list[Sequence[Clip]]:
+    """Clips in batches for `parallel.share_out`. A GPU is idle with few at a time, a CPU gains nothing from many."""
+    most = 125 if device.type == "cuda" else 8
+    size = min(most, -(-len(clips) // parallel.processes()))
+    return [clips[first : first + size] for first in range(0, len(clips), size)]
+
+
+def clip_seed(seed: int, number: int) -> int:
+    """The seed of one video: every caption of a list has noise of its own under each seed of the list of seeds."""
+    return 100_000 * seed + number
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -81,8 +90,8 @@ def seed_list(count: int) -> list[int]:
 def truth_source(device: torch.device = CPU) -> Source:
     """Renders of scenes in which everything is as the captions say; what they leave open is drawn from the seed."""
 
-    def play(prompts: Sequence[str], seed: int, marks: Sequence[int]) -> Iterator[Tensor]:
-        scenes = scenes_of(prompts, seed).to(device)
+    def play(prompts: Sequence[str], seeds: Sequence[int], marks: Sequence[int]) -> Iterator[Tensor]:
+        scenes = scenes_of(prompts, seeds).to(device)
         for mark in marks:
             yield rendered(scenes, WINDOW_SECONDS * RATE, (mark - WINDOW_SECONDS) * RATE)
 
@@ -94,8 +103,8 @@ def codec_source(codec: Codec) -> Source:
     weight = next(codec.parameters())
 
     @torch.no_grad()
-    def play(prompts: Sequence[str], seed: int, marks: Sequence[int]) -> Iterator[Tensor]:
-        scenes = scenes_of(prompts, seed).to(weight.device)
+    def play(prompts: Sequence[str], seeds: Sequence[int], marks: Sequence[int]) -> Iterator[Tensor]:
+        scenes = scenes_of(prompts, seeds).to(weight.device)
         encoder_state = decoder_state = None
 
         def pieces() -> Iterator[Tensor]:
@@ -112,12 +121,12 @@ def codec_source(codec: Codec) -> Source:
 
 
 def clip_source(
-    sample: Callable[[Sequence[str], int], Tensor], device: torch.device = CPU, levels: int | None = None
+    sample: Callable[[Sequence[str], Sequence[int]], Tensor], device: torch.device = CPU, levels: int | None = None
 ) -> Source:
-    """Whole clips, uint8 [B, F, H, W, 3], made at once from prompts and a seed: a teacher's. Marks end within them."""
+    """Whole clips, uint8 [B, F, H, W, 3], made at once from prompts and seeds: a teacher's. Marks end within them."""
 
-    def play(prompts: Sequence[str], seed: int, marks: Sequence[int]) -> Iterator[Tensor]:
-        clips = sample(prompts, seed)
+    def play(prompts: Sequence[str], seeds: Sequence[int], marks: Sequence[int]) -> Iterator[Tensor]:
+        clips = sample(prompts, seeds)
         if clips.shape[1] < marks[-1] * RATE:
             raise ValueError(f"clips of {clips.shape[1] / RATE:.1f} seconds cannot be scored at {marks[-1]}")
         yield from windows([clips], RATE, marks)
@@ -128,8 +137,8 @@ def clip_source(
 def engine_source(engine: Engine) -> Source:
     """A batch of streams, as long as the last mark."""
 
-    def play(prompts: Sequence[str], seed: int, marks: Sequence[int]) -> Iterator[Tensor]:
-        with engine.stream_batch(prompts, seeds=[seed] * len(prompts)) as streams:
+    def play(prompts: Sequence[str], seeds: Sequence[int], marks: Sequence[int]) -> Iterator[Tensor]:
+        with engine.stream_batch(prompts, seeds=seeds) as streams:
             yield from windows(streams, engine.frame_rate, marks)
 
     return Source(play, engine.device, len(engine.recipe.steps))
@@ -150,9 +159,10 @@ def windows(pieces: Iterator[Tensor] | Sequence[Tensor], rate: int, marks: Seque
         yield kept[:, end - WINDOW_SECONDS * rate : end]
 
 
-def scenes_of(prompts: Sequence[str], seed: int) -> Scenes:
-    """A scene for each prompt, as it says; what it leaves open is drawn from the seed and the prompt."""
-    scenes = [_scene_of(prompt, Random(f"{seed} {prompt}").getrandbits(32)) for prompt in prompts]
+def scenes_of(prompts: Sequence[str], seeds: Sequence[int]) -> Scenes:
+    """A scene for each prompt, as it says; what it leaves open is drawn from its seed and the prompt."""
+    pairs = zip(prompts, seeds, strict=True)
+    scenes = [_scene_of(prompt, Random(f"{seed} {prompt}").getrandbits(32)) for prompt, seed in pairs]
     columns = {field.name: [getattr(scene, field.name) for scene in scenes] for field in fields(Scenes)}
     return Scenes(**{name: torch.cat(column) for name, column in columns.items()})
 

@@ -7,7 +7,6 @@ subject, not two.
 Shapes: B clips, D features.
 """
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +16,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from longtake import parallel
 from longtake.evaluation.scores import Score, Tally, asked_for, joined, tally
 from longtake.evaluation.sources import (
     CPU,
     WINDOW_SECONDS,
     Source,
-    at_once,
+    batches,
     captions_in,
+    clip_seed,
     engine_source,
     held_out_captions,
     seed_list,
@@ -58,7 +59,7 @@ def evaluate_toy(
         engine_of: loads the engine of a recipe.
         prompts: how many captions of the fixed held-out list, 1 to 1000; not used with a prompt file.
         prompt_file: captions to use instead, one a line.
-        seeds: videos for each caption, with seeds 0, 1, ...
+        seeds: videos for each caption; their noise is seeded by `sources.clip_seed` of 0, 1, ...
         at: T scores the pictures of the five seconds that end T seconds into a video.
         sources: where other videos come from, such as {"codec": codec_source(codec)}.
         device: where truth is rendered, and the reference that features are compared with.
@@ -172,22 +173,27 @@ class _Watched:
 
 def _watch(name: str, source: Source, plan: _Plan, seeds: Sequence[int]) -> _Watched:
     """Make all videos of a recipe and read them, a batch at a time; pictures are forgotten at once."""
-    size = at_once(source.device)
-    jobs = list(itertools.product(seeds, range(0, len(plan.prompts), size)))
+    clips = [(text, clip_seed(seed, number)) for seed in seeds for number, text in enumerate(plan.prompts)]
+    jobs = batches(list(enumerate(clips, 1)), source.device)
     marks = sorted({WINDOW_SECONDS, *plan.marks})  # the opening is needed, whatever is scored
-    said: list[dict[str, str]] = []
-    openings: list[Detections] = []
-    found: dict[int, list[Detections]] = {mark: [] for mark in plan.marks}
-    for number, (seed, first) in enumerate(jobs, 1):
-        prompts = plan.prompts[first : first + size]
-        said += map(parse, prompts)
-        for mark, pictures in zip(marks, source.play(prompts, seed, marks), strict=True):
+
+    def read(job: Sequence[tuple[int, tuple[str, int]]]) -> _Watched:
+        prompts, seeds = zip(*(clip for _, clip in job), strict=True)
+        found = {}
+        for mark, pictures in zip(marks, source.play(prompts, seeds, marks), strict=True):
             if mark == WINDOW_SECONDS:
-                openings.append(detect(pictures[:, : int(OPENING_SECONDS * RATE)]))
-            if mark in found:
-                found[mark].append(detect(pictures))
-            plan.progress(f"{name}: batch {number} of {len(jobs)}, {len(prompts)} prompts, seed {seed}, {mark} s")
-    return _Watched(said, joined(openings), {mark: joined(parts) for mark, parts in found.items()})
+                opening = detect(pictures[:, : int(OPENING_SECONDS * RATE)])
+            if mark in plan.marks:
+                found[mark] = joined([detect(pictures)])
+            plan.progress(f"{name}: videos {job[0][0]} to {job[-1][0]} of {len(clips)}, {mark} s")
+        return _Watched([parse(prompt) for prompt in prompts], joined([opening]), found)
+
+    parts = parallel.share_out(jobs, read)
+    return _Watched(
+        [one for part in parts for one in part.said],
+        joined([part.opening for part in parts]),
+        {mark: joined([part.at[mark] for part in parts]) for mark in plan.marks},
+    )
 
 
 def _table(recipe: str, levels: int | None, plan: _Plan, watched: _Watched, reference: _Watched) -> dict[str, Any]:
@@ -225,6 +231,7 @@ def _table(recipe: str, levels: int | None, plan: _Plan, watched: _Watched, refe
             for mark in by_mark
         },
         "seed_list": plan.seeds,
+        "seed_of_a_video": "100000 * seed + number of the caption, from 0",
     }
 
 

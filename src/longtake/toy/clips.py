@@ -12,8 +12,8 @@ from longtake.toy.scenes import ATTRIBUTES, CLIP_PICTURES, RATE, Scenes, sample_
 from longtake.toy.world import Painter, Rendering, paint, render
 
 HARDER: dict[str, dict[str, float]] = {
-    "camera": {"looks away": 4.0, "pans left": 2.0, "pans right": 2.0},
-    "motion": {"spins": 2.0},
+    "camera": {"looks away": 10.0, "pans left": 3.0, "pans right": 3.0},
+    "motion": {"spins": 4.0},
 }
 """What networks learn last, with the weight of its scenes against 1 of others when training chooses."""
 
