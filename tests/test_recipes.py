@@ -91,7 +91,7 @@ def test_a_chosen_precision_leaves_the_weights_unrounded() -> None:
 
 
 def test_the_teacher_makes_whole_clips() -> None:
-    clips = recipes.toy_teacher(steps=1)(["a red ball"], 1)
+    clips = recipes.toy_teacher(steps=1)(["a red ball"], [1])
     assert clips.dtype == torch.uint8
     assert clips.shape == (1, 1 + 4 * (engine().network.config.extent - 1), HEIGHT, WIDTH, 3)
     assert clips.shape[1] >= 5 * RATE

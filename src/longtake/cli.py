@@ -10,7 +10,7 @@ import os
 import random
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from json import dumps
 from pathlib import Path
@@ -47,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         _say(_in_one_line(error))
         return _BAD_INPUT
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
+        if str(stopped):
+            _say(str(stopped))
         return _INTERRUPTED
     return exit_code
 
@@ -187,7 +189,7 @@ def evaluate_redirect(
     recipe: tuple[str, ...] = ("self_forcing_sink",),
     model: str = "toy",
     levels: Annotated[int | None, arg(metavar="N")] = None,
-    prompts: int = 100,
+    prompts: int = 40,
     seeds: int = 2,
     device: Annotated[str | None, arg(metavar="NAME")] = None,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
@@ -216,33 +218,57 @@ def evaluate_redirect(
     return 0
 
 
-@app.command
-def train(
-    stage: Positional[Literal["codec", "teacher", "teacher_forcing", "ode", "dmd", "report"]],
-    out: Annotated[Path, arg(metavar="DIR")],
-    start: Annotated[str | None, arg(name="from", metavar="DIR")] = None,
-    recipe: tuple[str, ...] = ("self_forcing_sink", "self_forcing"),
-    set: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE")] = (),
-) -> int:
-    """Train one part of the embedded model, from a folder of weights to a folder of weights.
+train = app.command(SubcommandApp(), name="train", help="Train the embedded model's parts, one stage a call.")
+_STAGES = {
+    "codec": "Pictures to latents and back, from nothing.",
+    "teacher": "The bidirectional teacher, on the codec's latents; goes on from a teacher if --from holds one.",
+    "teacher_forcing": "The causal student from the teacher, in front of clean clips.",
+    "ode": "The causal student by regression of the teacher's trajectories, from a student if --from holds one.",
+    "dmd": "The few-step student, by distribution matching on its own rollouts.",
+}
 
-    In order: codec, teacher, teacher_forcing or ode, dmd; each reads what the ones before it left in --from. A run that
-    was stopped goes on when the same command is given again. Many processes: torchrun -m longtake.cli train ...
-    report draws a run's curves and films its student, where training could not.
+
+def _stage_verb(stage: str) -> Callable[..., int]:
+    def run(
+        out: Annotated[Path, arg(metavar="DIR")],
+        start: Annotated[str | None, arg(name="from", metavar="DIR")] = None,
+        recipe: tuple[str, ...] = ("self_forcing_sink", "self_forcing"),
+        set: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE")] = (),
+    ) -> int:
+        from longtake.training import train
+
+        record = train(stage, start=start, out=out, recipe_names=recipe, settings=set)
+        if record:
+            print(dumps(record, indent=2))
+        return 0
+
+    run.__doc__ = f"""{_STAGES[stage]}
+
+    A run that was stopped goes on when the same command is given again. Many processes: torchrun -m longtake.cli ...
 
     Args:
-        stage: What to train.
         out: Folder for weights, record, metrics and samples.
         start: Folder of the weights to start from; toy is the embedded model.
-        recipe: What the student is trained under, in turn.
+        recipe: What a student is trained under, in turn.
         set: Settings of the stage, values in JSON: seconds=60 lr=1e-4.
     """
-    from longtake import training
+    return run
 
-    if stage == "report":
-        print(*training.report(out), sep="\n")
-    elif record := training.train(stage, start=start, out=out, recipe_names=recipe, settings=set):
-        print(dumps(record, indent=2))
+
+for _stage in _STAGES:
+    train.command(name=_stage)(_stage_verb(_stage))
+
+
+@train.command(name="report")
+def train_report(out: Annotated[Path, arg(metavar="DIR")]) -> int:
+    """Draw a run's curves and film its student, where the machine that trained could not.
+
+    Args:
+        out: The folder of the run.
+    """
+    from longtake.training import report
+
+    print(*report(out), sep="\n")
     return 0
 
 
@@ -264,6 +290,8 @@ def _together(device: str | None) -> "Iterator[tuple[bool, torch.device]]":
 
     rank, processes, own = parallel.join()
     try:
+        if processes > 1 and device is not None:
+            raise ValueError("each of several processes takes a device of its own: leave --device out")
         yield rank == 0, own if processes > 1 else device_named(device)
     finally:
         parallel.leave()

@@ -106,7 +106,7 @@ def load(
         text=WordText(text, captions.encode),
         network=network,
         codec=codec,
-        latent_size=_latent_size(codec),
+        latent_size=latent_size(codec),
         frame_rate=RATE,
         shift=description["shift"],
     )
@@ -190,7 +190,7 @@ def toy_teacher(
 
     @torch.no_grad()
     def sample(prompts: Sequence[str], seeds: Sequence[int]) -> Tensor:
-        shape = (network.config.extent, *_latent_size(codec))
+        shape = (network.config.extent, *latent_size(codec))
         noise = SeededNoise(seeds, shape, device, torch.float32)(0, 0)
         said = network.prompt_keys(words.encode(prompts)[:, None].to(dtype))
         nothing = network.prompt_keys(text(text.no_prompt(len(prompts)))[:, None].to(dtype))
@@ -260,7 +260,7 @@ def _faster_dtype(engine: Engine) -> torch.dtype:
     return torch.bfloat16 if clearly else torch.float32
 
 
-def _latent_size(codec: LightCodec) -> tuple[int, int, int]:
+def latent_size(codec: LightCodec) -> tuple[int, int, int]:
     """Channels, height and width of the toy world's latent frames."""
     return codec.latent_channels, HEIGHT // codec.spatial_factor, WIDTH // codec.spatial_factor
 

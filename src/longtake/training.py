@@ -1,25 +1,27 @@
 """One training stage, from a folder of weights to a folder of weights, on the toy world.
 
 Every folder holds whatever has been made so far: codec_decoder, codec_encoder, teacher and student (.safetensors).
-A stage reads what it needs from one folder and leaves it in another, with what it made:
+A stage reads what it needs from one folder and leaves that in another, with what it made:
 
-    stage             reads                           makes
-    codec             nothing                         codec
-    teacher           codec, teacher if there is one  teacher
-    teacher_forcing   codec, teacher                  student
-    ode               teacher, student if there is one (else it starts from the teacher)  student
-    dmd               teacher, student                student
+    stage             reads                                   makes
+    codec             nothing                                 codec
+    teacher           codec; goes on from a teacher, if any   teacher
+    teacher_forcing   codec, teacher                          student
+    ode               codec, teacher; from a student, if any  student
+    dmd               codec, teacher, student                 student
 
 Beside the weights: record.json (configuration, time, machine), metrics.jsonl, curves.png, samples/*.png and, where
 PyAV is installed, mp4. A folder that holds state.pt holds a run that was stopped; the same command goes on with it.
 """
 
+import fcntl
 import json
 import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.util import find_spec
 from itertools import islice
@@ -42,18 +44,9 @@ from longtake.models.text import WordEncoder, WordEncoderConfig
 from longtake.models.wan import WanConfig, WanTransformer
 from longtake.toy import captions, world
 from longtake.toy.clips import ClipPool, Prompts, sample_prompts
-from longtake.toy.scenes import CLIP_PICTURES, HEIGHT, RATE, WIDTH, sample_scenes
+from longtake.toy.scenes import CLIP_PICTURES, RATE, sample_scenes
 
-STAGES = {
-    "codec": CodecStage,
-    "teacher": TeacherStage,
-    "teacher_forcing": TeacherForcingStage,
-    "ode": OdeStage,
-    "dmd": DmdStage,
-}
-Stage = CodecStage | TeacherStage | TeacherForcingStage | OdeStage | DmdStage
-RECORD_FILE, CONFIG_FILE, CURVES_FILE = "record.json", "config.json", "curves.png"
-WEIGHTS = (recipes.CODEC_FILE, recipes.ENCODER_FILE, recipes.TEACHER_FILE, recipes.NETWORK_FILE)
+RECORD_FILE, CONFIG_FILE, CURVES_FILE, LOCK_FILE = "record.json", "config.json", "curves.png", "lock"
 HELD_OUT_SEED = 11
 FILMED = 4  # streams in a film
 
@@ -75,20 +68,23 @@ def train(
     """
     if name not in STAGES:
         raise ValueError(f"no stage {name!r}: there are {', '.join(STAGES)}")
-    stage = with_settings(STAGES[name](), settings)
+    kind = STAGES[name]
+    stage = with_settings(kind.settings(), settings)
     chosen = [recipes.recipe_named(recipe) for recipe in recipe_names]
     source = None if start is None else _folder_named(start)
     rank, processes, device = parallel.join()
     try:
-        run = Run(out, device, rank)
-        _claim_folder(run, {"stage": name, "from": str(start), "recipes": list(recipe_names), "config": asdict(stage)})
-        torch.manual_seed(stage.seed + rank)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        run, inputs = Run(out, device, rank), _Inputs(source, device)
+        for file in kind.reads:
+            inputs.path(file)
         if name == "codec" and processes > 1:
             raise ValueError("the codec trains in one process: start it without torchrun")
-        inputs = _Inputs(source, out, device)
-        spent = _TRAINERS[name](stage, inputs, chosen, run)
-        return _finish(run, inputs, spent, processes)
+        asked = {"stage": name, "from": str(start), "recipes": list(recipe_names), "config": asdict(stage)}
+        with _claimed(run, asked):
+            torch.manual_seed(stage.seed + rank)
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+            spent = kind.train(stage, inputs, chosen, run)
+            return _finish(run, inputs, kind, spent, processes)
     finally:
         parallel.leave()
 
@@ -111,13 +107,17 @@ def with_settings(stage: Any, settings: Sequence[str]) -> Any:
         try:
             stage = replace(stage, **{key: _changed(getattr(stage, key), json.loads(value))})
         except (ValueError, TypeError) as error:
-            raise ValueError(f"setting {setting!r} cannot be read: {error}") from None
+            raise ValueError(f"setting {setting!r} does not work: {error}") from None
     return stage
 
 
 def _changed(old: Any, new: Any) -> Any:
     """A JSON value in the type of the setting it replaces; of a configuration it names the fields that change."""
-    return replace(old, **new) if isinstance(old, WanConfig) else type(old)(new)
+    if isinstance(old, WanConfig):
+        return replace(old, **new)
+    if isinstance(old, int) and new != int(new):
+        raise ValueError(f"a whole number is wanted, not {new}")
+    return type(old)(new)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -130,7 +130,6 @@ class _Inputs:
     """What a stage starts from; files that are not there are named with what makes them."""
 
     source: Path | None
-    out: Path
     device: torch.device
 
     def path(self, file: str) -> Path:
@@ -152,12 +151,20 @@ class _Inputs:
         text, network, description = recipes.load_network(self.path(file), self.device)
         return text, network, description["shift"]
 
-    def hand_on(self) -> None:
-        """Leave in the output folder all weights that this stage did not make itself."""
-        for file in WEIGHTS:
-            if self.has(file) and not (self.out / file).exists():
-                shutil.copyfile(self.path(file), self.out / (file + ".part"))
-                os.replace(self.out / (file + ".part"), self.out / file)
+    def teacher_of(self, text: WordEncoder) -> WanTransformer:
+        """The teacher, whose prompts a student's text encoder has to read as its own does."""
+        own, teacher, _ = self.network(recipes.TEACHER_FILE)
+        for name, weight in own.state_dict().items():
+            far = (weight - text.state_dict()[name]).abs().max()
+            if far > 0.02 * weight.abs().max():  # int8 files round
+                raise ValueError(f"{self.source} holds a student of another teacher: their text encoders differ")
+        return teacher
+
+    def hand_on(self, files: Sequence[str], out: Path) -> None:
+        """Leave in the output folder what the stage read."""
+        for file in files:
+            shutil.copyfile(self.path(file), out / (file + ".part"))
+            os.replace(out / (file + ".part"), out / file)
 
 
 def _train_codec(stage: CodecStage, inputs: _Inputs, chosen: Sequence[Recipe], run: Run) -> dict[str, float]:
@@ -171,10 +178,17 @@ def _train_codec(stage: CodecStage, inputs: _Inputs, chosen: Sequence[Recipe], r
         first = torch.randint(CLIP_PICTURES, (stage.batch,), generator=dice.generator).to(run.device)
         return world.render(scenes, stage.pictures, first, painter)
 
-    spent = stages.train_codec(codec, pictures, stage, run)
+    spent = stages.train_codec(codec, pictures, lambda name: _show_codec(codec, name, run), stage, run)
     recipes.save_codec(run.out, codec, int8=True)
     saved = recipes.load_codec([run.out / recipes.CODEC_FILE, run.out / recipes.ENCODER_FILE], run.device)
     return spent | _codec_report(saved, run)
+
+
+def _show_codec(codec: LightCodec, name: str, run: Run) -> None:
+    """Held-out pictures above what the codec makes of them."""
+    frames = world.render(sample_scenes(6, 7, device=run.device, held_out=True), 17).frames_BFCHW[:, 4:9]
+    both = torch.stack([frames[:, -1], codec.decode(codec.encode(frames)[0])[0][:, -1].clamp(-1, 1)])
+    save_png(_samples(run.out) / f"{name}.png", contact_sheet(to_uint8(both).flatten(0, 1).cpu().numpy(), 6))
 
 
 @torch.no_grad()
@@ -198,7 +212,9 @@ def _codec_report(codec: LightCodec, run: Run) -> dict[str, float]:
 
 def _train_teacher(stage: TeacherStage, inputs: _Inputs, chosen: Sequence[Recipe], run: Run) -> dict[str, float]:
     if inputs.has(recipes.TEACHER_FILE):
-        text, network, _ = inputs.network(recipes.TEACHER_FILE)
+        text, network, shift = inputs.network(recipes.TEACHER_FILE)
+        if (network.config, shift) != (stage.network, stage.shift):
+            raise ValueError(f"{inputs.source} holds a teacher of another shape or shift: start from its codec alone")
     else:
         config = WordEncoderConfig(
             words=len(captions.VOCABULARY), length=captions.TEXT_LENGTH, dim=stage.network.text_dim
@@ -225,7 +241,7 @@ def _train_teacher_forcing(
 def _train_ode(stage: OdeStage, inputs: _Inputs, chosen: Sequence[Recipe], run: Run) -> dict[str, float]:
     has_student = inputs.has(recipes.NETWORK_FILE)
     text, network, shift = inputs.network(recipes.NETWORK_FILE if has_student else recipes.TEACHER_FILE)
-    _, teacher, _ = inputs.network(recipes.TEACHER_FILE)
+    teacher = inputs.teacher_of(text)
     toy = ToyWorld(inputs.codec(), run)
     spent = stages.train_ode(text, network, teacher, toy, chosen, shift, stage, run)
     _save_student(text, network, shift, run, int8=False)
@@ -234,7 +250,7 @@ def _train_ode(stage: OdeStage, inputs: _Inputs, chosen: Sequence[Recipe], run: 
 
 def _train_dmd(stage: DmdStage, inputs: _Inputs, chosen: Sequence[Recipe], run: Run) -> dict[str, float]:
     text, network, shift = inputs.network(recipes.NETWORK_FILE)
-    _, teacher, _ = inputs.network(recipes.TEACHER_FILE)
+    teacher = inputs.teacher_of(text)
     toy = ToyWorld(inputs.codec(), run)
     spent = stages.train_dmd(text, network, teacher, toy, chosen, shift, stage, run)
     _save_student(text, network, shift, run, int8=True)
@@ -247,12 +263,22 @@ def _save_student(text: WordEncoder, network: WanTransformer, shift: float, run:
         recipes.save_network(path, text, network, role="student", shift=shift, int8=int8)
 
 
-_TRAINERS: dict[str, Callable[[Any, _Inputs, Sequence[Recipe], Run], dict[str, float]]] = {
-    "codec": _train_codec,
-    "teacher": _train_teacher,
-    "teacher_forcing": _train_teacher_forcing,
-    "ode": _train_ode,
-    "dmd": _train_dmd,
+@dataclass(frozen=True)
+class _Kind:
+    """A stage: its settings, the files it must have (which it hands on), and what runs it."""
+
+    settings: Callable[[], stages.Stage]
+    reads: tuple[str, ...]
+    train: Callable[[Any, _Inputs, Sequence[Recipe], Run], dict[str, float]]
+
+
+_CODEC = (recipes.CODEC_FILE, recipes.ENCODER_FILE)
+STAGES = {
+    "codec": _Kind(CodecStage, (), _train_codec),
+    "teacher": _Kind(TeacherStage, _CODEC, _train_teacher),
+    "teacher_forcing": _Kind(TeacherForcingStage, (*_CODEC, recipes.TEACHER_FILE), _train_teacher_forcing),
+    "ode": _Kind(OdeStage, (*_CODEC, recipes.TEACHER_FILE), _train_ode),
+    "dmd": _Kind(DmdStage, (*_CODEC, recipes.TEACHER_FILE, recipes.NETWORK_FILE), _train_dmd),
 }
 
 
@@ -266,7 +292,7 @@ class ToyWorld:
 
     def __init__(self, codec: LightCodec, run: Run):
         self._codec, self._run = codec, run
-        self.latent_size = (codec.latent_channels, HEIGHT // codec.spatial_factor, WIDTH // codec.spatial_factor)
+        self.latent_size = recipes.latent_size(codec)
 
     def clips(self, size: int, seed: int) -> ClipPool:
         return ClipPool(self._codec, size, seed * 1000 + self._run.rank, self._run.device, _painter(self._run))
@@ -299,24 +325,36 @@ def _painter(run: Run) -> world.Painter:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _claim_folder(run: Run, asked: dict[str, Any]) -> None:
-    """Make the folder, or find in it a run of exactly this kind that was stopped."""
+@contextmanager
+def _claimed(run: Run, asked: dict[str, Any]) -> Iterator[None]:
+    """Hold the folder for one run: a new one, or one of exactly this kind that was stopped."""
     config = run.out / CONFIG_FILE
     wanted = json.loads(json.dumps(asked))  # as it is read back
     if (run.out / RECORD_FILE).exists():
         raise ValueError(f"{run.out} holds a finished run: choose another folder")
-    if config.exists():
-        if json.loads(config.read_text()) != wanted:
-            raise ValueError(f"{run.out} holds a run with other settings ({config}): choose another folder")
-    elif run.first:
-        run.out.mkdir(parents=True, exist_ok=True)
+    if (run.out / STATE_FILE).exists() and json.loads(config.read_text()) != wanted:
+        raise ValueError(f"{run.out} holds a run with other settings ({config}): choose another folder")
+    if not run.first:
+        yield
+        return
+    run.out.mkdir(parents=True, exist_ok=True)
+    with (run.out / LOCK_FILE).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another process trains into {run.out} right now") from None
         _write_json(config, wanted)
+        try:
+            yield
+        finally:
+            Path(lock.name).unlink()
 
 
-def _finish(run: Run, inputs: _Inputs, spent: dict[str, float], processes: int) -> dict[str, Any]:
-    """Hand on the other weights, write the record, and forget the state: the run is over. {} but for the first."""
+def _finish(run: Run, inputs: _Inputs, kind: _Kind, spent: dict[str, float], processes: int) -> dict[str, Any]:
+    """Hand on what was read, write the record, and forget the state: the run is over. {} but for the first."""
     if not run.first:
         return {}
+    inputs.hand_on([file for file in kind.reads if not (run.out / file).exists()], run.out)
     record = {
         **json.loads((run.out / CONFIG_FILE).read_text()),
         "spent": spent,
@@ -325,10 +363,9 @@ def _finish(run: Run, inputs: _Inputs, spent: dict[str, float], processes: int) 
         "device": torch.cuda.get_device_name() if run.device.type == "cuda" else platform.processor(),
         "torch": torch.__version__,
     }
-    inputs.hand_on()
-    report(run.out)
     _write_json(run.out / RECORD_FILE, record)
     (run.out / STATE_FILE).unlink(missing_ok=True)
+    report(run.out)
     return record
 
 
@@ -378,9 +415,10 @@ def _draw_curves(out: Path) -> Path:
 
 def _film(out: Path, recipe: str) -> Path:
     """Streams of held-out prompts side by side, as long as the strips."""
-    from longtake.media.mp4 import Mp4Writer
+    from longtake.media.mp4 import Mp4Writer, part_of
 
-    engine = recipes.load(out, recipe=recipe)
+    levels = json.loads((out / CONFIG_FILE).read_text())["config"].get("levels")
+    engine = recipes.load(out, recipe=recipe, levels=levels[0] if isinstance(levels, list) else levels)
     tokens = _held_out_tokens(FILMED)
     path = _samples(out) / f"{recipe}.mp4"
     columns = 2
@@ -388,6 +426,7 @@ def _film(out: Path, recipe: str) -> Path:
         pictures = torch.cat(list(islice(streams, stages.LOOKED_AT_BLOCKS)), dim=1)
     frames = [contact_sheet(moment.cpu().numpy(), columns) for moment in pictures.unbind(1)]
     height, width = (size // 2 * 2 for size in frames[0].shape[:2])
-    with Mp4Writer(path, width, height, RATE) as writer:
+    part_of(path).unlink(missing_ok=True)  # of a writer that was killed
+    with Mp4Writer(path, width, height, RATE, overwrite=True) as writer:
         writer.write(np.stack(frames)[:, :height, :width])
     return path

@@ -1,4 +1,5 @@
 import math
+import os
 import tempfile
 from pathlib import Path
 
@@ -6,8 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import multiprocessing, nn
 
+from longtake import parallel
 from longtake.distillation.optim import Muon, muon_and_adam, orthogonalized
 from longtake.distillation.trainer import METRICS_FILE, STATE_FILE, Budget, Dice, Learner, Run, read_metrics, train
 
@@ -65,6 +67,18 @@ def test_learning_lowers_a_loss_and_the_average_lags_behind() -> None:
     assert not torch.equal(student.module.weight, now)
     student.swap_average()
     assert torch.equal(student.module.weight, now)
+
+
+def test_a_short_run_forgets_where_it_began() -> None:
+    student = learner(average=0.999)
+    with torch.no_grad():
+        for parameter in student.module.parameters():
+            parameter.fill_(5.0)
+    begun = [average.clone() for average in student.state_dict()["average"]]
+    for _ in range(60):
+        student.step(student.module(torch.zeros(1, 4)).sum() * 0)
+    for start, average in zip(begun, student.state_dict()["average"], strict=True):
+        assert ((average - 5).abs() < 0.1 * (start - 5).abs() + 0.1).all()
 
 
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
@@ -143,3 +157,37 @@ def test_pictures_are_taken_on_the_way_and_at_the_end(tmp_path: Path) -> None:
     turn = lambda step: {"loss": torch.tensor(0.0)}  # noqa: E731
     train({}, turn, Budget(steps=3), Run(tmp_path, CPU), look=looks.append, save_seconds=0, look_seconds=0)
     assert looks == ["step_000000", "step_000001", "step_000002", "step_000003", "last"]
+
+
+def work(rank: int, folder: str, crash: int | None) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": Path(folder, "port").read_text()}
+    parallel.join()
+    torch.manual_seed(rank)
+    student = learner()
+
+    def turn(step: int) -> dict[str, torch.Tensor]:
+        if step == crash:
+            os._exit(0)
+        x = torch.randn(8, 4)
+        loss = (student.module(x) - x).square().mean()
+        student.step(loss)
+        return {"loss": loss.detach()}
+
+    train({"student": student}, turn, Budget(steps=12), Run(Path(folder), CPU, rank), save_seconds=0)
+    torch.save([*student.module.parameters()], f"{folder}/weights{rank}.pt")
+    parallel.leave()
+
+
+def test_two_processes_go_on_each_with_its_own_random_state(tmp_path: Path) -> None:
+    weights = []
+    for name, crashes in (("whole", [None]), ("broken", [7, None])):
+        folder = tmp_path / name
+        folder.mkdir()
+        for number, crash in enumerate(crashes):
+            (folder / "port").write_text(str(20000 + (os.getpid() * 7 + len(weights) + number) % 20000))
+            multiprocessing.spawn(work, (str(folder), crash), nprocs=2)
+        weights.append([torch.load(folder / f"weights{rank}.pt", weights_only=False) for rank in range(2)])
+    whole, broken = weights
+    assert all(torch.equal(a, b) for a, b in zip(whole[0], whole[1], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(whole[0], broken[1], strict=True))

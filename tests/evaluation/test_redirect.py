@@ -38,6 +38,8 @@ def test_the_table_says_what_was_done(obedient: dict[str, Any]) -> None:
     assert (obedient["recipe"], obedient["levels"], obedient["prompts"]) == ("any", 4, 3)
     assert (obedient["seeds"], obedient["seed_list"]) == (1, [0])
     assert obedient["counts"]["kept_unchanged"]["right"] == obedient["counts"]["kept_unchanged"]["scored"] > 5
+    kept = [form["kept_unchanged"]["scored"] for form in obedient["by_form"].values()]
+    assert len(kept) == 2 and sum(kept) == obedient["counts"]["kept_unchanged"]["scored"]
 
 
 def test_a_deaf_engine_reaches_nothing() -> None:
@@ -48,7 +50,7 @@ def test_a_deaf_engine_reaches_nothing() -> None:
 
 
 def test_the_first_of_two_windows_is_when_it_is_reached() -> None:
-    day_to_night = redirect.Redirect("a ball by day", 0, "time", "night", "a ball at night")
+    day_to_night = redirect.Redirect("a ball by day", 0, "time", "night", "full", "a ball at night")
     read = torch.tensor([[0, 2, 0, 2, 2], [2, 0, 2, 0, 2], [-1, -1, -1, 2, 2], [0, 0, 0, 0, 0]])
     assert redirect._seconds(read, [day_to_night] * 4).tolist() == [2.0, torch.inf, 2.0, torch.inf]
 
@@ -63,4 +65,12 @@ def test_every_caption_gets_one_change_and_every_attribute_as_many() -> None:
     for one in chosen:
         said = parse(one.caption)
         assert said[one.attribute] != one.value
-        assert parse(one.told) == said | {one.attribute: one.value}
+        asked = {one.attribute: one.value}
+        assert parse(one.told) == (said | asked if one.form == "full" else _alone(asked, said))
+    forms = Counter((one.attribute, one.form) for one in chosen)
+    assert all(abs(forms[name, "short"] - forms[name, "full"]) <= 1 for name in CHANGEABLE)
+
+
+def _alone(asked: dict[str, str], said: dict[str, str]) -> dict[str, str]:
+    """What a short redirect says: a colour needs to say whose."""
+    return asked | ({"subject": said["subject"]} if "colour" in asked else {})

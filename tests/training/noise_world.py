@@ -1,5 +1,6 @@
 """`longtake train` on pictures of noise instead of the toy world's, which take long to paint, saving at every step."""
 
+import os
 import sys
 from functools import partial
 
@@ -21,9 +22,38 @@ def render(scenes, pictures, first=0, painter=None) -> world.Rendering:
 def main(arguments: list[str]) -> int:
     torch.set_num_threads(1)
     world.render = clips.render = render
-    stages.train = partial(stages.train, save_seconds=0.0)
-    stages.LOOKED_AT, stages.LOOKED_AT_BLOCKS, training.FILMED = 2, 2, 1
+    stages.train = partial(stages.train, save_seconds=float(os.environ.get("SAVE_SECONDS", "0")))
+    stages.LOOKED_AT, stages.LOOKED_AT_BLOCKS, training.FILMED, stages.RENEW_EVERY = 2, 2, 1, 2
+    if "SEEN" in os.environ:
+        _record_what_processes_draw(os.environ["SEEN"])
     return cli.main(["train", *arguments])
+
+
+def _record_what_processes_draw(folder: str) -> None:
+    """Write each process's plans, prompts, noise and final weights to a file of its own."""
+    seen: dict[str, list] = {"plans": [], "prompts": [], "noise": [], "weights": []}
+
+    def recorded(name, work):
+        def run(*arguments, **more):
+            result = work(*arguments, **more)
+            seen[name].append(result)
+            return result
+
+        return run
+
+    def train_dmd(*arguments):
+        spent = stages_train_dmd(*arguments)
+        seen["weights"] = [x.clone() for x in arguments[1].state_dict().values()]
+        seen["plans"] = [str(plan) for plan in seen["plans"]]
+        seen["prompts"] = [said.tokens_BPL for said in seen["prompts"]]
+        torch.save(seen, f"{folder}/{os.environ.get('RANK', '0')}.pt")
+        return spent
+
+    stages_train_dmd = stages.train_dmd
+    stages.train_dmd = train_dmd
+    stages._plan = recorded("plans", stages._plan)
+    training.sample_prompts = recorded("prompts", training.sample_prompts)
+    stages.FreshNoise.__call__ = recorded("noise", stages.FreshNoise.__call__)
 
 
 if __name__ == "__main__":

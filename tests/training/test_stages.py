@@ -1,20 +1,26 @@
 """Every stage by its command at a tiny size, on pictures of noise; killed and resumed; in two processes."""
 
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from longtake import cli, recipes
+from longtake.distillation.stages import DmdStage
 from longtake.distillation.trainer import STATE_FILE, read_metrics
 from longtake.toy import world
+from longtake.training import STAGES, report, with_settings
 
 ROOT = Path(__file__).parents[2]
 MODULE = "tests.training.noise_world"
@@ -28,7 +34,7 @@ SETTINGS = {
     "ode": ["batch=2", "pairs=4", "sampling_steps=4"],
     "dmd": ["batch=2", "most_blocks=4", "levels=[4,2]"],
 }
-READS = {"teacher": "codec", "teacher_forcing": "teacher", "ode": "teacher_forcing", "dmd": "ode"}
+READS = {"teacher": "codec", "teacher_forcing": "teacher", "ode": "teacher", "dmd": "ode"}
 MAKES = {"codec": recipes.CODEC_FILE, "teacher": recipes.TEACHER_FILE}
 
 
@@ -37,8 +43,8 @@ def command(stage: str, out: Path, folders: Path) -> list[str]:
     return [stage, *start, "--out", str(out), "--set", f"steps={STEPS}", "seconds=1e9", *SETTINGS[stage]]
 
 
-def start(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+def start(*arguments: str, launcher: tuple[str, ...] = (), **variables: str) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | variables
     program = [sys.executable, *launcher, "-m", MODULE, *arguments]
     return subprocess.Popen(
         program, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
@@ -99,31 +105,84 @@ def metrics(out: Path) -> list[dict[str, float]]:
 
 
 def test_ctrl_c_saves_and_says_so(folders: Path, tmp_path: Path) -> None:
-    process = start(*command("dmd", tmp_path / "stopped", folders))
-    while not (tmp_path / "stopped" / STATE_FILE).exists() and process.poll() is None:
+    out = tmp_path / "stopped"
+    process = start(*command("dmd", out, folders), "steps=1000", SAVE_SECONDS="1000")
+    while not read_metrics(out) and process.poll() is None:
         time.sleep(0.005)
+    assert not (out / STATE_FILE).exists()
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=100)
-    assert process.returncode == 130 and b"the state is saved" in errors
-    assert saved_step(tmp_path / "stopped") > 0
+    assert process.returncode == 130
+    assert f"stopped at step {saved_step(out)}; the same command goes on" in errors.decode()
+    assert saved_step(out) > 0
 
 
-def test_two_processes_share_the_structure_and_stay_alike(folders: Path, tmp_path: Path) -> None:
+def test_two_processes_share_the_structure_and_nothing_else(folders: Path, tmp_path: Path) -> None:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    finish(start(*command("dmd", tmp_path / "two", folders), launcher=torchrun))
-    record = json.loads((tmp_path / "two" / "record.json").read_text())
-    assert record["processes"] == 2
-    one, two = (load_file(folder / recipes.NETWORK_FILE) for folder in (folders / "dmd", tmp_path / "two"))
-    assert any(not torch.equal(one[name], two[name]) for name in one), "the second process changed nothing"
+    finish(start(*command("dmd", tmp_path / "two", folders), launcher=torchrun, SEEN=str(tmp_path)))
+    assert json.loads((tmp_path / "two" / "record.json").read_text())["processes"] == 2
+    one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    assert one["plans"] == two["plans"] and len(set(one["plans"])) > 1
+    assert all(torch.equal(a, b) for a, b in zip(one["weights"], two["weights"], strict=True))
+    for name in ("prompts", "noise"):
+        assert all(not torch.equal(a, b) for a, b in zip(one[name], two[name], strict=True)), name
+
+
+def test_a_lone_process_does_not_take_up_the_run_of_two(folders: Path, tmp_path: Path) -> None:
+    out = tmp_path / "two"
+    out.mkdir()
+    start_from = folders / READS["dmd"]
+    asked = {"stage": "dmd", "from": str(start_from), "recipes": ["self_forcing_sink", "self_forcing"]}
+    settings = asdict(with_settings(DmdStage(), command("dmd", out, folders)[6:]))
+    (out / "config.json").write_text(json.dumps(asked | {"config": settings}))
+    torch.save({"step": 1, "seconds": 0.0, "random": [{}, {}], "parts": {}}, out / STATE_FILE)
+    process = start(*command("dmd", out, folders))
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 2 and b"was saved by 2 processes" in errors
+
+
+def test_a_folder_is_trained_into_by_one_process(folders: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "lock").touch()
+    with (tmp_path / "lock").open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert cli.main(["train", "teacher", "--out", str(tmp_path), "--from", str(folders / "codec")]) == 2
+    assert "another process trains into" in capsys.readouterr().err
+
+
+def test_a_report_can_be_made_again_after_a_writer_was_killed(folders: Path) -> None:
+    (folders / "dmd" / "samples" / "self_forcing.part.mp4").touch()
+    written = report(folders / "dmd")
+    assert {path.name for path in written} == {"curves.png", "self_forcing.mp4", "self_forcing_sink.mp4"}
+
+
+def test_a_student_of_another_teacher_is_refused(folders: Path, tmp_path: Path, capsys) -> None:
+    mixed = shutil.copytree(folders / "dmd", tmp_path / "mixed")
+    other = load_file(mixed / recipes.TEACHER_FILE)
+    with safe_open(mixed / recipes.TEACHER_FILE, "pt") as file:
+        described = file.metadata()
+    name = "text.words.weight.scale"
+    save_file(other | {name: other[name] * 2}, mixed / recipes.TEACHER_FILE, metadata=described)
+    assert cli.main(["train", "dmd", "--out", str(tmp_path / "out"), "--from", str(mixed)]) == 2
+    assert "another teacher" in capsys.readouterr().err
+
+
+def test_every_stage_is_a_verb() -> None:
+    assert cli._STAGES.keys() == STAGES.keys()
 
 
 @pytest.mark.parametrize(
     "stage, arguments, said",
     [
         ("codec", ["--set", "bach=1"], "no setting 'bach'"),
-        ("codec", ["--set", "steps=many"], "cannot be read"),
+        ("codec", ["--set", "steps=many"], "does not work"),
+        ("codec", ["--set", "seconds=0"], "seconds must be above 0"),
+        ("codec", ["--set", "steps=0.5"], "a whole number"),
+        ("dmd", ["--from", "{ode}", "--set", "levels=[0]"], "levels must be above 0"),
+        ("dmd", ["--from", "{ode}", "--set", "most_blocks=2"], "must hold the teacher's clip"),
+        ("teacher_forcing", ["--from", "{ode}", "--set", "frames=32"], "whole blocks"),
+        ("teacher", ["--from", "{ode}"], "another shape"),
         ("teacher", [], "--from"),
-        ("dmd", ["--from", "{codec}"], "holds no student.safetensors"),
+        ("dmd", ["--from", "{codec}"], "holds no teacher.safetensors"),
         ("dmd", ["--from", "nowhere"], "no folder nowhere"),
         ("dmd", ["--from", "{ode}", "--recipe", "self_forcin"], "did you mean self_forcing"),
     ],

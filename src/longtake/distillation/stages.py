@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -99,10 +99,33 @@ class World(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CodecStage:
-    """The codec from nothing, on clips of `pictures`, in one process."""
+class Stage:
+    """What all stages have: they end after `steps`, or after `seconds` if that comes first.
+
+    ValueError for numbers that no stage can work with.
+    """
 
     steps: int = 100_000
+    seconds: float = 300.0
+    seed: int = 42
+    batch: int = 16
+    lr: float = 1e-3
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            least = "0 or more" if name in _MAY_BE_0 else "above 0"
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, int | float) and (number < 0 or (number == 0 and least == "above 0")):
+                    raise ValueError(f"{name} must be {least}, got {value}")
+
+
+_MAY_BE_0 = {"seed", "kl_weight", "subject_weight", "no_prompt_share", "encoder_blocks", "decoder_blocks"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecStage(Stage):
+    """The codec from nothing, on clips of `pictures`, in one process."""
+
     seconds: float = 285.0
     seed: int = 42
     batch: int = 16
@@ -116,10 +139,9 @@ class CodecStage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherStage:
+class TeacherStage(Stage):
     """The bidirectional teacher and its text encoder, from nothing or from an earlier one."""
 
-    steps: int = 100_000
     seconds: float = 480.0
     seed: int = 42
     batch: int = 32
@@ -137,11 +159,10 @@ class TeacherStage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TeacherForcingStage:
+class TeacherForcingStage(Stage):
     """The causal student from the teacher, on clips of `frames` latent frames: longer than the teacher's, so that
     the sink comes to lie far behind."""
 
-    steps: int = 100_000
     seconds: float = 80.0
     seed: int = 43
     batch: int = 24
@@ -153,10 +174,9 @@ class TeacherForcingStage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OdeStage:
-    """The causal student from the teacher, or from a student, on `pairs` trajectories in each process."""
+class OdeStage(Stage):
+    """The causal student, from the teacher or from a student, on `pairs` trajectories a process, in whole batches."""
 
-    steps: int = 100_000
     seconds: float = 80.0
     seed: int = 46
     batch: int = 24
@@ -169,13 +189,12 @@ class OdeStage:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DmdStage:
+class DmdStage(Stage):
     """Distribution matching under every recipe and every number of levels in turn.
 
     Rollouts are as long as the teacher's clip, or up to `most_blocks` and learn on their last part.
     """
 
-    steps: int = 100_000
     seconds: float = 330.0
     seed: int = 44
     batch: int = 32
@@ -189,9 +208,10 @@ class DmdStage:
 
 
 def train_codec(
-    codec: LightCodec, pictures: Callable[[Dice], tuple[Tensor, Tensor]], stage: CodecStage, run: Run
-) -> dict[str, float]:
-    """pictures: draws frames [B, F, 3, H, W] in -1..1 and the subject's mask [B, F, H, W]."""
+    codec: LightCodec, pictures: Callable[[Dice], tuple[Tensor, Tensor]], look: Callable[[str], None],
+    stage: CodecStage, run: Run,
+) -> dict[str, float]:  # fmt: skip
+    """pictures: draws frames [B, F, 3, H, W] in -1..1 and the subject's mask [B, F, H, W]. look: shows the codec."""
     learner = Learner(
         codec, muon_and_adam(codec, stage.lr, adamw_only=("encoder.enter", "decoder.leave")), average=0.999
     )
@@ -207,7 +227,12 @@ def train_codec(
             parts = codec_loss(made, frames, mask, stage.kl_weight)
         return {**{name: x.detach() for name, x in parts.items()}, "norm": learner.step(parts["loss"])}
 
-    spent = train({"codec": learner}, turn, _budget(stage, warmup=100), run, keep={"dice": dice}, log_every=100)
+    def looked(name: str) -> None:
+        with _resting(learner):
+            look(name)
+
+    budget = _budget(stage, warmup=100)
+    spent = train({"codec": learner}, turn, budget, run, keep={"dice": dice}, look=looked, log_every=100)
     learner.swap_average()
     codec.eval().requires_grad_(False)
     moments = []
@@ -260,6 +285,9 @@ def train_teacher_forcing(
     text: WordEncoder, network: WanTransformer, world: World, recipes: Sequence[Recipe], shift: float,
     stage: TeacherForcingStage, run: Run,
 ) -> dict[str, float]:  # fmt: skip
+    for recipe in recipes:
+        if stage.frames % recipe.block:
+            raise ValueError(f"frames ({stage.frames}) must be whole blocks of {recipe.block}")
     learner = _student(network, stage.lr, stage.average)
     compile_for(run, network)
     supply = world.clips(stage.pool, stage.seed)
@@ -298,7 +326,8 @@ def train_ode(
             )
         return {"loss": loss.detach(), "norm": learner.step(loss)}
 
-    look = _student_strips(text, network, learner, world, recipes, shift, run)
+    shown = [recipe.with_levels(stage.levels) for recipe in recipes]
+    look = _student_strips(text, network, learner, world, shown, shift, run)
     spent = train({"student": learner}, turn, _budget(stage, warmup=50), run, look=look)
     learner.swap_average()
     return spent
@@ -311,10 +340,12 @@ def _trajectories(
     """States [pairs, K, F, C, H, W] in bfloat16, text embeddings and the prompt of each frame. They follow from the
     seed, so a run that goes on makes them again."""
     states, texts, numbers = [], [], []
-    for number in range(-(-stage.pairs // stage.batch)):
+    batches = -(-stage.pairs // stage.batch)
+    for number in range(batches):
         said = world.prompts(stage.batch, stage.seed * 1_000_000 + number)
         frames = teacher.config.extent
-        seeds = [stage.seed + run.rank * stage.pairs + number * stage.batch + row for row in range(stage.batch)]
+        first = stage.seed * 1_000_000_000 + (run.rank * batches + number) * stage.batch
+        seeds = range(first, first + stage.batch)
         noise = SeededNoise(seeds, (frames, *world.latent_size), run.device, torch.float32)
         with run.autocast():
             text_BPLE = embed(text, said.tokens_BPL)
@@ -332,6 +363,12 @@ def train_dmd(
     text: WordEncoder, network: WanTransformer, teacher: WanTransformer, world: World, recipes: Sequence[Recipe],
     shift: float, stage: DmdStage, run: Run,
 ) -> dict[str, float]:  # fmt: skip
+    for recipe in recipes:
+        if network.config.extent % recipe.block or stage.most_blocks * recipe.block < network.config.extent:
+            raise ValueError(
+                f"rollouts of up to {stage.most_blocks} blocks of {recipe.block} latent frames must hold the teacher's "
+                f"clip, {network.config.extent} frames, in whole blocks"
+            )
     critic = copy.deepcopy(teacher).requires_grad_(True).train()
     network.requires_grad_(True).train()
     student = Learner(network, [_dmd_adam(network, stage.lr)], average=stage.average)
@@ -364,7 +401,8 @@ def train_dmd(
         moving = sample.detach().diff(dim=1).abs().mean()
         return {"matching": loss.detach(), "critic": critic_loss.detach(), "norm": norm, "motion": moving}
 
-    look = _student_strips(text, network, student, world, recipes, shift, run)
+    shown = [recipe.with_levels(stage.levels[0]) for recipe in recipes]
+    look = _student_strips(text, network, student, world, shown, shift, run)
     learners = {"student": student, "critic": judge}
     spent = train(learners, turn, _budget(stage, warmup=20), run, keep={"shared": shared}, look=look, log_every=25)
     student.swap_average()
@@ -482,8 +520,9 @@ def _drawn(supply: ClipSupply, step: int, count: int, frames: int) -> LatentClip
 
 
 def _dmd_adam(network: WanTransformer, lr: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.0, 0.99), weight_decay=0.01)
+    parameters = list(network.parameters())
+    return torch.optim.AdamW(parameters, lr=lr, betas=(0.0, 0.99), weight_decay=0.01, fused=parameters[0].is_cuda)
 
 
-def _budget(stage: Any, warmup: int) -> Budget:
+def _budget(stage: Stage, warmup: int) -> Budget:
     return Budget(steps=stage.steps, seconds=stage.seconds, warmup=warmup)

@@ -64,7 +64,11 @@ class Dice:
 
 
 class Learner:
-    """A module in training with its optimisers and, if `average` is given, the running average of its parameters."""
+    """A module in training with its optimisers and, if `average` is given, the running average of its parameters.
+
+    Early on the average forgets faster, as min(average, (1 + n) / (10 + n)) after n steps: a short run would otherwise
+    end with a good share of what it began with.
+    """
 
     def __init__(
         self,
@@ -80,6 +84,7 @@ class Learner:
         self._parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
         self._clip = clip
         self._decay = average
+        self._steps = 0
         self._average = [p.detach().clone() for p in self._parameters] if average is not None else []
 
     def step(self, loss: Tensor) -> Tensor:
@@ -91,7 +96,9 @@ class Learner:
             for optimizer in self._optimizers:
                 optimizer.step()
             if self._decay is not None:
-                torch._foreach_lerp_(self._average, self._parameters, 1 - self._decay)
+                decay = min(self._decay, (1 + self._steps) / (10 + self._steps))
+                torch._foreach_lerp_(self._average, self._parameters, 1 - decay)
+            self._steps += 1
         for parameter in self._parameters:
             parameter.grad = None
         return norm
@@ -115,6 +122,7 @@ class Learner:
             "module": self.module.state_dict(),
             "optimizers": [o.state_dict() for o in self._optimizers],
             "average": self._average,
+            "steps": self._steps,
         }
 
     @torch.no_grad()
@@ -124,6 +132,7 @@ class Learner:
             optimizer.load_state_dict(saved)
         for average, saved in zip(self._average, state["average"], strict=True):
             average.copy_(saved)
+        self._steps = state["steps"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,6 +225,8 @@ class _State:
     def resume(self) -> tuple[int, float]:
         """Load what was saved, if anything was; returns the step to go on from and the seconds already spent."""
         if not self._file.exists():
+            if self._run.first:
+                _forget_rows(self._run.out, 0)  # of a run that was stopped before it saved anything
             return 0, 0.0
         state = torch.load(self._file, map_location="cpu", weights_only=True)
         if len(state["random"]) != parallel.processes():

@@ -1,20 +1,22 @@
 """How well a recipe is redirected, in the toy world: does a new caption act, how soon, and does the rest stay?
 
-Every stream runs for five seconds under a held-out caption. Then it is told the same caption with one attribute
-changed, written anew in full, as half of the changes in training are; after five more seconds it ends. Only what
-the caption says is changed, so every recipe is asked for the same. The control is the same streams, with the same
-noise, that go on under their own caption: it says how often the new value would have been read anyway, and how much
-is lost without any redirect.
+Every stream runs for five seconds under a held-out caption. Then one attribute changes, and after five more seconds it
+ends. As in training, half of the redirects are short and name nothing but the change ("it starts to snow"), the others
+are the whole caption written anew. Only what the caption says is changed, so every recipe is asked for the same. The
+control is the same streams, with the same noise, that go on under their own caption: it says how often the new value
+would have been read anyway, and how much is lost without any redirect.
 
 - reached: the detectors read the new value in two successive windows of one second, half a second apart, the first of
   which ends at most four seconds after the redirect. Where the first one ends is the time it took.
-- kept: of what the caption says besides, and what was read rightly in the five seconds before the redirect, all that
-  is read rightly in the last three seconds too. By then two seconds have gone by, and the world fades in 1.25.
+- kept: of all attributes that were read in the five seconds before the redirect (rightly, where the caption says
+  them), but for the one that changes, those that read the same in the last three seconds. By then two seconds have
+  gone by, and the world fades in 1.25.
 
 Shapes: B streams, T pictures, W windows.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from random import Random
 from typing import Any, NamedTuple
@@ -26,29 +28,40 @@ from longtake import parallel
 from longtake.evaluation.scores import Score, Tally, asked_for, joined, tally
 from longtake.evaluation.sources import batches, clip_seed, held_out_captions, seed_list
 from longtake.generation.stream import Engine
-from longtake.toy.captions import describe, parse
+from longtake.toy.captions import (
+    COLOUR_CLAUSES,
+    PHRASES,
+    PLACE_CLAUSES,
+    TIME_CLAUSES,
+    WEATHER_CLAUSES,
+    describe,
+    parse,
+)
 from longtake.toy.detect import Detections, detect
 from longtake.toy.scenes import ATTRIBUTES, CHANGEABLE, RATE
 
+FORMS = ("short", "full")
 KEPT = ("subject", *CHANGEABLE)
 BEFORE_SECONDS, AFTER_SECONDS, LAST_SECONDS = 5, 5, 3
 WITHIN_SECONDS, STEP_SECONDS, READ_SECONDS = 4, 0.5, 1
 
 
 class Redirect(NamedTuple):
-    """One stream's change: `attribute` of its caption becomes `value`, and `told` is the caption that says so."""
+    """One stream's change: `attribute` of its caption becomes `value`, and `told` says so, in short or in full."""
 
     caption: str
     seed: int
     attribute: str
     value: str
+    form: str
     told: str
 
 
 def redirects(captions: Sequence[str], seeds: Sequence[int]) -> list[Redirect]:
-    """What changes in each caption, once for each seed: always the same, and each attribute as often as the others.
+    """What changes in each caption, once for each seed: always the same for a list of captions.
 
-    A caption that says nothing that can change is left out.
+    Each attribute changes as often as the others, half the time in short. A caption that says nothing that can change
+    is left out.
     """
     uses = dict.fromkeys(CHANGEABLE, 0)
     chosen = []
@@ -58,19 +71,34 @@ def redirects(captions: Sequence[str], seeds: Sequence[int]) -> list[Redirect]:
         if not changeable:
             continue
         attribute = min(changeable, key=uses.__getitem__)
+        form = FORMS[uses[attribute] % len(FORMS)]
         uses[attribute] += 1
         value = dice.choice([value for value in ATTRIBUTES[attribute] if value != said[attribute]])
-        chosen.append(
-            Redirect(caption, clip_seed(seed, number), attribute, value, describe(said | {attribute: value}, dice))
-        )
+        new = said | {attribute: value}
+        told = describe(new, dice) if form == "full" else _in_short(attribute, new, dice)
+        chosen.append(Redirect(caption, clip_seed(seed, number), attribute, value, form, told))
     return chosen
+
+
+def _in_short(attribute: str, said: Mapping[str, str], dice: Random) -> str:
+    """A sentence that names only the new value, by the grammar of the captions that training sees."""
+    value = said[attribute]
+    if attribute == "time":
+        return dice.choice(TIME_CLAUSES[value])
+    if attribute == "weather":
+        return dice.choice(WEATHER_CLAUSES[value])
+    way = dice.choice(PHRASES[attribute][value])
+    if attribute == "place":
+        return f"{dice.choice(PLACE_CLAUSES)} {way}"
+    begun, ended = dice.choice(COLOUR_CLAUSES)
+    return f"{begun} {dice.choice(PHRASES['subject'][said['subject']])} {ended} {way}"
 
 
 def evaluate_redirect(
     recipes: Sequence[str],
     engine_of: Callable[[str], Engine],
     *,
-    prompts: int = 100,
+    prompts: int = 40,
     seeds: int = 2,
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
@@ -84,7 +112,8 @@ def evaluate_redirect(
         progress: is told, in words, how far it is.
 
     Returns:
-        For each recipe a table ready for JSON. Shares are between 0 and 1, or None where nothing could be scored.
+        For each recipe a table ready for JSON. Shares are between 0 and 1, or None where nothing could be scored;
+        median_seconds counts a redirect that never acts as infinite, and is None if half of them never do.
 
     Raises:
         ValueError: no captions, more than there are, or no seeds.
@@ -126,15 +155,15 @@ def _watch(
     name: str, engine: Engine, chosen: Sequence[Redirect], told: Sequence[str], progress: Callable[[str], None]
 ) -> _Watched:
     """Stream every caption, go on as told, and read the pictures, a batch at a time."""
-    jobs = batches(list(zip(chosen, told, strict=True)), engine.device)
+    streams = zip(range(1, len(chosen) + 1), chosen, told, strict=True)
 
-    def read(job: Sequence[tuple[Redirect, str]]) -> _Watched:
-        batch, texts = zip(*job, strict=True)
+    def read(job: Sequence[tuple[int, Redirect, str]]) -> _Watched:
+        numbers, batch, texts = zip(*job, strict=True)
         watched = _read(*_pictures(engine, batch, texts), batch)
-        progress(f"{name}: {len(batch)} of {len(chosen)} streams read")
+        progress(f"{name}: streams {numbers[0]} to {numbers[-1]} of {len(chosen)}")
         return watched
 
-    before, reads, last = zip(*parallel.share_out(jobs, read), strict=True)
+    before, reads, last = zip(*parallel.share_out(batches(list(streams), engine.device), read), strict=True)
     return _Watched(joined(before), torch.cat(reads), joined(last))
 
 
@@ -180,22 +209,44 @@ def _of_changed(found: Detections, batch: Sequence[Redirect]) -> Tensor:
 
 def _table(chosen: Sequence[Redirect], told: _Watched, control: _Watched) -> dict[str, Any]:
     """The scores of one recipe, ready for JSON."""
-    reached, kept = _reached(told.read_BW, chosen), _kept(told, chosen)
-    reached_control, kept_control = _reached(control.read_BW, chosen), _kept(control, chosen)
-    seconds = _seconds(told.read_BW, chosen)
+    everything = [True] * len(chosen)
+    reached, kept = _scores(told, chosen, everything)
+    reached_control, kept_control = _scores(control, chosen, everything)
+    seconds = _seconds(told.read_BW, chosen).median().item()
+    by_form = {form: _scores(told, chosen, [one.form == form for one in chosen]) for form in FORMS}
     return {
         "reached_within_4s": {name: one.share for name, one in reached.items()},
         "reached_within_4s_control": {name: one.share for name, one in reached_control.items()},
-        "median_seconds": seconds[seconds.isfinite()].quantile(0.5).item() if seconds.isfinite().any() else None,
+        "median_seconds": seconds if math.isfinite(seconds) else None,
         "kept_unchanged": kept.share,
         "kept_unchanged_control": kept_control.share,
         "counts": {
-            "reached_within_4s": {name: one.table() for name, one in reached.items()},
-            "reached_within_4s_control": {name: one.table() for name, one in reached_control.items()},
+            "reached_within_4s": _counts(reached),
+            "reached_within_4s_control": _counts(reached_control),
             "kept_unchanged": kept.table(),
             "kept_unchanged_control": kept_control.table(),
         },
+        "by_form": {
+            form: {"reached_within_4s": _counts(reached), "kept_unchanged": kept.table()}
+            for form, (reached, kept) in by_form.items()
+        },
     }
+
+
+def _counts(score: Score) -> dict[str, dict[str, Any]]:
+    return {name: one.table() for name, one in score.items()}
+
+
+def _scores(
+    watched: _Watched, chosen: Sequence[Redirect], counted: Sequence[bool] | None = None
+) -> tuple[Score, Tally]:
+    """Reached, by what changed (abstained: where nothing was read at all), and kept."""
+    counted = counted or [True] * len(chosen)
+    reached, unread = _seconds(watched.read_BW, chosen).isfinite(), (watched.read_BW < 0).all(1)
+    scores = dict.fromkeys(CHANGEABLE, Tally())
+    for one, right, nothing, counts in zip(chosen, reached.tolist(), unread.tolist(), counted, strict=True):
+        scores[one.attribute] += Tally(int(right), 1, int(nothing)) if counts else Tally()
+    return scores, _kept(watched, chosen, torch.tensor(counted))
 
 
 def _seconds(read_BW: Tensor, chosen: Sequence[Redirect]) -> Tensor:
@@ -207,21 +258,13 @@ def _seconds(read_BW: Tensor, chosen: Sequence[Redirect]) -> Tensor:
     return torch.where(lasting.any(1), seconds, torch.inf)
 
 
-def _reached(read_BW: Tensor, chosen: Sequence[Redirect]) -> Score:
-    """The streams that were read as they were to be, by what changed; abstained: where nothing was read at all."""
-    reached, unread = _seconds(read_BW, chosen).isfinite(), (read_BW < 0).all(1)
-    scores = dict.fromkeys(CHANGEABLE, Tally())
-    for one, right, nothing in zip(chosen, reached.tolist(), unread.tolist(), strict=True):
-        scores[one.attribute] += Tally(int(right), 1, int(nothing))
-    return scores
-
-
-def _kept(watched: _Watched, chosen: Sequence[Redirect]) -> Tally:
-    """What captions say besides the change: of what was right before, how much still is, over all attributes."""
-    said = [{name: value for name, value in parse(one.caption).items() if name != one.attribute} for one in chosen]
+def _kept(watched: _Watched, chosen: Sequence[Redirect], counted_B: Tensor) -> Tally:
+    """Of what was there before, rightly where the caption says it, and is not to change: what still is."""
+    said = [parse(one.caption) for one in chosen]
     total = Tally()
     for name in KEPT:
-        asked = asked_for(name, said)
-        right_before = getattr(watched.before, name) == asked
-        total += tally(getattr(watched.last, name), torch.where(right_before, asked, -1))
+        asked, before = asked_for(name, said), getattr(watched.before, name)
+        stays = torch.tensor([one.attribute != name for one in chosen])
+        there = (before >= 0) & ((asked < 0) | (before == asked))
+        total += tally(getattr(watched.last, name), torch.where(there & stays & counted_B, before, -1))
     return total
