@@ -17,12 +17,13 @@ LATENTS = (BLOCK, 4, 4, 6)  # frames, channels, height, width of a block
 LEVELS = (1.0, 0.8, 0.5)
 
 
-def network(extent: int = 15, seed: int = 0) -> WanTransformer:
+def network(extent: int = 15, seed: int = 0, reads_far: bool = False) -> WanTransformer:
     torch.manual_seed(seed)
-    made = WanTransformer(
-        WanConfig(dim=24, heads=2, ffn_dim=32, layers=3, text_dim=8, channels=LATENTS[1], level_dim=16, extent=extent)
-    )
-    return made.double().eval()
+    config = WanConfig(
+        dim=24, heads=2, ffn_dim=32, layers=3, text_dim=8, channels=LATENTS[1], level_dim=16, extent=extent,
+        reads_far=reads_far,
+    )  # fmt: skip
+    return WanTransformer(config).double().eval()
 
 
 def text(batch: int = 1, prompts: int = 1, seed: int = 1) -> torch.Tensor:

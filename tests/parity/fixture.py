@@ -68,6 +68,7 @@ def network_of(fixture: Fixture) -> WanTransformer:
             patch=config["patch_size"][1],
             level_dim=config["freq_dim"],
             rotary_split=tuple(config["rope_split_dims"]),
+            reads_far=any(".linear_proj." in name for name in fixture.weights),
         )
     )
     network.load_state_dict(fixture.weights, strict=True)

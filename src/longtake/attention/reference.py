@@ -12,8 +12,60 @@ def dense(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor, mask_TS: Tensor | None
     return torch.einsum("bnts,bsnd->btnd", scores.softmax(dim=-1), v_BSND)
 
 
+def block_scores(
+    q_BTND: Tensor, k_BSND: Tensor, *, block_q: int, block_k: int, centre_heads: bool = False
+) -> Tensor:  # fmt: skip
+    """Product of the mean query and the mean key of every pair of blocks, [B, N, I, J] in float32.
+
+    The last block is what is left. `centre_heads` first takes from each key its mean over the heads.
+    """
+    q, k = q_BTND.float(), k_BSND.float()
+    if centre_heads:
+        k = k - k.mean(dim=2, keepdim=True)
+    q_means = torch.stack([block.mean(dim=1) for block in q.split(block_q, dim=1)], dim=2)
+    k_means = torch.stack([block.mean(dim=1) for block in k.split(block_k, dim=1)], dim=2)
+    return torch.einsum("bnid,bnjd->bnij", q_means, k_means)
+
+
+def kept_blocks(share: float, blocks: int) -> int:
+    """How many of these blocks a share keeps: the whole number below, and never none."""
+    return max(1, int(share * blocks))
+
+
+def best_blocks(scores_BNIJ: Tensor, share: float) -> Tensor:
+    """Numbers of the best share of key blocks, rising, at least one; the earlier of equals. Returns [B, N, I, K]."""
+    best = scores_BNIJ.argsort(dim=-1, descending=True, stable=True)
+    return best[..., : kept_blocks(share, scores_BNIJ.shape[-1])].sort(dim=-1).values
+
+
+def attend_blocks(
+    q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor, chosen_BNIK: Tensor, *, block_q: int, block_k: int
+) -> Tensor:  # fmt: skip
+    """Softmax attention over the tokens of the key blocks chosen for each query block and head."""
+    blocks = -(-k_BSND.shape[1] // block_k)
+    nothing_BNIJ = chosen_BNIK.new_zeros(*chosen_BNIK.shape[:3], blocks, dtype=torch.bool)
+    chosen_BNIJ = nothing_BNIJ.scatter(-1, chosen_BNIK.long(), True)
+    block_of_T, block_of_S = (
+        torch.arange(x.shape[1], device=x.device) // size for x, size in ((q_BTND, block_q), (k_BSND, block_k))
+    )
+    return dense(q_BTND, k_BSND, v_BSND, chosen_BNIJ[:, :, block_of_T][..., block_of_S])
+
+
 def rotate(x_BTND: Tensor, angles_TA: Tensor) -> Tensor:
     """Turn pairs of each head vector by its token's angles [T, D/2], as complex numbers (RoFormer, 2104.09864)."""
     pairs = torch.view_as_complex(x_BTND.double().unflatten(-1, (-1, 2)))
     turned = pairs * torch.polar(torch.ones_like(angles_TA), angles_TA).unsqueeze(1)
     return torch.view_as_real(turned).flatten(-2).to(x_BTND.dtype)
+
+
+def linear(
+    q_BTNR: Tensor, q_below_BTNR: Tensor, k_BSNR: Tensor, k_below_BSNR: Tensor, v_BSND: Tensor, eps: float = 1e-6
+) -> Tensor:
+    """Linear attention over all keys: the mean of weighted values over the mean of weights, [B, T, N, D].
+
+    Weights are products of features R, which may differ above and below the bar (Hybrid Forcing, 2604.10103).
+    """
+    above_BNTS = torch.einsum("btnr,bsnr->bnts", q_BTNR, k_BSNR)
+    below_BNTS = torch.einsum("btnr,bsnr->bnts", q_below_BTNR, k_below_BSNR)
+    values_BTND = torch.einsum("bnts,bsnd->btnd", above_BNTS, v_BSND) / v_BSND.shape[1]
+    return values_BTND / (below_BNTS.mean(dim=-1).transpose(1, 2) + eps).unsqueeze(-1)

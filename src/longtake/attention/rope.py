@@ -50,6 +50,19 @@ class RotaryAxes:
         return self.theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
 
 
+@dataclass(frozen=True)
+class Grid:
+    """Where the tokens of a latent frame stand, on which axes."""
+
+    axes: RotaryAxes
+    rows: int
+    columns: int
+
+    def rotation(self, frames: Sequence[float], device: torch.device | str) -> Rotation:
+        """`RotaryAxes.rotation` of the tokens of frames at these positions."""
+        return self.axes.rotation(frames, self.rows, self.columns, device)
+
+
 @lru_cache(maxsize=64)
 def _rotation(axes: RotaryAxes, frames: tuple[float, ...], rows: int, columns: int, device: torch.device) -> Rotation:
     angles = axes.angles(frames, rows, columns)

@@ -61,7 +61,8 @@ def commit(
     clean = clean_BFCHW.detach()
     if view is None:
         view = network.memory_view(memory, clean)
-    memory.commit(network.keys_to_commit(clean, _levels(clean, 0.0), prompt, view), clean.shape[1])
+    keys = network.keys_to_commit(clean, _levels(clean, 0.0), prompt, view)
+    memory.commit(keys, clean.shape[1], network.grid(clean))
 
 
 def _levels(latents_BFCHW: Tensor, level: float) -> Tensor:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from longtake.attention.rope import RotaryAxes
-from longtake.memory.view import MemoryView, place_frames, rotated
+from longtake.attention.dense import dense
+from longtake.attention.rope import Grid, rotate
+from longtake.memory.far import FarShape, FarState, SinkInFar
+from longtake.memory.view import Attend, FarView, MemoryView, place_frames, rotated
 from longtake.memory.window import Keys, RingWindow, Window, WindowShape
 
 LayerKeys = Sequence[tuple[Tensor, Tensor]]
@@ -19,10 +21,13 @@ class MemoryShape:
     """What a recipe remembers.
 
     window: latent frames kept exactly. extent: positions stay below it (None: they grow with the stream).
+    far: what is made of frames that left the window (None: they are gone). near: how the window is attended.
     """
 
     window: WindowShape
     extent: int | None
+    far: FarShape | None = None
+    near: Attend = dense
 
     def require_fit(self, block: int, trained_extent: int) -> None:
         """Refuse shapes that cannot be streamed: ValueError with the numbers."""
@@ -31,10 +36,12 @@ class MemoryShape:
             raise ValueError(
                 f"sink ({sink}) and past ({past}) must be whole numbers of blocks of {block} latent frames"
             )
-        if self.window.frames + block > (self.extent or trained_extent):
+        leaving = block if self.far else 0
+        needed = self.window.frames + block + leaving
+        if needed > (self.extent or trained_extent):
             raise ValueError(
-                f"sink {sink} + past {past} + current {block} = {self.window.frames + block} latent frames do not fit "
-                f"the extent of {self.extent or trained_extent} that positions may take"
+                f"sink {sink} + past {past} + current {block}{f' + leaving {leaving}' if leaving else ''} = {needed} "
+                f"latent frames do not fit the extent of {self.extent or trained_extent} that positions may take"
             )
         if self.extent is not None and self.extent > trained_extent:
             raise ValueError(f"extent {self.extent} exceeds the {trained_extent} latent frames that were trained")
@@ -53,6 +60,7 @@ class StreamMemory:
         self.blocks = 0
         make: Callable[[WindowShape], RingWindow | Window] = RingWindow if ring else Window
         self._windows = [make(shape.window) for _ in range(layers)]
+        self._far = [FarState(shape.far) for _ in range(layers)] if shape.far else []
 
     @property
     def layers(self) -> int:
@@ -62,43 +70,94 @@ class StreamMemory:
         """What one layer remembers, unrotated."""
         return self._windows[layer].held
 
-    def view(self, axes: RotaryAxes, count: int, rows: int, columns: int, device: torch.device | str) -> MemoryView:
-        """What the passes of the next `count` frames read: keys rotated once, at the positions of this moment."""
+    def far(self, layer: int) -> FarState:
+        """What one layer has summed up."""
+        return self._far[layer]
+
+    def view(
+        self, grid: Grid, count: int, device: torch.device | str, projections: Sequence[Callable[[Tensor], Tensor]] = ()
+    ) -> MemoryView:
+        """What the passes of the next `count` frames read: keys rotated once, at the positions of this moment.
+
+        projections: of what each layer reads from its far state, where there are any.
+        """
+        if len(projections) < len(self._far):
+            raise ValueError(
+                f"{len(self._far)} layers have a far state, but {len(projections)} a projection to read it"
+            )
         current = range(self.frames, self.frames + count)
         sink, extent = self.shape.window.sink, self.shape.extent
         layers = []
         for window in self._windows:
             held = window.held
             places = place_frames(held.frames if held else (), current, sink, extent)
-            layers.append(rotated(held, axes, places.held, rows, columns) if held else None)
-        return MemoryView(axes.rotation(places.current, rows, columns, device), layers)
+            layers.append(rotated(held, grid, places.held) if held else None)
+        far = [FarView(*pair) for pair in zip(self._far, projections, strict=False) if pair[0].sums is not None]
+        return MemoryView(grid.rotation(places.current, device), layers, self.shape.near, far)
 
-    def commit(self, keys: LayerKeys, count: int) -> None:
-        """Take the keys of the next `count` finished frames, cut from their graph."""
+    def commit(self, keys: LayerKeys, count: int, grid: Grid | None = None) -> None:
+        """Take the keys of the next `count` finished frames, cut from their graph.
+
+        grid: of their tokens; needed to place what slides into a far state.
+        """
         if len(keys) != self.layers:
             raise ValueError(f"keys of {len(keys)} layers cannot enter a memory of {self.layers}")
+        if self._far and grid is None:
+            raise ValueError("frames can enter a far state only with the grid of their tokens")
         numbers = tuple(range(self.frames, self.frames + count))
-        for i, (k_BTND, v_BTND) in enumerate(keys):
-            new = Keys(k_BTND.detach(), v_BTND.detach(), numbers)
-            window = self._windows[i]
-            if isinstance(window, RingWindow):
-                window.append(new)
-            else:
-                self._windows[i], _ = window.append(new)
         self.frames += count
         self.blocks += 1
+        for i, (k_BTND, v_BTND) in enumerate(keys):
+            gone = self._slide(i, Keys(k_BTND.detach(), v_BTND.detach(), numbers))
+            if self._far and grid is not None:
+                self._absorb(i, gone, count, grid)
+
+    def _slide(self, layer: int, new: Keys) -> Keys | None:
+        """Put new frames into a window; what slides out."""
+        window = self._windows[layer]
+        if isinstance(window, RingWindow):
+            return window.append(new)
+        self._windows[layer], gone = window.append(new)
+        return gone
+
+    def _absorb(self, layer: int, gone: Keys | None, count: int, grid: Grid) -> None:
+        """Put frames that slid out into a far state, where the next block will see them: just behind its past."""
+        following = range(self.frames, self.frames + count)
+        for keys in (self._sink_behind_past(layer, count, grid), gone):
+            if keys is not None:
+                places = place_frames(keys.frames, following, self.shape.window.sink, self.shape.extent)
+                rotation = grid.rotation(places.held, keys.k_BTND.device)
+                self._far[layer] = self._far[layer].absorb(keys, rotation)
+
+    def _sink_behind_past(self, layer: int, count: int, grid: Grid) -> Keys | None:
+        """Sink frames that would just have slid out of a past without a sink, where published forms absorb them."""
+        rule, held = self._far[layer].shape.sink, self._windows[layer].held
+        end = min(self.shape.window.sink, self.frames - self.shape.window.past)
+        late = range(max(0, self.frames - self.shape.window.past - count), end)
+        if rule is SinkInFar.NEVER or held is None or not late:
+            return None
+        keys = held.select([held.frames.index(frame) for frame in late])
+        if rule is SinkInFar.AS_WELL:
+            return keys
+        return keys._replace(k_BTND=rotate(keys.k_BTND, grid.rotation(keys.frames, keys.k_BTND.device)))
+
+    def fade_far(self, share: float) -> None:
+        """At a redirect or a cut: let that share of the far states weigh on (1 keeps all, 0 forgets all)."""
+        self._far = [state.fade(share) for state in self._far]
 
     def fork(self) -> "StreamMemory":
         """An independent memory that goes on from the same moment."""
         twin = StreamMemory(self.shape, 0, ring=False)
         twin.frames, twin.blocks = self.frames, self.blocks
         twin._windows = [w.fork() if isinstance(w, RingWindow) else w for w in self._windows]
+        twin._far = list(self._far)
         return twin
 
     def nbytes(self) -> int:
-        """Bytes of keys and values held."""
+        """Bytes of keys and values held, and of far states."""
         held = [window.held for window in self._windows]
-        return sum(x.nbytes for keys in held if keys is not None for x in keys[:2])
+        near = sum(x.nbytes for keys in held if keys is not None for x in keys[:2])
+        return near + sum(state.nbytes() for state in self._far)
 
     def audit(self) -> None:
         """Check the books: every layer holds exactly the frames its shape allows. AssertionError otherwise."""

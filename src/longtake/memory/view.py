@@ -4,7 +4,7 @@ A view is a value: any number of passes may read it, none changes it. A network 
 and calls `view.attend`, so every backbone can read through every view.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -12,15 +12,21 @@ import torch
 from torch import Tensor
 
 from longtake.attention.dense import dense
-from longtake.attention.rope import RotaryAxes, Rotation, rotate
+from longtake.attention.join import added
+from longtake.attention.rope import Grid, RotaryAxes, Rotation, rotate
+from longtake.memory.far import FarState
 from longtake.memory.window import Keys, WindowShape
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Queries [B, T, N, D], keys and values [B, S, N, D] -> [B, T, N, D]."""
 
 
 class Tokens(NamedTuple):
-    """A layer's own tokens, [B, T, N, D] each: queries and keys rotated at their positions, plain keys, values."""
+    """A layer's own tokens, [B, T, N, D] each: queries and keys rotated at their positions, both plain, values."""
 
     q: Tensor
     k: Tensor
+    plain_q: Tensor
     plain_k: Tensor
     v: Tensor
 
@@ -45,12 +51,27 @@ class ClipView:
         return dense(own.q, own.k, own.v, self.mask_TT)
 
 
+class FarView(NamedTuple):
+    """A layer's far memory, and the layer's projection of what is read from it."""
+
+    state: FarState
+    project: Callable[[Tensor], Tensor]
+
+    def add_to(self, near_BTND: Tensor, own: Tokens, rotation: Rotation) -> Tensor:
+        return added(near_BTND, self.state.read(own.plain_q, rotation), self.project, self.state.present_B)
+
+
 @dataclass(frozen=True)
 class MemoryView:
-    """A block in front of a memory: its tokens see what each layer remembers (rotated already), and each other."""
+    """A block in front of a memory: its tokens see what each layer remembers (rotated already), and each other.
+
+    far: of every layer, once there is something far.
+    """
 
     rotation: Rotation
     layers: Sequence[tuple[Tensor, Tensor] | None]
+    near: Attend = dense
+    far: Sequence[FarView] = ()
 
     def attend(self, layer: int, own: Tokens) -> Tensor:
         k_BTND, v_BTND = own.k, own.v
@@ -58,7 +79,8 @@ class MemoryView:
         if remembered is not None:
             k_BTND = torch.cat([remembered[0], k_BTND], dim=1)
             v_BTND = torch.cat([remembered[1], v_BTND], dim=1)
-        return dense(own.q, k_BTND, v_BTND)
+        near_BTND = self.near(own.q, k_BTND, v_BTND)
+        return self.far[layer].add_to(near_BTND, own, self.rotation) if self.far else near_BTND
 
 
 class TeacherForcedView:
@@ -87,7 +109,8 @@ class TeacherForcedView:
         ]
 
     def attend(self, layer: int, own: Tokens) -> Tensor:
-        q, k, plain_k, v = (x.unflatten(1, (2, self.blocks, self.block * self.tokens)) for x in own)
+        halves = (2, self.blocks, self.block * self.tokens)
+        q, k, plain_k, v = (x.unflatten(1, halves) for x in (own.q, own.k, own.plain_k, own.v))
         clean_k, clean_v = (x[:, 0].unflatten(2, (self.block, self.tokens)).flatten(1, 2) for x in (plain_k, v))
         out = torch.empty_like(q)
         for group in self._groups:
@@ -135,9 +158,9 @@ def place_frames(held: Sequence[int], current: Sequence[int], sink: int, extent:
     return Places(tuple(f if f < sink else f - back for f in held), tuple(f - back for f in current))
 
 
-def rotated(keys: Keys, axes: RotaryAxes, positions: Sequence[int], rows: int, columns: int) -> tuple[Tensor, Tensor]:
+def rotated(keys: Keys, grid: Grid, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
     """A window's keys at the given positions, with their values: what a `MemoryView` reads."""
-    return rotate(keys.k_BTND, axes.rotation(positions, rows, columns, keys.k_BTND.device)), keys.v_BTND
+    return rotate(keys.k_BTND, grid.rotation(positions, keys.k_BTND.device)), keys.v_BTND
 
 
 def frame_mask(allowed_FF: Tensor, tokens: int) -> Tensor:

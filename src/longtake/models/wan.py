@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from longtake.attention.dense import dense
-from longtake.attention.rope import RotaryAxes, Rotation, rotate, split_like_wan
+from longtake.attention.rope import Grid, RotaryAxes, Rotation, rotate, split_like_wan
 from longtake.memory.stream_memory import LayerKeys, StreamMemory
 from longtake.memory.view import ClipView, MemoryView, TeacherForcedView, Tokens, View, frame_mask
 from longtake.memory.window import WindowShape
@@ -25,7 +25,10 @@ from longtake.memory.window import WindowShape
 
 @dataclass(frozen=True, kw_only=True)
 class WanConfig:
-    """Sizes of the transformer. `extent` is how many latent frames it was trained to see at once."""
+    """Sizes of the transformer. `extent` is how many latent frames it was trained to see at once.
+
+    reads_far: whether its layers can read a far state, each through a projection of its own.
+    """
 
     dim: int
     heads: int
@@ -37,6 +40,7 @@ class WanConfig:
     level_dim: int = 256
     rotary_split: tuple[int, int, int] | None = None
     extent: int = 21
+    reads_far: bool = False
 
     def __post_init__(self) -> None:
         if self.dim % self.heads or (self.dim // self.heads) % 2:
@@ -86,12 +90,23 @@ class Attention(nn.Module):
         return self.norm_k(self.k(x)).unflatten(-1, (self.heads, -1)), self.v(x).unflatten(-1, (self.heads, -1))
 
 
+class SelfAttention(Attention):
+    """Attention among video tokens. `linear_proj`, shared by the heads, is for what they read from a far state.
+
+    It begins at zero, so that a network that learns to read begins as the one it was.
+    """
+
+    def __init__(self, dim: int, heads: int, reads_far: bool):
+        super().__init__(dim, heads)
+        self.linear_proj = _zero_linear(dim // heads) if reads_far else None
+
+
 class Block(nn.Module):
     """One transformer layer, in the two halves on either side of its self-attention."""
 
-    def __init__(self, dim: int, heads: int, ffn_dim: int):
+    def __init__(self, dim: int, heads: int, ffn_dim: int, reads_far: bool = False):
         super().__init__()
-        self.self_attn = Attention(dim, heads)
+        self.self_attn = SelfAttention(dim, heads, reads_far)
         self.cross_attn = Attention(dim, heads)
         self.norm3 = nn.LayerNorm(dim, eps=1e-6)
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
@@ -102,7 +117,7 @@ class Block(nn.Module):
         shift, scale = self._modulation(levels_BF6E)[:2]
         x = _modulated(x_BFTE, shift, scale).flatten(1, 2)
         q, (k, v) = self.self_attn.queries(x), self.self_attn.keys_values(x)
-        return Tokens(rotate(q, rotation), rotate(k, rotation), k, v)
+        return Tokens(rotate(q, rotation), rotate(k, rotation), q, k, v)
 
     def after_attention(
         self, x_BFTE: Tensor, attended_BTND: Tensor, levels_BF6E: Tensor,
@@ -156,7 +171,9 @@ class WanTransformer(nn.Module):
         )
         self.time_embedding = nn.Sequential(nn.Linear(config.level_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-        self.blocks = nn.ModuleList(Block(dim, config.heads, config.ffn_dim) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(
+            Block(dim, config.heads, config.ffn_dim, config.reads_far) for _ in range(config.layers)
+        )
         self.head = Head(dim, patch_size)
 
     @property
@@ -199,8 +216,12 @@ class WanTransformer(nn.Module):
 
     def memory_view(self, memory: StreamMemory, latents_BFCHW: Tensor) -> MemoryView:
         """A view of a memory for the passes of its next frames, of the shape of these latents."""
-        rows, columns = self._grid(latents_BFCHW)
-        return memory.view(self.config.axes, latents_BFCHW.shape[1], rows, columns, latents_BFCHW.device)
+        projections = [block.self_attn.linear_proj for block in self.layers if block.self_attn.linear_proj is not None]
+        return memory.view(self.grid(latents_BFCHW), latents_BFCHW.shape[1], latents_BFCHW.device, projections)
+
+    def grid(self, latents_BFCHW: Tensor) -> Grid:
+        """Where the tokens of one frame of these latents stand."""
+        return Grid(self.config.axes, *self._grid(latents_BFCHW))
 
     def teacher_forced_view(
         self, clean_BFCHW: Tensor, block: int, shape: WindowShape, extent: int | None
@@ -242,6 +263,13 @@ def level_features(level_BF: Tensor, size: int) -> Tensor:
     steps = torch.arange(half, dtype=torch.float64, device=level_BF.device)
     angles = 1000 * level_BF.double().unsqueeze(-1) * torch.exp(-math.log(10000) / half * steps)
     return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
+
+
+def _zero_linear(size: int) -> nn.Linear:
+    layer = nn.Linear(size, size)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
 
 
 def _of_frames(keys_BPLND: Tensor, prompt_BF: Tensor) -> Tensor:

@@ -1,0 +1,119 @@
+"""Attention that chooses: each block of queries looks at the blocks of keys that suit its mean best, and at no others.
+
+Blocks are runs of tokens, the last of them as long as what is left. Choosing and attending are apart, so that another
+choice can be put in the place of ours. On a GPU the kernels of `block_sparse_triton` run. Truth: `reference`.
+
+I query blocks, J key blocks, K of them kept; other letters as in `reference`.
+"""
+
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from longtake.attention import reference
+from longtake.attention.dense import dense
+
+GATHERED_AT_ONCE = 2**16  # numbers of the keys, and as many of the values: copies that stay in a processor's cache
+
+
+def block_sparse(
+    q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor, *, share: float, block_q: int = 64, block_k: int = 64,
+    centre_heads: bool = False,
+) -> Tensor:  # fmt: skip
+    """Softmax attention over the best share of key blocks for each query block and head; returns [B, T, N, D]."""
+    if not 0 < share <= 1:
+        raise ValueError(f"a share of key blocks is above 0 and at most 1, got {share}")
+    blocks = -(-k_BSND.shape[1] // block_k)
+    if reference.kept_blocks(share, blocks) == blocks:
+        return dense(q_BTND, k_BSND, v_BSND)
+    scores_BNIJ = block_scores(q_BTND, k_BSND, block_q=block_q, block_k=block_k, centre_heads=centre_heads)
+    chosen_BNIK = best_blocks(scores_BNIJ, share)
+    return attend_blocks(q_BTND, k_BSND, v_BSND, chosen_BNIK, block_q=block_q, block_k=block_k)
+
+
+@torch.no_grad()
+def block_scores(
+    q_BTND: Tensor, k_BSND: Tensor, *, block_q: int, block_k: int, centre_heads: bool = False
+) -> Tensor:  # fmt: skip
+    """Product of the mean query and the mean key of every pair of blocks, [B, N, I, J] in float32.
+
+    `centre_heads` takes from each key its mean over the heads, as the code published with Hybrid Forcing does and its
+    paper does not. A mean over the tokens would move all scores of a query block alike, and change no choice.
+    """
+    kernels = _kernels(q_BTND)
+    means = kernels.block_means if kernels else _block_means
+    q_BNID, k_BNJD = means(q_BTND, block_q), means(k_BSND, block_k)
+    if centre_heads:
+        k_BNJD = k_BNJD - k_BNJD.mean(dim=1, keepdim=True)
+    return q_BNID @ k_BNJD.mT
+
+
+def best_blocks(scores_BNIJ: Tensor, share: float) -> Tensor:
+    """Numbers of the best share of key blocks, rising, at least one; the earlier of equals. Returns [B, N, I, K]."""
+    kernels = _kernels(scores_BNIJ)
+    return (kernels or reference).best_blocks(scores_BNIJ, share)
+
+
+def attend_blocks(
+    q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor, chosen_BNIK: Tensor, *, block_q: int, block_k: int
+) -> Tensor:  # fmt: skip
+    """Softmax attention over the tokens of the chosen key blocks; returns [B, T, N, D]."""
+    kernels = _kernels(q_BTND)
+    run = kernels.attend_blocks if kernels else _attend_gathered
+    return run(q_BTND, k_BSND, v_BSND, chosen_BNIK, block_q=block_q, block_k=block_k)
+
+
+def _kernels(x: Tensor) -> ModuleType | None:
+    """The module of Triton kernels, where they can run on this tensor."""
+    if not x.is_cuda or find_spec("triton") is None:
+        return None
+    from longtake.attention import block_sparse_triton
+
+    return block_sparse_triton
+
+
+def _block_means(x_BTND: Tensor, size: int) -> Tensor:
+    """Mean of each block over its own tokens, [B, N, I, D] in float32."""
+    whole = x_BTND.shape[1] // size
+    parts = [x_BTND[:, : whole * size].unflatten(1, (whole, size)).mean(2, dtype=torch.float32)]
+    if whole * size < x_BTND.shape[1]:
+        parts.append(x_BTND[:, whole * size :].mean(1, keepdim=True, dtype=torch.float32))
+    return torch.cat(parts, dim=1).transpose(1, 2)
+
+
+def _attend_gathered(
+    q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor, chosen_BNIK: Tensor, *, block_q: int, block_k: int
+) -> Tensor:  # fmt: skip
+    """Dense attention of every query block to a copy of its chosen keys, a few query blocks at a time."""
+    (clips, tokens, heads, head_dim), keys = q_BTND.shape, k_BSND.shape[1]
+    q = rearrange(_whole(q_BTND, block_q), "b (i r) n d -> (b n i) 1 r d", r=block_q)
+    k, v = (rearrange(_whole(x, block_k), "b (j r) n d -> (b n) j (r d)", r=block_k) for x in (k_BSND, v_BSND))
+    chosen = rearrange(chosen_BNIK, "b n i k -> (b n) i k")
+    first_of_line = torch.arange(len(k), device=k.device)[:, None, None] * k.shape[1]
+    places = (first_of_line + chosen).flatten(0, 1)
+    numbers = chosen.flatten(0, 1).unsqueeze(-1) * block_k + torch.arange(block_k, device=k.device)
+    is_key = (numbers < keys).flatten(1)[:, None, None] if keys % block_k else None
+
+    def gathered(x: Tensor, some: slice) -> Tensor:
+        return x.flatten(0, 1).index_select(0, places[some].flatten()).view(len(places[some]), 1, -1, head_dim)
+
+    at_once = max(1, GATHERED_AT_ONCE // (places.shape[1] * block_k * head_dim))
+    pieces = [slice(start, start + at_once) for start in range(0, len(q), at_once)]
+    read = torch.cat(
+        [
+            scaled_dot_product_attention(
+                q[some], gathered(k, some), gathered(v, some), attn_mask=None if is_key is None else is_key[some]
+            )
+            for some in pieces
+        ]
+    )
+    return rearrange(read, "(b n i) 1 r d -> b (i r) n d", b=clips, n=heads)[:, :tokens]
+
+
+def _whole(x_BTND: Tensor, size: int) -> Tensor:
+    """Zeros after the last token, up to a whole number of blocks."""
+    return pad(x_BTND, (0, 0, 0, 0, 0, -x_BTND.shape[1] % size))

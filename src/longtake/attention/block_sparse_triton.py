@@ -1,0 +1,292 @@
+# mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
+"""Kernels of block-sparse attention, forward and backward. Truth: `reference`.
+
+Tensors are contiguous, [B, tokens, N, D]; a program has one block of one head of one clip, and its second number counts
+heads, then clips. Tiles are powers of two, the blocks inside them any size: what a tile has beyond its block, its
+sequence or its head is read as zero and never written. Sums are float32; logarithms have base 2, as the hardware does.
+
+I query blocks, J key blocks, K of them kept; other letters as in `reference`.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from longtake.attention.reference import kept_blocks
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+RANKED_AT_ONCE = tl.constexpr(32)
+
+
+class Launch(NamedTuple):
+    """How a kernel is laid on the machine; its numbers are the same for every choice."""
+
+    num_warps: int
+    num_stages: int
+
+
+class Launches(NamedTuple):
+    forward: Launch = Launch(4, 3)
+    grad_q: Launch = Launch(4, 2)
+    grad_kv: Launch = Launch(4, 2)
+
+
+DEFAULT_LAUNCHES = Launches()
+
+
+def attend_blocks(
+    q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor, chosen_BNIK: Tensor, *, block_q: int, block_k: int,
+    launches: Launches = DEFAULT_LAUNCHES,
+) -> Tensor:  # fmt: skip
+    """Softmax attention over the tokens of the chosen key blocks, differentiable; returns [B, T, N, D]."""
+    return _Attend.apply(q_BTND, k_BSND, v_BSND, chosen_BNIK, block_q, block_k, launches)
+
+
+def block_means(x_BTND: Tensor, size: int) -> Tensor:
+    """Mean of each block over its own tokens, [B, N, I, D] in float32."""
+    x = x_BTND.contiguous()
+    clips, tokens, heads, head_dim = x.shape
+    means = x.new_empty(clips, heads, triton.cdiv(tokens, size), head_dim, dtype=torch.float32)
+    _block_means[means.shape[2], clips * heads](
+        x, means, tokens, heads, head_dim, size, _tile(size), _tile(head_dim), num_warps=4
+    )
+    return means
+
+
+def best_blocks(scores_BNIJ: Tensor, share: float) -> Tensor:
+    """Numbers of the best share of key blocks, rising, at least one; the earlier of equals. Returns [B, N, I, K]."""
+    scores = scores_BNIJ.contiguous()
+    blocks = scores.shape[-1]
+    kept = kept_blocks(share, blocks)
+    best = scores.new_empty(*scores.shape[:-1], kept, dtype=torch.int32)
+    _best_blocks[(scores.numel() // blocks,)](scores, best, blocks, kept, max(_tile(blocks), 32), num_warps=4)
+    return best
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, block_q: int, block_k: int, launches: Launches
+    ) -> Tensor:
+        if not q.dtype == k.dtype == v.dtype:
+            raise ValueError(f"queries, keys and values of one type, got {q.dtype}, {k.dtype} and {v.dtype}")
+        q, k, v, chosen = q.contiguous(), k.contiguous(), v.contiguous(), chosen.to(torch.int32).contiguous()
+        clips, heads, blocks, kept = chosen.shape
+        out = torch.empty_like(q)
+        log_sums = q.new_empty(clips, heads, q.shape[1], dtype=torch.float32)
+        _forward[blocks, clips * heads](
+            q, k, v, chosen, out, log_sums, kept, *_sizes(q, k, block_q, block_k), **_launch(launches.forward, q)
+        )
+        ctx.save_for_backward(q, k, v, chosen, out, log_sums)
+        ctx.options = block_q, block_k, launches
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, chosen, out, log_sums = ctx.saved_tensors
+        block_q, block_k, launches = ctx.options
+        grad_out = grad_out.contiguous()
+        clips, heads, blocks, kept = chosen.shape
+        key_blocks = triton.cdiv(k.shape[1], block_k)
+        sizes = _sizes(q, k, block_q, block_k)
+        grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        deltas = torch.empty_like(log_sums)
+        _grad_q[blocks, clips * heads](
+            q, k, v, chosen, out, log_sums, grad_out, grad_q, deltas, kept, *sizes, **_launch(launches.grad_q, q)
+        )
+        askers, starts = _transposed(chosen, key_blocks)
+        _grad_kv[key_blocks, clips * heads](
+            q, k, v, askers, starts, log_sums, grad_out, deltas, grad_k, grad_v, askers.shape[-1], *sizes,
+            **_launch(launches.grad_kv, q),
+        )  # fmt: skip
+        return grad_q, grad_k, grad_v, None, None, None, None
+
+
+def _transposed(chosen_BNIK: Tensor, key_blocks: int) -> tuple[Tensor, Tensor]:
+    """For every key block the query blocks that chose it: all of them in one row [B, N, I * K], and where each key
+    block's begin, [B, N, J + 1].
+    """
+    by_key_block = chosen_BNIK.flatten(2).sort(stable=True)
+    askers = by_key_block.indices // chosen_BNIK.shape[-1]
+    bounds = torch.arange(key_blocks + 1, dtype=torch.int32, device=chosen_BNIK.device)
+    starts = torch.searchsorted(by_key_block.values, bounds.expand(*askers.shape[:2], -1).contiguous())
+    return askers.to(torch.int32), starts.to(torch.int32)
+
+
+def _sizes(q: Tensor, k: Tensor, block_q: int, block_k: int) -> tuple[int, ...]:
+    """What every attention kernel takes last."""
+    (_, queries, heads, head_dim), keys = q.shape, k.shape[1]
+    return queries, keys, heads, head_dim, block_q, block_k, _tile(block_q), _tile(block_k), _tile(head_dim)
+
+
+def _tile(size: int) -> int:
+    """The matrix units' least tile is 16."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def _launch(launch: Launch, x: Tensor) -> dict[str, int]:
+    """Wide numbers fill shared memory with one stage."""
+    return launch._replace(num_stages=1)._asdict() if x.dtype == torch.float32 else launch._asdict()
+
+
+@triton.jit
+def _at(block, BLOCK: tl.constexpr, TILE: tl.constexpr, tokens):
+    """Numbers of a block's tokens, and which of a tile's rows are any."""
+    row = tl.arange(0, TILE)
+    token = block * BLOCK + row
+    return token, (row < BLOCK) & (token < tokens)
+
+
+@triton.jit
+def _pointers(x, token, inside, tokens, heads, HEAD: tl.constexpr, D: tl.constexpr):
+    """Where these tokens of this program's head lie, [TILE, D], and which of the places are real."""
+    clip, head = tl.program_id(1) // heads, tl.program_id(1) % heads
+    dim = tl.arange(0, D)
+    origin = x + (clip.to(tl.int64) * tokens * heads + head) * HEAD
+    return origin + token[:, None] * (heads * HEAD) + dim[None, :], inside[:, None] & (dim < HEAD)[None, :]
+
+
+@triton.jit
+def _load(x, token, inside, tokens, heads, HEAD: tl.constexpr, D: tl.constexpr):
+    pointers, real = _pointers(x, token, inside, tokens, heads, HEAD, D)
+    return tl.load(pointers, mask=real, other=0.0)
+
+
+@triton.jit
+def _store(x, numbers, token, inside, tokens, heads, HEAD: tl.constexpr, D: tl.constexpr):
+    pointers, real = _pointers(x, token, inside, tokens, heads, HEAD, D)
+    tl.store(pointers, numbers.to(x.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _product(a, b):
+    """Matrix product with float32 sums; float32 numbers are not shortened to TF32."""
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def _forward(
+    q_ptr, k_ptr, v_ptr, chosen_ptr, out_ptr, log_sums_ptr, kept, queries, keys, heads, HEAD: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """One block of queries; the sum of exponentials is kept relative to the highest score so far."""
+    block, line = tl.program_id(0), tl.program_id(1)
+    scale = LOG2_E / HEAD**0.5
+    asking, is_query = _at(block, BLOCK_Q, TILE_Q, queries)
+    q = _load(q_ptr, asking, is_query, queries, heads, HEAD, D)
+    chosen_ptr += (line.to(tl.int64) * tl.num_programs(0) + block) * kept
+    highest = tl.full([TILE_Q], float("-inf"), tl.float32)
+    total = tl.zeros([TILE_Q], tl.float32)
+    read = tl.zeros([TILE_Q, D], tl.float32)
+    for i in range(kept):
+        answering, is_key = _at(tl.load(chosen_ptr + i), BLOCK_K, TILE_K, keys)
+        k = _load(k_ptr, answering, is_key, keys, heads, HEAD, D)
+        scores = tl.where(is_key[None, :], _product(q, tl.trans(k)), float("-inf"))
+        higher = tl.maximum(highest, tl.max(scores, 1) * scale)
+        weights = tl.exp2(scores * scale - higher[:, None])
+        shrunk = tl.exp2(highest - higher)
+        v = _load(v_ptr, answering, is_key, keys, heads, HEAD, D)
+        total = total * shrunk + tl.sum(weights, 1)
+        read = read * shrunk[:, None] + _product(weights.to(v.dtype), v)
+        highest = higher
+    _store(out_ptr, read / total[:, None], asking, is_query, queries, heads, HEAD, D)
+    tl.store(log_sums_ptr + line.to(tl.int64) * queries + asking, highest + tl.log2(total), mask=is_query)
+
+
+@triton.jit
+def _grad_q(
+    q_ptr, k_ptr, v_ptr, chosen_ptr, out_ptr, log_sums_ptr, grad_ptr, grad_q_ptr, deltas_ptr, kept, queries, keys,
+    heads, HEAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """One block of queries; leaves each query's gradient along its own output, which the keys' gradients need too."""
+    block, line = tl.program_id(0), tl.program_id(1)
+    scale = LOG2_E / HEAD**0.5
+    asking, is_query = _at(block, BLOCK_Q, TILE_Q, queries)
+    q = _load(q_ptr, asking, is_query, queries, heads, HEAD, D)
+    out = _load(out_ptr, asking, is_query, queries, heads, HEAD, D)
+    grad = _load(grad_ptr, asking, is_query, queries, heads, HEAD, D)
+    of_query = line.to(tl.int64) * queries + asking
+    log_sum = tl.load(log_sums_ptr + of_query, mask=is_query, other=float("inf"))
+    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
+    tl.store(deltas_ptr + of_query, delta, mask=is_query)
+    chosen_ptr += (line.to(tl.int64) * tl.num_programs(0) + block) * kept
+    grad_q = tl.zeros([TILE_Q, D], tl.float32)
+    for i in range(kept):
+        answering, is_key = _at(tl.load(chosen_ptr + i), BLOCK_K, TILE_K, keys)
+        k = _load(k_ptr, answering, is_key, keys, heads, HEAD, D)
+        scores = tl.where(is_key[None, :], _product(q, tl.trans(k)), float("-inf"))
+        weights = tl.exp2(scores * scale - log_sum[:, None])
+        v = _load(v_ptr, answering, is_key, keys, heads, HEAD, D)
+        grad_scores = weights * (_product(grad, tl.trans(v)) - delta[:, None])
+        grad_q += _product(grad_scores.to(k.dtype), k)
+    _store(grad_q_ptr, grad_q / HEAD**0.5, asking, is_query, queries, heads, HEAD, D)
+
+
+@triton.jit
+def _grad_kv(
+    q_ptr, k_ptr, v_ptr, askers_ptr, starts_ptr, log_sums_ptr, grad_ptr, deltas_ptr, grad_k_ptr, grad_v_ptr, choices,
+    queries, keys, heads, HEAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr,
+    TILE_K: tl.constexpr, D: tl.constexpr,
+):  # fmt: skip
+    """One block of keys, over the query blocks that chose it; tiles of scores lie on their side, [TILE_K, TILE_Q]."""
+    block, line = tl.program_id(0), tl.program_id(1)
+    scale = LOG2_E / HEAD**0.5
+    answering, is_key = _at(block, BLOCK_K, TILE_K, keys)
+    k = _load(k_ptr, answering, is_key, keys, heads, HEAD, D)
+    v = _load(v_ptr, answering, is_key, keys, heads, HEAD, D)
+    askers_ptr += line.to(tl.int64) * choices
+    starts_ptr += line * (tl.num_programs(0) + 1) + block
+    grad_k = tl.zeros([TILE_K, D], tl.float32)
+    grad_v = tl.zeros([TILE_K, D], tl.float32)
+    for i in range(tl.load(starts_ptr), tl.load(starts_ptr + 1)):
+        asking, is_query = _at(tl.load(askers_ptr + i), BLOCK_Q, TILE_Q, queries)
+        of_query = line.to(tl.int64) * queries + asking
+        q = _load(q_ptr, asking, is_query, queries, heads, HEAD, D)
+        log_sum = tl.load(log_sums_ptr + of_query, mask=is_query, other=float("inf"))
+        scores = tl.where(is_key[:, None], _product(k, tl.trans(q)), float("-inf"))
+        weights = tl.exp2(scores * scale - log_sum[None, :])
+        grad = _load(grad_ptr, asking, is_query, queries, heads, HEAD, D)
+        delta = tl.load(deltas_ptr + of_query, mask=is_query, other=0.0)
+        grad_v += _product(weights.to(grad.dtype), grad)
+        grad_scores = weights * (_product(v, tl.trans(grad)) - delta[None, :])
+        grad_k += _product(grad_scores.to(q.dtype), q)
+    _store(grad_k_ptr, grad_k / HEAD**0.5, answering, is_key, keys, heads, HEAD, D)
+    _store(grad_v_ptr, grad_v, answering, is_key, keys, heads, HEAD, D)
+
+
+@triton.jit
+def _block_means(
+    x_ptr, means_ptr, tokens, heads, HEAD: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr
+):  # fmt: skip
+    block, line = tl.program_id(0), tl.program_id(1)
+    token, inside = _at(block, BLOCK, TILE, tokens)
+    x = _load(x_ptr, token, inside, tokens, heads, HEAD, D).to(tl.float32)
+    mean = tl.sum(x, 0) / tl.minimum(BLOCK, tokens - block * BLOCK)
+    dim = tl.arange(0, D)
+    tl.store(means_ptr + (line * tl.num_programs(0) + block) * HEAD + dim, mean, mask=dim < HEAD)
+
+
+@triton.jit
+def _best_blocks(scores_ptr, best_ptr, blocks, kept, TILE: tl.constexpr):
+    """One row of scores: a block's rank is the number of blocks ahead of it, and the best are written as they come."""
+    row = tl.program_id(0)
+    scores_ptr += row * blocks
+    block = tl.arange(0, TILE)
+    score = tl.load(scores_ptr + block, mask=block < blocks, other=float("-inf"))
+    rank = tl.zeros([TILE], tl.int32)
+    for start in range(0, blocks, RANKED_AT_ONCE):
+        rival = start + tl.arange(0, RANKED_AT_ONCE)
+        other = tl.load(scores_ptr + rival, mask=rival < blocks, other=float("-inf"))
+        ahead = (other[None, :] > score[:, None]) | (
+            (other[None, :] == score[:, None]) & (rival[None, :] < block[:, None])
+        )
+        rank += tl.sum(ahead.to(tl.int32), 1)
+    chosen = (rank < kept) & (block < blocks)
+    place = tl.cumsum(chosen.to(tl.int32), 0) - 1
+    tl.store(best_ptr + row * kept + place, block, mask=chosen & (place < kept))

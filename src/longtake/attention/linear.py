@@ -1,0 +1,124 @@
+"""Linear attention: keys and values absorbed into sums of fixed size, which any query can read.
+
+An answer is a quotient. Above the bar features of queries and keys carry their positions, below it they do not
+(RoFormer, 2104.09864, section 3.3). Everything here is float32, whatever comes in: running means in bfloat16 stop
+learning after some minutes of video. Nothing is written in place. Truth: `reference.linear`.
+
+Shapes: B batch, T tokens, N heads, D per head, R features per head.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longtake.attention.rope import Rotation, rotate
+
+EPS = 1e-6
+
+FeatureMap = Callable[[Tensor], Tensor]
+"""Head vectors [..., D] -> features [..., R]."""
+
+
+class Features(NamedTuple):
+    """What tokens put into the sums, or ask them with: above and below the bar, [B, T, N, R] each."""
+
+    above: Tensor
+    below: Tensor
+
+
+@dataclass(frozen=True)
+class LinearForm:
+    """What keys and queries pass above the bar before they are rotated; below it both are rectified."""
+
+    keys: FeatureMap
+    queries: FeatureMap
+
+    def of_keys(self, plain_BTND: Tensor, rotation: Rotation) -> Features:
+        return _features(self.keys, plain_BTND, rotation)
+
+    def of_queries(self, plain_BTND: Tensor, rotation: Rotation) -> Features:
+        return _features(self.queries, plain_BTND, rotation)
+
+
+def unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+# Hybrid Forcing (2604.10103): as its Figure 2 has it, and as its training and its inference code were released.
+PAPER = LinearForm(keys=torch.relu, queries=torch.relu)
+REF_TRAIN = LinearForm(keys=unchanged, queries=torch.relu)
+REF_INFER = LinearForm(keys=unchanged, queries=unchanged)
+
+
+class Sums(NamedTuple):
+    """What is left of absorbed tokens. mass: how many they were, less what was forgotten (float64: it counts on).
+
+    Concatenated along B, the sums of several streams are those of their batch.
+    """
+
+    kv_BNRD: Tensor
+    k_BNR: Tensor
+    mass_B: Tensor
+
+    def scaled(self, share: float | Tensor) -> "Sums":
+        """Let that share weigh on, the same for every row or one a row [B]."""
+        share_B = share * torch.ones_like(self.mass_B)
+        kv_share, k_share = (share_B.float().view(-1, *[1] * (sums.ndim - 1)) for sums in self[:2])
+        return Sums(self.kv_BNRD * kv_share, self.k_BNR * k_share, self.mass_B * share_B)
+
+
+def sums_of(keys: Features, v_BTND: Tensor) -> Sums:
+    """The sums of these tokens alone."""
+    batch, tokens = v_BTND.shape[:2]
+    return Sums(
+        torch.einsum("btnr,btnd->bnrd", keys.above, v_BTND.float()),
+        keys.below.sum(dim=1),
+        torch.full((batch,), float(tokens), dtype=torch.float64, device=v_BTND.device),
+    )
+
+
+def absorb(sums: Sums | None, keys: Features, v_BTND: Tensor) -> Sums:
+    """The sums after these tokens too."""
+    new = sums_of(keys, v_BTND)
+    return new if sums is None else Sums(*(old + more for old, more in zip(sums, new, strict=True)))
+
+
+def read(sums: Sums, queries: Features) -> Tensor:
+    """What the absorbed tokens answer, [B, T, N, D]; 0 where there are none."""
+    above_BTND = torch.einsum("btnr,bnrd->btnd", queries.above, sums.kv_BNRD)
+    below_BTN = torch.einsum("btnr,bnr->btn", queries.below, sums.k_BNR)
+    return above_BTND / (below_BTN + EPS * sums.mass_B.clamp(min=1).float()[:, None, None]).unsqueeze(-1)
+
+
+def correct(sums: Sums | None, keys: Features, v_BTND: Tensor, stiffness: float) -> Sums:
+    """The sums after these tokens by the delta rule: the map from keys to values is corrected, not added to.
+
+    Of unit keys K and values V of a block it becomes argmin_M |K M - V|^2 / T + stiffness |M - old|^2, whatever the
+    order of tokens. For one token that is the delta rule (2102.11174) at rate 1 / (1 + stiffness); the block's
+    closed form stands for its T steps. The other sums grow as in `absorb`.
+    """
+    added = absorb(sums, keys, v_BTND)
+    unit = _unit(keys.above)
+    old = torch.zeros_like(added.kv_BNRD) if sums is None else sums.kv_BNRD
+    error_BTND = v_BTND.float() - torch.einsum("btnr,bnrd->btnd", unit, old)
+    gram = torch.einsum("btnr,btns->bnrs", unit, unit) / v_BTND.shape[1]
+    gram = gram + stiffness * torch.eye(gram.shape[-1], device=gram.device)
+    change = torch.linalg.solve(gram, torch.einsum("btnr,btnd->bnrd", unit, error_BTND) / v_BTND.shape[1])
+    return added._replace(kv_BNRD=old + change)
+
+
+def recall(sums: Sums, queries: Features) -> Tensor:
+    """What a map kept by `correct` answers to unit queries, [B, T, N, D]."""
+    return torch.einsum("btnr,bnrd->btnd", _unit(queries.above), sums.kv_BNRD)
+
+
+def _features(feature_map: FeatureMap, plain_BTND: Tensor, rotation: Rotation) -> Features:
+    plain = plain_BTND.float()
+    return Features(rotate(feature_map(plain), rotation), plain.relu())
+
+
+def _unit(x: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(x, dim=-1, eps=EPS)

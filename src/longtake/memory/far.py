@@ -1,0 +1,152 @@
+"""The far part of a memory: sums of fixed size that take what slides out of the window.
+
+A state is a value: nothing is written in place, so forks share it, graphs keep it, and rows of a batch are
+concatenated states. A rule says how much of the old stays when new tokens come, and how the sums are read.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Protocol, Self
+
+import torch
+from torch import Tensor
+
+from longtake.attention import linear
+from longtake.attention.linear import Features, LinearForm, Sums
+from longtake.attention.rope import Rotation
+from longtake.memory.window import Keys
+
+
+class Rule(Protocol):
+    """How a far state takes the tokens of `frames` latent frames, and how it answers."""
+
+    def absorb(self, sums: Sums | None, keys: Features, v_BTND: Tensor, frames: int) -> Sums: ...
+
+    def read(self, sums: Sums, queries: Features) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Nothing is ever forgotten (published): after n blocks, one block's share is 1/n."""
+
+    def absorb(self, sums: Sums | None, keys: Features, v_BTND: Tensor, frames: int) -> Sums:
+        return linear.absorb(sums, keys, v_BTND)
+
+    def read(self, sums: Sums, queries: Features) -> Tensor:
+        return linear.read(sums, queries)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decay(Keep):
+    """What was absorbed `half_life` latent frames before the newest counts half."""
+
+    half_life: float
+
+    def absorb(self, sums: Sums | None, keys: Features, v_BTND: Tensor, frames: int) -> Sums:
+        old = _scaled(sums, 0.5 ** (frames / self.half_life))
+        return linear.absorb(old, keys, v_BTND)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MassCap(Keep):
+    """Never more than the mass of so many latent frames: from there on the old makes room for the new."""
+
+    frames: int
+
+    def absorb(self, sums: Sums | None, keys: Features, v_BTND: Tensor, frames: int) -> Sums:
+        room = v_BTND.shape[1] * max(0.0, self.frames / frames - 1)
+        if sums is not None:
+            sums = sums.scaled((room / sums.mass_B.clamp(min=1)).clamp(max=1))
+        return linear.absorb(sums, keys, v_BTND)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delta:
+    """Gated delta rule (2412.06464): the old fades by half in `half_life` latent frames, then errors are corrected.
+
+    stiffness: how hard the old map holds on where a block says otherwise, beside the block's mean square of unit
+    keys, which is 1 in total and 1 / features in one direction on average.
+    """
+
+    half_life: float = float("inf")
+    stiffness: float = 0.01
+
+    def absorb(self, sums: Sums | None, keys: Features, v_BTND: Tensor, frames: int) -> Sums:
+        old = _scaled(sums, 0.5 ** (frames / self.half_life))
+        return linear.correct(old, keys, v_BTND, self.stiffness)
+
+    def read(self, sums: Sums, queries: Features) -> Tensor:
+        return linear.recall(sums, queries)
+
+
+class SinkInFar(Enum):
+    """Whether the sink, exact for ever, enters the far state as well when it falls behind the past."""
+
+    NEVER = auto()
+    AS_WELL = auto()  # released: counted twice
+    ROTATED_TWICE = auto()  # released for inference: also rotated before it is absorbed
+
+
+@dataclass(frozen=True, kw_only=True)
+class FarShape:
+    """What a recipe makes of what left the window."""
+
+    form: LinearForm = linear.PAPER
+    rule: Rule = field(default_factory=Keep)
+    sink: SinkInFar = SinkInFar.NEVER
+
+
+# Hybrid Forcing (2604.10103): its paper, its released training code, its released inference code.
+PAPER = FarShape()
+REF_TRAIN = FarShape(form=linear.REF_TRAIN, sink=SinkInFar.AS_WELL)
+REF_INFER = FarShape(form=linear.REF_INFER, sink=SinkInFar.ROTATED_TWICE)
+
+
+@dataclass(frozen=True)
+class FarState:
+    """One layer's far memory. Without sums nothing was absorbed yet."""
+
+    shape: FarShape
+    sums: Sums | None = None
+
+    def absorb(self, keys: Keys, rotation: Rotation) -> Self:
+        """The state after these frames too, placed once and for all by `rotation`."""
+        features = self.shape.form.of_keys(keys.k_BTND, rotation)
+        return self._with(self.shape.rule.absorb(self.sums, features, keys.v_BTND, len(keys.frames)))
+
+    def read(self, plain_q_BTND: Tensor, rotation: Rotation) -> Tensor:
+        """What the far past answers to unrotated queries that stand at `rotation`."""
+        assert self.sums is not None, "nothing was absorbed yet"
+        return self.shape.rule.read(self.sums, self.shape.form.of_queries(plain_q_BTND, rotation))
+
+    @property
+    def present_B(self) -> Tensor:
+        """Which rows of the batch remember anything here."""
+        assert self.sums is not None, "nothing was absorbed yet"
+        return self.sums.mass_B > 0
+
+    def fade(self, share: float) -> Self:
+        """The state at a redirect or a cut: that share of it weighs on (1 keeps all, 0 forgets all)."""
+        if not 0 <= share <= 1:
+            raise ValueError(f"a far state keeps a share of 0 to 1, not {share}")
+        return self._with(_scaled(self.sums, share))
+
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.sums or ())
+
+    def _with(self, sums: Sums | None) -> Self:
+        return type(self)(self.shape, sums)
+
+
+def stacked(states: Sequence[FarState]) -> FarState:
+    """The state of a batch whose rows are those of the given ones, all of one shape; some may be empty."""
+    full = [state.sums for state in states if state.sums is not None]
+    if not full:
+        return states[0]
+    rows = [full[0].scaled(0) if state.sums is None else state.sums for state in states]
+    return FarState(states[0].shape, Sums(*(torch.cat(parts) for parts in zip(*rows, strict=True))))
+
+
+def _scaled(sums: Sums | None, share: float) -> Sums | None:
+    return None if sums is None else sums.scaled(share)

@@ -1,0 +1,149 @@
+"""Choosing blocks of keys, and reading the chosen ones as the definition does."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.attention.test_attention import assert_alike
+from torch import Tensor
+
+from longtake.attention import block_sparse, reference
+
+
+class Case(NamedTuple):
+    """Tensors whose last blocks may be short, and the sizes of blocks."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    blocks: dict[str, int]
+
+    def chosen(self, share: float) -> Tensor:
+        return reference.best_blocks(reference.block_scores(self.q, self.k, **self.blocks), share)
+
+
+def case(
+    queries: int, keys: int, block_q: int, block_k: int, *, batch: int = 2, heads: int = 2, head_dim: int = 8,
+    seed: int = 0,
+) -> Case:  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    q, k, v = (torch.randn(batch, count, heads, head_dim, generator=generator) for count in (queries, keys, keys))
+    return Case(q, k, v, {"block_q": block_q, "block_k": block_k})
+
+
+SIZES = st.integers(1, 40)
+CASES = st.builds(case, SIZES, SIZES, st.integers(1, 12), st.integers(1, 12), seed=st.integers(0, 99))
+SHARES = st.floats(0.01, 1)
+FEW = settings(deadline=None, max_examples=40)
+
+
+@given(it=CASES, centre_heads=st.booleans())
+@FEW
+def test_scores_equal_their_definition(it: Case, centre_heads: bool) -> None:
+    fast, slow = (
+        functions.block_scores(it.q, it.k, centre_heads=centre_heads, **it.blocks)
+        for functions in (block_sparse, reference)
+    )
+    torch.testing.assert_close(fast, slow, atol=1e-5, rtol=1e-5)
+
+
+@given(it=CASES, share=SHARES)
+@FEW
+def test_reading_the_chosen_equals_its_definition_with_gradients(it: Case, share: float) -> None:
+    chosen = it.chosen(share)
+    assert_alike(
+        lambda q, k, v: block_sparse.attend_blocks(q, k, v, chosen, **it.blocks),
+        lambda q, k, v: reference.attend_blocks(q, k, v, chosen, **it.blocks),
+        [*it[:3]],
+    )
+
+
+@given(it=CASES, share=SHARES)
+@FEW
+def test_choosing_and_reading_in_one_is_one_after_the_other(it: Case, share: float) -> None:
+    assert_alike(
+        lambda q, k, v: block_sparse.block_sparse(q, k, v, share=share, **it.blocks),
+        lambda q, k, v: reference.attend_blocks(q, k, v, it.chosen(share), **it.blocks),
+        [*it[:3]],
+    )
+
+
+@given(it=CASES)
+@FEW
+def test_all_blocks_are_dense_attention(it: Case) -> None:
+    everything = it.chosen(1.0)
+    for fast in (
+        lambda q, k, v: block_sparse.block_sparse(q, k, v, share=1.0, **it.blocks),
+        lambda q, k, v: block_sparse.attend_blocks(q, k, v, everything, **it.blocks),
+    ):
+        assert_alike(fast, reference.dense, [*it[:3]])
+
+
+@given(it=CASES, share=SHARES)
+@FEW
+def test_two_clips_at_once_are_two_clips(it: Case, share: float) -> None:
+    together = block_sparse.block_sparse(*it[:3], share=share, **it.blocks)
+    for b in range(2):
+        alone = block_sparse.block_sparse(*(x[b : b + 1] for x in it[:3]), share=share, **it.blocks)
+        torch.testing.assert_close(together[b : b + 1], alone, atol=1e-5, rtol=1e-5)
+
+
+@given(it=CASES, share=SHARES)
+@FEW
+def test_the_chosen_are_a_share_in_rising_order_and_never_none(it: Case, share: float) -> None:
+    scores = block_sparse.block_scores(it.q, it.k, **it.blocks)
+    chosen = block_sparse.best_blocks(scores, share)
+    assert chosen.shape == (*scores.shape[:3], max(1, int(share * scores.shape[-1])))
+    assert (chosen.diff(dim=-1) > 0).all()
+    dropped = torch.ones_like(scores, dtype=torch.bool).scatter(-1, chosen, False)
+    worst_kept = scores.gather(-1, chosen).amin(-1, keepdim=True)
+    assert (scores.masked_fill(~dropped, float("-inf")) <= worst_kept).all()
+
+
+@pytest.mark.parametrize("share, expected", [(0.01, [1]), (0.34, [1, 3]), (0.5, [1, 2, 3]), (0.8, [0, 1, 2, 3])])
+def test_of_equal_scores_the_earlier_block_is_chosen(share: float, expected: list[int]) -> None:
+    scores = torch.tensor([0.0, 2.0, 1.0, 2.0, -1.0, 0.0]).expand(1, 2, 3, -1)
+    assert (block_sparse.best_blocks(scores, share) == torch.tensor(expected)).all()
+
+
+def test_half_precision_is_averaged_and_compared_in_float32() -> None:
+    """The second block's mean is above the first's by less than bfloat16 can tell."""
+    k = torch.ones(1, 32, 1, 8)
+    k[:, 16] += 2**-7
+    q, k = torch.ones(1, 16, 1, 8).bfloat16(), k.bfloat16()
+    assert k[:, 16:].mean(1).equal(k[:, :16].mean(1))
+    scores = block_sparse.block_scores(q, k, block_q=16, block_k=16)
+    assert scores.dtype == torch.float32
+    assert block_sparse.best_blocks(scores, 0.5).item() == 1
+
+
+def test_centring_over_tokens_changes_no_choice_and_over_heads_does() -> None:
+    it = case(40, 200, 8, 8, heads=3)
+    plain = it.chosen(0.2)
+    assert plain.equal(it._replace(k=it.k - it.k.mean(dim=1, keepdim=True)).chosen(0.2))
+    scores = block_sparse.block_scores(it.q, it.k, centre_heads=True, **it.blocks)
+    assert not plain.equal(block_sparse.best_blocks(scores, 0.2))
+
+
+def test_what_nobody_chose_is_neither_seen_nor_taught() -> None:
+    it = case(10, 30, 5, 10)
+    chosen = torch.tensor([1]).expand(2, 2, 2, 1)
+    k, v = it.k.clone().requires_grad_(), it.v.clone().requires_grad_()
+    read = block_sparse.attend_blocks(it.q, k, v, chosen, **it.blocks)
+    torch.testing.assert_close(read, reference.dense(it.q, k[:, 10:20], v[:, 10:20]), atol=1e-5, rtol=1e-4)
+    for grad in torch.autograd.grad(read.sum(), (k, v)):
+        assert not grad[:, :10].any() and not grad[:, 20:].any() and grad[:, 10:20].any()
+
+
+def test_choosing_leaves_no_gradient_behind() -> None:
+    it = case(10, 30, 5, 10)
+    assert not block_sparse.block_scores(it.q.requires_grad_(), it.k.requires_grad_(), **it.blocks).requires_grad
+
+
+@pytest.mark.parametrize("share", [0, -0.2, 1.2])
+def test_a_share_is_above_nothing_and_at_most_all(share: float) -> None:
+    it = case(10, 30, 5, 10)
+    with pytest.raises(ValueError, match=str(share)):
+        block_sparse.block_sparse(*it[:3], share=share, **it.blocks)

@@ -1,0 +1,133 @@
+"""Sums of absorbed tokens answer as the definition does, which sees every token at once."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.attention.test_attention import assert_alike
+from torch import Tensor
+
+from longtake.attention import join, linear, reference
+from longtake.attention.rope import Grid, RotaryAxes, Rotation
+
+GRID = Grid(RotaryAxes(split=(4, 2, 2)), rows=1, columns=1)
+FORMS = pytest.mark.parametrize("form", [linear.PAPER, linear.REF_TRAIN, linear.REF_INFER])
+
+
+def tokens(count: int, seed: int = 0, batch: int = 2) -> tuple[Tensor, Tensor, Rotation]:
+    """Plain keys, values and their positions, one token a frame."""
+    k, v = torch.randn(2, batch, count, 3, 8, generator=torch.Generator().manual_seed(seed))
+    return k, v, GRID.rotation(range(count), "cpu")
+
+
+def absorbed(form: linear.LinearForm, k: Tensor, v: Tensor, rotation: Rotation, sizes: list[int]) -> linear.Sums:
+    """The sums of consecutive pieces of these sizes."""
+    keys, sums, first = form.of_keys(k, rotation), None, 0
+    for size in sizes:
+        now = slice(first, first := first + size)
+        sums = linear.absorb(sums, linear.Features(*(part[:, now] for part in keys)), v[:, now])
+    assert sums is not None
+    return sums
+
+
+@FORMS
+@pytest.mark.parametrize("queries, sizes", [(1, [1]), (5, [63]), (7, [30, 1, 32])])
+def test_reading_sums_equals_the_definition_with_gradients(form: linear.LinearForm, queries: int, sizes: list[int]):
+    k, v, rotation = tokens(sum(sizes))
+    q, _, asked_at = tokens(queries, seed=1)
+
+    def fast(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return linear.read(absorbed(form, k, v, rotation, sizes), form.of_queries(q, asked_at))
+
+    def slow(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        angles, asked = (GRID.axes.angles(range(n), 1, 1) for n in (len(rotation.cos_TA), queries))
+        above_q, above_k = reference.rotate(form.queries(q), asked), reference.rotate(form.keys(k), angles)
+        return reference.linear(above_q, q.relu(), above_k, k.relu(), v)
+
+    assert_alike(fast, slow, [q, k, v])
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=25)
+def test_neither_order_nor_pieces_matter(data: st.DataObject) -> None:
+    sizes = data.draw(st.lists(st.integers(1, 6), min_size=1, max_size=6))
+    k, v, rotation = tokens(sum(sizes))
+    order = torch.tensor(data.draw(st.permutations(range(sum(sizes)))))
+    mixed = Rotation(*(part[order] for part in rotation))
+    expected = absorbed(linear.PAPER, k, v, rotation, [sum(sizes)])
+    for got, want in zip(absorbed(linear.PAPER, k[:, order], v[:, order], mixed, sizes), expected, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_batch_is_its_rows() -> None:
+    k, v, rotation = tokens(9)
+    together = absorbed(linear.PAPER, k, v, rotation, [9])
+    rows = [absorbed(linear.PAPER, k[i : i + 1], v[i : i + 1], rotation, [9]) for i in range(2)]
+    for got, want in zip(together, zip(*rows, strict=True), strict=True):
+        torch.testing.assert_close(got, torch.cat(want))
+
+
+def test_bfloat16_keys_are_summed_in_float32_and_a_thousand_blocks_do_not_drift() -> None:
+    form, (k, v, rotation) = linear.PAPER, tokens(8)
+    k, v = k.bfloat16(), v.bfloat16()
+    keys, sums = form.of_keys(k, rotation), None
+    for _ in range(1000):
+        sums = linear.absorb(sums, keys, v)
+    once = absorbed(form, k, v, rotation, [8])
+    assert sums is not None and sums.kv_BNRD.dtype == sums.k_BNR.dtype == torch.float32
+    queries = form.of_queries(k, rotation)
+    torch.testing.assert_close(linear.read(sums, queries), linear.read(once, queries), atol=1e-4, rtol=1e-4)
+    assert sums.mass_B.tolist() == [8000, 8000]
+
+
+def test_counting_goes_on_where_float32_would_stop() -> None:
+    k, v, rotation = tokens(1)
+    sums = absorbed(linear.PAPER, k, v, rotation, [1])._replace(mass_B=torch.full((2,), 2.0**24, dtype=torch.float64))
+    sums = linear.absorb(sums, linear.PAPER.of_keys(k, rotation), v)
+    assert sums.mass_B.tolist() == [2**24 + 1] * 2
+
+
+def test_what_holds_nothing_answers_nothing_and_the_bias_stays_away() -> None:
+    k, v, rotation = tokens(4)
+    sums = absorbed(linear.PAPER, k, v, rotation, [4]).scaled(torch.tensor([1.0, 0.0]))
+    far = linear.read(sums, linear.PAPER.of_queries(k, rotation))
+    assert far[0].all() and not far[1].any()
+    near = torch.randn_like(far)
+    joined = join.added(near, far, lambda x: x + 5, sums.mass_B > 0)
+    torch.testing.assert_close(joined[0], near[0] + far[0] + 5)
+    assert torch.equal(joined[1], near[1])
+
+
+def test_one_token_is_corrected_by_the_delta_rule() -> None:
+    """old + k (v - k old) / (1 + stiffness) for a unit key."""
+    stiffness, (k, v, rotation) = 0.25, tokens(7)
+    old = absorbed(linear.PAPER, k, v, rotation, [7])
+    key = linear.Features(*(part[:, :1] for part in linear.PAPER.of_keys(k, rotation)))
+    unit = key.above / key.above.norm(dim=-1, keepdim=True)
+    error = v[:, :1] - torch.einsum("btnr,bnrd->btnd", unit, old.kv_BNRD)
+    expected = old.kv_BNRD + torch.einsum("btnr,btnd->bnrd", unit, error) / (1 + stiffness)
+    got = linear.correct(old, key, v[:, :1], stiffness)
+    torch.testing.assert_close(got.kv_BNRD, expected, atol=1e-5, rtol=1e-5)
+    assert got.mass_B.tolist() == [8, 8]
+
+
+def test_a_corrected_map_is_the_best_whatever_the_order_of_tokens() -> None:
+    stiffness, (k, v, rotation) = 0.1, tokens(12)
+    old, keys = absorbed(linear.PAPER, k, v, rotation, [12]), linear.PAPER.of_keys(k.flip(1), rotation)
+    got = linear.correct(old, keys, v, stiffness)
+    unit = torch.nn.functional.normalize(keys.above, dim=-1)
+    moved = got.kv_BNRD.clone().requires_grad_()
+    error = torch.einsum("btnr,bnrd->btnd", unit, moved) - v
+    cost = error.square().sum() / 12 + stiffness * (moved - old.kv_BNRD).square().sum()
+    assert torch.autograd.grad(cost, moved)[0].abs().max() < 1e-4
+    order = torch.randperm(12, generator=torch.Generator().manual_seed(2))
+    mixed = linear.correct(old, linear.Features(*(part[:, order] for part in keys)), v[:, order], stiffness)
+    torch.testing.assert_close(mixed.kv_BNRD, got.kv_BNRD, atol=1e-5, rtol=1e-4)
+
+
+def test_a_corrected_map_answers_with_what_was_written_last() -> None:
+    """Where sums would answer with the mean of both."""
+    k, v, rotation = tokens(4)
+    keys = linear.PAPER.of_keys(k, rotation)
+    sums = linear.correct(linear.correct(None, keys, -v, 1e-6), keys, v, 1e-6)
+    torch.testing.assert_close(linear.recall(sums, keys), v, atol=1e-2, rtol=1e-2)

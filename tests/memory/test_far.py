@@ -1,0 +1,342 @@
+"""What leaves the window enters the far state, once, and is answered for from there."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests import tiny
+from torch import Tensor
+
+from longtake import parallel
+from longtake.attention import reference
+from longtake.attention.linear import Features
+from longtake.attention.rope import Grid, RotaryAxes, Rotation, rotate
+from longtake.distillation.rollout import rollout
+from longtake.generation.blockwise import blockwise, commit
+from longtake.memory import far
+from longtake.memory.far import Decay, Delta, FarShape, FarState, Keep, MassCap, Rule, SinkInFar, stacked
+from longtake.memory.stream_memory import MemoryShape, StreamMemory
+from longtake.memory.view import Tokens
+from longtake.memory.window import Keys, WindowShape
+from longtake.models.wan import WanTransformer
+
+BLOCK = tiny.BLOCK
+GRID = Grid(RotaryAxes(split=(4, 2, 2)), rows=1, columns=2)
+RULES: list[Rule] = [Keep(), Decay(half_life=6), MassCap(frames=9), Delta(half_life=12)]
+
+
+def memory_of(sink: int, past: int, shape: FarShape | None = None, extent: int = 21, ring: bool = True) -> StreamMemory:
+    window = WindowShape(sink=sink, past=past)
+    return StreamMemory(MemoryShape(window=window, extent=extent, far=shape or FarShape()), 1, ring=ring)
+
+
+def frames_of(count: int, seed: int = 0, batch: int = 2) -> tuple[Tensor, Tensor]:
+    """Whole numbers, whose sums in float32 are exact."""
+    size = (2, batch, count * GRID.rows * GRID.columns, 3, 8)
+    k, v = torch.randint(-9, 10, size, generator=torch.Generator().manual_seed(seed)).float()
+    return k, v
+
+
+def state_after(rule: Rule, blocks: Sequence[tuple[Tensor, Tensor]]) -> FarState:
+    state = FarState(FarShape(rule=rule))
+    for i, (k, v) in enumerate(blocks):
+        numbers = tuple(range(BLOCK * i, BLOCK * (i + 1)))
+        state = state.absorb(Keys(k, v, numbers), GRID.rotation(numbers, "cpu"))
+    return state
+
+
+def assert_same_sums(one: FarState, other: FarState) -> None:
+    assert one.sums is not None and other.sums is not None
+    for got, want in zip(one.sums, other.sums, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+@given(
+    sink=st.integers(0, 4),
+    past=st.integers(0, 5),
+    count=st.integers(1, 4),
+    blocks=st.integers(1, 8),
+    ring=st.booleans(),
+)
+@settings(deadline=None, max_examples=40)
+def test_every_committed_token_is_in_exactly_one_place(sink: int, past: int, count: int, blocks: int, ring: bool):
+    memory = memory_of(sink, past, ring=ring)
+    committed = [frames_of(count, seed=i) for i in range(blocks)]
+    for k, v in committed:
+        memory.commit([(k, v)], count, GRID)
+    held, sums = memory.held(0), memory.far(0).sums
+    near_mass, near_k = (held.k_BTND.shape[1], held.k_BTND.relu().sum(1)) if held else (0, 0)
+    far_mass, far_k = (sums.mass_B, sums.k_BNR) if sums else (torch.zeros(2), 0)
+    assert (far_mass + near_mass).tolist() == [GRID.columns * count * blocks] * 2
+    torch.testing.assert_close(near_k + far_k, torch.cat([k for k, _ in committed], 1).relu().sum(1), atol=0, rtol=0)
+    memory.audit()
+
+
+def test_published_positions_hold_for_ever_and_none_passes_the_extent() -> None:
+    """Spec 1.1: a block that began at frame `a` is absorbed at min(a, 12), whatever comes later."""
+    memory, expected, far_block = memory_of(3, 3), torch.zeros(2, 3, 8, 8), frames_of(BLOCK, seed=0)
+    for b in range(20):
+        now = frames_of(BLOCK, seed=b)
+        memory.commit([now], BLOCK, GRID)
+        if b >= 2:  # block b - 1 has left; block 0 is the sink
+            a = BLOCK * (b - 1)
+            k, v = far_block
+            rotation = GRID.rotation(range(min(a, 12), min(a, 12) + BLOCK), "cpu")
+            expected = expected + torch.einsum("btnr,btnd->bnrd", rotate(k.relu(), rotation), v)
+            torch.testing.assert_close(memory.far(0).sums.kv_BNRD, expected, atol=1e-2, rtol=1e-5)
+        far_block = now
+
+
+@pytest.mark.parametrize("sink, mass", [(SinkInFar.NEVER, 3), (SinkInFar.AS_WELL, 6), (SinkInFar.ROTATED_TWICE, 6)])
+def test_the_sink_is_absorbed_only_where_a_published_form_does(sink: SinkInFar, mass: int) -> None:
+    memory = memory_of(3, 3, FarShape(sink=sink))
+    for b in range(3):
+        memory.commit([frames_of(BLOCK, seed=b)], BLOCK, GRID)
+    assert memory.far(0).sums.mass_B.tolist() == [mass * GRID.columns] * 2
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+def test_every_rule_keeps_rows_apart_and_its_size(rule: Rule) -> None:
+    blocks = [frames_of(BLOCK, seed=i) for i in range(5)]
+    together = state_after(rule, blocks)
+    rows = [state_after(rule, [(k[i : i + 1], v[i : i + 1]) for k, v in blocks]) for i in range(2)]
+    assert_same_sums(stacked(rows), together)
+    q, rotation = frames_of(BLOCK, seed=9)[0], GRID.rotation(range(15, 18), "cpu")
+    read = together.read(q, rotation)
+    assert read.isfinite().all() and read.shape == q.shape
+    for i, row in enumerate(rows):
+        torch.testing.assert_close(row.read(q[i : i + 1], rotation), read[i : i + 1], atol=1e-4, rtol=1e-4)
+    assert together.nbytes() == state_after(rule, blocks[:1]).nbytes() == 2 * (3 * (8 * 8 + 8) * 4 + 8)
+
+
+def test_rows_that_hold_nothing_stack_with_rows_that_do() -> None:
+    k, v = frames_of(BLOCK, batch=1)
+    full, empty = state_after(Keep(), [(k, v)]), FarState(FarShape())
+    assert stacked([full, empty]).present_B.tolist() == [True, False]
+    assert stacked([empty, empty]).sums is None
+
+
+def share_of_newest(rule: Rule, blocks: int) -> float:
+    """How much of the state's mass the last block has."""
+    state = state_after(rule, [frames_of(BLOCK)] * blocks)
+    return BLOCK * GRID.columns / state.sums.mass_B[0].item()
+
+
+def test_without_forgetting_the_share_of_a_block_falls_and_with_it_the_share_holds() -> None:
+    assert share_of_newest(Keep(), 40) == pytest.approx(1 / 40)
+    assert share_of_newest(Decay(half_life=BLOCK), 40) == pytest.approx(1 / 2)
+    assert share_of_newest(MassCap(frames=4 * BLOCK), 40) == pytest.approx(1 / 4)
+
+
+def test_a_cap_changes_nothing_until_it_is_reached() -> None:
+    blocks = [frames_of(BLOCK, seed=i) for i in range(4)]
+    assert_same_sums(state_after(MassCap(frames=4 * BLOCK), blocks), state_after(Keep(), blocks))
+    capped = state_after(MassCap(frames=1), blocks)  # no room for even one block: only the newest stays
+    assert capped.sums.mass_B.tolist() == [BLOCK * GRID.columns] * 2
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+def test_a_faded_state_keeps_its_share_and_one_that_forgot_all_begins_anew(rule: Rule) -> None:
+    blocks = [frames_of(BLOCK, seed=i) for i in range(2)]
+    state = state_after(rule, blocks)
+    assert_same_sums(state.fade(1), state)
+    torch.testing.assert_close(state.fade(0.25).sums.mass_B, state.sums.mass_B / 4)
+    forgot = state.fade(0)
+    assert not forgot.present_B.any()
+    assert not forgot.read(blocks[0][0], GRID.rotation(range(3), "cpu")).any()
+    keys = Keys(*blocks[1], (3, 4, 5))
+    rotation = GRID.rotation((3, 4, 5), "cpu")
+    assert_same_sums(forgot.absorb(keys, rotation), FarState(FarShape(rule=rule)).absorb(keys, rotation))
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5])
+def test_only_a_share_can_be_kept(share: float) -> None:
+    with pytest.raises(ValueError, match="share of 0 to 1"):
+        FarState(FarShape()).fade(share)
+
+
+def test_a_forked_memory_goes_its_own_way() -> None:
+    memory = memory_of(3, 3)
+    for b in range(3):
+        memory.commit([frames_of(BLOCK, seed=b)], BLOCK, GRID)
+    twin, before = memory.fork(), memory.far(0).sums.mass_B.clone()
+    memory.commit([frames_of(BLOCK, seed=3)], BLOCK, GRID)
+    memory.fade_far(0)
+    assert torch.equal(twin.far(0).sums.mass_B, before)
+
+
+def test_what_is_missing_is_said() -> None:
+    memory = memory_of(3, 3)
+    with pytest.raises(ValueError, match="grid of their tokens"):
+        memory.commit([frames_of(BLOCK)], BLOCK)
+    with pytest.raises(ValueError, match="1 layers have a far state, but 0 a projection"):
+        memory.view(GRID, BLOCK, "cpu")
+    with pytest.raises(ValueError, match=r"\+ leaving 3 = 12 latent frames do not fit the extent of 11"):
+        memory_of(3, 3, extent=11).shape.require_fit(block=3, trained_extent=21)
+
+
+# Through the network. What follows reads what is absorbed above.
+
+
+def network(seed: int = 0) -> WanTransformer:
+    """One whose projections are not zero, as if trained."""
+    made = tiny.network(seed=seed, reads_far=True)
+    for block in made.layers:
+        torch.nn.init.normal_(block.self_attn.linear_proj.weight)
+        torch.nn.init.normal_(block.self_attn.linear_proj.bias)
+    return made
+
+
+def shape_of(made: WanTransformer, far_shape: FarShape | None, past: int = 3) -> MemoryShape:
+    return MemoryShape(window=WindowShape(sink=3, past=past), extent=made.config.extent, far=far_shape)
+
+
+@dataclass(frozen=True)
+class EverythingView:
+    """A block in front of all that was ever committed, by the definitions: near by softmax, far by a sum."""
+
+    network: WanTransformer
+    layers: list[list[Keys]]
+    current: range
+    grid: Grid
+    past: int
+
+    @property
+    def rotation(self) -> Rotation:
+        return self.grid.rotation([f - self._back for f in self.current], "cpu")
+
+    @property
+    def _back(self) -> int:
+        return max(0, self.current[-1] + 1 - self.network.config.extent)
+
+    def attend(self, layer: int, own: Tokens) -> Tensor:
+        window, gone = [(own.k, own.v)], []
+        for keys in self.layers[layer]:
+            first = keys.frames[0]
+            back = 0 if first < 3 else self._back
+            if first < 3 or first >= self.current[0] - self.past:
+                place = [f - back for f in keys.frames]
+                window.append((rotate(keys.k_BTND, self.grid.rotation(place, "cpu")), keys.v_BTND))
+            else:
+                first = min(first, self.network.config.extent - self.past - 2 * BLOCK)
+                gone.append((keys, self.grid.rotation(range(first, first + BLOCK), "cpu")))
+        k, v = (torch.cat(parts, 1) for parts in zip(*window, strict=True))
+        near = reference.dense(own.q, k, v)
+        if not gone:
+            return near
+        form = far.PAPER.form
+        asked = form.of_queries(own.plain_q, self.rotation)
+        features = [form.of_keys(keys.k_BTND, rotation) for keys, rotation in gone]
+        absorbed = Features(*(torch.cat(parts, 1) for parts in zip(*features, strict=True)))
+        values = torch.cat([keys.v_BTND for keys, _ in gone], 1).float()
+        read = reference.linear(asked.above, asked.below, absorbed.above, absorbed.below, values)
+        return near + self.network.layers[layer].self_attn.linear_proj(read.double())
+
+
+@pytest.mark.parametrize("past, ring", [(3, True), (6, False), (0, True)])
+@torch.no_grad()
+def test_streaming_equals_seeing_everything_again(past: int, ring: bool) -> None:
+    """A window and a state of fixed size answer as the definitions do with all of the stream at hand, B = 2."""
+    made = network()
+    memory = StreamMemory(shape_of(made, far.PAPER, past), made.config.layers, ring=ring)
+    prompts, level = tiny.prompt(made, batch=2), torch.full((2, BLOCK), 0.7, dtype=torch.float64)
+    everything: list[list[Keys]] = [[] for _ in made.layers]
+    for b in range(9):
+        noisy, clean = tiny.noise(5, 6)(b, 0), tiny.noise(7, 8)(b, 0)
+        current = range(memory.frames, memory.frames + BLOCK)
+        slow = EverythingView(made, everything, current, made.grid(noisy), past)
+        got = made(noisy, level, prompts, made.memory_view(memory, noisy))
+        torch.testing.assert_close(got, made(noisy, level, prompts, slow), atol=1e-5, rtol=1e-5)
+        for layer, (k, v) in enumerate(made.keys_to_commit(clean, 0 * level, prompts, slow)):
+            everything[layer].append(Keys(k, v, tuple(current)))
+        commit(made, memory, clean, prompts)
+    assert memory.far(0).sums.mass_B[0] == sum(len(k.frames) for k in everything[0]) * 6 - (3 + past) * 6
+
+
+@torch.no_grad()
+def test_projections_at_zero_or_no_far_state_are_the_plain_window() -> None:
+    made = tiny.network(reads_far=True)
+    plain = tiny.network()
+    plain.load_state_dict({n: p for n, p in made.state_dict().items() if ".linear_proj." not in n})
+
+    def video(model: WanTransformer, shape: FarShape | None) -> Tensor:
+        memory = StreamMemory(shape_of(model, shape), model.config.layers, ring=True)
+        prompt = tiny.prompt(model)
+        blocks = blockwise(model, memory, lambda block: prompt, tiny.noise(3), tiny.LEVELS)
+        return torch.cat(list(islice(blocks, 6)), dim=1)
+
+    expected = video(plain, None)
+    assert torch.equal(video(made, None), expected) and torch.equal(video(made, far.PAPER), expected)
+
+
+@torch.no_grad()
+def test_the_far_past_is_seen() -> None:
+    """Two streams that differ only in a block that has left the window go on differently, and alike once it is cut."""
+    made, prompts = network(), tiny.prompt(tiny.network(reads_far=True))
+    memories = []
+    for second in (20, 21):
+        memory = StreamMemory(shape_of(made, far.PAPER), made.config.layers, ring=True)
+        keys = [
+            [(torch.randn(1, 18, 2, 12, generator=g).double(),) * 2 for _ in range(3)]
+            for g in (torch.Generator().manual_seed(seed) for seed in (1, second, 2))
+        ]
+        for block in keys:
+            memory.commit(block, BLOCK, made.grid(tiny.noise(1)(0, 0)))
+        memories.append(memory)
+    noisy, level = tiny.noise(4)(0, 0), torch.ones(1, BLOCK)
+    one, other = (made(noisy, level, prompts, made.memory_view(memory, noisy)) for memory in memories)
+    assert not torch.allclose(one, other)
+    for memory in memories:
+        memory.fade_far(0)
+    one, other = (made(noisy, level, prompts, made.memory_view(memory, noisy)) for memory in memories)
+    assert torch.equal(one, other)
+
+
+def rolled(made: WanTransformer, learning: int) -> Tensor:
+    keys = made.prompt_keys(tiny.text())
+    noise, shape = tiny.noise(7), shape_of(made, far.PAPER)
+    return rollout(blockwise, made, shape, lambda _: keys, noise, tiny.LEVELS, blocks=6, learning=learning)
+
+
+@pytest.mark.parametrize("zero", [True, False])
+def test_projections_learn_from_the_start_and_checkpointing_changes_no_gradient(zero: bool) -> None:
+    plain, made = ((tiny.network(reads_far=True) if zero else network()) for _ in range(2))
+    parallel.checkpoint_layers(made.blocks, ("before_attention", "after_attention"))
+    for model in (plain, made):
+        rolled(model, learning=3).square().mean().backward()
+    gradients = dict(made.named_parameters())
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(gradients[name].grad, parameter.grad, rtol=0, atol=0, msg=name)
+        assert not name.endswith("linear_proj.weight") or parameter.grad.any(), name
+
+
+def test_no_gradient_passes_through_the_far_state() -> None:
+    """The last block's loss is a function of the parameters through its own pass alone: earlier blocks are given."""
+    made = network()
+    last = rolled(made, learning=1)
+    whole = rolled(made, learning=6)[:, -BLOCK:]
+    for one, other in zip(
+        torch.autograd.grad(last.square().mean(), made.parameters(), allow_unused=True),
+        torch.autograd.grad(whole.square().mean(), made.parameters(), allow_unused=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other)
+
+
+def test_presets_are_the_published_ones() -> None:
+    k = torch.tensor([-1.0, 1.0])
+    maps = [(preset.form.keys(k).tolist(), preset.form.queries(k).tolist(), preset.sink) for preset in PRESETS]
+    assert maps == [
+        ([0, 1], [0, 1], SinkInFar.NEVER),
+        ([-1, 1], [0, 1], SinkInFar.AS_WELL),
+        ([-1, 1], [-1, 1], SinkInFar.ROTATED_TWICE),
+    ]
+    assert all(preset.rule == Keep() for preset in PRESETS)
+    assert replace(far.PAPER, rule=MassCap(frames=21)) == FarShape(rule=MassCap(frames=21))
+
+
+PRESETS = (far.PAPER, far.REF_TRAIN, far.REF_INFER)
