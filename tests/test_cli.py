@@ -94,7 +94,15 @@ finally:
 
 
 @pytest.mark.parametrize(
-    "verb", [["generate"], ["bench", "stream"], ["evaluate", "toy"], ["evaluate", "redirect"], ["models"]]
+    "verb",
+    [
+        ["generate"],
+        ["bench", "stream"],
+        ["evaluate", "toy"],
+        ["evaluate", "redirect"],
+        ["evaluate", "recall"],
+        ["models"],
+    ],
 )
 def test_every_verb_explains_itself(verb, capsys):
     with pytest.raises(SystemExit) as leave:
@@ -219,7 +227,7 @@ def test_unknown_names_are_answered_with_the_nearest(capsys, option, nearest):
     assert nearest in captured.err
 
 
-@pytest.mark.parametrize("verb", ["generate x", "bench stream", "evaluate toy", "evaluate redirect"])
+@pytest.mark.parametrize("verb", ["generate x", "bench stream", "evaluate toy", "evaluate redirect", "evaluate recall"])
 def test_a_number_of_levels_that_makes_no_sense_is_one_clear_line(verb, capsys):
     assert main([*verb.split(), "--levels", "0"]) == 2
     assert capsys.readouterr().err == "longtake: the number of levels is a whole number from 1 to 1000, got 0\n"
@@ -331,6 +339,33 @@ def test_redirects_in_words_and_json(engine, capsys, monkeypatch):
         "after 1.50 s in the middle; kept 0.90 (1.00 when left alone)\n"
     )
     assert asked == [(("self_forcing",), engine, 3, 2)] * 2
+
+
+def test_recall_in_words_and_json(engine, capsys, monkeypatch):
+    result = {
+        "recipe": "self_forcing",
+        "after": {"2": {"colour": 0.5, "landmark": 0.25}, "4": {"colour": 0.0, "landmark": 0.0}},
+        "returned": {"2": 0.75, "4": 0.0},
+        "stayed_away": {"2": 0.5, "4": 0.5},
+    }
+    asked = []
+
+    def evaluate_recall(recipes, engine_of, *, prompts, seeds, after, codec, device, progress):
+        asked.append((recipes, engine_of("self_forcing"), prompts, seeds, after, codec, device.type))
+        return [result]
+
+    judge = SimpleNamespace(evaluate_recall=evaluate_recall)
+    monkeypatch.setitem(sys.modules, "longtake.evaluation.recall", judge)
+    monkeypatch.setattr(longtake.evaluation, "recall", judge, raising=False)
+    arguments = ["evaluate", "recall", "--recipe", "self_forcing", "--after", "2", "4", "--device", "cpu"]
+    assert main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [result]
+    assert main(arguments) == 0
+    assert capsys.readouterr().out == (
+        "self_forcing after 2 s: colour 0.50, landmark 0.25 (returned 0.75, stayed away 0.50)\n"
+        "self_forcing after 4 s: colour 0.00, landmark 0.00 (returned 0.00, stayed away 0.50)\n"
+    )
+    assert asked == [(("self_forcing",), engine, 40, 2, (2, 4), None, "cpu")] * 2
 
 
 def test_models_lists_what_runs(capsys):

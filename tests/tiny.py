@@ -67,6 +67,7 @@ def engine() -> Engine:
         latent_size=LATENTS[1:],
         frame_rate=16,
         shift=3.0,
+        encode=lambda frames_BFCHW: codec.encode(frames_BFCHW)[0],
     )
 
 

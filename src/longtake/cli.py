@@ -218,6 +218,50 @@ def evaluate_redirect(
     return 0
 
 
+@evaluate.command(name="recall")
+def evaluate_recall(
+    recipe: tuple[str, ...] = ("self_forcing_sink",),
+    model: str = "toy",
+    levels: Annotated[int | None, arg(metavar="N")] = None,
+    prompts: int = 40,
+    seeds: int = 2,
+    after: tuple[int, ...] = (2, 4, 8, 16),
+    device: Annotated[str | None, arg(metavar="NAME")] = None,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    json: bool = False,
+) -> int:
+    """Let streams go on from the toy world while its camera looks away: is what returns the same?
+
+    Args:
+        recipe: Recipes to score; also codec and truth, the marks to compare with.
+        model: The weights to score: a name, a folder, or a network's file. The codec is taken from a folder.
+        levels: Denoising steps of a block; unless given, as many as the recipe has.
+        prompts: How many scenes that open a stream, for each seed.
+        seeds: How many lists of scenes.
+        after: Seconds out of sight, 2 or more each.
+        device: cpu, cuda, cuda:1, ...; unless given, the best there is.
+        dtype: Precision; auto takes the fastest that is safe.
+        json: Print a JSON list with one object for each recipe.
+    """
+    from longtake.evaluation import recall
+    from longtake.recipes import toy_codec
+
+    with _together(device) as (first, place):
+        results = recall.evaluate_recall(
+            recipe,
+            lambda name: _load(model, name, levels, place, dtype),
+            prompts=prompts,
+            seeds=seeds,
+            after=after,
+            codec=toy_codec(place, model=model) if "codec" in recipe else None,
+            device=place,
+            progress=_say,
+        )
+    if first:
+        print(dumps(results, indent=2) if json else _recall_in_words(results))
+    return 0
+
+
 train = app.command(SubcommandApp(), name="train", help="Train the embedded model's parts, one stage a call.")
 _STAGES = {
     "codec": "Pictures to latents and back, from nothing.",
@@ -422,6 +466,15 @@ def _redirects_in_words(results: list[dict[str, Any]]) -> str:
         f"after {_share(result['median_seconds'])} s in the middle; kept {_share(result['kept_unchanged'])} "
         f"({_share(result['kept_unchanged_control'])} when left alone)"
         for result in results
+    )
+
+
+def _recall_in_words(results: list[dict[str, Any]]) -> str:
+    return "\n".join(
+        f"{result['recipe']} after {second} s: {_shares_in_words(shares)} "
+        f"(returned {_share(result['returned'][second])}, stayed away {_share(result['stayed_away'][second])})"
+        for result in results
+        for second, shares in result["after"].items()
     )
 
 

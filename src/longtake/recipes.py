@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
 from difflib import get_close_matches
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ TEACHER_FILE = "teacher.safetensors"
 CODEC_FILE = "codec_decoder.safetensors"
 ENCODER_FILE = "codec_encoder.safetensors"
 TEACHER_STEPS = 32  # of a teacher's sampler
+ENCODED_AT_ONCE = 4  # latent frames of given pictures, which bounds memory
 
 MODELS: dict[tuple[str, str], str] = {
     ("toy", "self_forcing"): NETWORK_FILE,
@@ -90,7 +92,8 @@ def load(
     model: a name (`toy`), a folder that holds student.safetensors and codec_decoder.safetensors, or a network's
     weight file (its codec is looked for beside it, then in the package). device: the GPU if there is one.
     dtype: by default bfloat16 on a GPU; on a CPU whichever of float32 and bfloat16 a short trial finds faster.
-    levels: the number of denoising steps, 1 to 1000; by default the recipe's own.
+    levels: the number of denoising steps, 1 to 1000; by default the recipe's own. Streams that go on from pictures
+    need codec_encoder.safetensors beside the codec; it is loaded when first needed.
     Raises ValueError, with what to do, for unknown names and for files that are not whole or do not fit.
     """
     chosen = recipe_named(recipe) if levels is None else recipe_named(recipe).with_levels(levels)
@@ -109,6 +112,7 @@ def load(
         latent_size=latent_size(codec),
         frame_rate=RATE,
         shift=description["shift"],
+        encode=_encoding(codec_file, device),
     )
     engine.to(dtype or (_faster_dtype(engine) if device.type == "cpu" else torch.bfloat16))
     return engine
@@ -140,14 +144,17 @@ def save_network(
     save_weights(path, tensors, description, int8=int8)
 
 
-def load_codec(paths: Sequence[Path], device: torch.device) -> LightCodec:
-    """A light codec, frozen and in fp32, from its decoder's file alone or from both parts' (decoder first)."""
+def load_codec(paths: Sequence[Path], device: torch.device, *, span: int | None = None) -> LightCodec:
+    """A light codec, frozen and in fp32, from its decoder's file alone or from both parts' (decoder first).
+
+    span: latent frames that go through it at once; None takes whole clips.
+    """
     tensors, description = load_weights(paths[0])
     if "codec" not in description:
         raise ValueError(f"{paths[0]} does not hold a codec")
     for path in paths[1:]:
         tensors |= load_weights(path)[0]
-    codec = LightCodec(LightCodecConfig(**description["codec"]), encoder=len(paths) > 1)
+    codec = LightCodec(LightCodecConfig(**description["codec"]), encoder=len(paths) > 1, span=span)
     load_into(codec, tensors, paths[0])
     return codec.requires_grad_(False).eval().to(device)
 
@@ -207,6 +214,22 @@ def packaged(name: str) -> Path:
     if not path.is_file():
         raise ValueError(f"{name} is not part of this installation: use a checkout of the repository")
     return path
+
+
+def _encoding(codec_file: Path, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """From pictures in -1..1 to the latents of a decoder's file, by the encoder beside it, in fp32.
+
+    Loaded at the first call, so that streams without given pictures neither wait for it nor need it.
+    """
+    encoder_file = codec_file.with_name(ENCODER_FILE)
+
+    @cache
+    def codec() -> LightCodec:
+        if not encoder_file.is_file():
+            raise ValueError(f"pictures cannot be encoded without {encoder_file}, which a checkout of longtake has")
+        return load_codec([codec_file, encoder_file], device, span=ENCODED_AT_ONCE)
+
+    return lambda frames_BFCHW: codec().encode(frames_BFCHW)[0]
 
 
 def _file_of(model: str | Path, name: str) -> Path:

@@ -100,24 +100,23 @@ def truth_source(device: torch.device = CPU) -> Source:
 
 def codec_source(codec: Codec) -> Source:
     """The same renders, encoded and decoded from the first picture on."""
-    weight = next(codec.parameters())
 
-    @torch.no_grad()
     def play(prompts: Sequence[str], seeds: Sequence[int], marks: Sequence[int]) -> Iterator[Tensor]:
-        scenes = scenes_of(prompts, seeds).to(weight.device)
-        encoder_state = decoder_state = None
+        yield from windows(through_codec(codec, scenes_of(prompts, seeds), marks[-1] * RATE), RATE, marks)
 
-        def pieces() -> Iterator[Tensor]:
-            nonlocal encoder_state, decoder_state
-            for first, pictures in _blocks(codec.temporal_factor, marks[-1] * RATE):
-                frames = render(scenes, pictures, first).frames_BFCHW.to(weight)
-                latents, encoder_state = codec.encode(frames, encoder_state)
-                decoded, decoder_state = codec.decode(latents, decoder_state)
-                yield to_uint8(decoded)
+    return Source(play, next(codec.parameters()).device)
 
-        yield from windows(pieces(), RATE, marks)
 
-    return Source(play, weight.device)
+@torch.no_grad()
+def through_codec(codec: Codec, scenes: Scenes, pictures: int) -> Iterator[Tensor]:
+    """The first pictures of scenes, encoded and decoded, piece by piece: uint8 [B, T, H, W, 3]."""
+    weight = next(codec.parameters())
+    scenes = scenes.to(weight.device)
+    encoder_state = decoder_state = None
+    for first, count in _blocks(codec.temporal_factor, pictures):
+        latents, encoder_state = codec.encode(render(scenes, count, first).frames_BFCHW.to(weight), encoder_state)
+        decoded, decoder_state = codec.decode(latents, decoder_state)
+        yield to_uint8(decoded)
 
 
 def clip_source(
@@ -162,9 +161,12 @@ def windows(pieces: Iterator[Tensor] | Sequence[Tensor], rate: int, marks: Seque
 def scenes_of(prompts: Sequence[str], seeds: Sequence[int]) -> Scenes:
     """A scene for each prompt, as it says; what it leaves open is drawn from its seed and the prompt."""
     pairs = zip(prompts, seeds, strict=True)
-    scenes = [_scene_of(prompt, Random(f"{seed} {prompt}").getrandbits(32)) for prompt, seed in pairs]
-    columns = {field.name: [getattr(scene, field.name) for scene in scenes] for field in fields(Scenes)}
-    return Scenes(**{name: torch.cat(column) for name, column in columns.items()})
+    return stacked([_scene_of(prompt, Random(f"{seed} {prompt}").getrandbits(32)) for prompt, seed in pairs])
+
+
+def stacked(parts: Sequence[Scenes]) -> Scenes:
+    """Scenes of several batches as one."""
+    return Scenes(**{field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Scenes)})
 
 
 def _scene_of(prompt: str, seed: int) -> Scenes:

@@ -6,7 +6,7 @@ Shapes: B streams of a batch, T pictures of a block, H W height and width.
 import random
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import NamedTuple, Protocol, Self
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longtake.generation.blockwise import commit
 from longtake.generation.noise import SeededNoise
 from longtake.generation.recipe import Recipe
 from longtake.memory.stream_memory import StreamMemory
@@ -50,7 +51,8 @@ class Chunk:
 class Engine:
     """A text encoder, a network and a codec under one recipe, on one device: opens streams.
 
-    latent_size: [C, H, W] of a latent frame. shift: of the levels the network was trained with.
+    latent_size: [C, H, W] of a latent frame. shift: of the levels the network was trained with. encode: from pictures
+    [B, T, C, H, W] in -1..1 to latents, for streams that go on from given pictures; None if the codec only decodes.
     """
 
     model_name: str
@@ -61,6 +63,7 @@ class Engine:
     latent_size: tuple[int, int, int]
     frame_rate: int
     shift: float
+    encode: Callable[[Tensor], Tensor] | None = None
 
     @property
     def height(self) -> int:
@@ -90,21 +93,45 @@ class Engine:
             raise ValueError("the prompt is empty: say what to show")
         return self.network.prompt_keys(self.text.encode(list(prompts))[:, None].to(self.dtype))
 
-    def stream(self, prompt: str, *, seed: int = 42) -> "Stream":
+    def pictures_in(self, blocks: int) -> int:
+        """How many pictures the first blocks of a stream are."""
+        return 1 + self.codec.temporal_factor * (self.recipe.block * blocks - 1)
+
+    @torch.no_grad()
+    def latents_of(self, pictures_BTHWC: Tensor) -> Tensor:
+        """Latents [B, F, C, H, W] of the uint8 pictures of a stream's first blocks. ValueError for any others."""
+        shape = list(pictures_BTHWC.shape)
+        if pictures_BTHWC.dtype != torch.uint8 or len(shape) != 5 or shape[2:] != [self.height, self.width, 3]:
+            expected = f"uint8 [streams, pictures, {self.height}, {self.width}, 3]"
+            raise ValueError(f"pictures to go on from are {expected}, got {pictures_BTHWC.dtype} {shape}")
+        first, second = self.pictures_in(1), self.pictures_in(2)
+        if shape[1] < first or (shape[1] - first) % (second - first):
+            fitting = f"{first}, {second}, {self.pictures_in(3)}, ..."
+            raise ValueError(f"a stream goes on from whole blocks, which are {fitting} pictures, got {shape[1]}")
+        if self.encode is None:
+            raise ValueError(f"model {self.model_name} cannot go on from pictures: its codec only decodes")
+        return self.encode(from_uint8(pictures_BTHWC.to(self.device)))
+
+    def stream(self, prompt: str, *, seed: int = 42, pictures: np.ndarray | None = None) -> "Stream":
         """Open an endless stream. The same seed gives the same pictures on one device, version and precision.
 
         seed: -1 draws one; `stream.seed` tells which. ValueError for other negative ones.
+        pictures: uint8 [T, H, W, 3] to go on from, as if the stream had made them: it shows what follows them.
+        ValueError unless they are whole blocks (`pictures_in`) and the model can encode them.
         """
         if seed < -1:
             raise ValueError(f"a seed is a whole number from 0, or -1 to draw one, got {seed}")
-        return Stream(self, prompt, random.SystemRandom().randrange(2**31) if seed == -1 else seed)
+        return Stream(self, prompt, random.SystemRandom().randrange(2**31) if seed == -1 else seed, pictures)
 
-    def stream_batch(self, prompts: Sequence[str], *, seeds: Sequence[int]) -> "StreamBatch":
+    def stream_batch(
+        self, prompts: Sequence[str], *, seeds: Sequence[int], pictures: Tensor | None = None
+    ) -> "StreamBatch":
         """Open B streams that move in step, each with its own prompt and seed (a whole number from 0).
 
         Each shows what it would show alone, but for rounding. ValueError unless there are as many seeds as prompts.
+        pictures: uint8 [B, T, H, W, 3] to go on from, as for `stream`.
         """
-        return StreamBatch(self, prompts, seeds)
+        return StreamBatch(self, prompts, seeds, pictures)
 
 
 class _Closing(ABC):
@@ -125,11 +152,13 @@ class _Closing(ABC):
 class StreamBatch(_Closing):
     """Endless videos made in step: an iterator of uint8 pictures [B, T, H, W, 3] on the engine's device.
 
-    It never ends by itself; close it or leave its `with`. blocks, pictures: how many it has made of each video.
-    timings: of the last block.
+    It never ends by itself; close it or leave its `with`. blocks, pictures: how many each video has so far, given ones
+    included. timings: of the last block.
     """
 
-    def __init__(self, engine: Engine, prompts: Sequence[str], seeds: Sequence[int]):
+    def __init__(
+        self, engine: Engine, prompts: Sequence[str], seeds: Sequence[int], pictures_BTHWC: Tensor | None = None
+    ):
         if not prompts or len(prompts) != len(seeds) or min(seeds) < 0:
             raise ValueError(
                 f"streams need a prompt and a seed from 0 each, got {len(prompts)} prompts and seeds {list(seeds)}"
@@ -140,13 +169,25 @@ class StreamBatch(_Closing):
         self.timings: Timings | None = None
         self._set_prompts(prompts)
         self._codec_state: CodecState | None = None
+        memory = StreamMemory(engine.recipe.memory(engine.network), engine.network.config.layers, ring=True)
+        if pictures_BTHWC is not None:
+            self._begin_with(pictures_BTHWC, memory)
         self._latents: Iterator[Tensor] | None = engine.recipe.schedule(
             engine.network,
-            StreamMemory(engine.recipe.memory(engine.network), engine.network.config.layers, ring=True),
+            memory,
             lambda block: self._prompt_keys,
             SeededNoise(self.seeds, (engine.recipe.block, *engine.latent_size), engine.device, torch.float32),
             engine.recipe.levels(engine.shift),
         )
+
+    def _begin_with(self, pictures_BTHWC: Tensor, memory: StreamMemory) -> None:
+        """Take given pictures for the streams' own: their latents are committed and decoded as if just made."""
+        if len(pictures_BTHWC) != len(self.seeds):
+            raise ValueError(f"{len(self.seeds)} streams cannot go on from the pictures of {len(pictures_BTHWC)}")
+        for latents_BFCHW in self.engine.latents_of(pictures_BTHWC).split(self.engine.recipe.block, dim=1):
+            commit(self.engine.network, memory, latents_BFCHW, self._prompt_keys)
+            self._decode(latents_BFCHW)  # for the state that the next block goes on from
+        self.blocks, self.pictures = memory.blocks, pictures_BTHWC.shape[1]
 
     def redirect(self, prompts: Sequence[str]) -> None:
         """Go on under other prompts, one a stream, from the next block; what is remembered stays.
@@ -203,10 +244,11 @@ class StreamBatch(_Closing):
 class Stream(_Closing):
     """One endless video being made: an iterator of chunks that never ends by itself; close it or leave its `with`."""
 
-    def __init__(self, engine: Engine, prompt: str, seed: int):
+    def __init__(self, engine: Engine, prompt: str, seed: int, pictures_THWC: np.ndarray | None = None):
         self.engine = engine
         self.seed = seed
-        self._batch = StreamBatch(engine, [prompt], [seed])
+        given_BTHWC = None if pictures_THWC is None else torch.tensor(pictures_THWC)[None]
+        self._batch = StreamBatch(engine, [prompt], [seed], given_BTHWC)
 
     @property
     def prompt(self) -> str:
@@ -236,3 +278,8 @@ def to_uint8(frames_BFCHW: Tensor) -> Tensor:
     """Pictures in -1..1 (values beyond are cut) as uint8 [B, F, H, W, C]."""
     scaled = (frames_BFCHW.float().clamp(-1, 1) + 1) * 127.5
     return scaled.round().to(torch.uint8).movedim(2, -1)
+
+
+def from_uint8(pictures_BFHWC: Tensor) -> Tensor:
+    """The way back: pictures [B, F, C, H, W] in -1..1."""
+    return pictures_BFHWC.movedim(-1, 2).float() / 127.5 - 1

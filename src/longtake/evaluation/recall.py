@@ -1,0 +1,254 @@
+"""What a recipe remembers of what is out of sight, in the toy world: is what returns the same?
+
+Streams go on from rendered truth: two seconds that show a subject and a landmark, then the camera turns away. The
+caption says that it looks away and returns, but neither the colour nor the landmark, so only memory can know them. (It
+names the kind of the subject: the captions' grammar has no other word for it.) For each gap, the five seconds are read
+that begin when a camera that stays away for so long is back.
+
+Nothing but the caption makes a stream's camera stay or return. What does not return within the window is not recalled;
+`returned` says how often anything did, and `stayed_away` how often nothing was in sight shortly before it was due. A
+stream that comes back too early has a chance to remember what it showed then.
+
+Shapes: B streams, T pictures.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from itertools import count, islice
+from random import Random
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from longtake import parallel
+from longtake.evaluation.scores import Score, Tally, tally
+from longtake.evaluation.sources import (
+    CPU,
+    WINDOW_SECONDS,
+    batches,
+    clip_seed,
+    rendered,
+    seed_list,
+    stacked,
+    through_codec,
+    windows,
+)
+from longtake.generation.stream import Engine
+from longtake.models.codec import Codec
+from longtake.toy.captions import describe
+from longtake.toy.detect import detect, window_truth
+from longtake.toy.scenes import ATTRIBUTES, CAMERAS, MOTIONS, NEVER, RATE, SWEEP_SECONDS, Scenes, sample_scenes
+
+RECALLED = ("colour", "subject", "landmark")
+SAID = ("subject", "motion", "place", "time", "weather", "camera")
+SCENE_SEED, SCENE_COUNT = 20_003, 1500  # of the scenes that openings are chosen among, for the first seed
+OPENING_COUNT = 500
+SHOWN_SECONDS = 2  # before the camera begins to turn away
+TURNED_SECONDS = SHOWN_SECONDS + SWEEP_SECONDS  # when it has turned away; streams go on from there
+SHORTEST_GAP = 2  # so that there is a whole second out of sight to look at
+
+
+class Opening(NamedTuple):
+    """What one stream goes on from."""
+
+    scene: Scenes  # one, whose camera looks away
+    caption: str  # leaves out what only memory is to know
+    seed: int  # of the stream's noise
+
+
+def openings(prompts: int, seeds: Sequence[int]) -> list[Opening]:
+    """The first openings of lists that never change, one list for each seed. ValueError unless there are so many."""
+    if not 1 <= prompts <= OPENING_COUNT:
+        raise ValueError(f"there are {OPENING_COUNT} openings: ask for 1 to {OPENING_COUNT}, not {prompts}")
+    return [
+        Opening(scene, _caption(scene, Random(f"{seed} {number}")), clip_seed(seed, number))
+        for seed in seeds
+        for number, scene in enumerate(islice(_opening_scenes(seed), prompts))
+    ]
+
+
+def _opening_scenes(seed: int) -> Iterator[Scenes]:
+    """Held-out scenes, one at a time, in which all that is to be recalled is seen before the camera turns away."""
+    drawn = sample_scenes(SCENE_COUNT, SCENE_SEED + seed, held_out=True, changes=0.0)
+    scenes = replace(
+        drawn,
+        camera=torch.full_like(drawn.camera, CAMERAS.index("looks away")),
+        away_start=torch.full_like(drawn.away_start, SHOWN_SECONDS),
+        away_every=torch.full_like(drawn.away_every, NEVER),
+    )
+    for scene in (scenes[row] for row in range(len(scenes))):
+        shown = window_truth(scene, SHOWN_SECONDS * RATE)
+        walks = MOTIONS[int(scene.motion)].startswith("walks")  # by the time the camera is back it may be out of view
+        if not walks and all(shown[name] >= 0 for name in RECALLED):
+            yield scene
+
+
+def _caption(scene: Scenes, dice: Random) -> str:
+    return describe({name: ATTRIBUTES[name][int(_first(scene, name))] for name in SAID}, dice)
+
+
+def _first(scenes: Scenes, name: str) -> Tensor:
+    """An attribute as it is at the start: [B]."""
+    value: Tensor = getattr(scenes, name)
+    return value[:, 0] if value.dim() == 2 else value
+
+
+def evaluate_recall(
+    recipes: Sequence[str],
+    engine_of: Callable[[str], Engine],
+    *,
+    prompts: int = 40,
+    seeds: int = 2,
+    after: Sequence[int] = (2, 4, 8, 16),
+    codec: Codec | None = None,
+    device: torch.device = CPU,
+    progress: Callable[[str], None] = lambda line: None,
+) -> list[dict[str, Any]]:
+    """Score whether what returns into sight is what was seen before.
+
+    Args:
+        recipes: what to score: "truth" (renders), "codec" (renders, encoded and decoded), or recipes.
+        engine_of: loads the engine of a recipe, which must be able to go on from pictures.
+        prompts: how many openings for each seed, 1 to 500.
+        seeds: lists of openings; those of one list differ from those of the others, and so does the noise.
+        after: the gaps, in seconds out of sight, each at least 2.
+        codec: what "codec" encodes and decodes with.
+        device: where truth is rendered.
+        progress: is told, in words, how far it is.
+
+    Returns:
+        For each recipe a table ready for JSON. Shares are of all streams, those included that never return.
+
+    Raises:
+        ValueError: no openings, more than there are, no seeds, or a gap that is too short.
+    """
+    gaps = sorted(set(after))
+    if not gaps or gaps[0] < SHORTEST_GAP:
+        raise ValueError(f"what is recalled is out of sight for {SHORTEST_GAP} seconds or longer, got {list(after)}")
+    chosen = openings(prompts, seed_list(seeds))
+    known = {"truth": _truth(device)} | ({"codec": _codec(codec)} if codec else {})
+    sources = {name: known[name] if name in known else _streams(engine_of(name)) for name in recipes}
+    return [
+        {
+            "recipe": name,
+            "levels": source.levels,
+            "prompts": prompts,
+            "seeds": seeds,
+            **_table(_watch(name, source, chosen, gaps, progress)),
+            "seed_list": seed_list(seeds),
+            "seed_of_a_video": "100000 * seed + number of the opening, from 0",
+        }
+        for name, source in sources.items()
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where videos come from
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class _Source(NamedTuple):
+    """What goes on from openings. play: from B openings and a gap, the pictures of their videos, piece by piece."""
+
+    play: Callable[[Sequence[Opening], int], Iterator[Tensor]]
+    device: torch.device
+    levels: int | None = None
+    scripted: bool = True  # whether the camera keeps to the gap; if not, one video is good for all gaps
+
+
+def _truth(device: torch.device) -> _Source:
+    def play(batch: Sequence[Opening], gap: int) -> Iterator[Tensor]:
+        scenes = _scenes(batch, gap).to(device)
+        return (rendered(scenes, RATE, first) for first in count(0, RATE))
+
+    return _Source(play, device)
+
+
+def _codec(codec: Codec) -> _Source:
+    def play(batch: Sequence[Opening], gap: int) -> Iterator[Tensor]:
+        return through_codec(codec, _scenes(batch, gap), _back_mark(gap) * RATE)
+
+    return _Source(play, next(codec.parameters()).device)
+
+
+def _streams(engine: Engine) -> _Source:
+    pictures = next(n for n in map(engine.pictures_in, count(1)) if n >= TURNED_SECONDS * RATE)
+
+    def play(batch: Sequence[Opening], gap: int) -> Iterator[Tensor]:
+        given_BTHWC = rendered(_scenes(batch, gap).to(engine.device), pictures, 0)
+        yield given_BTHWC
+        captions, seeds = [one.caption for one in batch], [one.seed for one in batch]
+        with engine.stream_batch(captions, seeds=seeds, pictures=given_BTHWC) as streams:
+            yield from streams
+
+    return _Source(play, engine.device, len(engine.recipe.steps), scripted=False)
+
+
+def _scenes(batch: Sequence[Opening], gap: int) -> Scenes:
+    """The scenes of openings, their cameras turned away for so many seconds."""
+    return replace(stacked([one.scene for one in batch]), away_seconds=torch.full((len(batch),), float(gap)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Watching and scoring
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _away_mark(gap: int) -> int:
+    """The last full second at which a camera that keeps to the gap has not begun to turn back."""
+    return int(TURNED_SECONDS) + gap
+
+
+def _back_mark(gap: int) -> int:
+    """Where the window ends that begins when such a camera is back."""
+    return round(TURNED_SECONDS + gap + SWEEP_SECONDS) + WINDOW_SECONDS
+
+
+def _watch(
+    name: str, source: _Source, chosen: Sequence[Opening], gaps: Sequence[int], progress: Callable[[str], None]
+) -> dict[int, Score]:
+    """Make all videos and count what is recalled after each gap, a batch at a time."""
+    videos = [[gap] for gap in gaps] if source.scripted else [list(gaps)]
+
+    def read(job: Sequence[tuple[int, Opening]]) -> dict[int, Score]:
+        batch = [one for _, one in job]
+        scores: dict[int, Score] = {}
+        for together in videos:
+            scores |= _read(source.play(batch, together[0]), batch, together)
+        progress(f"{name}: streams {job[0][0]} to {job[-1][0]} of {len(chosen)}")
+        return scores
+
+    parts = parallel.share_out(batches(list(enumerate(chosen, 1)), source.device), read)
+    return {gap: {key: sum((part[gap][key] for part in parts), Tally()) for key in parts[0][gap]} for gap in gaps}
+
+
+def _read(pieces: Iterator[Tensor], batch: Sequence[Opening], gaps: Sequence[int]) -> dict[int, Score]:
+    """Count what one video of each opening shows after gaps."""
+    scores: dict[int, Score] = {gap: {} for gap in gaps}
+    marks = sorted({mark(gap) for gap in gaps for mark in (_away_mark, _back_mark)})
+    for mark, window_BTHWC in zip(marks, windows(pieces, RATE, marks), strict=True):
+        for gap in gaps:
+            if mark == _back_mark(gap):
+                scores[gap] |= _recalled(window_BTHWC, stacked([one.scene for one in batch]))
+            if mark == _away_mark(gap):
+                none = detect(window_BTHWC[:, -RATE:]).count == 0
+                scores[gap]["stayed_away"] = Tally(int(none.sum()), len(none))
+    return scores
+
+
+def _recalled(window_BTHWC: Tensor, scenes: Scenes) -> Score:
+    found = detect(window_BTHWC)
+    seen = (found.subject >= 0) | (found.landmark >= 0)
+    score = {name: tally(getattr(found, name), _first(scenes, name)) for name in RECALLED}
+    return score | {"returned": Tally(int(seen.sum()), len(seen))}
+
+
+def _table(scores: dict[int, Score]) -> dict[str, Any]:
+    """The scores of one recipe, ready for JSON."""
+    return {
+        "after": {str(gap): {name: score[name].share for name in RECALLED} for gap, score in scores.items()},
+        "returned": {str(gap): score["returned"].share for gap, score in scores.items()},
+        "stayed_away": {str(gap): score["stayed_away"].share for gap, score in scores.items()},
+        "counts": {str(gap): {name: one.table() for name, one in score.items()} for gap, score in scores.items()},
+    }
