@@ -55,7 +55,10 @@ def test_a_prompt_that_cannot_be_shown_is_one_clear_line(tmp_path, prompt):
 
 def test_interrupt_keeps_what_is_made(tmp_path):
     command = [*LONGTAKE, "generate", PROMPT, "--seconds", "3600", "-o", "out.mp4"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+    # Where tests run in the background Ctrl-C is ignored, and what they start would inherit that.
+    heard = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, cwd=tmp_path, **pipes, **heard) as running:
         assert running.stderr is not None
         assert "s made" in running.stderr.readline()
         running.send_signal(signal.SIGINT)
