@@ -14,9 +14,12 @@ from longtake.memory.window import WindowShape
 SHAPE = MemoryShape(window=WindowShape(sink=3, past=3), extent=15)
 
 
-def roll(made, noise, levels=tiny.LEVELS, blocks=4, learning=4) -> torch.Tensor:
-    keys = made.prompt_keys(tiny.text())
-    return rollout(blockwise, made, SHAPE, lambda block: keys, noise, levels, blocks=blocks, learning=learning)
+def roll(made, noise, levels=tiny.LEVELS, blocks=4, learning=4, given=(), changes_at=99) -> torch.Tensor:
+    early, late = made.prompt_keys(tiny.text()), made.prompt_keys(tiny.text(seed=2))
+    return rollout(
+        blockwise, made, SHAPE, lambda block: late if block >= changes_at else early, noise, levels,
+        blocks=blocks, learning=learning, given=given,
+    )  # fmt: skip
 
 
 def test_a_rollout_to_the_last_step_is_the_stream() -> None:
@@ -66,3 +69,27 @@ def test_the_last_blocks_learn_and_only_they_come_back(blocks: int, learning: in
     out.square().mean().backward()
     missing = [name for name, p in made.named_parameters() if p.grad is None]
     assert not missing, f"no gradient for {missing}"
+
+
+@pytest.mark.parametrize("given, changes_at", [(1, 1), (2, 1), (3, 4), (4, 2)])
+def test_a_rollout_goes_on_from_given_blocks_as_the_stream_that_made_them(given: int, changes_at: int) -> None:
+    made = tiny.network()
+    with torch.no_grad():
+        whole = roll(made, tiny.noise(7), blocks=5, learning=5, changes_at=changes_at)
+    first = whole.split(tiny.BLOCK, dim=1)[:given]
+    rest = roll(made, tiny.noise(7), blocks=5, learning=5 - given, changes_at=changes_at, given=first)
+    torch.testing.assert_close(rest, whole[:, given * tiny.BLOCK :])
+
+
+def test_what_is_given_is_remembered_but_learns_nothing() -> None:
+    made = tiny.network()
+    given = [tiny.noise(seed)(0, 0).requires_grad_() for seed in (1, 2)]
+    calls = []
+    forward = made.forward
+    made.forward = lambda *a, **k: calls.append(torch.is_grad_enabled()) or forward(*a, **k)
+    out = roll(made, tiny.noise(7), learning=2, given=given)
+    assert out.shape[1] == 2 * tiny.BLOCK and sum(calls) == 2 and len(calls) == 2 * len(tiny.LEVELS)
+    assert not torch.allclose(out, roll(made, tiny.noise(7), learning=2, given=given[::-1]))
+    out.square().mean().backward()
+    assert all(block.grad is None for block in given)
+    assert all(p.grad is not None for p in made.parameters())

@@ -1,9 +1,12 @@
-"""What a step of distribution matching is made of: the shape of rollouts and the prompts of their blocks."""
+"""What a step of distribution matching is made of: the shape of rollouts, their prompts and what they go on from."""
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 from tests import tiny
 
-from longtake.distillation import stages
+from longtake.distillation import dmd, stages
 from longtake.distillation.stages import DmdStage
 from longtake.distillation.trainer import Dice, Run
 from longtake.recipes import self_forcing_sink
@@ -18,30 +21,99 @@ def plans(**settings) -> list[stages._Plan]:
 
 
 def test_rollouts_have_every_length_and_every_exit() -> None:
-    made = plans(most_blocks=5, levels=(4, 2))
+    made = plans(most_blocks=5, most_given=0, levels=(4, 2))
     assert {plan.levels for plan in made} == {(4, 1), (4, 2), (4, 3), (4, 4), (2, 1), (2, 2)}
     assert {plan.blocks for plan in made} == {3, 4, 5} and all(plan.learned == 3 for plan in made)
     assert 0.5 < sum(plan.blocks == 3 for plan in made) / len(made) < 0.8
 
 
+def test_half_of_the_rollouts_go_on_from_given_blocks_to_the_end_of_the_clip() -> None:
+    made = plans(most_blocks=5, most_given=2)
+    given, free = [plan for plan in made if plan.given], [plan for plan in made if not plan.given]
+    assert {(plan.given, plan.learned, plan.blocks) for plan in given} == {(1, 2, 3), (2, 1, 3)}
+    assert {(plan.learned, plan.blocks) for plan in free} == {(3, 3), (3, 4), (3, 5)}
+    assert {plan.levels for plan in given} == {(4, 1), (4, 2), (4, 3), (4, 4)}
+    assert 0.4 < len(given) / len(made) < 0.6
+
+
+@pytest.mark.parametrize("most_given, refused", [(0, False), (2, False), (3, True)])
+def test_a_rollout_makes_at_least_one_block_itself(most_given: int, refused: bool) -> None:
+    stage = DmdStage(most_given=most_given)
+    if refused:
+        with pytest.raises(ValueError, match=r"most_given \(3\) must be below the 3 blocks of 3 latent frames"):
+            stages._require_lengths(stage, RECIPE, CLIP)
+    else:
+        stages._require_lengths(stage, RECIPE, CLIP)
+
+
 def test_a_block_stands_under_the_prompt_of_its_first_frame() -> None:
     prompt_BF = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1], [0] * 12])
     short = stages._Plan((4, 4), blocks=3, learned=3, block=3)
-    assert short.prompts_of_learned(prompt_BF).tolist() == [[0, 0, 0, 0, 0, 0, 1, 1, 1], [0] * 9]
+    assert short.prompts_of_judged(prompt_BF).tolist() == [[0, 0, 0, 0, 0, 0, 1, 1, 1], [0] * 9]
     longer = stages._Plan((4, 4), blocks=4, learned=3, block=3)
     torch.manual_seed(0)
-    drawn = {tuple(longer.prompts_of_learned(prompt_BF)[0].tolist()) for _ in range(50)}
+    drawn = {tuple(longer.prompts_of_judged(prompt_BF)[0].tolist()) for _ in range(50)}
     assert {row.index(1) for row in drawn} == {3, 6}, "the change falls on one block or another, never inside one"
 
 
-def rolled_out(blocks: int, learned: int) -> torch.Tensor:
+class Source:
+    """World and supply in one: two clips of random latents, their prompts changing inside the second block."""
+
+    latents_BFCHW = torch.randn(2, CLIP, *tiny.LATENTS[1:], generator=torch.Generator().manual_seed(5))
+    tokens_BPL = torch.ones(2, 2, 5, dtype=torch.long)
+    prompt_BF = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1], [0] * CLIP])
+    renewed = 0
+
+    def renew(self) -> None:
+        self.renewed += 1
+
+    def draw(self, count: int, frames: int) -> "Source":
+        assert (count, frames) == (2, CLIP)
+        return self
+
+    def prompts(self, count: int, seed: int) -> SimpleNamespace:
+        return SimpleNamespace(tokens_BPL=self.tokens_BPL, prompt_BF=1 - self.prompt_BF)
+
+
+def test_what_is_given_comes_with_the_prompts_of_its_clip() -> None:
+    source, stage = Source(), DmdStage(batch=2)
+
+    def words(tokens_BL: torch.Tensor) -> torch.Tensor:
+        return tokens_BL[..., None].expand(-1, -1, 8).float()
+
+    def script(plan: stages._Plan, step: int) -> stages._Script:
+        return stages._script(words, source, source, plan, stage, step)  # type: ignore[arg-type]
+
+    given = script(stages._Plan((4, 4), blocks=3, learned=1, block=3, given=2), step=stages.RENEW_EVERY)
+    assert torch.equal(torch.cat(given.given, dim=1), source.latents_BFCHW[:, :6]) and len(given.given) == 2
+    assert given.prompt_BF.tolist() == [[0, 0, 0, 0, 0, 0, 1, 1, 1], [0] * CLIP]
+    assert source.renewed == 1
+    free = script(stages._Plan((4, 4), blocks=3, learned=3, block=3), step=stages.RENEW_EVERY)
+    assert free.given == () and free.prompt_BF.tolist() == [[1, 1, 1, 1, 1, 1, 0, 0, 0], [1] * CLIP]
+    assert source.renewed == 1
+
+
+@pytest.mark.parametrize("given", [0, 1, 2])
+def test_the_student_learns_on_the_frames_it_made(given: int) -> None:
+    torch.manual_seed(0)
+    sample = torch.randn(2, CLIP, *tiny.LATENTS[1:], requires_grad=True)
+    critic, teacher = torch.randn_like(sample).detach(), torch.randn_like(sample).detach()
+    mask = stages._Plan((4, 4), blocks=3, learned=3 - given, block=3, given=given).learned_frames(sample.device)
+    loss = dmd.matching_loss(sample, lambda *_: teacher, lambda *_: critic, 3.0, mask)
+    (gradient,) = torch.autograd.grad(loss, sample)
+    reached = gradient.abs().sum(dim=(0, 2, 3, 4)) > 0
+    assert reached.tolist() == [frame >= given * 3 for frame in range(CLIP)]
+
+
+def rolled_out(blocks: int, learned: int, given: tuple[torch.Tensor, ...] = ()) -> torch.Tensor:
     made = tiny.network(extent=CLIP).float()
     torch.manual_seed(3)
-    plan = stages._Plan((2, 2), blocks, learned, RECIPE.block)
-    prompt_BF = torch.zeros(1, learned * RECIPE.block, dtype=torch.long)
+    plan = stages._Plan((2, 2), blocks, learned, RECIPE.block, len(given))
+    prompt_BF = torch.zeros(1, plan.judged * RECIPE.block, dtype=torch.long)
     text = tiny.text(prompts=2).float()
     run = Run(out=None, device=torch.device("cpu"))  # type: ignore[arg-type]  # nothing is written
-    return stages._rolled_out(made, text, prompt_BF, tiny.LATENTS[1:], RECIPE, plan, 3.0, run)
+    script = stages._Script(text, prompt_BF, given)
+    return stages._rolled_out(made, script, tiny.LATENTS[1:], RECIPE, plan, 3.0, run)
 
 
 def test_the_learned_part_of_a_long_rollout_is_the_end_of_the_whole() -> None:
@@ -49,3 +121,11 @@ def test_the_learned_part_of_a_long_rollout_is_the_end_of_the_whole() -> None:
     assert learned.requires_grad and torch.isfinite(learned).all()
     torch.testing.assert_close(learned, whole[:, -2 * RECIPE.block :])
     assert len({round(frame.sum().item(), 4) for frame in whole.unbind(1)}) == whole.shape[1], "all were produced"
+
+
+def test_teacher_and_critic_see_what_was_given_in_front_of_what_was_made() -> None:
+    given = tiny.noise(1)(0, 0).float(), tiny.noise(2)(0, 0).float()
+    sample = rolled_out(3, 1, given)
+    assert sample.shape[1] == CLIP and sample.requires_grad
+    assert torch.equal(sample[:, :6], torch.cat(given, dim=1))
+    assert not torch.allclose(sample[:, 6:], rolled_out(3, 1, given[::-1])[:, 6:]), "it goes on from what was given"

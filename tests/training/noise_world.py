@@ -30,8 +30,8 @@ def main(arguments: list[str]) -> int:
 
 
 def _record_what_processes_draw(folder: str) -> None:
-    """Write each process's plans, prompts, noise and final weights to a file of its own."""
-    seen: dict[str, list] = {"plans": [], "prompts": [], "noise": [], "weights": []}
+    """Write each process's plans, prompts, clips, noise and final weights to a file of its own."""
+    seen: dict[str, list] = {"plans": [], "prompts": [], "clips": [], "noise": [], "weights": []}
 
     def recorded(name, work):
         def run(*arguments, **more):
@@ -46,6 +46,7 @@ def _record_what_processes_draw(folder: str) -> None:
         seen["weights"] = [x.clone() for x in arguments[1].state_dict().values()]
         seen["plans"] = [str(plan) for plan in seen["plans"]]
         seen["prompts"] = [said.tokens_BPL for said in seen["prompts"]]
+        seen["clips"] = [drawn.latents_BFCHW for drawn in seen["clips"]]
         torch.save(seen, f"{folder}/{os.environ.get('RANK', '0')}.pt")
         return spent
 
@@ -53,6 +54,7 @@ def _record_what_processes_draw(folder: str) -> None:
     stages.train_dmd = train_dmd
     stages._plan = recorded("plans", stages._plan)
     training.sample_prompts = recorded("prompts", training.sample_prompts)
+    clips.ClipPool.draw = recorded("clips", clips.ClipPool.draw)
     stages.FreshNoise.__call__ = recorded("noise", stages.FreshNoise.__call__)
 
 

@@ -32,7 +32,7 @@ SETTINGS = {
     "teacher": ["batch=2", "pool=2", f"network={NETWORK}"],
     "teacher_forcing": ["batch=2", "pool=2"],
     "ode": ["batch=2", "pairs=4", "sampling_steps=4"],
-    "dmd": ["batch=2", "most_blocks=4", "levels=[4,2]"],
+    "dmd": ["batch=2", "most_blocks=4", "most_given=2", "pool=2", "levels=[4,2]", "seed=67"],  # rollouts of every kind
 }
 READS = {"teacher": "codec", "teacher_forcing": "teacher", "ode": "teacher", "dmd": "ode"}
 MAKES = {"codec": recipes.CODEC_FILE, "teacher": recipes.TEACHER_FILE}
@@ -124,7 +124,8 @@ def test_two_processes_share_the_structure_and_nothing_else(folders: Path, tmp_p
     one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert one["plans"] == two["plans"] and len(set(one["plans"])) > 1
     assert all(torch.equal(a, b) for a, b in zip(one["weights"], two["weights"], strict=True))
-    for name in ("prompts", "noise"):
+    assert one["clips"] and one["prompts"], "some rollouts go on from clips, some begin with prompts alone"
+    for name in ("prompts", "clips", "noise"):
         assert all(not torch.equal(a, b) for a, b in zip(one[name], two[name], strict=True)), name
 
 
@@ -179,6 +180,7 @@ def test_every_stage_is_a_verb() -> None:
         ("codec", ["--set", "steps=0.5"], "a whole number"),
         ("dmd", ["--from", "{ode}", "--set", "levels=[0]"], "levels must be above 0"),
         ("dmd", ["--from", "{ode}", "--set", "most_blocks=2"], "must hold the teacher's clip"),
+        ("dmd", ["--from", "{ode}", "--set", "most_given=3"], "must be below the 3 blocks"),
         ("teacher_forcing", ["--from", "{ode}", "--set", "frames=32"], "whole blocks"),
         ("teacher", ["--from", "{ode}"], "another shape"),
         ("teacher", [], "--from"),

@@ -7,6 +7,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from longtake.generation.blockwise import commit
 from longtake.generation.noise import Noise
 from longtake.generation.recipe import Schedule
 from longtake.memory.stream_memory import MemoryShape, StreamMemory
@@ -34,12 +35,17 @@ def rollout(
     *,
     blocks: int,
     learning: int,
+    given: Sequence[Tensor] = (),
 ) -> Tensor:
     """Latents [B, F, C, H, W] of the last `learning` of so many blocks, each with the graph of its last estimate.
 
-    levels end at the exit step (Self Forcing, arXiv 2506.08009, Algorithm 1): the estimate made there is the result,
-    and what later blocks remember. No gradient passes through memory.
+    given: clean latents [B, F, C, H, W] of the first blocks, which the rollout goes on from: they count among the
+    blocks and are remembered under their own prompts, as if they had just been made. levels end at the exit step (Self
+    Forcing, arXiv 2506.08009, Algorithm 1): the estimate made there is the result, and what later blocks remember. No
+    gradient passes through memory.
     """
     stream = StreamMemory(memory, network.config.layers, ring=False)
+    for latents_BFCHW in given:
+        commit(network, stream, latents_BFCHW, prompts(stream.blocks))
     made = schedule(network, stream, prompts, noise, levels, lambda block: block >= blocks - learning)
-    return torch.cat(list(islice(made, blocks))[-learning:], dim=1)
+    return torch.cat(list(islice(made, blocks - len(given)))[-learning:], dim=1)

@@ -4,7 +4,8 @@
     teacher          clips -> bidirectional teacher and its text encoder, by flow matching
     teacher_forcing  teacher + clips -> causal student, by flow matching in front of the clean past
     ode              teacher + prompts -> causal student, by regression of the teacher's trajectories
-    dmd              teacher + student + prompts -> few-step student, by distribution matching on its own rollouts
+    dmd              teacher + student + prompts + clips -> few-step student, by distribution matching on its own
+                     rollouts
 
 Every process draws its own noise and prompts; what has to be alike in all (recipe, exit step, length) comes from
 shared dice.
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -119,7 +120,7 @@ class Stage:
                     raise ValueError(f"{name} must be {least}, got {value}")
 
 
-_MAY_BE_0 = {"seed", "kl_weight", "subject_weight", "no_prompt_share", "encoder_blocks", "decoder_blocks"}
+_MAY_BE_0 = {"seed", "kl_weight", "subject_weight", "no_prompt_share", "encoder_blocks", "decoder_blocks", "most_given"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +193,9 @@ class OdeStage(Stage):
 class DmdStage(Stage):
     """Distribution matching under every recipe and every number of levels in turn.
 
-    Rollouts are as long as the teacher's clip, or up to `most_blocks` and learn on their last part.
+    Half of the rollouts go on from the first 1 to `most_given` blocks of a real clip, out of `pool`, to the length of
+    the teacher's clip (0: none do): a student learns to go on from any moment. The others begin with nothing; they are
+    as long as the teacher's clip, or up to `most_blocks` and learn on their last part.
     """
 
     seconds: float = 330.0
@@ -204,6 +207,8 @@ class DmdStage(Stage):
     average: float = 0.98
     guidance: float = 3.0
     most_blocks: int = 11
+    most_given: int = 6
+    pool: int = 256
     levels: tuple[int, ...] = (4,)
 
 
@@ -364,35 +369,31 @@ def train_dmd(
     shift: float, stage: DmdStage, run: Run,
 ) -> dict[str, float]:  # fmt: skip
     for recipe in recipes:
-        if network.config.extent % recipe.block or stage.most_blocks * recipe.block < network.config.extent:
-            raise ValueError(
-                f"rollouts of up to {stage.most_blocks} blocks of {recipe.block} latent frames must hold the teacher's "
-                f"clip, {network.config.extent} frames, in whole blocks"
-            )
+        _require_lengths(stage, recipe, network.config.extent)
     critic = copy.deepcopy(teacher).requires_grad_(True).train()
     network.requires_grad_(True).train()
     student = Learner(network, [_dmd_adam(network, stage.lr)], average=stage.average)
     judge = Learner(critic, [_dmd_adam(critic, stage.critic_lr)], average=None)
     compile_for(run, network, teacher, critic)
     shared = Dice(stage.seed)
+    supply = world.clips(stage.pool, stage.seed) if stage.most_given else None
     with torch.no_grad():
         nothing_BPLE = embed(text, text.no_prompt(stage.batch)[:, None])
 
     def turn(step: int) -> dict[str, Tensor]:
         recipe = recipes[step % len(recipes)]
         plan = _plan(shared, recipe, stage, network.config.extent)
-        said = world.prompts(stage.batch, stage.seed * 1_000_000 + step)
-        prompt_BF = plan.prompts_of_learned(said.prompt_BF)
-        with torch.no_grad():
-            text_BPLE = embed(text, said.tokens_BPL)
+        script = _script(text, world, supply, plan, stage, step)
+        text_BPLE, prompt_BF, _ = script
         with run.autocast():
-            sample = _rolled_out(network, text_BPLE, prompt_BF, world.latent_size, recipe, plan, shift, run).float()
+            sample = _rolled_out(network, script, world.latent_size, recipe, plan, shift, run).float()
             guided = dmd.guided_estimate(
                 dmd.estimate_by(teacher, text_BPLE, prompt_BF),
                 dmd.estimate_by(teacher, nothing_BPLE, None),
                 stage.guidance,
             )
-            loss = dmd.matching_loss(sample, guided, dmd.estimate_by(critic, text_BPLE, prompt_BF), shift)
+            by_critic = dmd.estimate_by(critic, text_BPLE, prompt_BF)
+            loss = dmd.matching_loss(sample, guided, by_critic, shift, plan.learned_frames(run.device))
         norm = student.step(loss)
         for _ in range(stage.critic_turns):
             with run.autocast():
@@ -404,9 +405,24 @@ def train_dmd(
     shown = [recipe.with_levels(stage.levels[0]) for recipe in recipes]
     look = _student_strips(text, network, student, world, shown, shift, run)
     learners = {"student": student, "critic": judge}
-    spent = train(learners, turn, _budget(stage, warmup=20), run, keep={"shared": shared}, look=look, log_every=25)
+    keep = {"shared": shared} | ({"clips": supply} if supply is not None else {})
+    spent = train(learners, turn, _budget(stage, warmup=20), run, keep=keep, look=look, log_every=25)
     student.swap_average()
     return spent
+
+
+def _require_lengths(stage: DmdStage, recipe: Recipe, clip: int) -> None:
+    """ValueError unless rollouts hold the teacher's clip in whole blocks, of which at least one is not given."""
+    if clip % recipe.block or stage.most_blocks * recipe.block < clip:
+        raise ValueError(
+            f"rollouts of up to {stage.most_blocks} blocks of {recipe.block} latent frames must hold the teacher's "
+            f"clip, {clip} frames, in whole blocks"
+        )
+    if stage.most_given * recipe.block >= clip:
+        raise ValueError(
+            f"most_given ({stage.most_given}) must be below the {clip // recipe.block} blocks of {recipe.block} latent "
+            f"frames in the teacher's clip"
+        )
 
 
 @dataclass(frozen=True)
@@ -418,14 +434,27 @@ class _Plan:
     blocks: int
     learned: int
     block: int
+    given: int = 0
+    """Blocks of a real clip that it goes on from; those that learn follow at once."""
 
-    def prompts_of_learned(self, prompt_BF: Tensor) -> Tensor:
-        """The prompt of each learned frame [B, F]: that of its block's first frame, in a clip as long as any.
+    @property
+    def judged(self) -> int:
+        """The last blocks, those that teacher and critic see."""
+        return self.given + self.learned
 
-        A rollout of more than the learned part may have come to any moment of the clip by then.
+    def learned_frames(self, device: torch.device) -> Tensor | None:
+        """1 for the judged frames that learn, [1, F, 1, 1, 1]; None where all do."""
+        if not self.given:
+            return None
+        return (torch.arange(self.judged * self.block, device=device) >= self.given * self.block).view(1, -1, 1, 1, 1)
+
+    def prompts_of_judged(self, prompt_BF: Tensor) -> Tensor:
+        """The prompt of each judged frame [B, F]: that of its block's first frame, in a clip that holds as many.
+
+        A rollout of more than the judged part may have come to any moment of the clip by then.
         """
-        frames, batch = self.learned * self.block, prompt_BF.shape[0]
-        latest = prompt_BF.shape[1] - frames + 1 if self.blocks > self.learned else 1
+        frames, batch = self.judged * self.block, prompt_BF.shape[0]
+        latest = prompt_BF.shape[1] - frames + 1 if self.blocks > self.judged else 1
         starts = torch.randint(latest, (batch, 1), device=prompt_BF.device)
         firsts = starts + torch.arange(0, frames, self.block, device=prompt_BF.device)
         return prompt_BF.gather(1, firsts).repeat_interleave(self.block, dim=1)
@@ -433,30 +462,58 @@ class _Plan:
 
 def _plan(shared: Dice, recipe: Recipe, stage: DmdStage, clip: int) -> _Plan:
     levels = stage.levels[shared.below(len(stage.levels))]
-    learned = clip // recipe.block
-    # Half the rollouts are as long as the clip; the others may be longer and learn on their last part only.
-    longer = shared.below(2) * shared.below(stage.most_blocks - learned + 1)
-    return _Plan((levels, 1 + shared.below(levels)), learned + longer, learned, recipe.block)
+    judged = clip // recipe.block
+    # Half the rollouts go on from given blocks, to the end of the clip.
+    given = shared.below(2) * (1 + shared.below(stage.most_given)) if stage.most_given else 0
+    # Half of those that begin with nothing are as long as the clip, the others may be longer.
+    longer = 0 if given else shared.below(2) * shared.below(stage.most_blocks - judged + 1)
+    return _Plan((levels, 1 + shared.below(levels)), judged + longer, judged - given, recipe.block, given)
+
+
+class _Script(NamedTuple):
+    """What a rollout is to show: P prompts a clip, and the number of the one that each judged frame stands under."""
+
+    text_BPLE: Tensor
+    prompt_BF: Tensor
+    given: tuple[Tensor, ...] = ()
+    """Latent blocks [B, F, C, H, W] that it goes on from."""
+
+
+@torch.no_grad()
+def _script(
+    text: WordEncoder, world: World, supply: ClipSupply | None, plan: _Plan, stage: DmdStage, step: int
+) -> _Script:
+    """Real clips with their prompts, where blocks are given; else prompts alone."""
+    said: Prompts
+    if supply is not None and plan.given:
+        said = clips = _drawn(supply, step, stage.batch, plan.judged * plan.block)
+        given = clips.latents_BFCHW.split(plan.block, dim=1)[: plan.given]
+    else:
+        said, given = world.prompts(stage.batch, stage.seed * 1_000_000 + step), ()
+    return _Script(embed(text, said.tokens_BPL), plan.prompts_of_judged(said.prompt_BF), given)
 
 
 def _rolled_out(
-    network: WanTransformer, text_BPLE: Tensor, prompt_BF: Tensor, latent_size: tuple[int, int, int], recipe: Recipe,
-    plan: _Plan, shift: float, run: Run,
+    network: WanTransformer, script: _Script, latent_size: tuple[int, int, int], recipe: Recipe, plan: _Plan,
+    shift: float, run: Run,
 ) -> Tensor:  # fmt: skip
-    """The learned part of a rollout, [B, F, C, H, W]; what comes before it stands under the first prompt."""
-    keys = network.prompt_keys(text_BPLE)
-    by_block = [keys.select(number_B) for number_B in prompt_BF[:, :: recipe.block].unbind(1)]
-    before = keys.select(torch.zeros_like(prompt_BF[:, 0]))
-    early = plan.blocks - plan.learned
+    """The judged part of a rollout, [B, F, C, H, W]; what comes before it stands under the first prompt."""
+    keys = network.prompt_keys(script.text_BPLE)
+    by_block = [keys.select(number_B) for number_B in script.prompt_BF[:, :: recipe.block].unbind(1)]
+    before = keys.select(torch.zeros_like(script.prompt_BF[:, 0]))
+    early = plan.blocks - plan.judged
 
     def prompts(block: int) -> PromptKeys:
         return by_block[block - early] if block >= early else before
 
-    noise = FreshNoise((len(prompt_BF), recipe.block, *latent_size), run.device)
+    noise = FreshNoise((len(script.prompt_BF), recipe.block, *latent_size), run.device)
     count, used = plan.levels
     levels = recipe.with_levels(count).levels(shift)[:used]
-    memory = recipe.memory(network)
-    return rollout(recipe.schedule, network, memory, prompts, noise, levels, blocks=plan.blocks, learning=plan.learned)
+    learned_BFCHW = rollout(
+        recipe.schedule, network, recipe.memory(network), prompts, noise, levels,
+        blocks=plan.blocks, learning=plan.learned, given=script.given,
+    )  # fmt: skip
+    return torch.cat([*script.given, learned_BFCHW], dim=1)
 
 
 def _student_strips(

@@ -16,6 +16,8 @@ HARDER: dict[str, dict[str, float]] = {
     "motion": {"spins": 4.0},
 }
 """What networks learn last, with the weight of its scenes against 1 of others when training chooses."""
+CHANGES = 0.4
+"""The share of clips that are asked for a change: more than the world has, for streams are redirected often."""
 
 
 class LatentClips(NamedTuple):
@@ -108,7 +110,7 @@ def sample_prompts(count: int, seed: int, device: torch.device, pictures_a_frame
 
 def training_scenes(count: int, seed: int, device: torch.device) -> Scenes:
     """Scenes in which what is `HARDER` comes up more often, chosen among three times as many."""
-    scenes = sample_scenes(3 * count, seed)
+    scenes = sample_scenes(3 * count, seed, changes=CHANGES)
     weights = torch.ones(len(scenes))
     for attribute, values in HARDER.items():
         for value, times in values.items():
