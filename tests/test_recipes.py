@@ -1,6 +1,7 @@
 """Loading: by name, folder and file; and what is refused."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,18 @@ def engine(model="toy", recipe="self_forcing_sink", dtype=torch.float32):
 
 def test_recipes_see_equally_many_finished_frames_and_fit_the_network() -> None:
     network = engine().network
+    network.config = replace(network.config, reads_far=True)
     for name in recipes.RECIPES:
         recipe = recipes.recipe_named(name)
         assert recipe.name == name
         assert recipe.memory(network).window.frames == 6
     assert ("toy", "self_forcing") in recipes.MODELS and ("toy", "self_forcing_sink") in recipes.MODELS
+
+
+def test_a_network_that_cannot_read_a_far_state_is_refused_one() -> None:
+    network = engine().network
+    with pytest.raises(ValueError, match="hybrid_forcing has a far state, which this network was not trained to read"):
+        recipes.hybrid_forcing().memory(network)
 
 
 def test_a_name_a_folder_and_a_file_load_the_same_network(tmp_path: Path) -> None:

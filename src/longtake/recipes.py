@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longtake.attention.block_sparse import block_sparse
 from longtake.flow import even_levels
 from longtake.generation.blockwise import blockwise
 from longtake.generation.clip import sample_clip
 from longtake.generation.noise import SeededNoise
 from longtake.generation.recipe import Recipe
 from longtake.generation.stream import Engine, to_uint8
+from longtake.memory.far import FarShape
 from longtake.models.light_codec import LightCodec, LightCodecConfig
 from longtake.models.text import WordEncoder, WordEncoderConfig, WordText
 from longtake.models.wan import WanConfig, WanTransformer
@@ -40,9 +42,19 @@ def self_forcing_sink() -> Recipe:
     return replace(self_forcing(), name="self_forcing_sink", sink=3, past=3)
 
 
+def hybrid_forcing() -> Recipe:
+    """Hybrid Forcing (arXiv 2604.10103): a fifth of the window's key blocks, and a far state of what left it.
+
+    Blocks are a third of the embedded model's latent frame; published are 64 tokens of 1,560.
+    """
+    near = partial(block_sparse, share=0.2, block_q=28, block_k=28)
+    return replace(self_forcing_sink(), name="hybrid_forcing", far=FarShape(), near=near)
+
+
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "self_forcing": self_forcing,
     "self_forcing_sink": self_forcing_sink,
+    "hybrid_forcing": hybrid_forcing,
 }
 
 CPU = torch.device("cpu")

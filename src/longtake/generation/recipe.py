@@ -8,7 +8,9 @@ from torch import Tensor
 
 from longtake.flow import TIMESTEPS, warped_levels
 from longtake.generation.noise import Noise
+from longtake.memory.far import FarShape
 from longtake.memory.stream_memory import MemoryShape, StreamMemory
+from longtake.memory.view import Attend
 from longtake.memory.window import WindowShape
 from longtake.models.wan import PromptKeys, WanTransformer
 
@@ -32,18 +34,33 @@ class Schedule(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """One named method. Frames are latent frames; `steps` is a published step list (in thousandths, unshifted)."""
+    """One named method. Frames are latent frames; `steps` is a published step list (in thousandths, unshifted).
+
+    far: what is made of frames that left the window; None forgets them. near: how the window is attended.
+    """
 
     name: str
     schedule: Schedule
     sink: int
     past: int
+    far: FarShape | None = None
+    near: Attend = MemoryShape.near
     block: int = 3
     steps: tuple[float, ...] = (1000, 750, 500, 250)
 
     def memory(self, network: WanTransformer) -> MemoryShape:
-        """The memory of this recipe for a network, positions capped at the extent it was trained on."""
-        shape = MemoryShape(window=WindowShape(sink=self.sink, past=self.past), extent=network.config.extent)
+        """The memory of this recipe for a network, positions capped at the extent it was trained on.
+
+        ValueError for a network that cannot read what the recipe remembers.
+        """
+        if self.far and not network.config.reads_far:
+            raise ValueError(f"recipe {self.name} has a far state, which this network was not trained to read")
+        shape = MemoryShape(
+            window=WindowShape(sink=self.sink, past=self.past),
+            extent=network.config.extent,
+            far=self.far,
+            near=self.near,
+        )
         shape.require_fit(self.block, network.config.extent)
         return shape
 
