@@ -1,10 +1,19 @@
+import pytest
 import torch
 
 from longtake.models.light_codec import LightCodec, LightCodecConfig
-from longtake.toy.captions import TEXT_LENGTH
-from longtake.toy.clips import ClipPool, prompt_of_frames, sample_prompts, subject_share, training_scenes
+from longtake.toy.captions import TEXT_LENGTH, decode, parse
+from longtake.toy.clips import (
+    HARDER,
+    ClipPool,
+    _own_words,
+    prompt_of_frames,
+    sample_prompts,
+    subject_share,
+    training_scenes,
+)
 from longtake.toy.scenes import (
-    ATTRIBUTES,
+    CAMERAS,
     COLOURS,
     PLACES,
     SUBJECTS,
@@ -49,15 +58,30 @@ def test_the_share_of_a_cell_is_averaged_over_a_latent_frames_pictures() -> None
     assert share[0, 0, 0, 0] == 0.5 and share[0, 1, 1, 1] == 0.5 and share.sum() == 1
 
 
-def test_what_is_harder_comes_up_more_often_and_held_out_scenes_never_do() -> None:
-    often, plain = training_scenes(2000, 5, torch.device("cpu")), sample_scenes(6000, 5)
-    for attribute, value, least, most in (("camera", "looks away", 1.4, 4), ("camera", "still", 0.3, 0.8)):
-        index = ATTRIBUTES[attribute].index(value)
-        shares = [(getattr(scenes, attribute) == index).double().mean() for scenes in (often, plain)]
-        assert least < shares[0] / shares[1] < most
+def test_what_is_harder_comes_up_more_often_where_captions_say_it_and_held_out_scenes_never_do() -> None:
+    (often, tokens), plain = training_scenes(2000, 5, torch.device("cpu")), sample_scenes(6000, 5)
+    said = [parse(decode(row.tolist())) for row in tokens[:, 0]]
+    named = torch.tensor(["camera" in one for one in said])
+    assert all(
+        one["camera"] == CAMERAS[i] for one, i in zip(said, often.camera.tolist(), strict=True) if "camera" in one
+    )
+    away = often.camera == CAMERAS.index("looks away")
+    share = (plain.camera == CAMERAS.index("looks away")).double().mean()
+    changes = torch.isfinite(often.change_seconds)
+    assert 2 < away[named & ~changes].double().mean() / share < 4
+    assert away[~named].double().mean() < share  # captions rather leave a still camera out
+    assert 0.2 < changes.double().mean() < 0.35
+    assert away[changes].double().mean() < 1.3 * share
     rows = zip(often.subject.tolist(), often.colour[:, 0].tolist(), often.place[:, 0].tolist(), strict=True)
     combinations = {(SUBJECTS[s], COLOURS[c], PLACES[p]) for s, c, p in rows}
     assert not combinations & held_out_combinations()
+
+
+@pytest.mark.parametrize("attribute", HARDER)
+def test_captions_are_known_to_say_an_attribute_as_parsing_has_it(attribute: str) -> None:
+    _, tokens = training_scenes(300, 6, torch.device("cpu"))
+    own = torch.isin(tokens[:, 0], _own_words(attribute)).any(1)
+    assert own.tolist() == [attribute in parse(decode(row.tolist())) for row in tokens[:, 0]]
 
 
 def test_a_pool_made_again_holds_the_same_clips() -> None:

@@ -1,5 +1,6 @@
 """Clips of the toy world to learn from: rendered and encoded on the spot, in a pool that is renewed all the time."""
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from longtake.models.codec import Codec
-from longtake.toy.captions import caption_tokens
+from longtake.toy.captions import LANDMARK_WAYS, PHRASES, VOCABULARY, caption_tokens
 from longtake.toy.scenes import ATTRIBUTES, CLIP_PICTURES, RATE, Scenes, sample_scenes
 from longtake.toy.world import Painter, Rendering, paint, render
 
@@ -15,9 +16,7 @@ HARDER: dict[str, dict[str, float]] = {
     "camera": {"looks away": 10.0, "pans left": 3.0, "pans right": 3.0},
     "motion": {"spins": 4.0},
 }
-"""What networks learn last, with the weight of its scenes against 1 of others when training chooses."""
-CHANGES = 0.4
-"""The share of clips that are asked for a change: more than the world has, for streams are redirected often."""
+"""What networks learn last, with the weight of scenes whose caption says it, against 1 of others."""
 
 
 class LatentClips(NamedTuple):
@@ -89,13 +88,13 @@ class ClipPool:
     @torch.no_grad()
     def _make(self) -> LatentClips:
         seed = (self._seed << 32) + self._made
-        scenes = training_scenes(self._at_once, seed, self._device)
+        scenes, tokens_BPL = training_scenes(self._at_once, seed, self._device)
         rendered = render(scenes, CLIP_PICTURES, painter=self._painter)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
             latents, _ = self._codec.encode(rendered.frames_BFCHW)
         return LatentClips(
             latents.bfloat16(),
-            caption_tokens(scenes, seed),
+            tokens_BPL,
             prompt_of_frames(scenes, latents.shape[1], self._codec.temporal_factor),
             subject_share(rendered, self._codec).bfloat16(),
         )
@@ -103,20 +102,40 @@ class ClipPool:
 
 def sample_prompts(count: int, seed: int, device: torch.device, pictures_a_frame: int) -> Prompts:
     """The captions of scenes that are not rendered. The same seed gives the same ones."""
-    scenes = training_scenes(count, seed, device)
+    scenes, tokens_BPL = training_scenes(count, seed, device)
     frames = 1 + (CLIP_PICTURES - 1) // pictures_a_frame
-    return Prompts(caption_tokens(scenes, seed), prompt_of_frames(scenes, frames, pictures_a_frame))
+    return Prompts(tokens_BPL, prompt_of_frames(scenes, frames, pictures_a_frame))
 
 
-def training_scenes(count: int, seed: int, device: torch.device) -> Scenes:
-    """Scenes in which what is `HARDER` comes up more often, chosen among three times as many."""
-    scenes = sample_scenes(3 * count, seed, changes=CHANGES)
+def training_scenes(count: int, seed: int, device: torch.device) -> tuple[Scenes, Tensor]:
+    """Scenes with the tokens [B, 2, L] of their captions, chosen among three times as many.
+
+    What is `HARDER` comes up more often where a caption says it and nothing changes: what captions leave open, the
+    share of clips with a change and what those show are as in the world.
+    """
+    scenes = sample_scenes(3 * count, seed)
+    tokens_BPL = caption_tokens(scenes, seed)
     weights = torch.ones(len(scenes))
     for attribute, values in HARDER.items():
+        said = torch.isin(tokens_BPL[:, 0], _own_words(attribute)).any(1)
         for value, times in values.items():
-            weights[getattr(scenes, attribute) == ATTRIBUTES[attribute].index(value)] *= times
+            weights[said & (getattr(scenes, attribute) == ATTRIBUTES[attribute].index(value))] *= times
+    changes = torch.isfinite(scenes.change_seconds)
+    weights[~changes] /= weights[~changes].mean()
+    weights[changes] = 1
     chosen = torch.multinomial(weights, count, generator=torch.Generator().manual_seed(seed))
-    return scenes[chosen].to(device)
+    return scenes[chosen].to(device), tokens_BPL[chosen].to(device)
+
+
+@cache
+def _own_words(attribute: str) -> Tensor:
+    """The tokens of words that phrases about this attribute have, and no others: a caption with one says it."""
+    words = {
+        name: {word for ways in values.values() for way in ways for word in way.split()}
+        for name, values in PHRASES.items()
+    }
+    others = set().union(*(words[name] for name in words if name != attribute), *map(str.split, LANDMARK_WAYS))
+    return torch.tensor(sorted(VOCABULARY.index(word) for word in words[attribute] - others))
 
 
 def prompt_of_frames(scenes: Scenes, frames: int, pictures_a_frame: int) -> Tensor:
