@@ -98,7 +98,7 @@ class Engine:
 
     def pictures_in(self, blocks: int) -> int:
         """How many pictures the first blocks of a stream are."""
-        return 1 + self.codec.temporal_factor * (self.recipe.block * blocks - 1)
+        return self.codec.pictures(self.recipe.block * blocks)
 
     @torch.no_grad()
     def latents_of(self, pictures_BTHWC: Tensor) -> Tensor:
