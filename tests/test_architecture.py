@@ -27,8 +27,10 @@ MAY_IMPORT = {
     "serving": "generation media",
     "recipes": "flow media parallel attention memory models generation toy distillation evaluation",
     "training": "flow media parallel attention memory models generation toy distillation evaluation recipes",
+    "explain": "memory models generation evaluation recipes",
     "cli": (
-        "flow media parallel attention memory models generation toy distillation evaluation serving training recipes"
+        "flow media parallel attention memory models generation toy distillation evaluation serving training explain "
+        "recipes"
     ),
 }
 ENGINE_AND_TRAINING = "flow attention memory models generation distillation parallel recipes toy training"

@@ -102,6 +102,7 @@ finally:
         ["evaluate", "redirect"],
         ["evaluate", "recall"],
         ["models"],
+        ["explain"],
     ],
 )
 def test_every_verb_explains_itself(verb, capsys):
@@ -204,6 +205,8 @@ def test_a_terminal_gets_one_line_that_rewrites_itself(engine, capsys, monkeypat
         (["generate", "a red ball", "-o", "nowhere/out.mp4"], "there is no folder nowhere"),
         (["bench", "stream", "--repeats", "0"], "at least one repeat"),
         (["bench", "stream", "--seconds", "0.1"], "at least two blocks"),
+        (["explain", "hybrid_forsing"], "no recipe 'hybrid_forsing': did you mean hybrid_forcing"),
+        (["explain", "self_forcing", "--blocks", "0"], "a table has at least one block, got 0"),
         (["evaluate", "toy", "--prompt-file", "nowhere.txt"], "nowhere.txt: No such file or directory"),
     ],
 )
@@ -241,7 +244,7 @@ def test_what_cannot_be_parsed_exits_with_2(arguments, capsys):
     assert capsys.readouterr().out == ""
 
 
-# bench, evaluate, models
+# bench, evaluate, models, explain
 
 
 def test_bench_prints_json_alone(engine, capsys):
@@ -371,3 +374,21 @@ def test_recall_in_words_and_json(engine, capsys, monkeypatch):
 def test_models_lists_what_runs(capsys):
     assert main(["models"]) == 0
     assert "--model toy --recipe self_forcing_sink\n" in capsys.readouterr().out
+
+
+def test_explain_lists_the_recipes(capsys):
+    assert main(["explain"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["self_forcing", "self_forcing_sink", "hybrid_forcing"]
+    assert "2604.10103" in lines[-1]
+    assert main(["explain", "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)) == ["self_forcing", "self_forcing_sink", "hybrid_forcing"]
+
+
+def test_explain_in_words_and_json(capsys):
+    assert main(["explain", "hybrid_forcing"]) == 0
+    words = capsys.readouterr().out
+    assert "Hybrid Forcing (arXiv 2604.10103)" in words
+    assert main(["explain", "hybrid_forcing", "--blocks", "2", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [row["frames"] for row in told["blocks"]] == [[0, 1, 2], [3, 4, 5]]

@@ -1,4 +1,4 @@
-"""The command line: `longtake generate | bench | evaluate | train | models`.
+"""The command line: `longtake generate | bench | evaluate | train | models | explain`.
 
 Results go to stdout, progress and complaints to stderr. Verbs import the parts of longtake that they use when they
 run: torch takes seconds to import, and `longtake --help` should not wait for it.
@@ -323,6 +323,30 @@ def models() -> int:
 
     for model, recipe in MODELS:
         print(f"--model {model} --recipe {recipe}")
+    return 0
+
+
+@app.command
+def explain(
+    recipe: Annotated[Positional[str | None], arg(metavar="RECIPE")] = None,
+    blocks: Annotated[int | None, arg(metavar="N")] = None,
+    json: bool = False,
+) -> int:
+    """Say what a recipe does, block by block: what is attended, at which positions, and what becomes of the past.
+
+    Args:
+        recipe: The method to explain; without one, all are listed.
+        blocks: How many blocks to tell of; unless given, those until all that follow are alike.
+        json: Print one JSON object.
+    """
+    from longtake import explain as words
+
+    if recipe is None:
+        listed = words.recipes_in_short()
+        print(dumps(listed, indent=2) if json else "\n".join(f"{name:18} {about}" for name, about in listed.items()))
+    else:
+        told = words.explain(recipe, blocks)
+        print(dumps(told, indent=2) if json else words.in_words(told))
     return 0
 
 

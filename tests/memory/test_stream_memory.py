@@ -44,6 +44,23 @@ def test_shapes_that_cannot_be_streamed_are_refused_with_the_numbers(memory: Mem
         memory.require_fit(block=3, trained_extent=21)
 
 
+@pytest.mark.parametrize("ring", [True, False])
+def test_a_cut_forgets_the_window_and_counts_blocks_on(ring: bool) -> None:
+    memory = tiny.memory(tiny.network(), ring=ring)
+    keys = [(torch.randn(1, 18, 2, 12),) * 2 for _ in range(memory.layers)]
+    for _ in range(4):
+        memory.commit(keys, 3)
+    twin = memory.fork()
+    memory.cut(0)
+    memory.audit()
+    assert memory.held(0) is None and (memory.frames, memory.blocks) == (0, 4)
+    for _ in range(6):  # twice the window
+        memory.commit(keys, 3)
+        memory.audit()
+    assert sorted(memory.held(0).frames) == [0, 1, 2, 15, 16, 17]
+    assert sorted(twin.held(0).frames) == [0, 1, 2, 9, 10, 11]
+
+
 def test_keys_are_cut_from_their_graph_and_a_wrong_number_of_layers_is_refused() -> None:
     made = tiny.network()
     memory = tiny.memory(made, ring=False)

@@ -22,6 +22,9 @@ from longtake.memory.stream_memory import StreamMemory
 from longtake.models.codec import Codec, CodecState
 from longtake.models.wan import PromptKeys, WanTransformer
 
+FAR_AFTER_REDIRECT = 1.0  # as it was, until a trained far state can be measured
+FAR_AFTER_CUT = 0.0  # a new scene owes nothing to the old one
+
 
 class TextEncoder(Protocol):
     """Whatever turns B prompts into embeddings [B, L, E]; ValueError for a prompt it cannot read."""
@@ -95,7 +98,7 @@ class Engine:
 
     def pictures_in(self, blocks: int) -> int:
         """How many pictures the first blocks of a stream are."""
-        return 1 + self.codec.temporal_factor * (self.recipe.block * blocks - 1)
+        return self.codec.pictures(self.recipe.block * blocks)
 
     @torch.no_grad()
     def latents_of(self, pictures_BTHWC: Tensor) -> Tensor:
@@ -134,6 +137,9 @@ class Engine:
         return StreamBatch(self, prompts, seeds, pictures)
 
 
+_CLOSED = "this stream is closed, or failed: open another one"
+
+
 class _Closing(ABC):
     """What is closed when its `with` is left."""
 
@@ -167,9 +173,11 @@ class StreamBatch(_Closing):
         self.seeds = list(seeds)
         self.blocks = self.pictures = 0
         self.timings: Timings | None = None
-        self._set_prompts(prompts)
+        self.prompts = list(prompts)
+        self._prompt_keys = engine.prompt_keys(*prompts)
         self._codec_state: CodecState | None = None
         memory = StreamMemory(engine.recipe.memory(engine.network), engine.network.config.layers, ring=True)
+        self._memory: StreamMemory | None = memory
         if pictures_BTHWC is not None:
             self._begin_with(pictures_BTHWC, memory)
         self._latents: Iterator[Tensor] | None = engine.recipe.schedule(
@@ -189,25 +197,31 @@ class StreamBatch(_Closing):
             self._decode(latents_BFCHW)  # for the state that the next block goes on from
         self.blocks, self.pictures = memory.blocks, pictures_BTHWC.shape[1]
 
-    def redirect(self, prompts: Sequence[str]) -> None:
-        """Go on under other prompts, one a stream, from the next block; what is remembered stays.
+    def redirect(self, prompts: Sequence[str], *, far: float = FAR_AFTER_REDIRECT) -> None:
+        """Go on under other prompts, one a stream, from the next block, as `Stream.redirect`."""
+        self._go_on_under(prompts, lambda memory: memory.fade_far(far))
 
-        ValueError, for a prompt that cannot be read or another number of them, leaves the old ones.
-        """
+    def cut(self, prompts: Sequence[str], *, far: float = FAR_AFTER_CUT) -> None:
+        """Begin a new shot in every stream, each under its own prompt, with the next block, as `Stream.cut`."""
+        self._go_on_under(prompts, lambda memory: memory.cut(far))
+        self._codec_state = None  # a decoder that goes on shows the old shot through the new one for two pictures
+
+    def _go_on_under(self, prompts: Sequence[str], change: Callable[[StreamMemory], None]) -> None:
+        """Take other prompts and change the memory: both, or neither if either is refused."""
+        if self._memory is None:
+            raise RuntimeError(_CLOSED)
         if len(prompts) != len(self.seeds):
             raise ValueError(f"{len(self.seeds)} streams cannot go on under {len(prompts)} prompts")
-        self._set_prompts(prompts)
-
-    def _set_prompts(self, prompts: Sequence[str]) -> None:
-        self._prompt_keys = self.engine.prompt_keys(*prompts)
-        self.prompts = list(prompts)
+        keys = self.engine.prompt_keys(*prompts)
+        change(self._memory)
+        self._prompt_keys, self.prompts = keys, list(prompts)
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Tensor:
         if self._latents is None:
-            raise RuntimeError("this stream is closed, or failed: open another one")
+            raise RuntimeError(_CLOSED)
         try:
             return self._next_pictures(self._latents)
         except BaseException:  # Ctrl-C too: half a block is in no state to go on from
@@ -229,7 +243,7 @@ class StreamBatch(_Closing):
 
     def close(self) -> None:
         """Let go of memory and codec state; closed streams make no more pictures."""
-        self._latents = self._codec_state = None  # the schedule holds the memory
+        self._latents = self._memory = self._codec_state = None  # the schedule holds the memory too
 
     @torch.no_grad()
     def _decode(self, latents_BFCHW: Tensor) -> Tensor:
@@ -254,9 +268,23 @@ class Stream(_Closing):
     def prompt(self) -> str:
         return self._batch.prompts[0]
 
-    def redirect(self, prompt: str) -> None:
-        """Go on under another prompt, from the next block; what is remembered stays. ValueError leaves the old one."""
-        self._batch.redirect([prompt])
+    def redirect(self, prompt: str, *, far: float = FAR_AFTER_REDIRECT) -> None:
+        """Go on under another prompt, from the next block. The window stays, so what is seen changes as it goes on.
+
+        far: the share of the far state that weighs on, 0 (none) to 1 (all); recipes without one take any share and
+        have nothing to fade. The default is not a measured one: there are no weights yet that read a far state.
+        ValueError, for a prompt that cannot be read or another share, changes nothing.
+        """
+        self._batch.redirect([prompt], far=far)
+
+    def cut(self, prompt: str, *, far: float = FAR_AFTER_CUT) -> None:
+        """Begin a new shot with the next block: the window is forgotten, and positions start over.
+
+        Blocks, pictures and noise are counted on. The shot begins like a video: its first block becomes the sink, and
+        has fewer pictures than others, since the codec makes one picture of a video's first latent frame.
+        far, ValueError: as for `redirect`, but that by default nothing of the far state weighs on.
+        """
+        self._batch.cut([prompt], far=far)
 
     def __iter__(self) -> Self:
         return self

@@ -128,8 +128,7 @@ class FarState:
 
     def fade(self, share: float) -> Self:
         """The state at a redirect or a cut: that share of it weighs on (1 keeps all, 0 forgets all)."""
-        if not 0 <= share <= 1:
-            raise ValueError(f"a far state keeps a share of 0 to 1, not {share}")
+        require_share(share)
         return self._with(_scaled(self.sums, share))
 
     def nbytes(self) -> int:
@@ -137,6 +136,12 @@ class FarState:
 
     def _with(self, sums: Sums | None) -> Self:
         return type(self)(self.shape, sums)
+
+
+def require_share(share: float) -> None:
+    """ValueError for what cannot be a share of a far state."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"a far state keeps a share of 0 to 1, not {share}")
 
 
 def stacked(states: Sequence[FarState]) -> FarState:

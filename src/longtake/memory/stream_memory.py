@@ -8,7 +8,7 @@ from torch import Tensor
 
 from longtake.attention.dense import dense
 from longtake.attention.rope import Grid, rotate
-from longtake.memory.far import FarShape, FarState, SinkInFar
+from longtake.memory.far import FarShape, FarState, SinkInFar, require_share
 from longtake.memory.view import Attend, FarView, MemoryView, place_frames, rotated
 from longtake.memory.window import Keys, RingWindow, Window, WindowShape
 
@@ -48,7 +48,7 @@ class MemoryShape:
 
 
 class StreamMemory:
-    """The windows of all layers, and how many frames and blocks were committed.
+    """The windows of all layers, and how many frames (since the last cut) and blocks (ever) were committed.
 
     `view` is what the passes of one block read; `commit` is the one place that writes. With `ring` the windows live
     in fixed buffers, and a view stays valid until the next commit; without, every state is a value of its own.
@@ -141,8 +141,18 @@ class StreamMemory:
             return keys
         return keys._replace(k_BTND=rotate(keys.k_BTND, grid.rotation(keys.frames, keys.k_BTND.device)))
 
+    def cut(self, far: float) -> None:
+        """Begin a new scene: sink and past are forgotten and frames are numbered from 0; blocks are counted on.
+
+        far: the share of the far states that weighs on, at the positions where they were absorbed.
+        """
+        self.fade_far(far)
+        self._windows = [type(window)(self.shape.window) for window in self._windows]
+        self.frames = 0
+
     def fade_far(self, share: float) -> None:
-        """At a redirect or a cut: let that share of the far states weigh on (1 keeps all, 0 forgets all)."""
+        """Let that share of the far states weigh on (1 keeps all, 0 forgets all). ValueError outside 0 to 1."""
+        require_share(share)
         self._far = [state.fade(share) for state in self._far]
 
     def fork(self) -> "StreamMemory":

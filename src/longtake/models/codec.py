@@ -143,6 +143,10 @@ class Codec(nn.Module, ABC):
     def decode_piece(self, raw_BFCHW: Tensor, carry: Carry) -> Tensor:
         """Pictures of one piece of raw latents."""
 
+    def pictures(self, frames: int) -> int:
+        """How many pictures the first latent frames of a video are."""
+        return 1 + self.temporal_factor * (frames - 1) if frames else 0
+
     def normalise(self, raw_BFCHW: Tensor) -> Tensor:
         """Raw latents on the scale the video network works on."""
         return (raw_BFCHW - self.latent_mean.view(-1, 1, 1)) / self.latent_std.view(-1, 1, 1)

@@ -1,0 +1,192 @@
+"""What a recipe does, block by block, seen by a stand-in for its network.
+
+The recipe's own schedule, memory and positions run; only the network is replaced. A latent of the stand-in is the
+number of its frame, and noise is that number too, so every mixture of the two still tells which frame it is. A key's
+angle is the position it was rotated to. What attention and far state are handed can therefore be read off.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longtake.attention.linear import Features, Sums
+from longtake.attention.rope import RotaryAxes, rotate
+from longtake.generation.recipe import Recipe
+from longtake.memory.far import Rule
+from longtake.memory.stream_memory import LayerKeys, StreamMemory
+from longtake.memory.view import Attend, Tokens, View
+from longtake.models.wan import PromptKeys, WanConfig, WanTransformer
+
+AXES = RotaryAxes(split=(8, 0, 0))  # the slowest pair turns by a thousandth a position, so thousands are told apart
+HEAD_DIM = sum(AXES.split)
+
+
+class Placed(NamedTuple):
+    """A latent frame, and the position that its keys were rotated to."""
+
+    frame: int
+    position: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockTrace:
+    """One block of a stream: what was attended to make it, and what happened when it was committed.
+
+    made: the frames it finished. leaves: frames that slid out of the window. absorbed: into the far state.
+    held, far: what was remembered afterwards, exactly and (how many frames) in the far state.
+    """
+
+    block: int
+    sink: tuple[Placed, ...]
+    past: tuple[Placed, ...]
+    current: tuple[Placed, ...]
+    made: tuple[int, ...]
+    leaves: tuple[int, ...]
+    absorbed: tuple[Placed, ...]
+    held: tuple[int, ...]
+    far: float
+
+    def looks_like(self, other: "BlockTrace", sink: int) -> bool:
+        """Whether the two differ only in how far the stream has come. sink: frames that stay where they are."""
+        return self._from_start(sink) == other._from_start(sink)
+
+    def _from_start(self, sink: int) -> list[tuple[int, ...] | tuple[Placed, ...]]:
+        """Frames counted from the block's first, but for the sink's."""
+
+        def moved(frame: int) -> int:
+            return frame if frame < sink else frame - self.made[0]
+
+        placed = (self.sink, self.past, self.current, self.absorbed)
+        return [
+            *(tuple(Placed(moved(one.frame), one.position) for one in some) for some in placed),
+            *(tuple(moved(frame) for frame in frames) for frames in (self.leaves, self.held)),
+        ]
+
+
+def traced(recipe: Recipe, extent: int) -> Iterator[BlockTrace]:
+    """What a recipe does with each block of an endless stream, for a network trained on `extent` latent frames."""
+    noted, network = _Noted(), _StandIn(extent)
+    far = recipe.far and replace(recipe.far, rule=_NotingRule(recipe.far.rule, noted))
+    shape = replace(recipe, near=noted.near, far=far).memory(network)
+    memory = StreamMemory(shape, network.config.layers, ring=False)
+    blocks = recipe.schedule(
+        network,
+        memory,
+        lambda block: PromptKeys([]),
+        lambda block, step: _latents(range(recipe.block * block, recipe.block * (block + 1))),
+        recipe.levels(shift=1),
+    )
+    before: tuple[int, ...] = ()
+    for block, latents in enumerate(blocks):
+        row = _row(block, _numbers(latents), before, noted, memory)
+        yield row
+        before = row.held
+        noted.absorbed.clear()
+
+
+def _row(
+    block: int, made: tuple[int, ...], before: tuple[int, ...], noted: "_Noted", memory: StreamMemory
+) -> BlockTrace:  # fmt: skip
+    sink, keys = memory.shape.window.sink, memory.held(0)
+    held = tuple(sorted(keys.frames)) if keys else ()
+    sums = memory.far(0).sums if memory.shape.far else None
+    old = [one for one in noted.attended if one.frame < made[0]]
+    return BlockTrace(
+        block=block,
+        sink=tuple(one for one in old if one.frame < sink),
+        past=tuple(one for one in old if one.frame >= sink),
+        current=tuple(one for one in noted.attended if one.frame >= made[0]),
+        made=made,
+        leaves=tuple(frame for frame in (*before, *made) if frame not in held),
+        absorbed=tuple(noted.absorbed),
+        held=held,
+        far=sums.mass_B.item() if sums else 0.0,
+    )
+
+
+@torch.no_grad()
+def keys_attended(near: Attend, keys: int) -> int:
+    """To how many of so many keys a query attends: of values that are all apart, those that its answer is made of."""
+    nothing, everything = torch.zeros(1, keys, 1, keys), torch.eye(keys)[None, :, None]
+    return int(near(nothing[:, :1], nothing, everything).count_nonzero())
+
+
+@dataclass
+class _Noted:
+    """What was handed to the attention last, and to the far state since the last block."""
+
+    attended: list[Placed] = field(default_factory=list)
+    absorbed: list[Placed] = field(default_factory=list)
+
+    def near(self, q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> Tensor:
+        self.attended = _placed(k_BSND, v_BSND)
+        return q_BTND
+
+
+@dataclass(frozen=True)
+class _NotingRule:
+    """A far state's rule that notes what it absorbs."""
+
+    rule: Rule
+    noted: _Noted
+
+    def absorb(self, sums: Sums | None, keys: Features, v_BTND: Tensor, frames: int) -> Sums:
+        self.noted.absorbed += _placed(keys.above, v_BTND)
+        return self.rule.absorb(sums, keys, v_BTND, frames)
+
+    def read(self, sums: Sums, queries: Features) -> Tensor:
+        return self.rule.read(sums, queries)
+
+
+class _StandIn(WanTransformer):
+    """One token a frame, in one layer: keys that show where they are placed, values that are their frames' numbers."""
+
+    def __init__(self, extent: int):
+        config = WanConfig(
+            dim=HEAD_DIM, heads=1, ffn_dim=1, layers=1, text_dim=1, channels=1, level_dim=2,
+            rotary_split=AXES.split, extent=extent, reads_far=True,
+        )  # fmt: skip
+        super().__init__(config)
+
+    def forward(
+        self, noisy_BFCHW: Tensor, level_BF: Tensor, prompts: PromptKeys, view: View, prompt_BF: Tensor | None = None
+    ) -> Tensor:
+        """Attends, and takes what it is given for clean."""
+        view.attend(0, _tokens(noisy_BFCHW, view))
+        return torch.zeros_like(noisy_BFCHW)
+
+    def keys_to_commit(
+        self, clean_BFCHW: Tensor, level_BF: Tensor, prompts: PromptKeys, view: View, prompt_BF: Tensor | None = None
+    ) -> LayerKeys:
+        own = _tokens(clean_BFCHW, view)
+        return [(own.plain_k, own.v)]
+
+
+def _latents(frames: range) -> Tensor:
+    """[1, F, 1, 2, 2]: one patch a frame, each number that of its frame."""
+    return torch.tensor(frames, dtype=torch.float32).view(1, -1, 1, 1, 1).expand(-1, -1, -1, 2, 2)
+
+
+def _numbers(latents_BFCHW: Tensor) -> tuple[int, ...]:
+    return tuple(round(number) for number in latents_BFCHW[0, :, 0, 0, 0].tolist())
+
+
+def _tokens(latents_BFCHW: Tensor, view: View) -> Tokens:
+    numbers = latents_BFCHW[:, :, 0, 0, 0].round()
+    v_BTND = numbers[:, :, None, None].expand(-1, -1, 1, HEAD_DIM)
+    plain_BTND = torch.tensor([1.0, 0.0] * (HEAD_DIM // 2), dtype=v_BTND.dtype).expand_as(v_BTND)
+    turned_BTND = rotate(plain_BTND, view.rotation)
+    return Tokens(turned_BTND, turned_BTND, plain_BTND, plain_BTND, v_BTND)
+
+
+def _placed(k_BTND: Tensor, v_BTND: Tensor) -> list[Placed]:
+    """What frames the tokens of a stand-in are, and where they stand: the angle of a key's slowest pair says it."""
+    slowest = AXES.angles([1], 1, 1)[0, -1]
+    cos, sin = k_BTND[0, :, 0, -2:].double().unbind(-1)
+    positions = (torch.atan2(sin, cos) / slowest).round().int().tolist()
+    return [
+        Placed(round(frame), position) for frame, position in zip(v_BTND[0, :, 0, 0].tolist(), positions, strict=True)
+    ]

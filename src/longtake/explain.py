@@ -1,0 +1,179 @@
+"""Recipes explained: what each is, its numbers, and what it does block by block, as its own code does it."""
+
+from collections.abc import Sequence
+from functools import partial
+from inspect import getdoc
+from itertools import islice, pairwise
+from textwrap import fill
+from typing import Any
+
+import torch
+
+from longtake.evaluation.trace import BlockTrace, keys_attended, traced
+from longtake.generation.recipe import Recipe
+from longtake.memory.far import FarShape
+from longtake.memory.view import Attend
+from longtake.models.codec import Codec
+from longtake.recipes import (
+    CODEC_FILE,
+    CPU,
+    MODELS,
+    NETWORK_FILE,
+    RECIPES,
+    latent_size,
+    load_codec,
+    load_network,
+    packaged,
+    recipe_named,
+)
+
+MODEL = "toy"  # whose sizes are taken
+LOOKED_AT = 30  # blocks, to find the one from which on all are alike
+COLUMNS = 100
+
+
+def recipes_in_short() -> dict[str, str]:
+    """Every recipe's name, and the first line said about it."""
+    return {name: _about(name)[0].splitlines()[0] for name in RECIPES}
+
+
+def explain(name: str, blocks: int | None = None) -> dict[str, Any]:
+    """A recipe with the embedded model's sizes, ready for JSON.
+
+    Frames are latent frames; attended and absorbed ones are [frame, position].
+    blocks: how many are told of; by default those until all that follow are alike.
+    ValueError for unknown names and for less than one block.
+    """
+    if blocks is not None and blocks < 1:
+        raise ValueError(f"a table has at least one block, got {blocks}")
+    recipe = recipe_named(name)
+    _, network, description = load_network(packaged(MODELS.get((MODEL, name), NETWORK_FILE)), CPU)
+    codec = load_codec([packaged(CODEC_FILE)], CPU)
+    grid = network.grid(torch.zeros(1, 1, *latent_size(codec)))
+    tokens, extent = grid.rows * grid.columns, network.config.extent
+    rows = list(islice(traced(recipe, extent), max(LOOKED_AT, blocks or 0)))
+    alike_from = next((a.block for a, b in pairwise(rows) if b.looks_like(a, recipe.sink)), None)
+    enough = LOOKED_AT if alike_from is None else alike_from + 1
+    return {
+        "recipe": name,
+        "about": _about(name),
+        "model": MODEL,
+        "has_weights": (MODEL, name) in MODELS,
+        "block": recipe.block,
+        "sink": recipe.sink,
+        "past": recipe.past,
+        "extent": extent,
+        "steps": list(recipe.steps),
+        "shift": description["shift"],
+        "levels": list(recipe.levels(description["shift"])),
+        "tokens_per_frame": tokens,
+        "near": _near(recipe.near),
+        "far": recipe.far and _far(recipe.far),
+        "blocks": [_row(row, recipe, codec, tokens) for row in rows[: blocks or enough]],
+        "alike_from": alike_from,
+    }
+
+
+def in_words(told: dict[str, Any]) -> str:
+    """What `explain` gives, as text."""
+    about = [fill(paragraph, COLUMNS) for paragraph in told["about"]]
+    return "\n\n".join([told["recipe"], *about, _numbers(told), _table(told), _legend(told)])
+
+
+def _about(name: str) -> list[str]:
+    """The paragraphs of a recipe's docstring."""
+    return (getdoc(RECIPES[name]) or "").split("\n\n")
+
+
+def _near(near: Attend) -> dict[str, Any]:
+    """How the window is attended: the function's name, and what it is called with."""
+    if isinstance(near, partial):
+        return {"attention": near.func.__name__, **near.keywords}
+    return {"attention": near.__name__}
+
+
+def _far(far: FarShape) -> dict[str, str]:
+    rule_in_short = (getdoc(far.rule) or "").splitlines()[0]
+    return {"rule": repr(far.rule), "rule_in_short": rule_in_short, "sink": far.sink.name.lower()}
+
+
+def _row(row: BlockTrace, recipe: Recipe, codec: Codec, tokens: int) -> dict[str, Any]:
+    keys = tokens * sum(map(len, (row.sink, row.past, row.current)))
+    return {
+        "block": row.block,
+        "frames": list(row.made),
+        "pictures": list(range(codec.pictures(row.made[0]), codec.pictures(row.made[-1] + 1))),
+        "attended": {
+            "sink": [list(one) for one in row.sink],
+            "past": [list(one) for one in row.past],
+            "current": [list(one) for one in row.current],
+        },
+        "keys": {"attended": keys_attended(recipe.near, keys), "of": keys},
+        "leaves": list(row.leaves),
+        "absorbed": [list(one) for one in row.absorbed],
+        "held": {"frames": list(row.held), "far_frames": row.far},
+    }
+
+
+def _numbers(told: dict[str, Any]) -> str:
+    near = told["near"]
+    setting = ", ".join(f"{key} {value}" for key, value in near.items() if key != "attention")
+    steps = " ".join(f"{step:g}" for step in told["steps"])
+    lines = {
+        "model": f"{told['model']}{'' if told['has_weights'] else ' (its sizes; no weights for this recipe yet)'}",
+        "block": f"{told['block']} latent frames of {told['tokens_per_frame']} tokens",
+        "levels": f"{' '.join(f'{level:.3f}' for level in told['levels'])} "
+        f"(steps {steps} under a shift of {told['shift']:g})",
+        "sink": f"{told['sink']} latent frames",
+        "past": f"{told['past']} latent frames",
+        "positions": f"below {told['extent']}, as in training",
+        "attention": near["attention"] + (f" ({setting})" if setting else ""),
+        "far state": "none: what leaves the past is forgotten",
+    }
+    if far := told["far"]:
+        lines["far state"] = f"{far['rule']}, sink absorbed: {far['sink']}\n{'':11}{far['rule_in_short']}"
+    return "\n".join(f"{key:11}{value}" for key, value in lines.items())
+
+
+def _table(told: dict[str, Any]) -> str:
+    title = "enters far" if told["far"] else "leaves"
+    rows = [["block", "pictures", "sink", "past", "current", "keys", title, "held"]]
+    for row in told["blocks"]:
+        attended, keys, held = row["attended"], row["keys"], row["held"]
+        rows.append(
+            [
+                str(row["block"]),
+                _span(row["pictures"]),
+                *(_placed(attended[part]) for part in ("sink", "past", "current")),
+                f"{keys['attended']} of {keys['of']}" if keys["attended"] < keys["of"] else str(keys["of"]),
+                _placed(row["absorbed"]) if told["far"] else _span(row["leaves"]),
+                _span(held["frames"]) + (f" +{held['far_frames']:g}" if held["far_frames"] else ""),
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
+
+
+def _legend(told: dict[str, Any]) -> str:
+    lines = ["sink, past, current: latent frames attended @ their positions; keys: of one query."]
+    if told["far"]:
+        lines.append("held: latent frames in the window, + how many the far state holds.")
+    if told["alike_from"] is not None:
+        but = "; only the number behind + differs" if told["far"] else ""
+        lines.append(
+            f"From block {told['alike_from']} on all are alike, each {told['block']} latent frames later{but}."
+        )
+    return "\n".join(lines)
+
+
+def _placed(placed: Sequence[Sequence[int]]) -> str:
+    return f"{_span([f for f, _ in placed])} @{_span([p for _, p in placed])}" if placed else "-"
+
+
+def _span(numbers: Sequence[int]) -> str:
+    """Runs of numbers by their ends: 0-2 9-11."""
+    starts = [n for i, n in enumerate(numbers) if not i or numbers[i - 1] != n - 1]
+    ends = [n for i, n in enumerate(numbers) if i + 1 == len(numbers) or numbers[i + 1] != n + 1]
+    return " ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in zip(starts, ends, strict=True)) or "-"

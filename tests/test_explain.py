@@ -1,0 +1,67 @@
+"""Recipes in words and numbers."""
+
+import pytest
+
+from longtake.explain import explain, in_words, recipes_in_short
+from longtake.recipes import RECIPES
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_table_ends_where_all_that_follows_is_alike(name: str) -> None:
+    told = explain(name)
+    assert told["alike_from"] == 6
+    assert [row["block"] for row in told["blocks"]] == list(range(7))
+    words = in_words(told)
+    assert max(map(len, words.splitlines())) <= 100
+    assert "From block 6 on all are alike, each 3 latent frames later" in words
+
+
+def test_as_many_blocks_as_asked_for() -> None:
+    assert len(explain("self_forcing", 2)["blocks"]) == 2
+    told = explain("self_forcing", 40)
+    assert len(told["blocks"]) == 40 and told["blocks"][39]["frames"] == [117, 118, 119]
+    assert max(map(len, in_words(told).splitlines())) <= 100
+
+
+def test_hybrid_forcing_in_numbers() -> None:
+    told = explain("hybrid_forcing", 21)
+    assert (told["block"], told["sink"], told["past"], told["extent"]) == (3, 3, 3, 21)
+    assert told["levels"] == pytest.approx([1, 0.9, 0.75, 0.5])
+    assert told["near"] == {"attention": "block_sparse", "share": 0.2, "block_q": 28, "block_k": 28}
+    assert told["far"]["rule"] == "Keep()" and told["far"]["sink"] == "never"
+    assert [row["keys"] for row in told["blocks"][:4]] == [
+        {"attended": 28, "of": 252},  # whole blocks, rounded down
+        {"attended": 84, "of": 504},
+        {"attended": 140, "of": 756},
+        {"attended": 140, "of": 756},
+    ]
+    *_, last = told["blocks"]
+    assert last["attended"]["past"] == [[57, 15], [58, 16], [59, 17]]
+    assert last["absorbed"] == [[57, 12], [58, 13], [59, 14]]
+    assert last["held"] == {"frames": [0, 1, 2, 60, 61, 62], "far_frames": 57}
+
+
+def test_hybrid_forcing_in_words() -> None:
+    lines = in_words(explain("hybrid_forcing")).splitlines()
+    assert "attention  block_sparse (share 0.2, block_q 28, block_k 28)" in lines
+    assert "6      69-80     0-2 @0-2  15-17 @15-17  18-20 @18-20  140 of 756  15-17 @12-14  0-2 18-20 +15" in lines
+
+
+@pytest.mark.parametrize("name, sink, past", [("self_forcing", 0, 6), ("self_forcing_sink", 3, 3)])
+def test_self_forcing_sees_everything_in_its_window_and_forgets_the_rest(name: str, sink: int, past: int) -> None:
+    told = explain(name)
+    assert (told["sink"], told["past"], told["near"], told["far"]) == (sink, past, {"attention": "dense"}, None)
+    assert [row["keys"]["of"] for row in told["blocks"]] == [252, 504, *[756] * 5]
+    assert all(row["keys"]["attended"] == row["keys"]["of"] and not row["absorbed"] for row in told["blocks"])
+    assert [len(row["leaves"]) for row in told["blocks"]] == [0, 0, *[3] * 5]
+    assert "forgotten" in in_words(told)
+
+
+def test_pictures_are_counted_through() -> None:
+    pictures = [picture for row in explain("self_forcing")["blocks"] for picture in row["pictures"]]
+    assert pictures == list(range(9 + 6 * 12))
+
+
+def test_every_recipe_has_a_line() -> None:
+    assert recipes_in_short().keys() == RECIPES.keys()
+    assert all("arXiv" in line for line in recipes_in_short().values())
