@@ -138,7 +138,7 @@ def load(
     dtype: torch.dtype | None = None,
     levels: int | None = None,
 ) -> Engine:
-    """Put text encoder, network and codec together under a recipe.
+    """Put text encoder, network and codec together under a recipe, with options if any follow its name.
 
     model: a name (`toy`), a folder that holds student.safetensors and codec_decoder.safetensors, or a network's
     weight file (its codec is looked for beside it, then in the package). device: the GPU if there is one.
