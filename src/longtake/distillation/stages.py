@@ -200,10 +200,10 @@ class DmdStage(Stage):
     the teacher's clip (0: none do): a student learns to go on from any moment. The others begin with nothing; they are
     as long as the teacher's clip, or up to `most_blocks` and learn on their last part.
 
-    far_lr: rate of the projections of what is read from far states. They begin at zero, and at the rate of the others
-    a thousand steps would hardly take them from there. pull: weight of the pull to the teacher's own sample from the
-    rollout's noise (published: 0.05), made in `pull_steps` steps under `pull_guidance`; of rollouts that exit at the
-    first step, begin with nothing and are as long as the teacher's clip.
+    far_lr: rate of the projections of what is read from far states. They begin at zero, and Adam moves a weight by
+    about its rate a step. pull: weight of the pull to the teacher's own sample from the rollout's noise (published:
+    0.05), made in `pull_steps` steps under `pull_guidance`; of rollouts that exit at the first step, begin with nothing
+    and are as long as the teacher's clip.
     """
 
     seconds: float = 330.0
