@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,10 @@ import torch
 
 import longtake
 from longtake import recipes
+from longtake.memory.far import Decay, Delta, FarShape, Keep, MassCap
+from longtake.memory.stream_memory import StreamMemory
 from longtake.toy.scenes import HEIGHT, RATE, WIDTH
+from tests import tiny
 
 
 def engine(model="toy", recipe="self_forcing_sink", dtype=torch.float32):
@@ -30,6 +34,65 @@ def test_a_network_that_cannot_read_a_far_state_is_refused_one() -> None:
     network = engine().network
     with pytest.raises(ValueError, match="hybrid_forcing has a far state, which this network was not trained to read"):
         recipes.hybrid_forcing().memory(network)
+
+
+def test_options_change_a_recipe_and_stay_in_its_name() -> None:
+    assert recipes.recipe_named("hybrid_forcing").near.keywords["share"] == 0.2
+    chosen = recipes.recipe_named("hybrid_forcing:share=0.1,far=decay,frames=60")
+    assert chosen.name == "hybrid_forcing:share=0.1,far=decay,frames=60"
+    assert chosen.near.keywords["share"] == 0.1 and chosen.far == FarShape(rule=Decay(half_life=60))
+    rules = {
+        "keep": Keep(),
+        "cap,frames=60": MassCap(frames=60),
+        "delta": Delta(),
+        "delta,frames=9": Delta(half_life=9),
+    }
+    for far, rule in rules.items():
+        assert recipes.recipe_named(f"hybrid_forcing:far={far}").far == FarShape(rule=rule)
+    assert recipes.recipe_named("hybrid_forcing:far=none").far is None
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("hybrid_forcin:share=1", "did you mean hybrid_forcing"),
+        ("hybrid_forcing:shar=1", "has no option 'shar': there are share=0.2, far=keep, frames=inf"),
+        ("hybrid_forcing:", "has no option ''"),
+        ("self_forcing:share=1", "has no option 'share': there are none"),
+        ("hybrid_forcing:share=lots", "'hybrid_forcing:share=lots' does not work: could not convert"),
+        ("hybrid_forcing:share=0", "share must be above 0 and at most 1, got 0.0"),
+        ("hybrid_forcing:far=kept", "no far=kept: there are none, keep, decay, cap, delta"),
+        ("hybrid_forcing:far=decay", "far=decay and far=cap need frames"),
+        ("hybrid_forcing:frames=60", "far=keep and far=none take none"),
+        ("hybrid_forcing:far=cap,frames=-1", "frames must be above 0"),
+    ],
+)
+def test_options_that_there_are_not_are_refused(name: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        recipes.recipe_named(name)
+
+
+@torch.no_grad()
+def test_hybrid_forcing_without_what_is_new_in_it_is_self_forcing_with_a_sink() -> None:
+    """Exactly: with all key blocks, and with projections at zero or no far state."""
+    made, prompt = tiny.network(reads_far=True), tiny.prompt(tiny.network())
+
+    def video(name: str) -> torch.Tensor:
+        recipe = recipes.recipe_named(name)
+        memory = StreamMemory(recipe.memory(made), made.config.layers, ring=True)
+        blocks = recipe.schedule(made, memory, lambda block: prompt, tiny.noise(3), tiny.LEVELS)
+        return torch.cat(list(islice(blocks, 6)), dim=1)
+
+    expected = video("self_forcing_sink")
+    assert torch.equal(video("hybrid_forcing:share=1"), expected)
+    assert torch.equal(video("hybrid_forcing:share=1,far=none"), expected)
+    assert not torch.equal(video("hybrid_forcing:share=0.5"), expected)
+
+
+def test_options_need_no_weights_of_their_own(monkeypatch) -> None:
+    monkeypatch.setitem(recipes.MODELS, ("toy", "hybrid_forcing"), recipes.NETWORK_FILE)
+    engine_of = engine("toy", "hybrid_forcing:share=0.1,far=none")
+    assert engine_of.recipe.name == "hybrid_forcing:share=0.1,far=none"
 
 
 def test_a_name_a_folder_and_a_file_load_the_same_network(tmp_path: Path) -> None:

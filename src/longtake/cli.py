@@ -293,7 +293,7 @@ def _stage_verb(stage: str) -> Callable[..., int]:
     Args:
         out: Folder for weights, record, metrics and samples.
         start: Folder of the weights to start from; toy is the embedded model.
-        recipe: What a student is trained under, in turn.
+        recipe: What a student is trained under, in turn; options may follow: hybrid_forcing:share=0.1,far=none.
         set: Settings of the stage, values in JSON: seconds=60 lr=1e-4.
     """
     return run

@@ -3,6 +3,7 @@
 Recipes compare at equal finished frames visible: here 6 latent frames besides the current block of 3.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
@@ -10,6 +11,7 @@ from dataclasses import asdict, replace
 from difflib import get_close_matches
 from functools import cache, partial
 from importlib import resources
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from longtake.generation.clip import sample_clip
 from longtake.generation.noise import SeededNoise
 from longtake.generation.recipe import Recipe
 from longtake.generation.stream import Engine, to_uint8
-from longtake.memory.far import FarShape
+from longtake.memory.far import Decay, Delta, FarShape, Keep, MassCap, Rule
 from longtake.models.light_codec import LightCodec, LightCodecConfig
 from longtake.models.text import WordEncoder, WordEncoderConfig, WordText
 from longtake.models.wan import WanConfig, WanTransformer
@@ -42,16 +44,39 @@ def self_forcing_sink() -> Recipe:
     return replace(self_forcing(), name="self_forcing_sink", sink=3, past=3)
 
 
-def hybrid_forcing() -> Recipe:
+def hybrid_forcing(share: float = 0.2, far: str = "keep", frames: float = math.inf) -> Recipe:
     """Hybrid Forcing (arXiv 2604.10103): a fifth of the window's key blocks, and a far state of what left it.
 
-    Blocks are a third of the embedded model's latent frame; published are 64 tokens of 1,560.
+    share: of the key blocks that each block of queries attends to; 1 is all. far: what is made of frames that left the
+    window: they are kept for ever (published); "none"; or a rule of `memory.far`, decay, cap or delta. frames: the half
+    life or the cap in latent frames, which decay and cap need. Blocks are a third of the embedded model's latent frame;
+    published are 64 tokens of 1,560. ValueError for what cannot be.
     """
-    near = partial(block_sparse, share=0.2, block_q=28, block_k=28)
-    return replace(self_forcing_sink(), name="hybrid_forcing", far=FarShape(), near=near)
+    if not 0 < share <= 1:
+        raise ValueError(f"share must be above 0 and at most 1, got {share}")
+    near = partial(block_sparse, share=share, block_q=28, block_k=28)
+    return replace(self_forcing_sink(), name="hybrid_forcing", far=_far_named(far, frames), near=near)
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {
+def _far_named(name: str, frames: float) -> FarShape | None:
+    rules: dict[str, Callable[[], Rule | None]] = {
+        "none": lambda: None,
+        "keep": Keep,
+        "decay": lambda: Decay(half_life=frames),
+        "cap": lambda: MassCap(frames=frames),
+        "delta": lambda: Delta(half_life=frames),
+    }
+    if name not in rules:
+        raise ValueError(f"no far={name}: there are {', '.join(rules)}")
+    if not frames > 0:
+        raise ValueError(f"frames must be above 0, got {frames}")
+    if name != "delta" and math.isfinite(frames) != (name in ("decay", "cap")):
+        raise ValueError("far=decay and far=cap need frames, as in frames=60; far=keep and far=none take none")
+    rule = rules[name]()
+    return FarShape(rule=rule) if rule else None
+
+
+RECIPES: dict[str, Callable[..., Recipe]] = {
     "self_forcing": self_forcing,
     "self_forcing_sink": self_forcing_sink,
     "hybrid_forcing": hybrid_forcing,
@@ -85,10 +110,24 @@ def device_named(name: str | torch.device | None) -> torch.device:
 
 
 def recipe_named(name: str) -> Recipe:
-    """The recipe of that name. ValueError with the nearest names otherwise."""
-    if name not in RECIPES:
-        raise ValueError(f"no recipe {name!r}{_nearest(name, RECIPES)}")
-    return RECIPES[name]()
+    """The recipe of that name, which options of its function may follow: "hybrid_forcing:share=0.1,far=none".
+
+    The recipe bears the whole name. ValueError for unknown names, options and values, with those there are.
+    """
+    function, colon, given = name.partition(":")
+    if function not in RECIPES:
+        raise ValueError(f"no recipe {function!r}{_nearest(function, RECIPES)}")
+    known = {key: parameter.default for key, parameter in signature(RECIPES[function]).parameters.items()}
+    pairs = [option.partition("=") for option in given.split(",")] if colon else []
+    options = {key: value for key, _, value in pairs}
+    for key in options.keys() - known.keys():
+        there = ", ".join(f"{key}={value}" for key, value in known.items()) or "none"
+        raise ValueError(f"recipe {function} has no option {key!r}: there are {there}")
+    try:
+        recipe = RECIPES[function](**{key: type(known[key])(value) for key, value in options.items()})
+    except ValueError as error:
+        raise ValueError(f"recipe {name!r} does not work: {error}") from None
+    return replace(recipe, name=name)
 
 
 def load(
@@ -99,7 +138,7 @@ def load(
     dtype: torch.dtype | None = None,
     levels: int | None = None,
 ) -> Engine:
-    """Put text encoder, network and codec together under a recipe.
+    """Put text encoder, network and codec together under a recipe, with options if any follow its name.
 
     model: a name (`toy`), a folder that holds student.safetensors and codec_decoder.safetensors, or a network's
     weight file (its codec is looked for beside it, then in the package). device: the GPU if there is one.
@@ -260,10 +299,11 @@ def _model_names() -> set[str]:
 
 def _weight_files(model: str | Path, recipe: str) -> tuple[Path, Path]:
     name, path = str(model), Path(model)
-    if (name, recipe) in MODELS:  # names come first: ./toy is a folder of that name
-        return packaged(MODELS[name, recipe]), packaged(CODEC_FILE)
+    function = recipe.partition(":")[0]
+    if (name, function) in MODELS:  # names come first: ./toy is a folder of that name
+        return packaged(MODELS[name, function]), packaged(CODEC_FILE)
     if name in _model_names():
-        raise ValueError(f"model {name} has no weights for recipe {recipe}")
+        raise ValueError(f"model {name} has no weights for recipe {function}")
     if path.is_dir():
         return path / NETWORK_FILE, path / CODEC_FILE
     if path.is_file():

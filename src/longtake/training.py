@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.util import find_spec
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from longtake.generation.stream import to_uint8
 from longtake.media.pictures import contact_sheet, save_png
 from longtake.models.light_codec import LightCodec, LightCodecConfig
 from longtake.models.text import WordEncoder, WordEncoderConfig
-from longtake.models.wan import WanConfig, WanTransformer
+from longtake.models.wan import WanConfig, WanTransformer, reading_far
 from longtake.toy import captions, world
 from longtake.toy.clips import ClipPool, Prompts, sample_prompts
 from longtake.toy.scenes import CLIP_PICTURES, RATE, sample_scenes
@@ -151,6 +151,11 @@ class _Inputs:
         text, network, description = recipes.load_network(self.path(file), self.device)
         return text, network, description["shift"]
 
+    def student(self, file: str, chosen: Sequence[Recipe]) -> tuple[WordEncoder, WanTransformer, float]:
+        """A network to train under these recipes, which can read a far state if one of them has one."""
+        text, network, shift = self.network(file)
+        return text, reading_far(network) if any(recipe.far for recipe in chosen) else network, shift
+
     def teacher_of(self, text: WordEncoder) -> WanTransformer:
         """The teacher, whose prompts a student's text encoder has to read as its own does."""
         own, teacher, _ = self.network(recipes.TEACHER_FILE)
@@ -231,7 +236,7 @@ def _train_teacher(stage: TeacherStage, inputs: _Inputs, chosen: Sequence[Recipe
 def _train_teacher_forcing(
     stage: TeacherForcingStage, inputs: _Inputs, chosen: Sequence[Recipe], run: Run
 ) -> dict[str, float]:
-    text, network, shift = inputs.network(recipes.TEACHER_FILE)
+    text, network, shift = inputs.student(recipes.TEACHER_FILE, chosen)
     toy = ToyWorld(inputs.codec(), run)
     spent = stages.train_teacher_forcing(text, network, toy, chosen, shift, stage, run)
     _save_student(text, network, shift, run, int8=False)
@@ -240,7 +245,7 @@ def _train_teacher_forcing(
 
 def _train_ode(stage: OdeStage, inputs: _Inputs, chosen: Sequence[Recipe], run: Run) -> dict[str, float]:
     has_student = inputs.has(recipes.NETWORK_FILE)
-    text, network, shift = inputs.network(recipes.NETWORK_FILE if has_student else recipes.TEACHER_FILE)
+    text, network, shift = inputs.student(recipes.NETWORK_FILE if has_student else recipes.TEACHER_FILE, chosen)
     teacher = inputs.teacher_of(text)
     toy = ToyWorld(inputs.codec(), run)
     spent = stages.train_ode(text, network, teacher, toy, chosen, shift, stage, run)
@@ -249,7 +254,7 @@ def _train_ode(stage: OdeStage, inputs: _Inputs, chosen: Sequence[Recipe], run: 
 
 
 def _train_dmd(stage: DmdStage, inputs: _Inputs, chosen: Sequence[Recipe], run: Run) -> dict[str, float]:
-    text, network, shift = inputs.network(recipes.NETWORK_FILE)
+    text, network, shift = inputs.student(recipes.NETWORK_FILE, chosen)
     teacher = inputs.teacher_of(text)
     toy = ToyWorld(inputs.codec(), run)
     spent = stages.train_dmd(text, network, teacher, toy, chosen, shift, stage, run)
@@ -398,14 +403,15 @@ def report(out: Path) -> list[Path]:
 
 
 def _draw_curves(out: Path) -> Path:
-    """Every metric over steps, each in a panel of its own."""
+    """Every metric over steps, each in a panel of its own; not every step has every metric."""
     from matplotlib.figure import Figure
 
     rows = read_metrics(out)
-    names = [name for name in rows[0] if name not in ("step", "seconds")]
+    names = [name for name in dict.fromkeys(chain(*rows)) if name not in ("step", "seconds")]
     figure = Figure(figsize=(4 * len(names), 3), layout="constrained")
     for panel, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        panel.plot([row["step"] for row in rows], [row[name] for row in rows], linewidth=0.8)
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        panel.plot(*zip(*points, strict=True), linewidth=0.8)
         panel.set(title=name, xlabel="step", yscale="log")
         panel.grid(alpha=0.3)
     path = out / CURVES_FILE

@@ -147,3 +147,10 @@ def test_a_share_is_above_nothing_and_at_most_all(share: float) -> None:
     it = case(10, 30, 5, 10)
     with pytest.raises(ValueError, match=str(share)):
         block_sparse.block_sparse(*it[:3], share=share, **it.blocks)
+
+
+def test_autocast_changes_no_choice() -> None:
+    c = case(24, 60, 6, 6)
+    expected = block_sparse.block_scores(c.q, c.k, **c.blocks)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(block_sparse.block_scores(c.q, c.k, **c.blocks), expected)

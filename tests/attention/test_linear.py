@@ -131,3 +131,19 @@ def test_a_corrected_map_answers_with_what_was_written_last() -> None:
     keys = linear.PAPER.of_keys(k, rotation)
     sums = linear.correct(linear.correct(None, keys, -v, 1e-6), keys, v, 1e-6)
     torch.testing.assert_close(linear.recall(sums, keys), v, atol=1e-2, rtol=1e-2)
+
+
+def test_autocast_rounds_nothing() -> None:
+    k, v, rotation = tokens(12)
+    keys, queries = linear.PAPER.of_keys(k, rotation), linear.PAPER.of_queries(k.flip(1), rotation)
+
+    def everything() -> list[Tensor]:
+        sums = linear.absorb(linear.sums_of(keys, v), keys, v)
+        corrected = linear.correct(sums, keys, v, 0.1)
+        return [*sums, *corrected, linear.read(sums, queries), linear.recall(corrected, queries)]
+
+    expected = everything()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (k[0, :, 0] @ k[0, :, 0].mT).dtype == torch.bfloat16, "it does round elsewhere"
+        for got, want in zip(everything(), expected, strict=True):
+            assert got.dtype in (torch.float32, torch.float64) and torch.equal(got, want)

@@ -1,32 +1,64 @@
 """Training unrolls the schedule that serves."""
 
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 
 import pytest
 import torch
 from tests import tiny
 
+from longtake.attention.block_sparse import block_sparse
 from longtake.distillation.rollout import rollout
 from longtake.generation.blockwise import blockwise
-from longtake.memory.stream_memory import MemoryShape
+from longtake.generation.noise import SeededNoise
+from longtake.memory.far import FarShape
+from longtake.memory.stream_memory import MemoryShape, StreamMemory
 from longtake.memory.window import WindowShape
 
 SHAPE = MemoryShape(window=WindowShape(sink=3, past=3), extent=15)
+HYBRID = replace(SHAPE, far=FarShape(), near=partial(block_sparse, share=0.4, block_q=6, block_k=6))
 
 
-def roll(made, noise, levels=tiny.LEVELS, blocks=4, learning=4, given=(), changes_at=99) -> torch.Tensor:
-    early, late = made.prompt_keys(tiny.text()), made.prompt_keys(tiny.text(seed=2))
+def hybrid_network():
+    """One whose projections are not zero, as if trained."""
+    made = tiny.network(reads_far=True)
+    for projection in made.projections:
+        torch.nn.init.normal_(projection.weight)
+    return made
+
+
+def roll(
+    made, noise, levels=tiny.LEVELS, blocks=4, learning=4, given=(), changes_at=99, shape=SHAPE, texts=None
+) -> torch.Tensor:
+    early = made.prompt_keys(tiny.text() if texts is None else texts)
+    late = made.prompt_keys(tiny.text(seed=2))
     return rollout(
-        blockwise, made, SHAPE, lambda block: late if block >= changes_at else early, noise, levels,
+        blockwise, made, shape, lambda block: late if block >= changes_at else early, noise, levels,
         blocks=blocks, learning=learning, given=given,
     )  # fmt: skip
 
 
-def test_a_rollout_to_the_last_step_is_the_stream() -> None:
-    made = tiny.network()
-    keys = tiny.prompt(made)
-    stream = blockwise(made, tiny.memory(made), lambda block: keys, tiny.noise(7), tiny.LEVELS)
-    torch.testing.assert_close(roll(made, tiny.noise(7)), torch.cat(list(islice(stream, 4)), 1))
+@pytest.mark.parametrize("shape", [SHAPE, HYBRID])
+def test_a_rollout_to_the_last_step_is_the_stream(shape: MemoryShape) -> None:
+    made = hybrid_network()
+    keys, memory = tiny.prompt(made), StreamMemory(shape, made.config.layers, ring=True)
+    stream = blockwise(made, memory, lambda block: keys, tiny.noise(7), tiny.LEVELS)
+    torch.testing.assert_close(
+        roll(made, tiny.noise(7), blocks=6, learning=6, shape=shape), torch.cat(list(islice(stream, 6)), 1)
+    )
+
+
+def test_a_hybrid_rollout_of_two_is_two_rollouts() -> None:
+    made, texts = hybrid_network(), tiny.text(batch=2)
+
+    def rolled(*rows: int) -> torch.Tensor:
+        noise = SeededNoise(rows, tiny.LATENTS, "cpu", torch.float64)
+        return roll(made, noise, blocks=6, learning=6, shape=HYBRID, texts=texts[list(rows)])
+
+    together = rolled(0, 1)
+    for row in range(2):
+        torch.testing.assert_close(together[row : row + 1], rolled(row))
 
 
 def test_an_early_exit_gives_the_estimate_made_there() -> None:

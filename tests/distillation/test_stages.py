@@ -1,5 +1,6 @@
 """What a step of distribution matching is made of: the shape of rollouts, their prompts and what they go on from."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -7,9 +8,12 @@ import torch
 from tests import tiny
 
 from longtake.distillation import dmd, stages
+from longtake.distillation.rollout import FreshNoise, rollout
 from longtake.distillation.stages import DmdStage
-from longtake.distillation.trainer import Dice, Run
-from longtake.recipes import self_forcing_sink
+from longtake.distillation.trainer import Dice, Learner, Run, read_metrics
+from longtake.generation.recipe import Recipe
+from longtake.models.text import WordEncoder, WordEncoderConfig
+from longtake.recipes import recipe_named, self_forcing_sink
 
 CLIP = 9
 RECIPE = self_forcing_sink()
@@ -105,15 +109,99 @@ def test_the_student_learns_on_the_frames_it_made(given: int) -> None:
     assert reached.tolist() == [frame >= given * 3 for frame in range(CLIP)]
 
 
+def test_only_what_the_teacher_could_have_made_of_the_same_noise_is_pulled_to_it() -> None:
+    made = plans(most_blocks=5, most_given=2)
+    pulled = [plan for plan in made if plan.can_be_pulled]
+    assert {(plan.levels, plan.blocks, plan.learned, plan.given) for plan in pulled} == {((4, 1), 3, 3, 0)}
+    assert 0.03 < len(pulled) / len(made) < 0.15, (
+        "a quarter of the exits, half begin with nothing, two thirds are short"
+    )
+
+
+def steps(monkeypatch, out: Path, recipe: Recipe = RECIPE, reads_far: bool = False, **settings) -> SimpleNamespace:
+    """Two steps of distribution matching: what the teacher sampled from, what rollouts began with, and the student."""
+    seen = SimpleNamespace(targets=[], began=[], student=tiny.network(extent=12, reads_far=reads_far).float())
+
+    def sampled(teacher, noise, levels):
+        seen.targets.append((noise, levels))
+        return torch.full_like(noise, 7.0)
+
+    def rolled(schedule, network, memory, prompts, noise, *more, **named):
+        seen.began.append([])
+
+        def heard(block, step):
+            seen.began[-1].append(noise(block, step))
+            return seen.began[-1][-1]
+
+        return rollout(schedule, network, memory, prompts, heard, *more, **named)
+
+    monkeypatch.setattr(stages, "teacher_sample", sampled)
+    monkeypatch.setattr(stages, "rollout", rolled)
+    said = SimpleNamespace(tokens_BPL=Source.tokens_BPL, prompt_BF=torch.zeros(2, 12, dtype=torch.long))
+    world = SimpleNamespace(
+        latent_size=tiny.LATENTS[1:],
+        prompts=lambda count, seed: said,
+        held_out=lambda count: torch.ones(count, 5, dtype=torch.long),
+        show=lambda name, latents: None,
+    )
+    text = WordEncoder(WordEncoderConfig(words=9, length=5, dim=8))
+    out.mkdir(exist_ok=True)
+    stage = DmdStage(batch=2, steps=2, most_blocks=4, most_given=0, **settings)
+    torch.manual_seed(1)
+    run = Run(out=out, device=torch.device("cpu"))
+    teacher = tiny.network(extent=12, seed=1).float().requires_grad_(False)
+    stages.train_dmd(text.requires_grad_(False), seen.student, teacher, world, [recipe], 3.0, stage, run)
+    return seen
+
+
+def test_the_teacher_samples_from_the_noise_that_the_rollout_began_with(monkeypatch, tmp_path: Path) -> None:
+    seen = steps(monkeypatch, tmp_path, levels=(1,), pull=0.5, pull_steps=3)
+    assert len(seen.targets) == 2, "with one level, every rollout as long as the clip is pulled"
+    for (noise, levels), began in zip(seen.targets, seen.began, strict=True):
+        assert torch.equal(noise, torch.cat(began, dim=1)) and len(levels) == 3
+    (row,) = read_metrics(tmp_path)
+    assert row["pull"] > 10 and row["matching"] < 10, "the two are told apart"
+
+
+def test_without_a_pull_the_teacher_does_not_sample_and_the_noise_is_the_same(monkeypatch, tmp_path: Path) -> None:
+    pulled = steps(monkeypatch, tmp_path / "pulled", levels=(1,), pull=1e-9)
+    plain = steps(monkeypatch, tmp_path / "plain", levels=(1,))
+    assert not plain.targets and "pull" not in read_metrics(tmp_path / "plain")[0]
+    assert len(plain.began) == len(pulled.began) == 2
+    assert all(
+        torch.equal(torch.cat(one), torch.cat(other)) for one, other in zip(plain.began, pulled.began, strict=True)
+    )
+
+
+@pytest.mark.parametrize("far", ["keep", "none"])
+def test_projections_learn_where_something_is_far_and_stay_where_nothing_is(
+    far: str, monkeypatch, tmp_path: Path
+) -> None:
+    seen = steps(monkeypatch, tmp_path, recipe_named(f"hybrid_forcing:far={far}"), reads_far=True)
+    moved = [projection.weight.abs().max().item() for projection in seen.student.projections]
+    assert all(moved) if far == "keep" else not any(moved)
+    assert "far" in read_metrics(tmp_path)[0]
+
+
+def test_projections_have_a_rate_of_their_own_and_do_not_decay() -> None:
+    made = tiny.network(reads_far=True)
+    adam = stages._dmd_adam(made, lr=1e-4, far_lr=1e-2)
+    student = Learner(made, [adam], average=None)
+    student.set_rate(0.5)
+    rates = [(len(group["params"]), group["lr"], group["weight_decay"]) for group in adam.param_groups]
+    count = len(list(tiny.network().parameters()))
+    assert rates == [(count, 5e-5, 0.01), (2 * made.config.layers, 5e-3, 0.0)]
+    assert len(stages._dmd_adam(tiny.network(), lr=1e-4, far_lr=1e-2).param_groups) == 1
+
+
 def rolled_out(blocks: int, learned: int, given: tuple[torch.Tensor, ...] = ()) -> torch.Tensor:
     made = tiny.network(extent=CLIP).float()
     torch.manual_seed(3)
     plan = stages._Plan((2, 2), blocks, learned, RECIPE.block, len(given))
     prompt_BF = torch.zeros(1, plan.judged * RECIPE.block, dtype=torch.long)
     text = tiny.text(prompts=2).float()
-    run = Run(out=None, device=torch.device("cpu"))  # type: ignore[arg-type]  # nothing is written
-    script = stages._Script(text, prompt_BF, given)
-    return stages._rolled_out(made, script, tiny.LATENTS[1:], RECIPE, plan, 3.0, run)
+    noise = FreshNoise((1, *tiny.LATENTS), torch.device("cpu"))
+    return stages._rolled_out(made, stages._Script(text, prompt_BF, given), noise, RECIPE, plan, 3.0)
 
 
 def test_the_learned_part_of_a_long_rollout_is_the_end_of_the_whole() -> None:

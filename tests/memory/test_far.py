@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from longtake import parallel
 from longtake.attention import reference
+from longtake.attention.block_sparse import block_sparse
 from longtake.attention.linear import Features
 from longtake.attention.rope import Grid, RotaryAxes, Rotation, rotate
 from longtake.distillation.rollout import rollout
@@ -297,8 +299,10 @@ def test_the_far_past_is_seen() -> None:
 
 
 def rolled(made: WanTransformer, learning: int) -> Tensor:
+    """Near, a third of the key blocks."""
     keys = made.prompt_keys(tiny.text())
-    noise, shape = tiny.noise(7), shape_of(made, far.PAPER)
+    near = partial(block_sparse, share=0.34, block_q=6, block_k=6)
+    noise, shape = tiny.noise(7), replace(shape_of(made, far.PAPER), near=near)
     return rollout(blockwise, made, shape, lambda _: keys, noise, tiny.LEVELS, blocks=6, learning=learning)
 
 

@@ -6,7 +6,7 @@ from tests import tiny
 
 from longtake.generation.blockwise import commit
 from longtake.memory.window import WindowShape
-from longtake.models.wan import WanConfig, WanTransformer
+from longtake.models.wan import WanConfig, WanTransformer, reading_far
 
 BLOCK = tiny.BLOCK
 
@@ -126,3 +126,35 @@ def test_latents_that_no_patch_fits_and_heads_that_do_not_divide_are_refused() -
         made.clip_view(torch.zeros(1, 1, 4, 3, 6))
     with pytest.raises(ValueError, match="width 10"):
         WanTransformer(WanConfig(dim=10, heads=4, ffn_dim=8, layers=1, text_dim=4))
+
+
+@torch.no_grad()
+def test_a_network_that_learns_to_read_far_states_is_still_the_one_it_was() -> None:
+    plain = tiny.network().requires_grad_(False)
+    made = reading_far(plain)
+    assert made.config.reads_far and not plain.config.reads_far and reading_far(made) is made
+    weights = made.state_dict()
+    assert all(torch.equal(weights.pop(name), weight) for name, weight in plain.state_dict().items())
+    assert len(weights) == 2 * made.config.layers and not any(weight.any() for weight in weights.values())
+    assert {p.dtype for p in made.parameters()} == {torch.float64}
+    assert not made.training and not any(p.requires_grad for p in made.parameters())
+    noisy, level, prompts = clip(4), torch.full((1, 4), 0.5), tiny.prompt(plain)
+    assert torch.equal(
+        made(noisy, level, prompts, made.clip_view(noisy)), plain(noisy, level, prompts, made.clip_view(noisy))
+    )
+
+
+@torch.no_grad()
+def test_under_autocast_all_that_attention_gets_has_one_type() -> None:
+    made = tiny.network(reads_far=True).float()
+    seen: set[torch.dtype] = set()
+    for block in made.blocks:
+        original = block.before_attention
+        block.before_attention = lambda *a, original=original: (
+            seen.update(x.dtype for x in original(*a)),
+            original(*a),
+        )[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        noisy = clip(4).float()
+        made(noisy, torch.full((1, 4), 0.5), made.prompt_keys(tiny.text().float()), made.clip_view(noisy))
+    assert seen == {torch.bfloat16}

@@ -24,27 +24,34 @@ from longtake.training import STAGES, report, with_settings
 
 ROOT = Path(__file__).parents[2]
 MODULE = "tests.training.noise_world"
-NETWORK = json.dumps({"dim": 32, "heads": 2, "ffn_dim": 64, "layers": 2, "text_dim": 16, "extent": 9})
+NETWORK = json.dumps({"dim": 32, "heads": 2, "ffn_dim": 64, "layers": 2, "text_dim": 16, "extent": 12})
 CODEC = [f"{part}_{size}" for part in ("encoder", "decoder") for size in ("widths=[8,8,8]", "blocks=[1,0,0]")]
 STEPS = 5
+HYBRID = "hybrid_forcing:share=0.4"
 SETTINGS = {
     "codec": ["batch=1", "pictures=5", *CODEC],
     "teacher": ["batch=2", "pool=2", f"network={NETWORK}"],
     "teacher_forcing": ["batch=2", "pool=2"],
     "ode": ["batch=2", "pairs=4", "sampling_steps=4"],
-    "dmd": ["batch=2", "most_blocks=4", "most_given=2", "pool=2", "levels=[4,2]", "seed=67"],  # rollouts of every kind
-}
+    "dmd": [
+        "batch=2", "most_blocks=5", "most_given=2", "pool=2", "levels=[4,2]", "pull=0.05", "pull_steps=2",
+        "seed=740",  # rollouts of every kind: pulled in the first and in the last step
+    ],
+}  # fmt: skip
+RECIPES = {"teacher_forcing": (HYBRID,), "dmd": (HYBRID, "self_forcing")}
 READS = {"teacher": "codec", "teacher_forcing": "teacher", "ode": "teacher", "dmd": "ode"}
 MAKES = {"codec": recipes.CODEC_FILE, "teacher": recipes.TEACHER_FILE}
 
 
 def command(stage: str, out: Path, folders: Path) -> list[str]:
     start = ["--from", str(folders / READS[stage])] if stage in READS else []
-    return [stage, *start, "--out", str(out), "--set", f"steps={STEPS}", "seconds=1e9", *SETTINGS[stage]]
+    recipes = ["--recipe", *RECIPES[stage]] if stage in RECIPES else []
+    return [stage, *start, "--out", str(out), *recipes, "--set", f"steps={STEPS}", "seconds=1e9", *SETTINGS[stage]]
 
 
 def start(*arguments: str, launcher: tuple[str, ...] = (), **variables: str) -> subprocess.Popen:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | variables
+    checkout = os.pathsep.join([str(ROOT), str(ROOT / "src")])  # and not another that is installed
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": checkout} | variables
     program = [sys.executable, *launcher, "-m", MODULE, *arguments]
     return subprocess.Popen(
         program, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
@@ -72,6 +79,8 @@ def test_from_nothing_to_a_student_that_streams(folders) -> None:
         assert not (folders / stage / STATE_FILE).exists()
         assert list((folders / stage / "samples").glob("*.png"))
     assert (folders / "dmd" / "samples" / "self_forcing.mp4").stat().st_size > 1000
+    (row,) = read_metrics(folders / "dmd")
+    assert row["pull"] > 0 and row["far"] > 0
     engine = recipes.load(folders / "dmd", recipe="self_forcing_sink", dtype=torch.float32, levels=2)
     with engine.stream("a red ball") as stream:
         assert next(stream).frames.shape == (9, world.HEIGHT, world.WIDTH, 3)
@@ -133,8 +142,8 @@ def test_a_lone_process_does_not_take_up_the_run_of_two(folders: Path, tmp_path:
     out = tmp_path / "two"
     out.mkdir()
     start_from = folders / READS["dmd"]
-    asked = {"stage": "dmd", "from": str(start_from), "recipes": ["self_forcing_sink", "self_forcing"]}
-    settings = asdict(with_settings(DmdStage(), command("dmd", out, folders)[6:]))
+    asked = {"stage": "dmd", "from": str(start_from), "recipes": RECIPES["dmd"]}
+    settings = asdict(with_settings(DmdStage(), [f"steps={STEPS}", "seconds=1e9", *SETTINGS["dmd"]]))
     (out / "config.json").write_text(json.dumps(asked | {"config": settings}))
     torch.save({"step": 1, "seconds": 0.0, "random": [{}, {}], "parts": {}}, out / STATE_FILE)
     process = start(*command("dmd", out, folders))
@@ -153,7 +162,14 @@ def test_a_folder_is_trained_into_by_one_process(folders: Path, tmp_path: Path, 
 def test_a_report_can_be_made_again_after_a_writer_was_killed(folders: Path) -> None:
     (folders / "dmd" / "samples" / "self_forcing.part.mp4").touch()
     written = report(folders / "dmd")
-    assert {path.name for path in written} == {"curves.png", "self_forcing.mp4", "self_forcing_sink.mp4"}
+    assert {path.name for path in written} == {"curves.png", "self_forcing.mp4", f"{HYBRID}.mp4"}
+
+
+def test_curves_are_drawn_of_metrics_that_not_every_step_has(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"stage": "codec"}))
+    rows = [{"step": 0, "seconds": 1.0, "loss": 2.0}, {"step": 1, "seconds": 2.0, "loss": 1.0, "pull": 3.0}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert report(tmp_path) == [tmp_path / "curves.png"]
 
 
 def test_a_student_of_another_teacher_is_refused(folders: Path, tmp_path: Path, capsys) -> None:
@@ -180,13 +196,14 @@ def test_every_stage_is_a_verb() -> None:
         ("codec", ["--set", "steps=0.5"], "a whole number"),
         ("dmd", ["--from", "{ode}", "--set", "levels=[0]"], "levels must be above 0"),
         ("dmd", ["--from", "{ode}", "--set", "most_blocks=2"], "must hold the teacher's clip"),
-        ("dmd", ["--from", "{ode}", "--set", "most_given=3"], "must be below the 3 blocks"),
+        ("dmd", ["--from", "{ode}", "--set", "most_given=4"], "must be below the 4 blocks"),
         ("teacher_forcing", ["--from", "{ode}", "--set", "frames=32"], "whole blocks"),
         ("teacher", ["--from", "{ode}"], "another shape"),
         ("teacher", [], "--from"),
         ("dmd", ["--from", "{codec}"], "holds no teacher.safetensors"),
         ("dmd", ["--from", "nowhere"], "no folder nowhere"),
         ("dmd", ["--from", "{ode}", "--recipe", "self_forcin"], "did you mean self_forcing"),
+        ("dmd", ["--from", "{ode}", "--recipe", "hybrid_forcing:far=no"], "no far=no: there are none, keep"),
     ],
 )
 def test_bad_input_is_one_line(stage, arguments, said, folders: Path, tmp_path: Path, capsys) -> None:

@@ -49,7 +49,8 @@ def block_scores(
     q_BNID, k_BNJD = means(q_BTND, block_q), means(k_BSND, block_k)
     if centre_heads:
         k_BNJD = k_BNJD - k_BNJD.mean(dim=1, keepdim=True)
-    return q_BNID @ k_BNJD.mT
+    with torch.autocast(q_BTND.device.type, enabled=False):  # it would round the scores, and change choices
+        return q_BNID @ k_BNJD.mT
 
 
 def best_blocks(scores_BNIJ: Tensor, share: float) -> Tensor:

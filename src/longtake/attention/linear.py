@@ -1,8 +1,8 @@
 """Linear attention: keys and values absorbed into sums of fixed size, which any query can read.
 
 An answer is a quotient. Above the bar features of queries and keys carry their positions, below it they do not
-(RoFormer, 2104.09864, section 3.3). Everything here is float32, whatever comes in: running means in bfloat16 stop
-learning after some minutes of video. Nothing is written in place. Truth: `reference.linear`.
+(RoFormer, 2104.09864, section 3.3). Everything here is float32, whatever comes in and under autocast too: running
+means in bfloat16 stop learning after some minutes of video. Nothing is written in place. Truth: `reference.linear`.
 
 Shapes: B batch, T tokens, N heads, D per head, R features per head.
 """
@@ -73,11 +73,10 @@ class Sums(NamedTuple):
 def sums_of(keys: Features, v_BTND: Tensor) -> Sums:
     """The sums of these tokens alone."""
     batch, tokens = v_BTND.shape[:2]
-    return Sums(
-        torch.einsum("btnr,btnd->bnrd", keys.above, v_BTND.float()),
-        keys.below.sum(dim=1),
-        torch.full((batch,), float(tokens), dtype=torch.float64, device=v_BTND.device),
-    )
+    with _unrounded(v_BTND):
+        kv_BNRD = torch.einsum("btnr,btnd->bnrd", keys.above, v_BTND.float())
+    mass_B = torch.full((batch,), float(tokens), dtype=torch.float64, device=v_BTND.device)
+    return Sums(kv_BNRD, keys.below.sum(dim=1), mass_B)
 
 
 def absorb(sums: Sums | None, keys: Features, v_BTND: Tensor) -> Sums:
@@ -88,8 +87,9 @@ def absorb(sums: Sums | None, keys: Features, v_BTND: Tensor) -> Sums:
 
 def read(sums: Sums, queries: Features) -> Tensor:
     """What the absorbed tokens answer, [B, T, N, D]; 0 where there are none."""
-    above_BTND = torch.einsum("btnr,bnrd->btnd", queries.above, sums.kv_BNRD)
-    below_BTN = torch.einsum("btnr,bnr->btn", queries.below, sums.k_BNR)
+    with _unrounded(queries.above):
+        above_BTND = torch.einsum("btnr,bnrd->btnd", queries.above, sums.kv_BNRD)
+        below_BTN = torch.einsum("btnr,bnr->btn", queries.below, sums.k_BNR)
     return above_BTND / (below_BTN + EPS * sums.mass_B.clamp(min=1).float()[:, None, None]).unsqueeze(-1)
 
 
@@ -103,21 +103,28 @@ def correct(sums: Sums | None, keys: Features, v_BTND: Tensor, stiffness: float)
     added = absorb(sums, keys, v_BTND)
     unit = _unit(keys.above)
     old = torch.zeros_like(added.kv_BNRD) if sums is None else sums.kv_BNRD
-    error_BTND = v_BTND.float() - torch.einsum("btnr,bnrd->btnd", unit, old)
-    gram = torch.einsum("btnr,btns->bnrs", unit, unit) / v_BTND.shape[1]
-    gram = gram + stiffness * torch.eye(gram.shape[-1], device=gram.device)
-    change = torch.linalg.solve(gram, torch.einsum("btnr,btnd->bnrd", unit, error_BTND) / v_BTND.shape[1])
+    with _unrounded(v_BTND):
+        error_BTND = v_BTND.float() - torch.einsum("btnr,bnrd->btnd", unit, old)
+        gram = torch.einsum("btnr,btns->bnrs", unit, unit) / v_BTND.shape[1]
+        gram = gram + stiffness * torch.eye(gram.shape[-1], device=gram.device)
+        change = torch.linalg.solve(gram, torch.einsum("btnr,btnd->bnrd", unit, error_BTND) / v_BTND.shape[1])
     return added._replace(kv_BNRD=old + change)
 
 
 def recall(sums: Sums, queries: Features) -> Tensor:
     """What a map kept by `correct` answers to unit queries, [B, T, N, D]."""
-    return torch.einsum("btnr,bnrd->btnd", _unit(queries.above), sums.kv_BNRD)
+    with _unrounded(queries.above):
+        return torch.einsum("btnr,bnrd->btnd", _unit(queries.above), sums.kv_BNRD)
 
 
 def _features(feature_map: FeatureMap, plain_BTND: Tensor, rotation: Rotation) -> Features:
     plain = plain_BTND.float()
     return Features(rotate(feature_map(plain), rotation), plain.relu())
+
+
+def _unrounded(x: Tensor) -> torch.autocast:
+    """Products in the type that goes in: autocast would round them to bfloat16."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -25,6 +25,17 @@ class FreshNoise:
         return torch.randn(self.shape, device=self.device)
 
 
+@dataclass(frozen=True)
+class FirstNoise:
+    """Noise of a rollout of one step, known beforehand: block by block, [B, F, C, H, W] each."""
+
+    blocks: Sequence[Tensor]
+
+    def __call__(self, block: int, step: int) -> Tensor:
+        assert step == 0, "later steps have no noise here"
+        return self.blocks[block]
+
+
 def rollout(
     schedule: Schedule,
     network: WanTransformer,

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,11 +25,12 @@ from longtake import parallel
 from longtake.distillation import dmd, ode_init
 from longtake.distillation.optim import muon_and_adam
 from longtake.distillation.pretrain import Clips, codec_loss, flow_loss, teacher_forcing_loss
-from longtake.distillation.rollout import FreshNoise, rollout
+from longtake.distillation.regularized import regularized_loss, teacher_sample
+from longtake.distillation.rollout import FirstNoise, FreshNoise, rollout
 from longtake.distillation.trainer import Budget, Dice, Learner, Run, Stateful, train
 from longtake.flow import even_levels
 from longtake.generation.clip import sample_clip
-from longtake.generation.noise import SeededNoise
+from longtake.generation.noise import Noise, SeededNoise
 from longtake.generation.recipe import Recipe
 from longtake.memory.stream_memory import StreamMemory
 from longtake.models.light_codec import LightCodec
@@ -120,7 +121,9 @@ class Stage:
                     raise ValueError(f"{name} must be {least}, got {value}")
 
 
-_MAY_BE_0 = {"seed", "kl_weight", "subject_weight", "no_prompt_share", "encoder_blocks", "decoder_blocks", "most_given"}
+_MAY_BE_0 = {
+    "seed", "kl_weight", "subject_weight", "no_prompt_share", "encoder_blocks", "decoder_blocks", "most_given", "pull",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,12 +199,18 @@ class DmdStage(Stage):
     Half of the rollouts go on from the first 1 to `most_given` blocks of a real clip, out of `pool`, to the length of
     the teacher's clip (0: none do): a student learns to go on from any moment. The others begin with nothing; they are
     as long as the teacher's clip, or up to `most_blocks` and learn on their last part.
+
+    far_lr: rate of the projections of what is read from far states. They begin at zero, and Adam moves a weight by
+    about its rate a step. pull: weight of the pull to the teacher's own sample from the rollout's noise (published:
+    0.05), made in `pull_steps` steps under `pull_guidance`; of rollouts that exit at the first step, begin with nothing
+    and are as long as the teacher's clip.
     """
 
     seconds: float = 330.0
     seed: int = 44
     batch: int = 32
     lr: float = 1e-4
+    far_lr: float = 1e-3
     critic_lr: float = 2e-4
     critic_turns: int = 3
     average: float = 0.98
@@ -210,6 +219,9 @@ class DmdStage(Stage):
     most_given: int = 6
     pool: int = 256
     levels: tuple[int, ...] = (4,)
+    pull: float = 0.0
+    pull_steps: int = 25
+    pull_guidance: float = 3.5
 
 
 def train_codec(
@@ -372,7 +384,7 @@ def train_dmd(
         _require_lengths(stage, recipe, network.config.extent)
     critic = copy.deepcopy(teacher).requires_grad_(True).train()
     network.requires_grad_(True).train()
-    student = Learner(network, [_dmd_adam(network, stage.lr)], average=stage.average)
+    student = Learner(network, [_dmd_adam(network, stage.lr, stage.far_lr)], average=stage.average)
     judge = Learner(critic, [_dmd_adam(critic, stage.critic_lr)], average=None)
     compile_for(run, network, teacher, critic)
     shared = Dice(stage.seed)
@@ -385,22 +397,31 @@ def train_dmd(
         plan = _plan(shared, recipe, stage, network.config.extent)
         script = _script(text, world, supply, plan, stage, step)
         text_BPLE, prompt_BF, _ = script
+        fresh = FreshNoise((stage.batch, recipe.block, *world.latent_size), run.device)
+        pulled = stage.pull > 0 and plan.can_be_pulled
+        first = [fresh(block, 0) for block in range(plan.blocks)] if pulled else []
+        said = dmd.estimate_by(teacher, text_BPLE, prompt_BF)
+        unsaid = dmd.estimate_by(teacher, nothing_BPLE, None)
         with run.autocast():
-            sample = _rolled_out(network, script, world.latent_size, recipe, plan, shift, run).float()
-            guided = dmd.guided_estimate(
-                dmd.estimate_by(teacher, text_BPLE, prompt_BF),
-                dmd.estimate_by(teacher, nothing_BPLE, None),
-                stage.guidance,
-            )
+            noise = FirstNoise(first) if pulled else fresh
+            sample = _rolled_out(network, script, noise, recipe, plan, shift).float()
+            guided = dmd.guided_estimate(said, unsaid, stage.guidance)
             by_critic = dmd.estimate_by(critic, text_BPLE, prompt_BF)
-            loss = dmd.matching_loss(sample, guided, by_critic, shift, plan.learned_frames(run.device))
-        norm = student.step(loss)
+            matching = dmd.matching_loss(sample, guided, by_critic, shift, plan.learned_frames(run.device))
+            losses = {"loss": matching, "matching": matching}
+            if pulled:
+                guided = dmd.guided_estimate(said, unsaid, stage.pull_guidance)
+                target = teacher_sample(guided, torch.cat(first, dim=1), even_levels(stage.pull_steps, shift))
+                losses = regularized_loss(matching, sample, target, stage.pull)
+        norm = student.step(losses.pop("loss"))
         for _ in range(stage.critic_turns):
             with run.autocast():
                 critic_loss = dmd.critic_loss(sample, critic, text_BPLE, prompt_BF, shift)
             judge.step(critic_loss)
-        moving = sample.detach().diff(dim=1).abs().mean()
-        return {"matching": loss.detach(), "critic": critic_loss.detach(), "norm": norm, "motion": moving}
+        values = losses | {"critic": critic_loss, "norm": norm, "motion": sample.detach().diff(dim=1).abs().mean()}
+        if network.projections:
+            values["far"] = torch.cat([projection.weight for projection in network.projections]).norm()
+        return {name: value.detach() for name, value in values.items()}
 
     shown = [recipe.with_levels(stage.levels[0]) for recipe in recipes]
     look = _student_strips(text, network, student, world, shown, shift, run)
@@ -441,6 +462,11 @@ class _Plan:
     def judged(self) -> int:
         """The last blocks, those that teacher and critic see."""
         return self.given + self.learned
+
+    @property
+    def can_be_pulled(self) -> bool:
+        """Whether it is made in one step from noise alone and as long as the teacher's clip, as its sample would be."""
+        return self.levels[1] == 1 and not self.given and self.blocks == self.judged
 
     def learned_frames(self, device: torch.device) -> Tensor | None:
         """1 for the judged frames that learn, [1, F, 1, 1, 1]; None where all do."""
@@ -494,9 +520,8 @@ def _script(
 
 
 def _rolled_out(
-    network: WanTransformer, script: _Script, latent_size: tuple[int, int, int], recipe: Recipe, plan: _Plan,
-    shift: float, run: Run,
-) -> Tensor:  # fmt: skip
+    network: WanTransformer, script: _Script, noise: Noise, recipe: Recipe, plan: _Plan, shift: float
+) -> Tensor:
     """The judged part of a rollout, [B, F, C, H, W]; what comes before it stands under the first prompt."""
     keys = network.prompt_keys(script.text_BPLE)
     by_block = [keys.select(number_B) for number_B in script.prompt_BF[:, :: recipe.block].unbind(1)]
@@ -506,7 +531,6 @@ def _rolled_out(
     def prompts(block: int) -> PromptKeys:
         return by_block[block - early] if block >= early else before
 
-    noise = FreshNoise((len(script.prompt_BF), recipe.block, *latent_size), run.device)
     count, used = plan.levels
     levels = recipe.with_levels(count).levels(shift)[:used]
     learned_BFCHW = rollout(
@@ -576,9 +600,15 @@ def _drawn(supply: ClipSupply, step: int, count: int, frames: int) -> LatentClip
     return supply.draw(count, frames)
 
 
-def _dmd_adam(network: WanTransformer, lr: float) -> torch.optim.Optimizer:
-    parameters = list(network.parameters())
-    return torch.optim.AdamW(parameters, lr=lr, betas=(0.0, 0.99), weight_decay=0.01, fused=parameters[0].is_cuda)
+def _dmd_adam(network: WanTransformer, lr: float, far_lr: float = 0.0) -> torch.optim.Optimizer:
+    """AdamW; projections of what is far, where there are any, have a rate of their own and do not decay."""
+    far = [parameter for projection in network.projections for parameter in projection.parameters()]
+    own = set(far)
+    groups: list[dict[str, Any]] = [{"params": [p for p in network.parameters() if p not in own]}]
+    if far:
+        groups.append({"params": far, "lr": far_lr, "weight_decay": 0.0})
+    on_gpu = next(network.parameters()).is_cuda
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.0, 0.99), weight_decay=0.01, fused=on_gpu)
 
 
 def _budget(stage: Stage, warmup: int) -> Budget:

@@ -52,7 +52,7 @@ class Decay(Keep):
 class MassCap(Keep):
     """Never more than the mass of so many latent frames: from there on the old makes room for the new."""
 
-    frames: int
+    frames: float
 
     def absorb(self, sums: Sums | None, keys: Features, v_BTND: Tensor, frames: int) -> Sums:
         room = v_BTND.shape[1] * max(0.0, self.frames / frames - 1)

@@ -9,7 +9,7 @@ Source: Wan2.1 (arXiv 2503.20314); names and shapes from its published checkpoin
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
 import torch
@@ -180,6 +180,11 @@ class WanTransformer(nn.Module):
     def layers(self) -> list[Block]:
         return cast(list[Block], list(self.blocks))
 
+    @property
+    def projections(self) -> list[nn.Linear]:
+        """What each layer passes its reading of a far state through; none in a network that reads no such state."""
+        return [block.self_attn.linear_proj for block in self.layers if block.self_attn.linear_proj is not None]
+
     def prompt_keys(self, text_BPLE: Tensor) -> PromptKeys:
         """Cross-attention keys of P prompts per batch element. Every one of the L rows is attended, as published."""
         text = self.text_embedding(text_BPLE)
@@ -216,8 +221,7 @@ class WanTransformer(nn.Module):
 
     def memory_view(self, memory: StreamMemory, latents_BFCHW: Tensor) -> MemoryView:
         """A view of a memory for the passes of its next frames, of the shape of these latents."""
-        projections = [block.self_attn.linear_proj for block in self.layers if block.self_attn.linear_proj is not None]
-        return memory.view(self.grid(latents_BFCHW), latents_BFCHW.shape[1], latents_BFCHW.device, projections)
+        return memory.view(self.grid(latents_BFCHW), latents_BFCHW.shape[1], latents_BFCHW.device, self.projections)
 
     def grid(self, latents_BFCHW: Tensor) -> Grid:
         """Where the tokens of one frame of these latents stand."""
@@ -255,6 +259,16 @@ class WanTransformer(nn.Module):
         rows, columns = shape[3] // p, shape[4] // p
         x = x_BFTE.unflatten(3, (p, p, -1)).unflatten(2, (rows, columns)).permute(0, 1, 6, 2, 4, 3, 5)
         return x.reshape(shape)
+
+
+def reading_far(network: WanTransformer) -> WanTransformer:
+    """The same network, able to read a far state through projections that begin at zero; itself if it already is."""
+    if network.config.reads_far:
+        return network
+    made = WanTransformer(replace(network.config, reads_far=True))
+    made.load_state_dict(made.state_dict() | network.state_dict())
+    weight = network.patch_embedding.weight
+    return made.to(weight.device, weight.dtype).requires_grad_(weight.requires_grad).train(network.training)
 
 
 def level_features(level_BF: Tensor, size: int) -> Tensor:
