@@ -56,7 +56,7 @@ def test_a_student_that_reads_nothing_far_is_followed_by_every_rule():
         for state in layer["states"].values():
             assert all(1 <= rank <= 12 for rank in state["effective_rank"])
             assert len(state["effective_rank"]) == len(state["news"]) == len(state["read_back_newest"]) == 7
-            assert len(state["read_back"]) == len(result["ages"])
+            assert len(state["read_back"]) == len(state["recalled"]) == len(result["ages"])
             assert state["saturation"][0] == 0
     means = result["mean_of_layers"]
     assert means["keep"]["saturation"][-1] > means["decay=9"]["saturation"][-1]

@@ -121,6 +121,7 @@ def test_an_old_block_is_replaced_as_if_it_had_never_been_there(rule: Rule) -> N
 def test_what_has_faded_altogether_is_as_if_never_seen() -> None:
     found = measured(Decay(half_life=0.1), 200)
     assert torch.equal(found.read_back_LA[:, -1], found.never_L)
+    assert not found.recalled_LA[:, -1].any()
     assert found.remembered_L == [0, 0]
 
 

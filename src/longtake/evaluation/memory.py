@@ -235,6 +235,7 @@ def _table(found: Retention, choose: Callable[[Tensor], Tensor]) -> dict[str, An
         "saturation": _numbers(choose(found.saturation_LM)),
         "read_back_newest": _numbers(choose(found.newest_LM)),
         "read_back": _numbers(choose(found.read_back_LA)),
+        "recalled": _numbers(choose(found.recalled_LA)),
         "read_back_never": _number(choose(found.never_L).item()),
     }
 

@@ -21,14 +21,14 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(15, 8), layout="constrained")
-    (rank, saturation, newest), (back, share, growth) = figure.subplots(2, 3)
+    (rank, news, back), (recalled, share, growth) = figure.subplots(2, 3)
     for result in results:
         seconds, ages = result["at_seconds"], [max(age, result["block_seconds"] / 2) for age in result["ages_seconds"]]
         for name, state in result["mean_of_layers"].items():
             label = f"{result['recipe']}, {name}"
             rank.plot(seconds, state["effective_rank"], label=label)
-            saturation.plot(seconds, state["news"], label=label)
-            newest.plot(seconds, state["read_back_newest"], label=label)
+            news.plot(seconds, state["news"], label=label)
+            recalled.plot(ages, state["recalled"], label=label)
             (line,) = back.plot(ages, state["read_back"], label=label)
             back.axhline(state["read_back_never"], color=line.get_color(), linestyle=":")
         for number, layer in enumerate(result["layers"]):
@@ -42,10 +42,11 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
         )
         growth.plot(blocks, found["unrelated_latents"], color=line.get_color(), linestyle=":")
     rank.set(title="effective rank", xlabel="seconds", xscale="log")
-    saturation.set(title="news of one more block", xlabel="seconds", xscale="log", yscale="log")
-    newest.set(title="error of reading back the newest block", xlabel="seconds", xscale="log")
-    back.set(title="... an older one (dotted: one never seen)", xlabel="seconds ago", xscale="log")
-    share.set(title="far beside near in the output", xlabel="block of a real stream")
+    news.set(title="news of one more block", xlabel="seconds", xscale="log", yscale="log")
+    back.set(title="error of reading a block back (dotted: never seen)", xlabel="seconds ago", xscale="log")
+    recalled.set(title="worth of having seen it", xlabel="seconds ago", xscale="log", yscale="log")
+    nothing = "" if share.lines else ": nothing far is read"
+    share.set(title=f"far beside near in the output{nothing}", xlabel="block of a real stream")
     growth.set(title="growth of a change in latents (dotted: unrelated)", xlabel="blocks after", yscale="log")
     for panel in figure.axes:
         panel.grid(alpha=0.3)

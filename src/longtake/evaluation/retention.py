@@ -34,7 +34,7 @@ from longtake.memory.far import Decay, Delta, FarShape, Keep, Rule, SinkInFar
 from longtake.memory.stream_memory import MemoryShape, StreamMemory
 from longtake.memory.view import place_frames
 
-REMEMBERED = 0.01  # a block that is remembered lowers the error of reading it back by this share at least
+REMEMBERED = 0.01  # how much a block is recalled that counts as remembered
 _NOTHING = 1e-20  # what is left of a difference, from where on it counts as nothing
 _LOOK_EVERY, _TELL_EVERY = 50, 8000  # blocks
 
@@ -257,10 +257,18 @@ class Retention(NamedTuple):
         return 1 - self.news_LM / self.news_LM[:, :1]
 
     @property
+    def recalled_LA(self) -> Tensor:
+        """1 - read_back / never: what it is worth to have absorbed a block, at most 1; 0 once it is forgotten.
+
+        The block that it replaced was worth something too: where old blocks weigh as much as new ones this is noisy.
+        """
+        return 1 - self.read_back_LA / self.never_L[:, None]
+
+    @property
     def remembered_L(self) -> list[int | None]:
-        """The greatest age at which the error is less than that of never by 1 % of it; None if it is at no age."""
-        kept_LA = self.read_back_LA <= (1 - REMEMBERED) * self.never_L[:, None]
-        ages = [[age for age, kept in zip(self.ages, row, strict=True) if kept] for row in kept_LA.tolist()]
+        """The greatest age at which a block is recalled by 0.01 or more; None if it is at no age."""
+        rows = (self.recalled_LA >= REMEMBERED).tolist()
+        ages = [[age for age, kept in zip(self.ages, row, strict=True) if kept] for row in rows]
         return [max(row, default=None) for row in ages]
 
 
