@@ -34,6 +34,7 @@ RULES: list[Rule] = [
     Keep(),
     Decay(half_life=30),
     MassCap(frames=12),
+    MassCap(frames=30),  # full only after the opening
     Delta(),
     Delta(half_life=60, stiffness=0.1),
 ]
