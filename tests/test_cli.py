@@ -101,6 +101,7 @@ finally:
         ["evaluate", "toy"],
         ["evaluate", "redirect"],
         ["evaluate", "recall"],
+        ["evaluate", "memory"],
         ["models"],
         ["explain"],
     ],
@@ -230,7 +231,10 @@ def test_unknown_names_are_answered_with_the_nearest(capsys, option, nearest):
     assert nearest in captured.err
 
 
-@pytest.mark.parametrize("verb", ["generate x", "bench stream", "evaluate toy", "evaluate redirect", "evaluate recall"])
+@pytest.mark.parametrize(
+    "verb",
+    ["generate x", "bench stream", "evaluate toy", "evaluate redirect", "evaluate recall", "evaluate memory"],
+)
 def test_a_number_of_levels_that_makes_no_sense_is_one_clear_line(verb, capsys):
     assert main([*verb.split(), "--levels", "0"]) == 2
     assert capsys.readouterr().err == "longtake: the number of levels is a whole number from 1 to 1000, got 0\n"

@@ -262,6 +262,62 @@ def evaluate_recall(
     return 0
 
 
+@evaluate.command(name="memory")
+def evaluate_memory(
+    recipe: tuple[str, ...] = ("self_forcing_sink",),
+    model: str = "toy",
+    levels: Annotated[int | None, arg(metavar="N")] = None,
+    hours: float = 10.0,
+    rule: Annotated[tuple[str, ...], arg(metavar="NAME[=FRAMES]")] = (),
+    prompts: int = 6,
+    seeds: int = 1,
+    blocks: int = 12,
+    perturb: float = 0.05,
+    device: Annotated[str | None, arg(metavar="NAME")] = None,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    json: bool = False,
+    plot: Annotated[Path | None, arg(metavar="PATH")] = None,
+) -> int:
+    """Follow a far state through hours of real keys, and errors from block to block: what stays, and what grows?
+
+    Args:
+        recipe: Recipes to measure; without a far state, they are given one that only takes and is not read.
+        model: The weights to measure: a name, a folder, or a network's file.
+        levels: Denoising steps of a block; unless given, as many as the recipe has.
+        hours: How long a far state is followed, in hours of video.
+        rule: Rules to compare: keep, decay, cap, delta, with latent frames such as decay=480; else the recipe's own.
+        prompts: How many held-out captions.
+        seeds: Streams for each caption.
+        blocks: How many each stream is recorded for, and followed for after a change.
+        perturb: Size of the change of one block, beside the block's own.
+        device: cpu, cuda, cuda:1, ...; unless given, the best there is.
+        dtype: Precision of the network; auto takes the fastest that is safe. Far states are always float32.
+        json: Print a JSON list with one object for each recipe.
+        plot: A png to draw it all to; needs matplotlib.
+    """
+    from longtake.evaluation import memory, memory_plot
+
+    if plot is not None:
+        memory_plot.require(plot)
+    with _together(device) as (first, place):
+        results = memory.evaluate_memory(
+            recipe,
+            lambda name: _load(model, name, levels, place, dtype),
+            hours=hours,
+            rules=rule,
+            prompts=prompts,
+            seeds=seeds,
+            blocks=blocks,
+            perturb=perturb,
+            progress=_say,
+        )
+    if first:
+        print(dumps(results) if json else _memory_in_words(results))
+    if first and plot is not None:
+        memory_plot.draw(results, plot)
+    return 0
+
+
 train = app.command(SubcommandApp(), name="train", help="Train the embedded model's parts, one stage a call.")
 _STAGES = {
     "codec": "Pictures to latents and back, from nothing.",
@@ -500,6 +556,37 @@ def _recall_in_words(results: list[dict[str, Any]]) -> str:
         for result in results
         for second, shares in result["after"].items()
     )
+
+
+def _memory_in_words(results: list[dict[str, Any]]) -> str:
+    return "\n".join(line for result in results for line in _memory_lines(result))
+
+
+def _memory_lines(result: dict[str, Any]) -> Iterator[str]:
+    name = result["recipe"]
+    for rule, state in result["mean_of_layers"].items():
+        yield (
+            f"{name}, far state {rule}, after {result['hours']:g} h: "
+            f"rank {state['effective_rank'][-1]:.1f}, saturation {state['saturation'][-1]:.4f}; "
+            f"reads back with an error of {state['read_back'][0]:.3f} at once, {state['read_back'][-1]:.3f} oldest, "
+            f"{state['read_back_never']:.3f} what it never saw; remembers "
+            f"{_span([layer['states'][rule]['remembered_seconds'] for layer in result['layers']])}"
+        )
+    growth = result["error_growth"]
+    latents, pictures = growth["latents"]["mean"], growth["pictures"]["mean"]
+    yield (
+        f"{name}: a change of {growth['perturb']:g} is {latents[-1]:.3f} after {len(latents) - 1} blocks "
+        f"({_share(growth['unrelated_latents'][-1])} between unrelated streams), in pictures {pictures[-1]:.3f} "
+        f"({_share(growth['unrelated_pictures'][-1])})"
+    )
+
+
+def _span(seconds: Sequence[float | None]) -> str:
+    """How far back layers remember."""
+    known = [one for one in seconds if one is not None]
+    if not known:
+        return "nothing"
+    return f"{min(known):g} to {max(known):g} s in {len(known)} of {len(seconds)} layers"
 
 
 def _shares_in_words(shares: dict[str, float | None]) -> str:

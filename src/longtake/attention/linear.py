@@ -81,7 +81,11 @@ def sums_of(keys: Features, v_BTND: Tensor) -> Sums:
 
 def absorb(sums: Sums | None, keys: Features, v_BTND: Tensor) -> Sums:
     """The sums after these tokens too."""
-    new = sums_of(keys, v_BTND)
+    return added(sums, sums_of(keys, v_BTND))
+
+
+def added(sums: Sums | None, new: Sums) -> Sums:
+    """The sums of what both hold."""
     return new if sums is None else Sums(*(old + more for old, more in zip(sums, new, strict=True)))
 
 
@@ -100,15 +104,15 @@ def correct(sums: Sums | None, keys: Features, v_BTND: Tensor, stiffness: float)
     order of tokens. For one token that is the delta rule (2102.11174) at rate 1 / (1 + stiffness); the block's
     closed form stands for its T steps. The other sums grow as in `absorb`.
     """
-    added = absorb(sums, keys, v_BTND)
+    after = absorb(sums, keys, v_BTND)
     unit = _unit(keys.above)
-    old = torch.zeros_like(added.kv_BNRD) if sums is None else sums.kv_BNRD
+    old = torch.zeros_like(after.kv_BNRD) if sums is None else sums.kv_BNRD
     with _unrounded(v_BTND):
         error_BTND = v_BTND.float() - torch.einsum("btnr,bnrd->btnd", unit, old)
         gram = torch.einsum("btnr,btns->bnrs", unit, unit) / v_BTND.shape[1]
         gram = gram + stiffness * torch.eye(gram.shape[-1], device=gram.device)
         change = torch.linalg.solve(gram, torch.einsum("btnr,btnd->bnrd", unit, error_BTND) / v_BTND.shape[1])
-    return added._replace(kv_BNRD=old + change)
+    return after._replace(kv_BNRD=old + change)
 
 
 def recall(sums: Sums, queries: Features) -> Tensor:

@@ -31,7 +31,11 @@ class Keep:
     """Nothing is ever forgotten (published): after n blocks, one block's share is 1/n."""
 
     def absorb(self, sums: Sums | None, keys: Features, v_BTND: Tensor, frames: int) -> Sums:
-        return linear.absorb(sums, keys, v_BTND)
+        return self.add(sums, linear.sums_of(keys, v_BTND), frames)
+
+    def add(self, sums: Sums | None, new: Sums, frames: int) -> Sums:
+        """The sums after tokens of which only the sums are left."""
+        return linear.added(sums, new)
 
     def read(self, sums: Sums, queries: Features) -> Tensor:
         return linear.read(sums, queries)
@@ -43,9 +47,8 @@ class Decay(Keep):
 
     half_life: float
 
-    def absorb(self, sums: Sums | None, keys: Features, v_BTND: Tensor, frames: int) -> Sums:
-        old = _scaled(sums, 0.5 ** (frames / self.half_life))
-        return linear.absorb(old, keys, v_BTND)
+    def add(self, sums: Sums | None, new: Sums, frames: int) -> Sums:
+        return linear.added(_scaled(sums, 0.5 ** (frames / self.half_life)), new)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +57,11 @@ class MassCap(Keep):
 
     frames: float
 
-    def absorb(self, sums: Sums | None, keys: Features, v_BTND: Tensor, frames: int) -> Sums:
-        room = v_BTND.shape[1] * max(0.0, self.frames / frames - 1)
+    def add(self, sums: Sums | None, new: Sums, frames: int) -> Sums:
+        room_B = new.mass_B * max(0.0, self.frames / frames - 1)
         if sums is not None:
-            sums = sums.scaled((room / sums.mass_B.clamp(min=1)).clamp(max=1))
-        return linear.absorb(sums, keys, v_BTND)
+            sums = sums.scaled((room_B / sums.mass_B.clamp(min=1)).clamp(max=1))
+        return linear.added(sums, new)
 
 
 @dataclass(frozen=True, kw_only=True)
