@@ -33,14 +33,13 @@ def leave() -> None:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Replace every gradient by its mean over the processes, in one exchange."""
+    """Replace every gradient by its mean over the processes, in one exchange.
+
+    What a step did not use has no gradient, in any process (steps are alike in all), and keeps none.
+    """
     if not distributed.is_initialized():
         return
-    gradients = []
-    for parameter in parameters:
-        if parameter.grad is None:  # a part that this process did not use counts as 0
-            parameter.grad = torch.zeros_like(parameter)
-        gradients.append(parameter.grad)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = torch.cat([g.flatten() for g in gradients])
     distributed.all_reduce(flat)
     flat /= distributed.get_world_size()

@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -82,7 +83,7 @@ def train(
         asked = {"stage": name, "from": str(start), "recipes": list(recipe_names), "config": asdict(stage)}
         with _claimed(run, asked):
             torch.manual_seed(stage.seed + rank)
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+            torch.backends.cudnn.allow_tf32 = True  # not of matrices: far states and block scores want all of fp32
             spent = kind.train(stage, inputs, chosen, run)
             return _finish(run, inputs, kind, spent, processes)
     finally:
@@ -300,6 +301,8 @@ class ToyWorld:
         self.latent_size = recipes.latent_size(codec)
 
     def clips(self, size: int, seed: int) -> ClipPool:
+        if self._run.first:
+            sys.stderr.write(f"painting {size} clips to learn from\n")
         return ClipPool(self._codec, size, seed * 1000 + self._run.rank, self._run.device, _painter(self._run))
 
     def prompts(self, count: int, seed: int) -> Prompts:
@@ -426,7 +429,7 @@ def _film(out: Path, recipe: str) -> Path:
     levels = json.loads((out / CONFIG_FILE).read_text())["config"].get("levels")
     engine = recipes.load(out, recipe=recipe, levels=levels[0] if isinstance(levels, list) else levels)
     tokens = _held_out_tokens(FILMED)
-    path = _samples(out) / f"{recipe}.mp4"
+    path = _samples(out) / f"{engine.recipe.file_name}.mp4"
     columns = 2
     with engine.stream_batch([captions.decode(row.tolist()) for row in tokens], seeds=range(FILMED)) as streams:
         pictures = torch.cat(list(islice(streams, stages.LOOKED_AT_BLOCKS)), dim=1)

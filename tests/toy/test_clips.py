@@ -70,7 +70,7 @@ def test_what_is_harder_comes_up_more_often_where_captions_say_it_and_held_out_s
     changes = torch.isfinite(often.change_seconds)
     assert 2 < away[named & ~changes].double().mean() / share < 4
     assert away[~named].double().mean() < share  # captions rather leave a still camera out
-    assert 0.2 < changes.double().mean() < 0.35
+    assert abs(changes.double().mean() - torch.isfinite(plain.change_seconds).double().mean()) < 0.03
     assert away[changes].double().mean() < 1.3 * share
     rows = zip(often.subject.tolist(), often.colour[:, 0].tolist(), often.place[:, 0].tolist(), strict=True)
     combinations = {(SUBJECTS[s], COLOURS[c], PLACES[p]) for s, c, p in rows}
@@ -88,6 +88,7 @@ def test_a_pool_made_again_holds_the_same_clips() -> None:
     torch.manual_seed(0)
     codec = LightCodec(SMALL)
     pool, twin = (ClipPool(codec, 3, seed=1, device=torch.device("cpu"), at_once=2) for _ in range(2))
+    pool.draw(1, 9)
     pool.renew()
     twin.load_state_dict(pool.state_dict())
     for one, other in zip(pool._pool, twin._pool, strict=True):

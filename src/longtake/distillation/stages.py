@@ -196,9 +196,9 @@ class OdeStage(Stage):
 class DmdStage(Stage):
     """Distribution matching under every recipe and every number of levels in turn.
 
-    Half of the rollouts go on from the first 1 to `most_given` blocks of a real clip, out of `pool`, to the length of
-    the teacher's clip (0: none do): a student learns to go on from any moment. The others begin with nothing; they are
-    as long as the teacher's clip, or up to `most_blocks` and learn on their last part.
+    Half of the rollouts go on from 1 to `most_given` blocks of a real clip (at most all but one; 0: none do), out of
+    `pool`, to the length of the teacher's clip: a student learns to go on from any moment. The others begin with
+    nothing; they are as long as the teacher's clip, or up to `most_blocks` and learn on their last part.
 
     far_lr: rate of the projections of what is read from far states. They begin at zero, and Adam moves a weight by
     about its rate a step. pull: weight of the pull to the teacher's own sample from the rollout's noise (published:
@@ -217,7 +217,7 @@ class DmdStage(Stage):
     guidance: float = 3.0
     most_blocks: int = 11
     most_given: int = 6
-    pool: int = 256
+    pool: int = 64
     levels: tuple[int, ...] = (4,)
     pull: float = 0.0
     pull_steps: int = 25
@@ -381,11 +381,15 @@ def train_dmd(
     shift: float, stage: DmdStage, run: Run,
 ) -> dict[str, float]:  # fmt: skip
     for recipe in recipes:
-        _require_lengths(stage, recipe, network.config.extent)
+        if network.config.extent % recipe.block or stage.most_blocks * recipe.block < network.config.extent:
+            raise ValueError(
+                f"rollouts of up to {stage.most_blocks} blocks of {recipe.block} latent frames must hold the teacher's "
+                f"clip, {network.config.extent} frames, in whole blocks"
+            )
     critic = copy.deepcopy(teacher).requires_grad_(True).train()
     network.requires_grad_(True).train()
     student = Learner(network, [_dmd_adam(network, stage.lr, stage.far_lr)], average=stage.average)
-    judge = Learner(critic, [_dmd_adam(critic, stage.critic_lr)], average=None)
+    judge = Learner(critic, [_dmd_adam(critic, stage.critic_lr, stage.critic_lr)], average=None)
     compile_for(run, network, teacher, critic)
     shared = Dice(stage.seed)
     supply = world.clips(stage.pool, stage.seed) if stage.most_given else None
@@ -395,6 +399,8 @@ def train_dmd(
     def turn(step: int) -> dict[str, Tensor]:
         recipe = recipes[step % len(recipes)]
         plan = _plan(shared, recipe, stage, network.config.extent)
+        if supply is not None and step % RENEW_EVERY == 0:
+            supply.renew()
         script = _script(text, world, supply, plan, stage, step)
         text_BPLE, prompt_BF, _ = script
         fresh = FreshNoise((stage.batch, recipe.block, *world.latent_size), run.device)
@@ -418,32 +424,19 @@ def train_dmd(
             with run.autocast():
                 critic_loss = dmd.critic_loss(sample, critic, text_BPLE, prompt_BF, shift)
             judge.step(critic_loss)
-        values = losses | {"critic": critic_loss, "norm": norm, "motion": sample.detach().diff(dim=1).abs().mean()}
+        learned = sample.detach()[:, plan.given * plan.block :]
+        values = losses | {"critic": critic_loss, "norm": norm, "motion": learned.diff(dim=1).abs().mean()}
         if network.projections:
-            values["far"] = torch.cat([projection.weight for projection in network.projections]).norm()
+            values["far_weights"] = torch.cat([projection.weight for projection in network.projections]).norm()
         return {name: value.detach() for name, value in values.items()}
 
     shown = [recipe.with_levels(stage.levels[0]) for recipe in recipes]
     look = _student_strips(text, network, student, world, shown, shift, run)
     learners = {"student": student, "critic": judge}
     keep = {"shared": shared} | ({"clips": supply} if supply is not None else {})
-    spent = train(learners, turn, _budget(stage, warmup=20), run, keep=keep, look=look, log_every=25)
+    spent = train(learners, turn, _budget(stage, warmup=20), run, keep=keep, look=look, log_every=25, rare=("pull",))
     student.swap_average()
     return spent
-
-
-def _require_lengths(stage: DmdStage, recipe: Recipe, clip: int) -> None:
-    """ValueError unless rollouts hold the teacher's clip in whole blocks, of which at least one is not given."""
-    if clip % recipe.block or stage.most_blocks * recipe.block < clip:
-        raise ValueError(
-            f"rollouts of up to {stage.most_blocks} blocks of {recipe.block} latent frames must hold the teacher's "
-            f"clip, {clip} frames, in whole blocks"
-        )
-    if stage.most_given * recipe.block >= clip:
-        raise ValueError(
-            f"most_given ({stage.most_given}) must be below the {clip // recipe.block} blocks of {recipe.block} latent "
-            f"frames in the teacher's clip"
-        )
 
 
 @dataclass(frozen=True)
@@ -475,7 +468,8 @@ class _Plan:
         return (torch.arange(self.judged * self.block, device=device) >= self.given * self.block).view(1, -1, 1, 1, 1)
 
     def prompts_of_judged(self, prompt_BF: Tensor) -> Tensor:
-        """The prompt of each judged frame [B, F]: that of its block's first frame, in a clip that holds as many.
+        """The prompt of each judged frame [B, F], in a clip that holds as many: of given frames as it is, of learned
+        ones that of their block's first.
 
         A rollout of more than the judged part may have come to any moment of the clip by then.
         """
@@ -483,14 +477,17 @@ class _Plan:
         latest = prompt_BF.shape[1] - frames + 1 if self.blocks > self.judged else 1
         starts = torch.randint(latest, (batch, 1), device=prompt_BF.device)
         firsts = starts + torch.arange(0, frames, self.block, device=prompt_BF.device)
-        return prompt_BF.gather(1, firsts).repeat_interleave(self.block, dim=1)
+        by_block_BF = prompt_BF.gather(1, firsts).repeat_interleave(self.block, dim=1)
+        given = self.given * self.block
+        return torch.cat([prompt_BF[:, :given], by_block_BF[:, given:]], dim=1)
 
 
 def _plan(shared: Dice, recipe: Recipe, stage: DmdStage, clip: int) -> _Plan:
     levels = stage.levels[shared.below(len(stage.levels))]
     judged = clip // recipe.block
     # Half the rollouts go on from given blocks, to the end of the clip.
-    given = shared.below(2) * (1 + shared.below(stage.most_given)) if stage.most_given else 0
+    most_given = min(stage.most_given, judged - 1)
+    given = shared.below(2) * (1 + shared.below(most_given)) if most_given else 0
     # Half of those that begin with nothing are as long as the clip, the others may be longer.
     longer = 0 if given else shared.below(2) * shared.below(stage.most_blocks - judged + 1)
     return _Plan((levels, 1 + shared.below(levels)), judged + longer, judged - given, recipe.block, given)
@@ -512,7 +509,7 @@ def _script(
     """Real clips with their prompts, where blocks are given; else prompts alone."""
     said: Prompts
     if supply is not None and plan.given:
-        said = clips = _drawn(supply, step, stage.batch, plan.judged * plan.block)
+        said = clips = supply.draw(stage.batch, plan.judged * plan.block)
         given = clips.latents_BFCHW.split(plan.block, dim=1)[: plan.given]
     else:
         said, given = world.prompts(stage.batch, stage.seed * 1_000_000 + step), ()
@@ -550,7 +547,7 @@ def _student_strips(
         with _resting(learner):
             for recipe in {recipe.name: recipe for recipe in recipes}.values():
                 latents = stream_latents(text, network, world, recipe, shift, run)
-                world.show(f"{name}_{recipe.name}", latents)
+                world.show(f"{name}_{recipe.file_name}", latents)
 
     return look
 
@@ -600,7 +597,7 @@ def _drawn(supply: ClipSupply, step: int, count: int, frames: int) -> LatentClip
     return supply.draw(count, frames)
 
 
-def _dmd_adam(network: WanTransformer, lr: float, far_lr: float = 0.0) -> torch.optim.Optimizer:
+def _dmd_adam(network: WanTransformer, lr: float, far_lr: float) -> torch.optim.Optimizer:
     """AdamW; projections of what is far, where there are any, have a rate of their own and do not decay."""
     far = [parameter for projection in network.projections for parameter in projection.parameters()]
     own = set(far)

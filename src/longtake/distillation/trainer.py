@@ -158,15 +158,17 @@ def train(
     keep: Mapping[str, Stateful] | None = None,
     look: Callable[[str], None] = lambda name: None,
     log_every: int = 50,
+    rare: Sequence[str] = (),
     save_seconds: float = 60.0,
     look_seconds: float = 120.0,
 ) -> dict[str, float]:
     """Run `turn(step)` until the budget is spent, going on from the folder's saved state if there is one.
 
-    Metrics are appended to metrics.jsonl every `log_every` steps. Every `save_seconds` all of `learners`, of `keep`
-    and of torch's random state is written beside and renamed, so that a run killed at any moment goes on and ends as
-    if it had not been; Ctrl-C does the same at once and raises KeyboardInterrupt. Every `look_seconds` the first
-    process calls `look(name)`, and once more at the end; it must leave all random state alone.
+    Metrics are appended to metrics.jsonl every `log_every` steps, and whenever a turn has one of the `rare` ones. Every
+    `save_seconds` all of `learners`, of `keep` and of torch's random state is written beside and renamed, so that a run
+    killed at any moment goes on and ends as if it had not been; Ctrl-C does the same at once and raises
+    KeyboardInterrupt. Every `look_seconds` the first process calls `look(name)`, and once more at the end; it must
+    leave all random state alone.
     Returns {"steps", "seconds"}; seconds count over all parts of a run.
     """
     state = _State(run, {**learners, **(keep or {})})
@@ -195,7 +197,7 @@ def train(
             for learner in learners.values():
                 learner.set_rate(budget.rate(step, progress))
             values = turn(step)
-            if step % log_every == 0:
+            if step % log_every == 0 or any(name in values for name in rare):
                 means = {name: parallel.mean_over_processes(value.float()).item() for name, value in values.items()}
                 if run.first:
                     _log(run.out, {"step": step, "seconds": round(before + time.perf_counter() - started, 2), **means})

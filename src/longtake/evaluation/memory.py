@@ -195,7 +195,7 @@ def _far_table(plan: _Plan, streams: Sequence[_Stream], blocks: int, progress: C
 
     found = dict(zip(plan.states, parallel.share_out(list(plan.states.items()), follow), strict=True))
     shares_LK = torch.stack([one.shares_LK for one in made]).mean(0)
-    first, (shape, *_) = next(iter(found.values())), plan.states.values()
+    first, shape = next(iter(found.values())), next(iter(plan.states.values()))
     tables = {name: _of_layers(one, plan.block_seconds) for name, one in found.items()}
     return {
         "block_seconds": plan.block_seconds,

@@ -1,5 +1,6 @@
 """What a method is at serving time: memory, schedule, levels."""
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, Self
@@ -47,6 +48,11 @@ class Recipe:
     near: Attend = MemoryShape.near
     block: int = 3
     steps: tuple[float, ...] = (1000, 750, 500, 250)
+
+    @property
+    def file_name(self) -> str:
+        """The name in letters that every file system takes."""
+        return re.sub(r"[^\w.-]+", "_", self.name)
 
     def memory(self, network: WanTransformer) -> MemoryShape:
         """The memory of this recipe for a network, positions capped at the extent it was trained on.

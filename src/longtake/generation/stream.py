@@ -23,7 +23,7 @@ from longtake.models.codec import Codec, CodecState
 from longtake.models.wan import PromptKeys, WanTransformer
 
 FAR_AFTER_REDIRECT = 1.0  # as it was, until a trained far state can be measured
-FAR_AFTER_CUT = 0.0  # a new scene owes nothing to the old one
+FAR_AFTER_CUT = 0.0  # a new shot owes nothing to the old one
 
 
 class TextEncoder(Protocol):

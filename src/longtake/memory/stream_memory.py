@@ -142,7 +142,7 @@ class StreamMemory:
         return keys._replace(k_BTND=rotate(keys.k_BTND, grid.rotation(keys.frames, keys.k_BTND.device)))
 
     def cut(self, far: float) -> None:
-        """Begin a new scene: sink and past are forgotten and frames are numbered from 0; blocks are counted on.
+        """Begin a new shot: sink and past are forgotten and frames are numbered from 0; blocks are counted on.
 
         far: the share of the far states that weighs on, at the positions where they were absorbed.
         """

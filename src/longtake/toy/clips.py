@@ -50,28 +50,27 @@ class ClipPool:
     ):
         self._codec, self._seed, self._device = codec, seed, device
         self._painter, self._at_once = painter, at_once
-        self._made = 0
-        first = self._make()
-        self._pool = LatentClips(*(torch.empty(size, *x.shape[1:], dtype=x.dtype, device=device) for x in first))
-        for _ in range(0, size, at_once):
-            self.renew()
+        self._size, self._made = size, 0
+        self._pool: LatentClips | None = None
 
     def renew(self) -> None:
         """Render and encode a few new clips in place of the oldest."""
-        size = len(self._pool.latents_BFCHW)
+        size, new = self._size, self._make()
+        if self._pool is None:
+            self._pool = LatentClips(*(x.new_empty(size, *x.shape[1:]) for x in new))
         rows = [i % size for i in range(self._made, self._made + self._at_once)]
-        for kept, new in zip(self._pool, self._make(), strict=True):
-            kept[rows[-size:]] = new[-size:]
+        for kept, few in zip(self._pool, new, strict=True):
+            kept[rows[-size:]] = few[-size:]
         self._made += self._at_once
 
     def draw(self, count: int, frames: int) -> LatentClips:
         """Clips of `frames` latent frames: half from the beginning of a clip, half from a random moment of it."""
-        size, length = self._pool.latents_BFCHW.shape[:2]
+        latents, tokens, prompt, subject = self._filled()
+        size, length = latents.shape[:2]
         rows = torch.randint(size, (count, 1), device=self._device)
         starts = torch.randint(length - frames + 1, (count, 1), device=self._device)
         starts = starts * torch.randint(2, (count, 1), device=self._device)
         taken = rows, starts + torch.arange(frames, device=self._device)
-        latents, tokens, prompt, subject = self._pool
         return LatentClips(latents[taken].float(), tokens[rows[:, 0]], prompt[taken], subject[taken].float())
 
     def state_dict(self) -> dict[str, Any]:
@@ -80,10 +79,15 @@ class ClipPool:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Make the clips again that were held when so many had been made."""
-        made, size = int(state["made"]), len(self._pool.latents_BFCHW)
-        self._made = max(0, made - size) // self._at_once * self._at_once
+        made = int(state["made"])
+        self._made = max(0, made - self._size) // self._at_once * self._at_once
         while self._made < made:
             self.renew()
+
+    def _filled(self) -> LatentClips:
+        while self._pool is None or self._made < self._size:
+            self.renew()
+        return self._pool
 
     @torch.no_grad()
     def _make(self) -> LatentClips:
@@ -110,8 +114,8 @@ def sample_prompts(count: int, seed: int, device: torch.device, pictures_a_frame
 def training_scenes(count: int, seed: int, device: torch.device) -> tuple[Scenes, Tensor]:
     """Scenes with the tokens [B, 2, L] of their captions, chosen among three times as many.
 
-    What is `HARDER` comes up more often where a caption says it and nothing changes: what captions leave open, the
-    share of clips with a change and what those show are as in the world.
+    What is `HARDER` comes up more often where a caption says it and nothing changes: what captions leave open, how many
+    clips have a change and what those show is as in the world.
     """
     scenes = sample_scenes(3 * count, seed)
     tokens_BPL = caption_tokens(scenes, seed)
@@ -121,9 +125,10 @@ def training_scenes(count: int, seed: int, device: torch.device) -> tuple[Scenes
         for value, times in values.items():
             weights[said & (getattr(scenes, attribute) == ATTRIBUTES[attribute].index(value))] *= times
     changes = torch.isfinite(scenes.change_seconds)
-    weights[~changes] /= weights[~changes].mean()
-    weights[changes] = 1
-    chosen = torch.multinomial(weights, count, generator=torch.Generator().manual_seed(seed))
+    as_they_come, others = changes[:count].nonzero()[:, 0], (~changes).nonzero()[:, 0]
+    # The first of a race of exponential clocks: drawn by weight without replacement, as few as none.
+    waits = torch.empty(len(others)).exponential_(generator=torch.Generator().manual_seed(seed)) / weights[others]
+    chosen = torch.cat([as_they_come, others[waits.argsort()[: count - len(as_they_come)]]])
     return scenes[chosen].to(device), tokens_BPL[chosen].to(device)
 
 
