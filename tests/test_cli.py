@@ -383,10 +383,11 @@ def test_models_lists_what_runs(capsys):
 def test_explain_lists_the_recipes(capsys):
     assert main(["explain"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == ["self_forcing", "self_forcing_sink", "hybrid_forcing"]
-    assert "2604.10103" in lines[-1]
+    names = ["self_forcing", "self_forcing_sink", "hybrid_forcing", "rolling_forcing"]
+    assert [line.split()[0] for line in lines] == names
+    assert "2509.25161" in lines[-1]
     assert main(["explain", "--json"]) == 0
-    assert list(json.loads(capsys.readouterr().out)) == ["self_forcing", "self_forcing_sink", "hybrid_forcing"]
+    assert list(json.loads(capsys.readouterr().out)) == names
 
 
 def test_explain_in_words_and_json(capsys):

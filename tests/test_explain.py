@@ -9,11 +9,12 @@ from longtake.recipes import RECIPES
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_table_ends_where_all_that_follows_is_alike(name: str) -> None:
     told = explain(name)
-    assert told["alike_from"] == 6
-    assert [row["block"] for row in told["blocks"]] == list(range(7))
+    first = 7 if name == "rolling_forcing" else 6  # it remembers one block more
+    assert told["alike_from"] == first
+    assert [row["block"] for row in told["blocks"]] == list(range(first + 1))
     words = in_words(told)
     assert max(map(len, words.splitlines())) <= 100
-    assert "From block 6 on all are alike, each 3 latent frames later" in words
+    assert f"From block {first} on all are alike, each 3 latent frames later" in words
 
 
 def test_as_many_blocks_as_asked_for() -> None:
@@ -55,6 +56,27 @@ def test_self_forcing_sees_everything_in_its_window_and_forgets_the_rest(name: s
     assert all(row["keys"]["attended"] == row["keys"]["of"] and not row["absorbed"] for row in told["blocks"])
     assert [len(row["leaves"]) for row in told["blocks"]] == [0, 0, *[3] * 5]
     assert "forgotten" in in_words(told)
+
+
+def test_rolling_forcing_call_by_call() -> None:
+    told = explain("rolling_forcing")
+    levels = told["levels"]
+    made = [call for row in told["blocks"] for call in row["calls"]]
+    assert [len(row["calls"]) for row in told["blocks"]] == [5] + [1] * 7
+    for number, call in enumerate(made):
+        assert [block for block, _ in call] == list(range(max(0, number - 4), number + 1))
+        assert [level for _, level in call] == pytest.approx([levels[number - block] for block, _ in call], abs=1e-6)
+    lines = in_words(told).splitlines()
+    assert "1     0 @0.923  1 @1.000                                  -         -" in lines
+    assert "11    7 @0.429  8 @0.667  9 @0.818  10 @0.923  11 @1.000  7         3-23 @0-20" in lines
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES.keys() - {"rolling_forcing"}))
+def test_block_by_block_every_call_is_over_one(name: str) -> None:
+    told = explain(name)
+    for row in told["blocks"]:
+        assert [call[0] for call in row["calls"]] == [[row["block"], pytest.approx(level)] for level in told["levels"]]
+    assert not any(line.startswith("call") for line in in_words(told).splitlines())
 
 
 def test_pictures_are_counted_through() -> None:

@@ -26,7 +26,8 @@ def test_recipes_see_equally_many_finished_frames_and_fit_the_network() -> None:
     for name in recipes.RECIPES:
         recipe = recipes.recipe_named(name)
         assert recipe.name == name
-        assert recipe.memory(network).window.frames == 6
+        assert recipe.sink + recipe.past == 6
+        assert recipe.memory(network).window.frames == (21 if recipe.rolls else 6)  # its commits see more
     assert ("toy", "self_forcing") in recipes.MODELS and ("toy", "self_forcing_sink") in recipes.MODELS
 
 
@@ -34,6 +35,25 @@ def test_a_network_that_cannot_read_a_far_state_is_refused_one() -> None:
     network = engine().network
     with pytest.raises(ValueError, match="hybrid_forcing has a far state, which this network was not trained to read"):
         recipes.hybrid_forcing().memory(network)
+
+
+def test_blocks_in_flight_come_on_top_of_sink_and_past() -> None:
+    network, recipe = engine().network, recipes.rolling_forcing()
+    assert recipe.in_flight == 5 and recipes.self_forcing().in_flight == 1
+    with pytest.raises(ValueError, match=r"sink 3 \+ past 3 \+ current 3 x 6 in flight = 24 latent frames do not fit"):
+        recipe.with_levels(6).memory(network)
+    network.config = replace(network.config, reads_far=True)
+    with pytest.raises(ValueError, match="has a far state, which blocks in flight cannot read"):
+        replace(recipe.with_levels(4), far=FarShape()).memory(network)
+
+
+def test_rolling_forcing_streams_from_a_folder(tmp_path: Path) -> None:
+    for name in (recipes.NETWORK_FILE, recipes.CODEC_FILE):
+        shutil.copy(recipes.packaged(name), tmp_path / name)
+    with engine(tmp_path, "rolling_forcing").stream("a red ball bounces over green hills") as stream:
+        assert [len(next(stream).frames) for _ in range(2)] == [9, 12]
+    with pytest.raises(ValueError, match="no weights for recipe rolling_forcing"):
+        engine("toy", "rolling_forcing")
 
 
 def test_options_change_a_recipe_and_stay_in_its_name() -> None:

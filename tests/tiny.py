@@ -5,12 +5,13 @@ from collections.abc import Sequence
 import torch
 
 from longtake.generation.noise import SeededNoise
+from longtake.generation.recipe import Recipe
 from longtake.generation.stream import Engine
 from longtake.memory.stream_memory import MemoryShape, StreamMemory
 from longtake.memory.window import WindowShape
 from longtake.models.light_codec import LightCodec, LightCodecConfig
 from longtake.models.wan import PromptKeys, WanConfig, WanTransformer
-from longtake.recipes import self_forcing_sink
+from longtake.recipes import rolling_forcing, self_forcing_sink
 
 BLOCK = 3
 LATENTS = (BLOCK, 4, 4, 6)  # frames, channels, height, width of a block
@@ -46,7 +47,12 @@ class AnyText:
         return text(len(prompts))[:, 0].float()
 
 
-def engine() -> Engine:
+def rolling_recipe() -> Recipe:
+    """As many levels as `LEVELS`, for a network of the usual extent."""
+    return rolling_forcing().with_levels(len(LEVELS))
+
+
+def engine(recipe: Recipe | None = None) -> Engine:
     """A stream's whole engine, in fp32."""
     torch.manual_seed(3)
     codec = LightCodec(
@@ -60,7 +66,7 @@ def engine() -> Engine:
     )
     return Engine(
         model_name="tiny",
-        recipe=self_forcing_sink(),
+        recipe=recipe or self_forcing_sink(),
         text=AnyText(),
         network=network().float().requires_grad_(False),
         codec=codec.requires_grad_(False),

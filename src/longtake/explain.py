@@ -40,7 +40,8 @@ def recipes_in_short() -> dict[str, str]:
 def explain(name: str, blocks: int | None = None) -> dict[str, Any]:
     """A recipe with the embedded model's sizes, ready for JSON.
 
-    Frames are latent frames; attended and absorbed ones are [frame, position].
+    Frames are latent frames; attended and absorbed ones are [frame, position]. Calls are of the network, each of its
+    blocks [block, level].
     blocks: how many are told of; by default those until all that follow are alike.
     ValueError for unknown names and for less than one block.
     """
@@ -51,7 +52,7 @@ def explain(name: str, blocks: int | None = None) -> dict[str, Any]:
     codec = load_codec([packaged(CODEC_FILE)], CPU)
     grid = network.grid(torch.zeros(1, 1, *latent_size(codec)))
     tokens, extent = grid.rows * grid.columns, network.config.extent
-    rows = list(islice(traced(recipe, extent), max(LOOKED_AT, blocks or 0)))
+    rows = list(islice(traced(recipe, extent, description["shift"]), max(LOOKED_AT, blocks or 0)))
     alike_from = next((a.block for a, b in pairwise(rows) if b.looks_like(a, recipe.sink)), None)
     enough = LOOKED_AT if alike_from is None else alike_from + 1
     return {
@@ -62,6 +63,7 @@ def explain(name: str, blocks: int | None = None) -> dict[str, Any]:
         "block": recipe.block,
         "sink": recipe.sink,
         "past": recipe.past,
+        "in_flight": recipe.in_flight,
         "extent": extent,
         "steps": list(recipe.steps),
         "shift": description["shift"],
@@ -77,7 +79,8 @@ def explain(name: str, blocks: int | None = None) -> dict[str, Any]:
 def in_words(told: dict[str, Any]) -> str:
     """What `explain` gives, as text."""
     about = [fill(paragraph, COLUMNS) for paragraph in told["about"]]
-    return "\n\n".join([told["recipe"], *about, _numbers(told), _table(told), _legend(told)])
+    calls = [_calls(told)] if told["in_flight"] > 1 else []
+    return "\n\n".join([told["recipe"], *about, _numbers(told), *calls, _table(told), _legend(told)])
 
 
 def _about(name: str) -> list[str]:
@@ -108,6 +111,8 @@ def _row(row: BlockTrace, recipe: Recipe, codec: Codec, tokens: int) -> dict[str
             "past": [list(one) for one in row.past],
             "current": [list(one) for one in row.current],
         },
+        "calls": [[list(one) for one in call] for call in row.calls],
+        "commit": [list(one) for one in row.commit],
         "keys": {"attended": keys_attended(recipe.near, keys), "of": keys},
         "leaves": list(row.leaves),
         "absorbed": [list(one) for one in row.absorbed],
@@ -130,9 +135,22 @@ def _numbers(told: dict[str, Any]) -> str:
         "attention": near["attention"] + (f" ({setting})" if setting else ""),
         "far state": "none: what leaves the past is forgotten",
     }
+    if told["in_flight"] > 1:
+        lines["in flight"] = f"{told['in_flight']} blocks, on top of sink and past"
     if far := told["far"]:
         lines["far state"] = f"{far['rule']}, sink absorbed: {far['sink']}\n{'':11}{far['rule_in_short']}"
     return "\n".join(f"{key:11}{value}" for key, value in lines.items())
+
+
+def _calls(told: dict[str, Any]) -> str:
+    """Which blocks go through the network together, call by call, and what the commit of a finished one sees."""
+    rows = [["call", "blocks", *[""] * (told["in_flight"] - 1), "finishes", "its commit sees"]]
+    for row in told["blocks"]:
+        for call in row["calls"]:
+            cells = [f"{block} @{level:.3f}" for block, level in call]
+            then = [str(row["block"]), _placed(row["commit"])] if call is row["calls"][-1] else ["-", "-"]
+            rows.append([str(len(rows) - 1), *cells, *[""] * (told["in_flight"] - len(cells)), *then])
+    return _in_columns(rows)
 
 
 def _table(told: dict[str, Any]) -> str:
@@ -150,6 +168,10 @@ def _table(told: dict[str, Any]) -> str:
                 _span(held["frames"]) + (f" +{held['far_frames']:g}" if held["far_frames"] else ""),
             ]
         )
+    return _in_columns(rows)
+
+
+def _in_columns(rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -158,6 +180,8 @@ def _table(told: dict[str, Any]) -> str:
 
 def _legend(told: dict[str, Any]) -> str:
     lines = ["sink, past, current: latent frames attended @ their positions; keys: of one query."]
+    if told["in_flight"] > 1:
+        lines.append("Calls: blocks in flight @ their levels. Of each block, it is told what its last call attends to.")
     if told["far"]:
         lines.append("held: latent frames in the window, + how many the far state holds.")
     if told["alike_from"] is not None:

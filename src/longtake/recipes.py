@@ -24,6 +24,7 @@ from longtake.generation.blockwise import blockwise
 from longtake.generation.clip import sample_clip
 from longtake.generation.noise import SeededNoise
 from longtake.generation.recipe import Recipe
+from longtake.generation.rolling import rolling
 from longtake.generation.stream import Engine, to_uint8
 from longtake.memory.far import Decay, Delta, FarShape, Keep, MassCap, Rule
 from longtake.models.light_codec import LightCodec, LightCodecConfig
@@ -76,10 +77,22 @@ def _far_named(name: str, frames: float) -> FarShape | None:
     return FarShape(rule=rule) if rule else None
 
 
+def rolling_forcing() -> Recipe:
+    """Rolling Forcing (arXiv 2509.25161): a window of blocks at rising noise levels, one finished by each call.
+
+    A call sees the sink and the latest frames that fit the extent beside the blocks in flight: 3 of them while all 5
+    are. What it finishes is committed by a pass of its own, which sees the latest frames alone, 18 of them.
+    """
+    return Recipe(
+        name="rolling_forcing", schedule=rolling, sink=3, past=3, steps=(1000, 800, 600, 400, 200), rolls=True
+    )
+
+
 RECIPES: dict[str, Callable[..., Recipe]] = {
     "self_forcing": self_forcing,
     "self_forcing_sink": self_forcing_sink,
     "hybrid_forcing": hybrid_forcing,
+    "rolling_forcing": rolling_forcing,
 }
 
 CPU = torch.device("cpu")

@@ -12,6 +12,7 @@ from longtake.attention.block_sparse import block_sparse
 from longtake.distillation.rollout import rollout
 from longtake.generation.blockwise import blockwise
 from longtake.generation.noise import SeededNoise
+from longtake.generation.rolling import rolling
 from longtake.memory.far import FarShape
 from longtake.memory.stream_memory import MemoryShape, StreamMemory
 from longtake.memory.window import WindowShape
@@ -59,6 +60,60 @@ def test_a_hybrid_rollout_of_two_is_two_rollouts() -> None:
     together = rolled(0, 1)
     for row in range(2):
         torch.testing.assert_close(together[row : row + 1], rolled(row))
+
+
+def rolled(made, noise, levels=tiny.LEVELS, blocks=5, learning=5) -> torch.Tensor:
+    prompt = made.prompt_keys(tiny.text())
+    return rollout(
+        rolling, made, tiny.rolling_recipe().memory(made), lambda block: prompt, noise, levels,
+        blocks=blocks, learning=learning,
+    )  # fmt: skip
+
+
+def test_a_rolling_rollout_is_the_clip_and_begins_as_the_stream() -> None:
+    made, size = tiny.network(), 6
+    keys, shape = tiny.prompt(made), tiny.rolling_recipe().memory(made)
+    clip, stream = (
+        rolling(
+            made,
+            StreamMemory(shape, made.config.layers, ring=True),
+            lambda block: keys,
+            tiny.noise(7),
+            tiny.LEVELS,
+            end=end,
+        )
+        for end in (size, None)
+    )
+    got = rolled(made, tiny.noise(7), blocks=size, learning=size)
+    torch.testing.assert_close(got, torch.cat(list(clip), 1))
+    alike = size - len(tiny.LEVELS) + 1
+    torch.testing.assert_close(got[:, : alike * tiny.BLOCK], torch.cat(list(islice(stream, alike)), 1))
+
+
+def test_a_rolling_rollout_learns_by_the_calls_that_finish_blocks() -> None:
+    made = tiny.network()
+    calls = []
+    forward = made.forward
+    made.forward = lambda *a, **k: calls.append(torch.is_grad_enabled()) or forward(*a, **k)
+    out = rolled(made, tiny.noise(7), blocks=6, learning=2)
+    assert out.shape[1] == 2 * tiny.BLOCK
+    assert calls == [False] * 6 + [True] * 2
+    out.square().mean().backward()
+    assert all(p.grad is not None for p in made.parameters())
+
+
+def test_no_gradient_passes_from_call_to_call_or_through_memory() -> None:
+    made = tiny.network()
+
+    def reached(block: int, levels=tiny.LEVELS) -> set[tuple[int, int]]:
+        """The noise that the loss on a block gives a gradient."""
+        noise = LeafNoise()
+        rolled(made, noise, levels).split(tiny.BLOCK, dim=1)[block].square().sum().backward()
+        return {key for key, leaf in noise.drawn.items() if leaf.grad is not None and leaf.grad.abs().sum() > 0}
+
+    assert reached(1) == {(3, 0)}, "the one block that is only noise yet in the call that finishes block 1"
+    assert reached(4) == set(), "in a clip's last call there is none"
+    assert reached(4, levels=(1.0,)) == {(4, 0)}
 
 
 def test_an_early_exit_gives_the_estimate_made_there() -> None:

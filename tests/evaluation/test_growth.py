@@ -23,6 +23,11 @@ def test_nothing_grows_from_nothing(recipe):
     assert (found.unrelated_latents_BK > 0.1).all() and (found.unrelated_pictures_BK > 0).all()
 
 
+def test_blocks_in_flight_cannot_be_told_of_a_change():
+    with pytest.raises(ValueError, match="rolling_forcing has blocks in flight, which saw the block before it changed"):
+        error_growth(tiny.engine(tiny.rolling_recipe()), PROMPTS, SEEDS, blocks=1, size=0.0)
+
+
 def test_the_first_difference_is_the_change_and_later_ones_follow_from_it():
     engine = tiny.engine()
     found = error_growth(engine, PROMPTS, SEEDS, blocks=3, size=0.1)

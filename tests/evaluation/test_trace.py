@@ -13,7 +13,7 @@ from longtake.evaluation.trace import BlockTrace, Placed, keys_attended, traced
 from longtake.generation.recipe import Recipe
 from longtake.memory import far
 from longtake.memory.far import Decay, Delta, FarShape
-from longtake.recipes import RECIPES, hybrid_forcing, self_forcing, self_forcing_sink
+from longtake.recipes import RECIPES, hybrid_forcing, rolling_forcing, self_forcing, self_forcing_sink
 
 EXTENT = 21
 SINK = tuple(Placed(frame, frame) for frame in range(3))
@@ -79,7 +79,24 @@ def test_blocks_are_alike_once_positions_are_capped(name: str) -> None:
     recipe = RECIPES[name]()
     made = rows(recipe)
     alike = [one.looks_like(other, recipe.sink) for one, other in zip(made[1:], made, strict=False)]
-    assert alike == [False] * 6 + [True] * 14
+    differ = 7 if recipe.rolls else 6
+    assert alike == [False] * differ + [True] * (20 - differ)
+
+
+def test_rolling_forcing_places_frames_as_published() -> None:
+    """Its tables of denoising and committing calls, positions counted from the first key of a call."""
+    for row, f in zip(rows(rolling_forcing()), range(0, 61, 3), strict=True):
+        assert row.made == (f, f + 1, f + 2)
+        assert row.current == run(f, min(f, 6), 15)
+        assert row.sink == (SINK if f else ())
+        assert row.past == (run(f - 3, 3) if f >= 6 else ())
+        first = max(0, f - 18)
+        assert tuple(sorted(row.commit)) == run(first, 0, f + 3 - first)
+
+
+def test_fewer_blocks_in_flight_leave_room_for_more_of_the_past() -> None:
+    *_, last = rows(rolling_forcing().with_levels(4))
+    assert (last.sink, last.past, last.current) == (SINK, run(54, 3, 6), run(60, 9, 12))
 
 
 def test_a_window_that_holds_nothing() -> None:

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from tests import tiny
 
 from longtake.memory.stream_memory import MemoryShape
-from longtake.memory.view import place_frames
+from longtake.memory.view import fitting, place_frames
 from longtake.memory.window import WindowShape
 
 
@@ -25,6 +25,20 @@ def test_positions_stay_within_the_extent_and_keep_their_distances(block: int, s
     assert all(current[0] - f == places.current[0] - p for f, p in recent)
     if current[-1] < extent:
         assert places.current == tuple(current)
+
+
+@given(block=st.integers(0, 12), sink=st.sampled_from([0, 3]), flight=st.integers(1, 4))
+def test_a_pass_reads_the_sink_and_the_latest_frames_end_to_end(block: int, sink: int, flight: int) -> None:
+    """Rolling Forcing's rule: what fits, laid end to end with the pass's own frames, whatever the memory's slots."""
+    extent, current = 15, range(3 * block, 3 * (block + flight))
+    held = [f for f in range(current[0]) if f < sink or f >= current[0] - 12]
+    read = fitting(held[::-1], len(current), sink, extent)
+    others = [f for f in held if f >= sink]
+    room = max(0, extent - len(current) - (len(held) - len(others)))
+    assert read == sorted([f for f in held if f < sink] + others[-room:] * (room > 0), reverse=True)
+    places = place_frames(sorted(read), current, sink, extent)
+    everything = (*places.held, *places.current)
+    assert everything == tuple(range(everything[0], everything[0] + len(everything)))
 
 
 def test_without_an_extent_positions_are_absolute() -> None:

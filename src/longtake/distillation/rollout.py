@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -58,5 +57,5 @@ def rollout(
     stream = StreamMemory(memory, network.config.layers, ring=False)
     for latents_BFCHW in given:
         commit(network, stream, latents_BFCHW, prompts(stream.blocks))
-    made = schedule(network, stream, prompts, noise, levels, lambda block: block >= blocks - learning)
-    return torch.cat(list(islice(made, blocks - len(given)))[-learning:], dim=1)
+    made = schedule(network, stream, prompts, noise, levels, lambda block: block >= blocks - learning, blocks)
+    return torch.cat(list(made)[-learning:], dim=1)

@@ -529,7 +529,8 @@ def _rolled_out(
         return by_block[block - early] if block >= early else before
 
     count, used = plan.levels
-    levels = recipe.with_levels(count).levels(shift)[:used]
+    recipe = recipe.with_levels(count)
+    levels = recipe.levels(shift)[:used]
     learned_BFCHW = rollout(
         recipe.schedule, network, recipe.memory(network), prompts, noise, levels,
         blocks=plan.blocks, learning=plan.learned, given=script.given,

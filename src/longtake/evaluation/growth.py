@@ -50,7 +50,11 @@ def error_growth(engine: Engine, prompts: Sequence[str], seeds: Sequence[int], *
         seeds: of each stream's noise, and of its change.
         blocks: how many follow the changed one.
         size: of the change, beside the block's own norm; 0 changes nothing, and nothing differs ever after.
+
+    ValueError for a recipe with blocks in flight.
     """
+    if engine.recipe.in_flight > 1:
+        raise ValueError(f"recipe {engine.recipe.name} has blocks in flight, which saw the block before it changed")
     network, prompt = engine.network, engine.prompt_keys(*prompts)
     memory = StreamMemory(engine.recipe.memory(network), network.config.layers, ring=True)
     stream = latents_of(engine, memory, prompt, seeds)

@@ -310,9 +310,10 @@ class _Recorder(StreamMemory):
         self._watched = _Watched(layers)
 
     def view(
-        self, grid: Grid, count: int, device: torch.device | str, projections: Sequence[Callable[[Tensor], Tensor]] = ()
-    ) -> MemoryView:
-        plain = super().view(grid, count, device, projections)
+        self, grid: Grid, count: int, device: torch.device | str,
+        projections: Sequence[Callable[[Tensor], Tensor]] = (), *, commits: bool = False,
+    ) -> MemoryView:  # fmt: skip
+        plain = super().view(grid, count, device, projections, commits=commits)
         self._watched = _Watched(self.layers)
         return _WatchedView(plain.rotation, plain.layers, plain.near, plain.far, self._watched)
 

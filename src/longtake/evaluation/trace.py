@@ -24,6 +24,13 @@ AXES = RotaryAxes(split=(8, 0, 0))  # the slowest pair turns by a thousandth a p
 HEAD_DIM = sum(AXES.split)
 
 
+class AtLevel(NamedTuple):
+    """A block, and the level at which it went through the network."""
+
+    block: int
+    level: float
+
+
 class Placed(NamedTuple):
     """A latent frame, and the position that its keys were rotated to."""
 
@@ -35,7 +42,9 @@ class Placed(NamedTuple):
 class BlockTrace:
     """One block of a stream: what was attended to make it, and what happened when it was committed.
 
-    made: the frames it finished. leaves: frames that slid out of the window. absorbed: into the far state.
+    made: the frames it finished. calls: of the network since the block before, but for the one that committed it, with
+    the blocks that went through together; what was attended is told of the last. commit: what its commit attended to,
+    itself included. leaves: frames that slid out of the window. absorbed: into the far state.
     held, far: what was remembered afterwards, exactly and (how many frames) in the far state.
     """
 
@@ -44,6 +53,8 @@ class BlockTrace:
     past: tuple[Placed, ...]
     current: tuple[Placed, ...]
     made: tuple[int, ...]
+    calls: tuple[tuple[AtLevel, ...], ...]
+    commit: tuple[Placed, ...]
     leaves: tuple[int, ...]
     absorbed: tuple[Placed, ...]
     held: tuple[int, ...]
@@ -53,22 +64,27 @@ class BlockTrace:
         """Whether the two differ only in how far the stream has come. sink: frames that stay where they are."""
         return self._from_start(sink) == other._from_start(sink)
 
-    def _from_start(self, sink: int) -> list[tuple[int, ...] | tuple[Placed, ...]]:
-        """Frames counted from the block's first, but for the sink's."""
+    def _from_start(self, sink: int) -> list[tuple[tuple[float, ...] | float, ...]]:
+        """Frames counted from the block's first, but for the sink's; blocks from the block."""
 
         def moved(frame: int) -> int:
             return frame if frame < sink else frame - self.made[0]
 
-        placed = (self.sink, self.past, self.current, self.absorbed)
+        placed = (self.sink, self.past, self.current, self.commit, self.absorbed)
         return [
             *(tuple(Placed(moved(one.frame), one.position) for one in some) for some in placed),
             *(tuple(moved(frame) for frame in frames) for frames in (self.leaves, self.held)),
+            *(tuple((one.block - self.block, one.level) for one in call) for call in self.calls),
         ]
 
 
-def traced(recipe: Recipe, extent: int) -> Iterator[BlockTrace]:
-    """What a recipe does with each block of an endless stream, for a network trained on `extent` latent frames."""
-    noted, network = _Noted(), _StandIn(extent)
+def traced(recipe: Recipe, extent: int, shift: float = 1.0) -> Iterator[BlockTrace]:
+    """What a recipe does with each block of an endless stream, for a network trained on `extent` latent frames.
+
+    shift: of its levels.
+    """
+    noted = _Noted()
+    network = _StandIn(extent, recipe.block, noted)
     far = recipe.far and replace(recipe.far, rule=_NotingRule(recipe.far.rule, noted))
     shape = replace(recipe, near=noted.near, far=far).memory(network)
     memory = StreamMemory(shape, network.config.layers, ring=False)
@@ -77,7 +93,7 @@ def traced(recipe: Recipe, extent: int) -> Iterator[BlockTrace]:
         memory,
         lambda block: PromptKeys([]),
         lambda block, step: _latents(range(recipe.block * block, recipe.block * (block + 1))),
-        recipe.levels(shift=1),
+        recipe.levels(shift),
     )
     before: tuple[int, ...] = ()
     for block, latents in enumerate(blocks):
@@ -85,6 +101,7 @@ def traced(recipe: Recipe, extent: int) -> Iterator[BlockTrace]:
         yield row
         before = row.held
         noted.absorbed.clear()
+        noted.calls.clear()
 
 
 def _row(
@@ -100,6 +117,8 @@ def _row(
         past=tuple(one for one in old if one.frame >= sink),
         current=tuple(one for one in noted.attended if one.frame >= made[0]),
         made=made,
+        calls=tuple(noted.calls),
+        commit=tuple(noted.commit),
         leaves=tuple(frame for frame in (*before, *made) if frame not in held),
         absorbed=tuple(noted.absorbed),
         held=held,
@@ -116,9 +135,11 @@ def keys_attended(near: Attend, keys: int) -> int:
 
 @dataclass
 class _Noted:
-    """What was handed to the attention last, and to the far state since the last block."""
+    """What was handed to the attention last, denoising and committing, and to the far state since the last block."""
 
     attended: list[Placed] = field(default_factory=list)
+    commit: list[Placed] = field(default_factory=list)
+    calls: list[tuple[AtLevel, ...]] = field(default_factory=list)
     absorbed: list[Placed] = field(default_factory=list)
 
     def near(self, q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> Tensor:
@@ -144,24 +165,29 @@ class _NotingRule:
 class _StandIn(WanTransformer):
     """One token a frame, in one layer: keys that show where they are placed, values that are their frames' numbers."""
 
-    def __init__(self, extent: int):
+    def __init__(self, extent: int, block: int, noted: _Noted):
         config = WanConfig(
             dim=HEAD_DIM, heads=1, ffn_dim=1, layers=1, text_dim=1, channels=1, level_dim=2,
             rotary_split=AXES.split, extent=extent, reads_far=True,
         )  # fmt: skip
         super().__init__(config)
+        self.block, self.noted = block, noted
 
     def forward(
         self, noisy_BFCHW: Tensor, level_BF: Tensor, prompts: PromptKeys, view: View, prompt_BF: Tensor | None = None
     ) -> Tensor:
         """Attends, and takes what it is given for clean."""
         view.attend(0, _tokens(noisy_BFCHW, view))
+        firsts = zip(_numbers(noisy_BFCHW)[:: self.block], level_BF[0, :: self.block].tolist(), strict=True)
+        self.noted.calls.append(tuple(AtLevel(frame // self.block, round(level, 6)) for frame, level in firsts))
         return torch.zeros_like(noisy_BFCHW)
 
     def keys_to_commit(
         self, clean_BFCHW: Tensor, level_BF: Tensor, prompts: PromptKeys, view: View, prompt_BF: Tensor | None = None
     ) -> LayerKeys:
-        own = _tokens(clean_BFCHW, view)
+        own, denoising = _tokens(clean_BFCHW, view), self.noted.attended
+        view.attend(0, own)
+        self.noted.commit, self.noted.attended = self.noted.attended, denoising
         return [(own.plain_k, own.v)]
 
 

@@ -20,14 +20,15 @@ def blockwise(
     noise: Noise,
     levels: Sequence[float],
     learns: Callable[[int], bool] = lambda block: False,
+    end: int | None = None,
 ) -> Iterator[Tensor]:
-    """Yield finished latent blocks [B, F, C, H, W] without end, going on from what the memory holds.
+    """Yield finished latent blocks [B, F, C, H, W], going on from what the memory holds, without end or before `end`.
 
     prompts: the prompt of a block by its number, asked for when the block begins. levels: falling, the first is where
     noise starts; the estimate made at the last one is the result. learns: whether a block's last estimate keeps its
     graph (training unrolls this very generator); nothing else ever does.
     """
-    while True:
+    while end is None or memory.blocks < end:
         block = memory.blocks
         prompt = prompts(block)
         noisy = noise(block, 0)
@@ -60,7 +61,7 @@ def commit(
     """
     clean = clean_BFCHW.detach()
     if view is None:
-        view = network.memory_view(memory, clean)
+        view = network.memory_view(memory, clean, commits=True)
     keys = network.keys_to_commit(clean, _levels(clean, 0.0), prompt, view)
     memory.commit(keys, clean.shape[1], network.grid(clean))
 

@@ -17,9 +17,10 @@ from longtake.models.wan import PromptKeys, WanTransformer
 
 
 class Schedule(Protocol):
-    """A generator of finished latent blocks, without end; serving and training unroll the same one.
+    """A generator of finished latent blocks; serving and training unroll the same one.
 
-    prompts: the prompt of a block by its number. learns: whether a block's last estimate keeps its graph.
+    prompts: the prompt of a block by its number, asked for once, when the block begins. learns: whether a block's last
+    estimate keeps its graph. end: the number of the block to end before; None is a stream, which never ends.
     """
 
     def __call__(
@@ -30,6 +31,7 @@ class Schedule(Protocol):
         noise: Noise,
         levels: Sequence[float],
         learns: Callable[[int], bool] = ...,
+        end: int | None = ...,
     ) -> Iterator[Tensor]: ...
 
 
@@ -38,6 +40,8 @@ class Recipe:
     """One named method. Frames are latent frames; `steps` is a published step list (in thousandths, unshifted).
 
     far: what is made of frames that left the window; None forgets them. near: how the window is attended.
+    rolls: whether the schedule denoises as many blocks together as there are steps. They come on top of sink and past;
+    where fewer are in flight, what that leaves of the extent is for more of the past.
     """
 
     name: str
@@ -48,6 +52,12 @@ class Recipe:
     near: Attend = MemoryShape.near
     block: int = 3
     steps: tuple[float, ...] = (1000, 750, 500, 250)
+    rolls: bool = False
+
+    @property
+    def in_flight(self) -> int:
+        """How many blocks are denoised together."""
+        return len(self.steps) if self.rolls else 1
 
     @property
     def file_name(self) -> str:
@@ -67,8 +77,14 @@ class Recipe:
             far=self.far,
             near=self.near,
         )
-        shape.require_fit(self.block, network.config.extent)
-        return shape
+        shape.require_fit(self.block, network.config.extent, self.in_flight)
+        return self._rolling(shape, network.config.extent) if self.rolls else shape
+
+    def _rolling(self, shape: MemoryShape, extent: int) -> MemoryShape:
+        """As much past as the smallest pass, a commit, can read; for commits the latest frames come before the sink."""
+        if self.far:
+            raise ValueError(f"recipe {self.name} has a far state, which blocks in flight cannot read")
+        return replace(shape, window=WindowShape(sink=self.sink, past=extent - self.block), commits_keep_sink=False)
 
     def levels(self, shift: float) -> tuple[float, ...]:
         """The levels of the steps under a model's shift."""

@@ -271,6 +271,8 @@ class Stream(_Closing):
     def redirect(self, prompt: str, *, far: float = FAR_AFTER_REDIRECT) -> None:
         """Go on under another prompt, from the next block. The window stays, so what is seen changes as it goes on.
 
+        Where a recipe has several blocks in flight, the next one is the next to enter: those in flight go on under
+        the prompt that they began with, and are shown before it.
         far: the share of the far state that weighs on, 0 (none) to 1 (all); recipes without one take any share and
         have nothing to fade. The default is not a measured one: there are no weights yet that read a far state.
         ValueError, for a prompt that cannot be read or another share, changes nothing.
@@ -281,7 +283,8 @@ class Stream(_Closing):
         """Begin a new shot with the next block: the window is forgotten, and positions start over.
 
         Blocks, pictures and noise are counted on. The shot begins like a video: its first block becomes the sink, and
-        has fewer pictures than others, since the codec makes one picture of a video's first latent frame.
+        has fewer pictures than others, since the codec makes one picture of a video's first latent frame. What was in
+        flight is dropped.
         far, ValueError: as for `redirect`, but that by default nothing of the far state weighs on.
         """
         self._batch.cut([prompt], far=far)

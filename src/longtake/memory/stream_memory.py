@@ -9,7 +9,7 @@ from torch import Tensor
 from longtake.attention.dense import dense
 from longtake.attention.rope import Grid, rotate
 from longtake.memory.far import FarShape, FarState, SinkInFar, require_share
-from longtake.memory.view import Attend, FarView, MemoryView, place_frames, rotated
+from longtake.memory.view import Attend, FarView, MemoryView, fitting, place_frames, rotated
 from longtake.memory.window import Keys, RingWindow, Window, WindowShape
 
 LayerKeys = Sequence[tuple[Tensor, Tensor]]
@@ -20,27 +20,31 @@ LayerKeys = Sequence[tuple[Tensor, Tensor]]
 class MemoryShape:
     """What a recipe remembers.
 
-    window: latent frames kept exactly. extent: positions stay below it (None: they grow with the stream).
-    far: what is made of frames that left the window (None: they are gone). near: how the window is attended.
+    window: latent frames kept exactly. extent: positions stay below it (None: they grow with the stream), and a pass
+    reads what fits it beside its own frames: the sink, and the latest others. far: what is made of frames that left
+    the window (None: they are gone). near: how the window is attended. commits_keep_sink: whether commits read so too;
+    if not, the latest frames come before the sink.
     """
 
     window: WindowShape
     extent: int | None
     far: FarShape | None = None
     near: Attend = dense
+    commits_keep_sink: bool = True
 
-    def require_fit(self, block: int, trained_extent: int) -> None:
-        """Refuse shapes that cannot be streamed: ValueError with the numbers."""
+    def require_fit(self, block: int, trained_extent: int, in_flight: int = 1) -> None:
+        """Refuse shapes that cannot be streamed, so many blocks at once: ValueError with the numbers."""
         sink, past = self.window.sink, self.window.past
         if sink % block or past % block:
             raise ValueError(
                 f"sink ({sink}) and past ({past}) must be whole numbers of blocks of {block} latent frames"
             )
         leaving = block if self.far else 0
-        needed = self.window.frames + block + leaving
+        needed = self.window.frames + block * in_flight + leaving
         if needed > (self.extent or trained_extent):
             raise ValueError(
-                f"sink {sink} + past {past} + current {block}{f' + leaving {leaving}' if leaving else ''} = {needed} "
+                f"sink {sink} + past {past} + current {block}{f' x {in_flight} in flight' if in_flight > 1 else ''}"
+                f"{f' + leaving {leaving}' if leaving else ''} = {needed} "
                 f"latent frames do not fit the extent of {self.extent or trained_extent} that positions may take"
             )
         if self.extent is not None and self.extent > trained_extent:
@@ -50,7 +54,7 @@ class MemoryShape:
 class StreamMemory:
     """The windows of all layers, and how many frames (since the last cut) and blocks (ever) were committed.
 
-    `view` is what the passes of one block read; `commit` is the one place that writes. With `ring` the windows live
+    `view` is what a pass reads; `commit` is the one place that writes. With `ring` the windows live
     in fixed buffers, and a view stays valid until the next commit; without, every state is a value of its own.
     """
 
@@ -75,11 +79,13 @@ class StreamMemory:
         return self._far[layer]
 
     def view(
-        self, grid: Grid, count: int, device: torch.device | str, projections: Sequence[Callable[[Tensor], Tensor]] = ()
-    ) -> MemoryView:
+        self, grid: Grid, count: int, device: torch.device | str,
+        projections: Sequence[Callable[[Tensor], Tensor]] = (), *, commits: bool = False,
+    ) -> MemoryView:  # fmt: skip
         """What the passes of the next `count` frames read: keys rotated once, at the positions of this moment.
 
-        projections: of what each layer reads from its far state, where there are any.
+        projections: of what each layer reads from its far state, where there are any. commits: whether it is for the
+        pass that commits them.
         """
         if len(projections) < len(self._far):
             raise ValueError(
@@ -89,7 +95,7 @@ class StreamMemory:
         sink, extent = self.shape.window.sink, self.shape.extent
         layers = []
         for window in self._windows:
-            held = window.held
+            held = self._readable(window.held, count, commits)
             places = place_frames(held.frames if held else (), current, sink, extent)
             layers.append(rotated(held, grid, places.held) if held else None)
         far = [FarView(*pair) for pair in zip(self._far, projections, strict=False) if pair[0].sums is not None]
@@ -111,6 +117,16 @@ class StreamMemory:
             gone = self._slide(i, Keys(k_BTND.detach(), v_BTND.detach(), numbers))
             if self._far and grid is not None:
                 self._absorb(i, gone, count, grid)
+
+    def _readable(self, held: Keys | None, count: int, commits: bool) -> Keys | None:
+        """What a pass over `count` frames reads of what is held."""
+        if held is None:
+            return None
+        sink = 0 if commits and not self.shape.commits_keep_sink else self.shape.window.sink
+        frames = fitting(held.frames, count, sink, self.shape.extent)
+        if len(frames) == len(held.frames):
+            return held
+        return held.select([held.frames.index(frame) for frame in frames]) if frames else None
 
     def _slide(self, layer: int, new: Keys) -> Keys | None:
         """Put new frames into a window; what slides out."""

@@ -95,7 +95,7 @@ class TeacherForcedView:
                  rows: int, columns: int, device: torch.device | str):  # fmt: skip
         self.block, self.blocks, self.tokens = block, blocks, rows * columns
         frames = [range(b * block, (b + 1) * block) for b in range(blocks)]
-        held = [_held_frames(b * block, shape) for b in range(blocks)]
+        held = [fitting(_held_frames(b * block, shape), block, shape.sink, extent) for b in range(blocks)]
         places = [place_frames(h, own, shape.sink, extent) for h, own in zip(held, frames, strict=True)]
         positions = [position for place in places for position in place.current]
         self.rotation = axes.rotation(positions + positions, rows, columns, device)
@@ -156,6 +156,18 @@ def place_frames(held: Sequence[int], current: Sequence[int], sink: int, extent:
     """
     back = 0 if extent is None else max(0, current[-1] + 1 - extent)
     return Places(tuple(f if f < sink else f - back for f in held), tuple(f - back for f in current))
+
+
+def fitting(held: Sequence[int], current: int, sink: int, extent: int | None) -> list[int]:
+    """Of the frames a memory holds, those that fit the extent beside so many current ones: sink, and latest others.
+
+    In the order they came in. None: all.
+    """
+    if extent is None or len(held) + current <= extent:
+        return list(held)
+    others = sorted(frame for frame in held if frame >= sink)
+    too_many = len(held) + current - extent
+    return [frame for frame in held if frame not in others[:too_many]]
 
 
 def rotated(keys: Keys, grid: Grid, positions: Sequence[int]) -> tuple[Tensor, Tensor]:

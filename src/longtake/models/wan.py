@@ -9,6 +9,7 @@ Source: Wan2.1 (arXiv 2503.20314); names and shapes from its published checkpoin
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, cast
 
@@ -61,6 +62,12 @@ class PromptKeys(NamedTuple):
         """One prompt for each batch element, by its number."""
         batch = torch.arange(len(prompt_B), device=prompt_B.device)
         return PromptKeys([(k[batch, prompt_B, None], v[batch, prompt_B, None]) for k, v in self.layers])
+
+    @classmethod
+    def joined(cls, several: Sequence["PromptKeys"]) -> "PromptKeys":
+        """The prompts of all, in their order."""
+        layers = zip(*(one.layers for one in several), strict=True)
+        return cls([(torch.cat([k for k, _ in layer], 1), torch.cat([v for _, v in layer], 1)) for layer in layers])
 
 
 class RMSNorm(nn.Module):
@@ -219,9 +226,10 @@ class WanTransformer(nn.Module):
         rotation = self.config.axes.rotation(range(latents_BFCHW.shape[1]), rows, columns, latents_BFCHW.device)
         return ClipView(rotation, None if allowed_FF is None else frame_mask(allowed_FF, rows * columns))
 
-    def memory_view(self, memory: StreamMemory, latents_BFCHW: Tensor) -> MemoryView:
-        """A view of a memory for the passes of its next frames, of the shape of these latents."""
-        return memory.view(self.grid(latents_BFCHW), latents_BFCHW.shape[1], latents_BFCHW.device, self.projections)
+    def memory_view(self, memory: StreamMemory, latents_BFCHW: Tensor, *, commits: bool = False) -> MemoryView:
+        """A view of a memory for the passes of its next frames, of the shape of these latents, or for their commit."""
+        grid, count = self.grid(latents_BFCHW), latents_BFCHW.shape[1]
+        return memory.view(grid, count, latents_BFCHW.device, self.projections, commits=commits)
 
     def grid(self, latents_BFCHW: Tensor) -> Grid:
         """Where the tokens of one frame of these latents stand."""
