@@ -106,15 +106,32 @@ def test_only_what_the_teacher_could_have_made_of_the_same_noise_is_pulled_to_it
     )
 
 
+class Clips(SimpleNamespace):
+    """A supply of one pair of clips, as long as the teacher's, with what is said of them."""
+
+    latents_BFCHW = torch.randn(2, 12, *tiny.LATENTS[1:], generator=torch.Generator().manual_seed(6))
+
+    def renew(self) -> None: ...
+
+    def draw(self, count: int, frames: int) -> "Clips":
+        return self
+
+    def state_dict(self) -> dict[str, object]:
+        return {}
+
+
 def steps(monkeypatch, out: Path, recipe: Recipe = RECIPE, reads_far: bool = False, **settings) -> SimpleNamespace:
     """Two steps of distribution matching: what the teacher sampled from, what rollouts began with, and the student."""
     seen = SimpleNamespace(targets=[], began=[], student=tiny.network(extent=12, reads_far=reads_far).float())
+    seen.samplers, seen.given = [], []
 
     def sampled(teacher, noise, levels):
+        seen.samplers.append(teacher)
         seen.targets.append((noise, levels))
         return torch.full_like(noise, 7.0)
 
     def rolled(schedule, network, memory, prompts, noise, *more, **named):
+        seen.given.append(len(named["given"]))
         seen.began.append([])
 
         def heard(block, step):
@@ -129,12 +146,13 @@ def steps(monkeypatch, out: Path, recipe: Recipe = RECIPE, reads_far: bool = Fal
     world = SimpleNamespace(
         latent_size=tiny.LATENTS[1:],
         prompts=lambda count, seed: said,
+        clips=lambda count, seed: Clips(**vars(said)),
         held_out=lambda count: torch.ones(count, 5, dtype=torch.long),
         show=lambda name, latents: None,
     )
     text = WordEncoder(WordEncoderConfig(words=9, length=5, dim=8))
     out.mkdir(exist_ok=True)
-    stage = DmdStage(batch=2, steps=2, most_blocks=4, most_given=0, **settings)
+    stage = DmdStage(**{"batch": 2, "steps": 2, "most_blocks": 4, "most_given": 0} | settings)
     torch.manual_seed(1)
     run = Run(out=out, device=torch.device("cpu"))
     teacher = tiny.network(extent=12, seed=1).float().requires_grad_(False)
@@ -162,6 +180,40 @@ def test_without_a_pull_the_teacher_does_not_sample_and_the_noise_is_the_same(mo
     )
 
 
+def test_a_step_is_judged_under_its_prompts_and_guidance_on_what_was_made(monkeypatch, tmp_path: Path) -> None:
+    told, guided, judged = {}, {}, []
+    estimate_by, guided_estimate, matching_loss = dmd.estimate_by, dmd.guided_estimate, dmd.matching_loss
+
+    def telling(network, text_BPLE, prompt_BF):
+        made = estimate_by(network, text_BPLE, prompt_BF)
+        told[made] = network, text_BPLE, prompt_BF
+        return made
+
+    def guiding(said, unsaid, weight):
+        made = guided_estimate(said, unsaid, weight)
+        guided[made] = told[said], told[unsaid], weight
+        return made
+
+    def matching(sample, teacher, critic, shift, mask=None):
+        judged.append((guided[teacher], told[critic], mask))
+        return matching_loss(sample, teacher, critic, shift, mask)
+
+    monkeypatch.setattr(dmd, "estimate_by", telling)
+    monkeypatch.setattr(dmd, "guided_estimate", guiding)
+    monkeypatch.setattr(dmd, "matching_loss", matching)
+    rates = {"guidance": 2.0, "pull_guidance": 5.0, "pull": 0.5}
+    seen = steps(monkeypatch, tmp_path, steps=8, seed=1, levels=(1,), most_given=3, **rates)
+    assert len(judged) == 8 and 0 in seen.given and len(set(seen.given)) > 1
+    for (said, unsaid, weight), critic, _ in judged:
+        assert said[0] is unsaid[0] and critic[0] is not said[0] and weight == 2
+        assert torch.equal(critic[1], said[1]) and torch.equal(critic[2], said[2])
+        assert said[1].shape[1] == 2 and unsaid[1].shape[1] == 1 and unsaid[2] is None
+    learned = [12 * [True] if mask is None else mask.expand(1, 12, 1, 1, 1).flatten().tolist() for *_, mask in judged]
+    assert learned == [[frame >= 3 * given for frame in range(12)] for given in seen.given]
+    assert len(seen.samplers) == seen.given.count(0)
+    assert all(guided[sampler][2] == 5 for sampler in seen.samplers)
+
+
 @pytest.mark.parametrize("far", ["keep", "none"])
 def test_projections_learn_where_something_is_far_and_stay_where_nothing_is(
     far: str, monkeypatch, tmp_path: Path
@@ -170,6 +222,15 @@ def test_projections_learn_where_something_is_far_and_stay_where_nothing_is(
     moved = [projection.weight.abs().max().item() for projection in seen.student.projections]
     assert all(moved) if far == "keep" else not any(moved)
     assert "far_weights" in read_metrics(tmp_path)[0]
+
+
+def test_a_first_step_moves_each_weight_by_its_rate(monkeypatch, tmp_path: Path) -> None:
+    rates = {"steps": 1, "lr": 1e-4, "far_lr": 1e-2}
+    seen = steps(monkeypatch, tmp_path, recipe_named("hybrid_forcing:far=keep"), reads_far=True, **rates)
+    before = tiny.network(extent=12, reads_far=True).float().patch_embedding.weight
+    near = (seen.student.patch_embedding.weight - before).abs().max()
+    far = max(projection.weight.abs().max() for projection in seen.student.projections)
+    assert (far / near).item() == pytest.approx(100, rel=0.1)
 
 
 def test_projections_have_a_rate_of_their_own_and_do_not_decay() -> None:

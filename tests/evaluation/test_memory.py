@@ -3,18 +3,24 @@
 import json
 from dataclasses import replace
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tests import tiny
 
+from longtake.attention.rope import Grid, RotaryAxes
 from longtake.cli import main
 from longtake.evaluation import memory, memory_plot
+from longtake.evaluation.growth import changed_block, error_growth
 from longtake.evaluation.memory import evaluate_memory, far_rules
-from longtake.generation.stream import Engine
-from longtake.memory.far import Decay, Delta, FarShape, Keep, MassCap
-from longtake.memory.stream_memory import StreamMemory
+from longtake.evaluation.retention import Block, Recorded, Setting, retention, states
+from longtake.generation.stream import Engine, to_uint8
+from longtake.memory.far import Decay, Delta, FarShape, FarState, Keep, MassCap
+from longtake.memory.stream_memory import MemoryShape, StreamMemory
+from longtake.memory.view import Tokens
+from longtake.memory.window import WindowShape
 
 HOURS = 0.02  # 96 blocks of 12 pictures
 SMALL = {"hours": HOURS, "prompts": 2, "blocks": 3}
@@ -79,6 +85,48 @@ def test_a_far_state_that_is_read_has_a_share_once_there_is_something_far():
     assert [layer["share_of_output"] for layer in result["layers"]] == [None] * 3
     shares = table(reading_engine(), blocks=5)["layers"][1]["share_of_output"]
     assert shares[:3] == [None] * 3 and all(share > 0 for share in shares[3:])
+
+
+def test_a_share_is_the_norm_of_what_is_far_over_that_of_the_window():
+    near, far = torch.tensor([[3.0, 4.0], [0.0, 2.0]]), torch.tensor([[0.0, 1.0], [1.5, 2.0]])
+    near_BTND, far_BTND = near.view(2, 1, 1, 2), far.view(2, 1, 1, 2)
+    watched = memory._Watched(1)
+    read = SimpleNamespace(add_to=lambda answer, own, rotation: answer + far_BTND)
+    view = memory._WatchedView(None, [None], lambda q, k, v: near_BTND, [read], watched)
+    assert torch.equal(view.attend(0, Tokens(*[near_BTND] * 5)), near_BTND + far_BTND)
+    torch.testing.assert_close(watched.shares[0], [torch.tensor([1 / 5, 2.5 / 2])])
+
+
+@torch.no_grad()
+def test_pictures_differ_as_those_of_videos_decoded_from_their_first_block(monkeypatch):
+    engine, shown = tiny.engine(), []
+    decode, first = engine.codec.decode, changed_block(engine)
+    monkeypatch.setattr(engine.codec, "decode", lambda latents, state: shown.append(latents) or decode(latents, state))
+    found = error_growth(engine, ["one", "two"], [3, 4], blocks=2, size=0.5)
+    streams, twins = (
+        to_uint8(decode(torch.cat([*shown[:first], *shown[start::2]], 1))[0]) / 255 for start in (first, first + 1)
+    )
+    pictures = (twins - streams)[:, engine.pictures_in(first) :].unflatten(1, (3, -1))
+    expected = pictures.flatten(2).square().mean(2).sqrt()
+    torch.testing.assert_close(found.pictures_BK, expected, atol=1e-4, rtol=0)
+
+
+def test_news_are_asked_for_from_where_the_reading_block_stands():
+    """Positions end at 20 here: three frames ask from 18 to 20, and three of the past are between them and the far."""
+    where = Setting(
+        memory=MemoryShape(window=WindowShape(sink=3, past=3), extent=21),
+        block=3,
+        grid=Grid(RotaryAxes(split=(4, 2, 2)), rows=2, columns=3),
+    )
+    *drawn, queries = torch.randn(5, 2, 18, 2, 8, generator=torch.Generator().manual_seed(0))
+    old, new = Block(*drawn[:2]), Block(*drawn[2:])
+    made = Recorded(shots=[[old]], held_out=[new], queries=[queries])
+    found = retention(where, FarShape(), made, blocks=12)
+    *_, sums = states(where, FarShape(), [old, new], [0] * 12)
+    *_, after = states(where, FarShape(), [old, new], [0] * 11 + [1, 0])
+    asked_at = where.grid.rotation(range(18, 21), "cpu")
+    before, answer = (FarState(FarShape(), one).read(queries, asked_at).flatten(1) for one in (sums, after))
+    torch.testing.assert_close(found.news_LM[:, -1], (answer - before).norm(dim=1) / before.norm(dim=1))
 
 
 @torch.no_grad()

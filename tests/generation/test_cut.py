@@ -1,5 +1,6 @@
 """What a redirect and a cut do to what a stream remembers."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 
@@ -45,8 +46,27 @@ def following(batch: StreamBatch, blocks: int = 2 * WINDOW) -> list[Tensor]:
     return list(islice(batch, blocks))
 
 
+class Told:
+    """A text encoder that tells prompts apart by their length, so that they matter."""
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        return torch.cat([tiny.text(seed=len(prompt))[:, 0] for prompt in prompts]).float()
+
+
 def same(one: list[Tensor], other: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("verb, far", [("redirect", 0.0), ("cut", 0.5)])
+def test_a_stream_alone_takes_a_share_as_a_batch_does(verb: str, far: float) -> None:
+    engine = far_engine()
+    batch = opened(engine, 5)
+    getattr(batch, verb)([PROMPT], far=far)
+    with engine.stream(PROMPT, seed=0) as stream:
+        list(islice(stream, 5))
+        getattr(stream, verb)(PROMPT, far=far)
+        shown = [torch.from_numpy(chunk.frames)[None] for chunk in islice(stream, 2 * WINDOW)]
+    assert same(shown, following(batch))
 
 
 # redirect
@@ -136,6 +156,19 @@ def test_a_shot_begins_like_a_stream_that_draws_other_noise(engine: Engine) -> N
     shown = following(late)
     assert same(shown, following(fresh))
     assert not torch.equal(shown[0], next(opened(engine, 0)))
+
+
+@ENGINES
+def test_a_shot_is_made_under_its_own_prompt(engine: Engine) -> None:
+    engine = replace(engine, text=Told())
+    fresh = engine.stream_batch(["a new shot"], seeds=[0])
+    memory_of(fresh).blocks = 5
+    late, unchanged = opened(engine, 5), opened(engine, 5)
+    late.cut(["a new shot"])
+    unchanged.cut([PROMPT])
+    shown = following(late)
+    assert same(shown, following(fresh))
+    assert not any(torch.equal(one, other) for one, other in zip(shown, following(unchanged), strict=True))
 
 
 @ENGINES
