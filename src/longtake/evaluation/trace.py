@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from longtake.attention import linear
 from longtake.attention.linear import Features, Sums
 from longtake.attention.rope import RotaryAxes, rotate
 from longtake.generation.recipe import Recipe
@@ -67,9 +68,12 @@ class BlockTrace:
 
 
 def traced(recipe: Recipe, extent: int) -> Iterator[BlockTrace]:
-    """What a recipe does with each block of an endless stream, for a network trained on `extent` latent frames."""
+    """What a recipe does with each block of an endless stream, for a network trained on `extent` latent frames.
+
+    A far state gets the published features whatever its own, so that they show where keys are placed.
+    """
     noted, network = _Noted(), _StandIn(extent)
-    far = recipe.far and replace(recipe.far, rule=_NotingRule(recipe.far.rule, noted))
+    far = recipe.far and replace(recipe.far, form=linear.PAPER, rule=_NotingRule(recipe.far.rule, noted))
     shape = replace(recipe, near=noted.near, far=far).memory(network)
     memory = StreamMemory(shape, network.config.layers, ring=False)
     blocks = recipe.schedule(
