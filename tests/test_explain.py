@@ -42,6 +42,14 @@ def test_hybrid_forcing_in_numbers() -> None:
     assert last["held"] == {"frames": [0, 1, 2, 60, 61, 62], "far_frames": 57}
 
 
+def test_options_are_explained_and_a_far_state_of_any_width_is_placed_alike() -> None:
+    plain, told = explain("hybrid_forcing"), explain("hybrid_forcing:far=delta,features=2,stiffness=0.1")
+    assert (plain["far"]["features"], told["far"]["features"]) == (64, 128)
+    assert told["far"]["rule"] == "Delta(half_life=inf, stiffness=0.1)"
+    assert (told["about"], told["blocks"]) == (plain["about"], plain["blocks"])
+    assert "128 features a head" in in_words(told)
+
+
 def test_hybrid_forcing_in_words() -> None:
     lines = in_words(explain("hybrid_forcing")).splitlines()
     assert "attention  block_sparse (share 0.2, block_q 28, block_k 28)" in lines

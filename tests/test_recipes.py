@@ -10,6 +10,7 @@ import torch
 
 import longtake
 from longtake import recipes
+from longtake.attention.linear import PAPER, WIDTHS
 from longtake.memory.far import Decay, Delta, FarShape, Keep, MassCap
 from longtake.memory.stream_memory import StreamMemory
 from longtake.toy.scenes import HEIGHT, RATE, WIDTH
@@ -66,9 +67,13 @@ def test_options_change_a_recipe_and_stay_in_its_name() -> None:
         "cap,frames=60": MassCap(frames=60),
         "delta": Delta(),
         "delta,frames=9": Delta(half_life=9),
+        "delta,stiffness=0.5": Delta(stiffness=0.5),
     }
     for far, rule in rules.items():
         assert recipes.recipe_named(f"hybrid_forcing:far={far}").far == FarShape(rule=rule)
+    for ratio in (0.5, 1, 2, 4):
+        assert recipes.recipe_named(f"hybrid_forcing:features={ratio}").far == FarShape(form=WIDTHS[ratio])
+    assert recipes.recipe_named("hybrid_forcing").far == FarShape(form=PAPER)
     assert recipes.recipe_named("hybrid_forcing:far=none").far is None
 
 
@@ -85,6 +90,11 @@ def test_options_change_a_recipe_and_stay_in_its_name() -> None:
         ("hybrid_forcing:far=decay", "far=decay and far=cap need frames"),
         ("hybrid_forcing:frames=60", "far=keep and far=none take none"),
         ("hybrid_forcing:far=cap,frames=-1", "frames must be above 0"),
+        ("hybrid_forcing:features=3", "features must be 0.5, 1, 2, 4 of a head's size, got 3.0"),
+        ("hybrid_forcing:features=nan", "features must be 0.5, 1, 2, 4 of a head's size, got nan"),
+        ("hybrid_forcing:far=none,features=2", "far=none has no features"),
+        ("hybrid_forcing:far=delta,stiffness=0", "stiffness must be above 0 and finite, got 0.0"),
+        ("hybrid_forcing:stiffness=0.1", "only far=delta has a stiffness, far=keep has none"),
     ],
 )
 def test_options_that_there_are_not_are_refused(name: str, said: str) -> None:

@@ -40,15 +40,15 @@ def recipes_in_short() -> dict[str, str]:
 def explain(name: str, blocks: int | None = None) -> dict[str, Any]:
     """A recipe with the embedded model's sizes, ready for JSON.
 
-    Frames are latent frames; attended and absorbed ones are [frame, position]. Calls are of the network, each of its
-    blocks [block, level].
+    name: options may follow. Frames are latent frames; attended and absorbed ones are [frame, position]. Calls are of
+    the network, each of its blocks [block, level].
     blocks: how many are told of; by default those until all that follow are alike.
     ValueError for unknown names and for less than one block.
     """
     if blocks is not None and blocks < 1:
         raise ValueError(f"a table has at least one block, got {blocks}")
-    recipe = recipe_named(name)
-    _, network, description = load_network(packaged(MODELS.get((MODEL, name), NETWORK_FILE)), CPU)
+    recipe, function = recipe_named(name), name.partition(":")[0]
+    _, network, description = load_network(packaged(MODELS.get((MODEL, function), NETWORK_FILE)), CPU)
     codec = load_codec([packaged(CODEC_FILE)], CPU)
     grid = network.grid(torch.zeros(1, 1, *latent_size(codec)))
     tokens, extent = grid.rows * grid.columns, network.config.extent
@@ -57,9 +57,9 @@ def explain(name: str, blocks: int | None = None) -> dict[str, Any]:
     enough = LOOKED_AT if alike_from is None else alike_from + 1
     return {
         "recipe": name,
-        "about": _about(name),
+        "about": _about(function),
         "model": MODEL,
-        "has_weights": (MODEL, name) in MODELS,
+        "has_weights": (MODEL, function) in MODELS,
         "block": recipe.block,
         "sink": recipe.sink,
         "past": recipe.past,
@@ -70,7 +70,7 @@ def explain(name: str, blocks: int | None = None) -> dict[str, Any]:
         "levels": list(recipe.levels(description["shift"])),
         "tokens_per_frame": tokens,
         "near": _near(recipe.near),
-        "far": recipe.far and _far(recipe.far),
+        "far": recipe.far and _far(recipe.far, network.config.dim // network.config.heads),
         "blocks": [_row(row, recipe, codec, tokens) for row in rows[: blocks or enough]],
         "alike_from": alike_from,
     }
@@ -95,9 +95,13 @@ def _near(near: Attend) -> dict[str, Any]:
     return {"attention": near.__name__}
 
 
-def _far(far: FarShape) -> dict[str, str]:
-    rule_in_short = (getdoc(far.rule) or "").splitlines()[0]
-    return {"rule": repr(far.rule), "rule_in_short": rule_in_short, "sink": far.sink.name.lower()}
+def _far(far: FarShape, head: int) -> dict[str, Any]:
+    return {
+        "rule": repr(far.rule),
+        "rule_in_short": (getdoc(far.rule) or "").splitlines()[0],
+        "features": far.form.features(head),
+        "sink": far.sink.name.lower(),
+    }
 
 
 def _row(row: BlockTrace, recipe: Recipe, codec: Codec, tokens: int) -> dict[str, Any]:
@@ -138,7 +142,10 @@ def _numbers(told: dict[str, Any]) -> str:
     if told["in_flight"] > 1:
         lines["in flight"] = f"{told['in_flight']} blocks, on top of sink and past"
     if far := told["far"]:
-        lines["far state"] = f"{far['rule']}, sink absorbed: {far['sink']}\n{'':11}{far['rule_in_short']}"
+        lines["far state"] = (
+            f"{far['rule']}, {far['features']} features a head, sink absorbed: {far['sink']}\n"
+            f"{'':11}{far['rule_in_short']}"
+        )
     return "\n".join(f"{key:11}{value}" for key, value in lines.items())
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from longtake.attention.block_sparse import block_sparse
+from longtake.attention.linear import WIDTHS
 from longtake.flow import even_levels
 from longtake.generation.blockwise import blockwise
 from longtake.generation.clip import sample_clip
@@ -45,27 +46,35 @@ def self_forcing_sink() -> Recipe:
     return replace(self_forcing(), name="self_forcing_sink", sink=3, past=3)
 
 
-def hybrid_forcing(share: float = 0.2, far: str = "keep", frames: float = math.inf) -> Recipe:
+def hybrid_forcing(
+    share: float = 0.2,
+    far: str = "keep",
+    frames: float = math.inf,
+    features: float = 1.0,
+    stiffness: float = Delta.stiffness,
+) -> Recipe:
     """Hybrid Forcing (arXiv 2604.10103): a fifth of the window's key blocks, and a far state of what left it.
 
     share: of the key blocks that each block of queries attends to; 1 is all. far: what is made of frames that left the
     window: they are kept for ever (published); "none"; or a rule of `memory.far`, decay, cap or delta. frames: the half
-    life or the cap in latent frames, which decay and cap need. Blocks are a third of the embedded model's latent frame;
-    published are 64 tokens of 1,560. ValueError for what cannot be.
+    life or the cap in latent frames, which decay and cap need. features: of the far state, beside the size of a head:
+    0.5, 1 (published), 2 or 4. stiffness: how hard delta holds on to the old. Blocks are a third of the embedded
+    model's latent frame; published are 64 tokens of 1,560. ValueError for what cannot be.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must be above 0 and at most 1, got {share}")
     near = partial(block_sparse, share=share, block_q=28, block_k=28)
-    return replace(self_forcing_sink(), name="hybrid_forcing", far=_far_named(far, frames), near=near)
+    state = _far_named(far, frames, features, stiffness)
+    return replace(self_forcing_sink(), name="hybrid_forcing", far=state, near=near)
 
 
-def _far_named(name: str, frames: float) -> FarShape | None:
+def _far_named(name: str, frames: float, features: float, stiffness: float) -> FarShape | None:
     rules: dict[str, Callable[[], Rule | None]] = {
         "none": lambda: None,
         "keep": Keep,
         "decay": lambda: Decay(half_life=frames),
         "cap": lambda: MassCap(frames=frames),
-        "delta": lambda: Delta(half_life=frames),
+        "delta": lambda: Delta(half_life=frames, stiffness=stiffness),
     }
     if name not in rules:
         raise ValueError(f"no far={name}: there are {', '.join(rules)}")
@@ -73,8 +82,17 @@ def _far_named(name: str, frames: float) -> FarShape | None:
         raise ValueError(f"frames must be above 0, got {frames}")
     if name != "delta" and math.isfinite(frames) != (name in ("decay", "cap")):
         raise ValueError("far=decay and far=cap need frames, as in frames=60; far=keep and far=none take none")
+    if not 0 < stiffness < math.inf:
+        raise ValueError(f"stiffness must be above 0 and finite, got {stiffness}")
+    if name != "delta" and stiffness != Delta.stiffness:
+        raise ValueError(f"only far=delta has a stiffness, far={name} has none")
+    if features not in WIDTHS:
+        ratios = ", ".join(f"{ratio:g}" for ratio in WIDTHS)
+        raise ValueError(f"features must be {ratios} of a head's size, got {features}")
+    if name == "none" and features != 1:
+        raise ValueError("far=none has no features")
     rule = rules[name]()
-    return FarShape(rule=rule) if rule else None
+    return FarShape(form=WIDTHS[features], rule=rule) if rule else None
 
 
 def rolling_forcing() -> Recipe:

@@ -8,10 +8,13 @@ from tests.attention.test_attention import assert_alike
 from torch import Tensor
 
 from longtake.attention import join, linear, reference
-from longtake.attention.rope import Grid, RotaryAxes, Rotation
+from longtake.attention.rope import Grid, RotaryAxes, Rotation, fitted, rotate, split_like_wan
 
 GRID = Grid(RotaryAxes(split=(4, 2, 2)), rows=1, columns=1)
-FORMS = pytest.mark.parametrize("form", [linear.PAPER, linear.REF_TRAIN, linear.REF_INFER])
+FORMS = pytest.mark.parametrize(
+    "form", [linear.PAPER, linear.REF_TRAIN, linear.REF_INFER, *(linear.WIDTHS[ratio] for ratio in (0.5, 2, 4))]
+)
+WIDTHS = pytest.mark.parametrize("ratio, form", linear.WIDTHS.items())
 
 
 def tokens(count: int, seed: int = 0, batch: int = 2) -> tuple[Tensor, Tensor, Rotation]:
@@ -30,6 +33,11 @@ def absorbed(form: linear.LinearForm, k: Tensor, v: Tensor, rotation: Rotation, 
     return sums
 
 
+def pairs_of(features: int) -> list[int]:
+    """By which of a head's four angles the pairs of so many features are turned."""
+    return {4: [0, 2], 8: [0, 1, 2, 3], 16: [0, 1, 2, 3] * 2, 32: [0, 1, 2, 3] * 4}[features]
+
+
 @FORMS
 @pytest.mark.parametrize("queries, sizes", [(1, [1]), (5, [63]), (7, [30, 1, 32])])
 def test_reading_sums_equals_the_definition_with_gradients(form: linear.LinearForm, queries: int, sizes: list[int]):
@@ -40,11 +48,41 @@ def test_reading_sums_equals_the_definition_with_gradients(form: linear.LinearFo
         return linear.read(absorbed(form, k, v, rotation, sizes), form.of_queries(q, asked_at))
 
     def slow(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        angles, asked = (GRID.axes.angles(range(n), 1, 1) for n in (len(rotation.cos_TA), queries))
+        pairs = pairs_of(form.features(8))
+        angles, asked = (GRID.axes.angles(range(n), 1, 1)[:, pairs] for n in (len(rotation.cos_TA), queries))
         above_q, above_k = reference.rotate(form.queries(q), asked), reference.rotate(form.keys(k), angles)
-        return reference.linear(above_q, q.relu(), above_k, k.relu(), v)
+        return reference.linear(above_q, form.below(q), above_k, form.below(k), v)
 
     assert_alike(fast, slow, [q, k, v])
+
+
+@WIDTHS
+def test_features_have_their_number_and_weigh_nothing_below_zero(ratio: float, form: linear.LinearForm) -> None:
+    for size in (8, 12, 64, 128):  # 12: no power of two
+        features = form.of_keys(
+            torch.randn(1, 5, 2, size), RotaryAxes(split=split_like_wan(size)).rotation(range(5), 1, 1, "cpu")
+        )
+        assert form.features(size) == features.above.shape[-1] == features.below.shape[-1] == ratio * size
+        assert features.below.min() >= 0 and features.below.dtype == features.above.dtype == torch.float32
+        torch.testing.assert_close(features.above.norm(dim=-1), features.below.norm(dim=-1))
+
+
+def test_a_form_of_its_own_size_is_the_published_one() -> None:
+    assert linear.WIDTHS[1] is linear.PAPER == linear.LinearForm(keys=torch.relu, queries=torch.relu)
+
+
+def test_wider_maps_hold_what_narrower_ones_see() -> None:
+    x = torch.randn(50, 12)
+    half, one, two, four = (linear.WIDTHS[ratio].keys(x) for ratio in (0.5, 1, 2, 4))
+    assert torch.equal(two[:, :12], one) and torch.equal(four[:, :24], two)
+    assert torch.equal(four[:, 24:36:2], half)
+    assert torch.equal(two[:, :12] - two[:, 12:], x), "nothing is cut away"
+    torch.testing.assert_close(linear.turned(four[:, 24:36] - four[:, 36:]), x, msg="turned twice")
+
+
+def test_turned_vectors_keep_their_products() -> None:
+    x, y = torch.randn(2, 50, 12)
+    torch.testing.assert_close((linear.turned(x) * linear.turned(y)).sum(-1), (x * y).sum(-1), atol=1e-5, rtol=1e-5)
 
 
 @given(data=st.data())
@@ -54,8 +92,9 @@ def test_neither_order_nor_pieces_matter(data: st.DataObject) -> None:
     k, v, rotation = tokens(sum(sizes))
     order = torch.tensor(data.draw(st.permutations(range(sum(sizes)))))
     mixed = Rotation(*(part[order] for part in rotation))
-    expected = absorbed(linear.PAPER, k, v, rotation, [sum(sizes)])
-    for got, want in zip(absorbed(linear.PAPER, k[:, order], v[:, order], mixed, sizes), expected, strict=True):
+    form = linear.WIDTHS[data.draw(st.sampled_from(sorted(linear.WIDTHS)))]
+    expected = absorbed(form, k, v, rotation, [sum(sizes)])
+    for got, want in zip(absorbed(form, k[:, order], v[:, order], mixed, sizes), expected, strict=True):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
@@ -111,9 +150,10 @@ def test_one_token_is_corrected_by_the_delta_rule() -> None:
     assert got.mass_B.tolist() == [8, 8]
 
 
-def test_a_corrected_map_is_the_best_whatever_the_order_of_tokens() -> None:
+@WIDTHS
+def test_a_corrected_map_is_the_best_whatever_the_order_of_tokens(ratio: float, form: linear.LinearForm) -> None:
     stiffness, (k, v, rotation) = 0.1, tokens(12)
-    old, keys = absorbed(linear.PAPER, k, v, rotation, [12]), linear.PAPER.of_keys(k.flip(1), rotation)
+    old, keys = absorbed(form, k, v, rotation, [12]), form.of_keys(k.flip(1), rotation)
     got = linear.correct(old, keys, v, stiffness)
     unit = torch.nn.functional.normalize(keys.above, dim=-1)
     moved = got.kv_BNRD.clone().requires_grad_()
@@ -133,11 +173,12 @@ def test_a_corrected_map_answers_with_what_was_written_last() -> None:
     torch.testing.assert_close(linear.recall(sums, keys), v, atol=1e-2, rtol=1e-2)
 
 
-def test_autocast_rounds_nothing() -> None:
+@WIDTHS
+def test_autocast_rounds_nothing(ratio: float, form: linear.LinearForm) -> None:
     k, v, rotation = tokens(12)
-    keys, queries = linear.PAPER.of_keys(k, rotation), linear.PAPER.of_queries(k.flip(1), rotation)
 
     def everything() -> list[Tensor]:
+        keys, queries = form.of_keys(k, rotation), form.of_queries(k.flip(1), rotation)
         sums = linear.absorb(linear.sums_of(keys, v), keys, v)
         corrected = linear.correct(sums, keys, v, 0.1)
         return [*sums, *corrected, linear.read(sums, queries), linear.recall(corrected, queries)]
@@ -147,3 +188,28 @@ def test_autocast_rounds_nothing() -> None:
         assert (k[0, :, 0] @ k[0, :, 0].mT).dtype == torch.bfloat16, "it does round elsewhere"
         for got, want in zip(everything(), expected, strict=True):
             assert got.dtype in (torch.float32, torch.float64) and torch.equal(got, want)
+
+
+@pytest.mark.parametrize("size", [12, 64, 128])
+def test_every_axis_keeps_its_share_of_the_angles(size: int) -> None:
+    split = split_like_wan(size)
+    axis_of_A = torch.tensor([axis for axis, part in enumerate(split) for _ in range(part // 2)])
+    marked = Rotation(axis_of_A[None], axis_of_A[None])
+    for features in (size // 2, 2 * size, 4 * size):
+        counts = [int((fitted(marked, features).cos_TA == axis).sum()) for axis in range(3)]
+        assert sum(counts) == features // 2
+        for count, part in zip(counts, split, strict=True):
+            assert abs(count - part / 2 * features / size) < 1
+
+
+def test_the_rotation_of_a_wider_vector_is_that_of_its_parts() -> None:
+    x, rotation = torch.randn(1, 6, 2, 16), GRID.rotation(range(6), "cpu")
+    parts = [rotate(part, rotation) for part in x.split(8, -1)]
+    assert torch.equal(rotate(x, fitted(rotation, 16)), torch.cat(parts, -1))
+    assert fitted(rotation, 8) is rotation
+
+
+@pytest.mark.parametrize("size", [10, 12, 6, 1])
+def test_what_no_angles_fit_is_refused(size: int) -> None:
+    with pytest.raises(ValueError, match=f"vectors of 8 numbers fit multiples and even parts of that, not {size}"):
+        fitted(GRID.rotation(range(3), "cpu"), size)

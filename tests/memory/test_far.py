@@ -15,7 +15,7 @@ from torch import Tensor
 from longtake import parallel
 from longtake.attention import reference
 from longtake.attention.block_sparse import block_sparse
-from longtake.attention.linear import Features
+from longtake.attention.linear import WIDTHS, Features, LinearForm
 from longtake.attention.rope import Grid, RotaryAxes, Rotation, rotate
 from longtake.distillation.rollout import rollout
 from longtake.generation.blockwise import blockwise, commit
@@ -28,6 +28,7 @@ from longtake.models.wan import WanTransformer
 
 BLOCK = tiny.BLOCK
 GRID = Grid(RotaryAxes(split=(4, 2, 2)), rows=1, columns=2)
+RATIOS = pytest.mark.parametrize("ratio", WIDTHS)
 RULES: list[Rule] = [Keep(), Decay(half_life=6), MassCap(frames=9), Delta(half_life=12)]
 
 
@@ -43,8 +44,8 @@ def frames_of(count: int, seed: int = 0, batch: int = 2) -> tuple[Tensor, Tensor
     return k, v
 
 
-def state_after(rule: Rule, blocks: Sequence[tuple[Tensor, Tensor]]) -> FarState:
-    state = FarState(FarShape(rule=rule))
+def state_after(rule: Rule, blocks: Sequence[tuple[Tensor, Tensor]], ratio: float = 1) -> FarState:
+    state = FarState(FarShape(form=WIDTHS[ratio], rule=rule))
     for i, (k, v) in enumerate(blocks):
         numbers = tuple(range(BLOCK * i, BLOCK * (i + 1)))
         state = state.absorb(Keys(k, v, numbers), GRID.rotation(numbers, "cpu"))
@@ -101,18 +102,20 @@ def test_the_sink_is_absorbed_only_where_a_published_form_does(sink: SinkInFar, 
     assert memory.far(0).sums.mass_B.tolist() == [mass * GRID.columns] * 2
 
 
+@RATIOS
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
-def test_every_rule_keeps_rows_apart_and_its_size(rule: Rule) -> None:
+def test_every_rule_keeps_rows_apart_and_its_size(rule: Rule, ratio: float) -> None:
     blocks = [frames_of(BLOCK, seed=i) for i in range(5)]
-    together = state_after(rule, blocks)
-    rows = [state_after(rule, [(k[i : i + 1], v[i : i + 1]) for k, v in blocks]) for i in range(2)]
+    together = state_after(rule, blocks, ratio)
+    rows = [state_after(rule, [(k[i : i + 1], v[i : i + 1]) for k, v in blocks], ratio) for i in range(2)]
     assert_same_sums(stacked(rows), together)
     q, rotation = frames_of(BLOCK, seed=9)[0], GRID.rotation(range(15, 18), "cpu")
     read = together.read(q, rotation)
     assert read.isfinite().all() and read.shape == q.shape
     for i, row in enumerate(rows):
         torch.testing.assert_close(row.read(q[i : i + 1], rotation), read[i : i + 1], atol=1e-4, rtol=1e-4)
-    assert together.nbytes() == state_after(rule, blocks[:1]).nbytes() == 2 * (3 * (8 * 8 + 8) * 4 + 8)
+    features = int(8 * ratio)
+    assert together.nbytes() == state_after(rule, blocks[:1], ratio).nbytes() == 2 * (3 * features * (8 + 1) * 4 + 8)
 
 
 def test_rows_that_hold_nothing_stack_with_rows_that_do() -> None:
@@ -206,6 +209,7 @@ class EverythingView:
     current: range
     grid: Grid
     past: int
+    form: LinearForm
 
     @property
     def rotation(self) -> Rotation:
@@ -230,7 +234,7 @@ class EverythingView:
         near = reference.dense(own.q, k, v)
         if not gone:
             return near
-        form = far.PAPER.form
+        form = self.form
         asked = form.of_queries(own.plain_q, self.rotation)
         features = [form.of_keys(keys.k_BTND, rotation) for keys, rotation in gone]
         absorbed = Features(*(torch.cat(parts, 1) for parts in zip(*features, strict=True)))
@@ -239,18 +243,20 @@ class EverythingView:
         return near + self.network.layers[layer].self_attn.linear_proj(read.double())
 
 
-@pytest.mark.parametrize("past, ring", [(3, True), (6, False), (0, True)])
+@pytest.mark.parametrize(
+    "past, ring, ratio", [(3, True, 1), (6, False, 1), (0, True, 1), (3, True, 0.5), (3, False, 2), (0, True, 4)]
+)
 @torch.no_grad()
-def test_streaming_equals_seeing_everything_again(past: int, ring: bool) -> None:
+def test_streaming_equals_seeing_everything_again(past: int, ring: bool, ratio: float) -> None:
     """A window and a state of fixed size answer as the definitions do with all of the stream at hand, B = 2."""
-    made = network()
-    memory = StreamMemory(shape_of(made, far.PAPER, past), made.config.layers, ring=ring)
+    made, form = network(), WIDTHS[ratio]
+    memory = StreamMemory(shape_of(made, FarShape(form=form), past), made.config.layers, ring=ring)
     prompts, level = tiny.prompt(made, batch=2), torch.full((2, BLOCK), 0.7, dtype=torch.float64)
     everything: list[list[Keys]] = [[] for _ in made.layers]
     for b in range(9):
         noisy, clean = tiny.noise(5, 6)(b, 0), tiny.noise(7, 8)(b, 0)
         current = range(memory.frames, memory.frames + BLOCK)
-        slow = EverythingView(made, everything, current, made.grid(noisy), past)
+        slow = EverythingView(made, everything, current, made.grid(noisy), past, form)
         got = made(noisy, level, prompts, made.memory_view(memory, noisy))
         torch.testing.assert_close(got, made(noisy, level, prompts, slow), atol=1e-5, rtol=1e-5)
         for layer, (k, v) in enumerate(made.keys_to_commit(clean, 0 * level, prompts, slow)):

@@ -1,20 +1,24 @@
 """Linear attention: keys and values absorbed into sums of fixed size, which any query can read.
 
 An answer is a quotient. Above the bar features of queries and keys carry their positions, below it they do not
-(RoFormer, 2104.09864, section 3.3). Everything here is float32, whatever comes in and under autocast too: running
-means in bfloat16 stop learning after some minutes of video. Nothing is written in place. Truth: `reference.linear`.
+(RoFormer, 2104.09864, section 3.3). Pairs of features are turned by the angles of a head's pairs; where features are
+more or fewer, by the same angles again or by some of them (`rope.fitted`). Everything here is float32, whatever comes
+in and under autocast too: running means in bfloat16 stop learning after some minutes of video. Nothing is written in
+place. Truth: `reference.linear`.
 
 Shapes: B batch, T tokens, N heads, D per head, R features per head.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from longtake.attention.rope import Rotation, rotate
+from longtake.attention.rope import Rotation, fitted, rotate
 
 EPS = 1e-6
 
@@ -31,16 +35,30 @@ class Features(NamedTuple):
 
 @dataclass(frozen=True)
 class LinearForm:
-    """What keys and queries pass above the bar before they are rotated; below it both are rectified."""
+    """What keys and queries pass above the bar before they are rotated, and what both pass below it.
+
+    All maps of a form make equally many features, and those below the bar are not negative.
+    """
 
     keys: FeatureMap
     queries: FeatureMap
+    below: FeatureMap = torch.relu
+
+    def features(self, size: int) -> int:
+        """How many features a head vector of that size gets."""
+        return self.queries(torch.zeros(size)).shape[-1]
 
     def of_keys(self, plain_BTND: Tensor, rotation: Rotation) -> Features:
-        return _features(self.keys, plain_BTND, rotation)
+        return self._features(self.keys, plain_BTND, rotation)
 
     def of_queries(self, plain_BTND: Tensor, rotation: Rotation) -> Features:
-        return _features(self.queries, plain_BTND, rotation)
+        return self._features(self.queries, plain_BTND, rotation)
+
+    def _features(self, above: FeatureMap, plain_BTND: Tensor, rotation: Rotation) -> Features:
+        plain = plain_BTND.float()
+        features = above(plain)
+        below = features if self.below is above else self.below(plain)
+        return Features(rotate(features, fitted(rotation, features.shape[-1])), below)
 
 
 def unchanged(x: Tensor) -> Tensor:
@@ -51,6 +69,37 @@ def unchanged(x: Tensor) -> Tensor:
 PAPER = LinearForm(keys=torch.relu, queries=torch.relu)
 REF_TRAIN = LinearForm(keys=unchanged, queries=torch.relu)
 REF_INFER = LinearForm(keys=unchanged, queries=unchanged)
+
+
+def half_width(x: Tensor) -> Tensor:
+    """D / 2 features: every other number of `turned`, rectified."""
+    return turned(x)[..., ::2].relu()
+
+
+def both_signs(x: Tensor) -> Tensor:
+    """2 D features: nothing is cut away, what is below zero stands beside the rest (CReLU, 1603.05201)."""
+    return torch.cat([x.relu(), (-x).relu()], dim=-1)
+
+
+def both_signs_twice(x: Tensor) -> Tensor:
+    """4 D features: those of the vector and of another look at it, `turned`."""
+    return torch.cat([both_signs(x), both_signs(turned(x))], dim=-1)
+
+
+def turned(x: Tensor) -> Tensor:
+    """The same vector in other axes, each of which mixes all numbers: an orthonormal cosine transform (DCT-IV)."""
+    with _unrounded(x):
+        return x @ _cosines(x.shape[-1], x.device).to(x.dtype)
+
+
+WIDTHS: dict[float, LinearForm] = {
+    1 / 2: LinearForm(half_width, half_width, half_width),
+    1: PAPER,
+    2: LinearForm(both_signs, both_signs, both_signs),
+    4: LinearForm(both_signs_twice, both_signs_twice, both_signs_twice),
+}
+"""Forms by their features R / D, the same map everywhere; nothing in them is learned or drawn. Maps of 2 and 4 hold
+the features of 1, and 4 also those of 2 and of the half."""
 
 
 class Sums(NamedTuple):
@@ -121,9 +170,12 @@ def recall(sums: Sums, queries: Features) -> Tensor:
         return torch.einsum("btnr,bnrd->btnd", _unit(queries.above), sums.kv_BNRD)
 
 
-def _features(feature_map: FeatureMap, plain_BTND: Tensor, rotation: Rotation) -> Features:
-    plain = plain_BTND.float()
-    return Features(rotate(feature_map(plain), rotation), plain.relu())
+@lru_cache(maxsize=16)
+def _cosines(size: int, device: torch.device) -> Tensor:
+    """A symmetric orthogonal matrix, computed in float64 on the host: do not write to it."""
+    middles = torch.arange(size, dtype=torch.float64) + 0.5
+    cosines = (middles.outer(middles) * math.pi / size).cos() * math.sqrt(2 / size)
+    return cosines.float().to(device)
 
 
 def _unrounded(x: Tensor) -> torch.autocast:

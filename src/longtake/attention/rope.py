@@ -84,3 +84,17 @@ def rotate(x_BTND: Tensor, rotation: Rotation) -> Tensor:
     even, odd = x_BTND.float().unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return turned.flatten(-2).to(x_BTND.dtype)
+
+
+def fitted(rotation: Rotation, size: int) -> Rotation:
+    """The rotation of vectors of another size: a multiple or an even part of the one it was made for.
+
+    Wider vectors are as many of that size, side by side. Narrower ones take every so many-th angle, so that each axis
+    keeps its share of them and its range, from fast to slow. ValueError for other sizes.
+    """
+    own = 2 * rotation.cos_TA.shape[-1]
+    if size % own == 0:
+        return rotation if size == own else Rotation(*(torch.cat([part] * (size // own), -1) for part in rotation))
+    if size % 2 or own % size:
+        raise ValueError(f"the angles of vectors of {own} numbers fit multiples and even parts of that, not {size}")
+    return Rotation(*(part[..., :: own // size] for part in rotation))

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from longtake.attention import linear
 from longtake.attention.linear import Features, Sums
 from longtake.attention.rope import RotaryAxes, rotate
 from longtake.generation.recipe import Recipe
@@ -81,11 +82,12 @@ class BlockTrace:
 def traced(recipe: Recipe, extent: int, shift: float = 1.0) -> Iterator[BlockTrace]:
     """What a recipe does with each block of an endless stream, for a network trained on `extent` latent frames.
 
-    shift: of its levels.
+    shift: of its levels. A far state gets the published features whatever its own, so that they show where keys are
+    placed.
     """
     noted = _Noted()
     network = _StandIn(extent, recipe.block, noted)
-    far = recipe.far and replace(recipe.far, rule=_NotingRule(recipe.far.rule, noted))
+    far = recipe.far and replace(recipe.far, form=linear.PAPER, rule=_NotingRule(recipe.far.rule, noted))
     shape = replace(recipe, near=noted.near, far=far).memory(network)
     memory = StreamMemory(shape, network.config.layers, ring=False)
     blocks = recipe.schedule(
