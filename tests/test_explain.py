@@ -17,6 +17,10 @@ def test_a_table_ends_where_all_that_follows_is_alike(name: str) -> None:
     assert f"From block {first} on all are alike, each 3 latent frames later" in words
 
 
+def test_what_is_told_of_a_recipe_leaves_out_errors() -> None:
+    assert not any("ValueError" in paragraph for paragraph in explain("hybrid_forcing", 1)["about"])
+
+
 def test_as_many_blocks_as_asked_for() -> None:
     assert len(explain("self_forcing", 2)["blocks"]) == 2
     told = explain("self_forcing", 40)

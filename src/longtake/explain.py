@@ -84,8 +84,8 @@ def in_words(told: dict[str, Any]) -> str:
 
 
 def _about(name: str) -> list[str]:
-    """The paragraphs of a recipe's docstring."""
-    return (getdoc(RECIPES[name]) or "").split("\n\n")
+    """The paragraphs of a recipe's docstring, without what it says to callers about errors."""
+    return (getdoc(RECIPES[name]) or "").partition("ValueError")[0].strip().split("\n\n")
 
 
 def _near(near: Attend) -> dict[str, Any]:

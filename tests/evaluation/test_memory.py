@@ -171,7 +171,7 @@ def test_rules_have_names_and_numbers():
     }
 
 
-@pytest.mark.parametrize("name", ["kep", "decay=", "decay=0", "decay=-1", "decay=soon", "cap=inf", "cap=nan"])
+@pytest.mark.parametrize("name", ["kep", "decay=", "decay=0", "decay=-1", "decay=soon", "cap=inf", "cap=nan", "keep=5"])
 def test_other_rules_are_refused(name):
     if name == "decay=":
         assert far_rules([name]) == {name: Decay(half_life=240)}

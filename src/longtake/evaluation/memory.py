@@ -37,7 +37,7 @@ OWN = "own"  # the state as the recipe has it
 RULES: dict[str, Callable[[float], Rule]] = {
     "keep": lambda number: Keep(),
     "decay": lambda number: Decay(half_life=number),
-    "cap": lambda number: MassCap(frames=round(number)),
+    "cap": lambda number: MassCap(frames=number),
     "delta": lambda number: Delta(half_life=number),
 }
 USUAL = {"keep": math.inf, "decay": 240.0, "cap": 240.0, "delta": math.inf}  # latent frames; 240 are a minute
@@ -48,14 +48,14 @@ PROBES, QUERIED = 8, 2  # held-out blocks that are read back, and whose queries 
 def far_rules(names: Sequence[str]) -> dict[str, Rule]:
     """Rules by name: keep, decay, cap or delta, with their number of latent frames after an = sign, such as decay=480.
 
-    The number is a half-life (decay, delta) or what the cap holds. ValueError for anything else.
+    The number is a half-life (decay, delta) or what the cap holds; keep has none. ValueError for anything else.
     """
     rules = {}
     for name in names:
         kind, _, number = name.partition("=")
         try:
             value = float(number) if number else USUAL[kind]
-            if not value > 0 or (kind == "cap" and value == math.inf):
+            if not value > 0 or (kind == "cap" and value == math.inf) or (kind == "keep" and number):
                 raise ValueError
             rules[name] = RULES[kind](value)
         except (KeyError, ValueError):
