@@ -1,3 +1,6 @@
+from dataclasses import fields
+from itertools import product
+
 import pytest
 import torch
 
@@ -75,6 +78,31 @@ def test_what_is_harder_comes_up_more_often_where_captions_say_it_and_held_out_s
     rows = zip(often.subject.tolist(), often.colour[:, 0].tolist(), often.place[:, 0].tolist(), strict=True)
     combinations = {(SUBJECTS[s], COLOURS[c], PLACES[p]) for s, c, p in rows}
     assert not combinations & held_out_combinations()
+
+
+def test_a_share_of_captions_leaves_the_colour_out_and_nothing_else_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    scenes, tokens = training_scenes(2000, 7, torch.device("cpu"))
+    monkeypatch.setattr("longtake.toy.clips.COLOURLESS", 0.0)
+    plain_scenes, plain_tokens = training_scenes(2000, 7, torch.device("cpu"))
+    for field in fields(scenes):
+        assert torch.equal(getattr(scenes, field.name), getattr(plain_scenes, field.name))
+    lost = torch.zeros(2000, 2, dtype=torch.bool)
+    for row, column in product(range(2000), range(2)):
+        said, plain = (parse(decode(x[row, column].tolist())) for x in (tokens, plain_tokens))
+        lost[row, column] = said != plain
+        assert said == plain or said == {name: value for name, value in plain.items() if name != "colour"}
+
+    changes = torch.isfinite(scenes.change_seconds)
+    recoloured = scenes.colour[:, 0] != scenes.colour[:, 1]
+    assert not lost[recoloured].any()
+    assert torch.equal(tokens[~changes, 0], tokens[~changes, 1])
+    said = 0.92  # how often a caption has a colour to lose
+    assert abs(lost[~changes, 0].double().mean() - 0.35 * said) < 0.04
+    assert abs(lost[changes & ~recoloured, 0].double().mean() - 0.175 * said) < 0.06
+    # Half of second captions name only what changes.
+    assert abs(lost[changes & ~recoloured, 1].double().mean() - 0.175 * said) < 0.06
+    full = changes & lost[:, 1]
+    assert 0.3 < lost[full, 0].double().mean() < 0.7
 
 
 @pytest.mark.parametrize("attribute", HARDER)

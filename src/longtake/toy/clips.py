@@ -1,6 +1,8 @@
 """Clips of the toy world to learn from: rendered and encoded on the spot, in a pool that is renewed all the time."""
 
+from dataclasses import replace
 from functools import cache
+from random import Random
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +19,9 @@ HARDER: dict[str, dict[str, float]] = {
     "motion": {"spins": 4.0},
 }
 """What networks learn last, with the weight of scenes whose caption says it, against 1 of others."""
+
+COLOURLESS = 0.35
+"""The share of clips in which one colour stays and a caption is kept from saying it, so that memory has to be asked."""
 
 
 class LatentClips(NamedTuple):
@@ -115,10 +120,11 @@ def training_scenes(count: int, seed: int, device: torch.device) -> tuple[Scenes
     """Scenes with the tokens [B, 2, L] of their captions, chosen among three times as many.
 
     What is `HARDER` comes up more often where a caption says it and nothing changes: what captions leave open, how many
-    clips have a change and what those show is as in the world.
+    clips have a change and what those show is as in the world. Of clips whose colour stays, the share `COLOURLESS` has
+    captions that leave it out; where something else changes, half of these leave it out of the second caption only.
     """
     scenes = sample_scenes(3 * count, seed)
-    tokens_BPL = caption_tokens(scenes, seed)
+    tokens_BPL = _caption_tokens(scenes, seed)
     weights = torch.ones(len(scenes))
     for attribute, values in HARDER.items():
         said = torch.isin(tokens_BPL[:, 0], _own_words(attribute)).any(1)
@@ -130,6 +136,18 @@ def training_scenes(count: int, seed: int, device: torch.device) -> tuple[Scenes
     waits = torch.empty(len(others)).exponential_(generator=torch.Generator().manual_seed(seed)) / weights[others]
     chosen = torch.cat([as_they_come, others[waits.argsort()[: count - len(as_they_come)]]])
     return scenes[chosen].to(device), tokens_BPL[chosen].to(device)
+
+
+def _caption_tokens(scenes: Scenes, seed: int) -> Tensor:
+    """The captions of `caption_tokens`, [B, 2, L], but for the colours that they are kept from saying."""
+    saying = caption_tokens(scenes, seed)
+    # A colour of -1 is not said; all else is said in the same words, for the dice are the same.
+    leaving_out = caption_tokens(replace(scenes, colour=torch.full_like(scenes.colour, -1)), seed)
+    # Dice of their own, lest they follow what the scenes' own seed has drawn.
+    draw = torch.rand(len(scenes), generator=torch.Generator().manual_seed(Random(f"{seed} colour").getrandbits(32)))
+    second = (scenes.colour[:, 0] == scenes.colour[:, 1]) & (draw < COLOURLESS)
+    first = second & (torch.isinf(scenes.change_seconds) | (draw < COLOURLESS / 2))
+    return torch.where(torch.stack([first, second], 1)[:, :, None], leaving_out, saying)
 
 
 @cache
