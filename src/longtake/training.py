@@ -6,7 +6,7 @@ A stage reads what it needs from one folder and leaves that in another, with wha
     stage             reads                                   makes
     codec             nothing                                 codec
     teacher           codec; goes on from a teacher, if any   teacher
-    teacher_forcing   codec, teacher                          student
+    teacher_forcing   codec, teacher; from a student, if any  student
     ode               codec, teacher; from a student, if any  student
     dmd               codec, teacher, student                 student
 
@@ -152,9 +152,13 @@ class _Inputs:
         text, network, description = recipes.load_network(self.path(file), self.device)
         return text, network, description["shift"]
 
-    def student(self, file: str, chosen: Sequence[Recipe]) -> tuple[WordEncoder, WanTransformer, float]:
-        """A network to train under these recipes, which can read a far state if one of them has one."""
-        text, network, shift = self.network(file)
+    def student(self, chosen: Sequence[Recipe]) -> tuple[WordEncoder, WanTransformer, float]:
+        """The student, or the teacher where there is none yet, to train under these recipes.
+
+        It can read a far state if one of them has one.
+        """
+        has_student = self.has(recipes.NETWORK_FILE)
+        text, network, shift = self.network(recipes.NETWORK_FILE if has_student else recipes.TEACHER_FILE)
         return text, reading_far(network) if any(recipe.far for recipe in chosen) else network, shift
 
     def teacher_of(self, text: WordEncoder) -> WanTransformer:
@@ -237,7 +241,8 @@ def _train_teacher(stage: TeacherStage, inputs: _Inputs, chosen: Sequence[Recipe
 def _train_teacher_forcing(
     stage: TeacherForcingStage, inputs: _Inputs, chosen: Sequence[Recipe], run: Run
 ) -> dict[str, float]:
-    text, network, shift = inputs.student(recipes.TEACHER_FILE, chosen)
+    text, network, shift = inputs.student(chosen)
+    inputs.teacher_of(text)  # which refuses a student of another
     toy = ToyWorld(inputs.codec(), run)
     spent = stages.train_teacher_forcing(text, network, toy, chosen, shift, stage, run)
     _save_student(text, network, shift, run, int8=False)
@@ -245,8 +250,7 @@ def _train_teacher_forcing(
 
 
 def _train_ode(stage: OdeStage, inputs: _Inputs, chosen: Sequence[Recipe], run: Run) -> dict[str, float]:
-    has_student = inputs.has(recipes.NETWORK_FILE)
-    text, network, shift = inputs.student(recipes.NETWORK_FILE if has_student else recipes.TEACHER_FILE, chosen)
+    text, network, shift = inputs.student(chosen)
     teacher = inputs.teacher_of(text)
     toy = ToyWorld(inputs.codec(), run)
     spent = stages.train_ode(text, network, teacher, toy, chosen, shift, stage, run)
@@ -255,7 +259,7 @@ def _train_ode(stage: OdeStage, inputs: _Inputs, chosen: Sequence[Recipe], run: 
 
 
 def _train_dmd(stage: DmdStage, inputs: _Inputs, chosen: Sequence[Recipe], run: Run) -> dict[str, float]:
-    text, network, shift = inputs.student(recipes.NETWORK_FILE, chosen)
+    text, network, shift = inputs.student(chosen)
     teacher = inputs.teacher_of(text)
     toy = ToyWorld(inputs.codec(), run)
     spent = stages.train_dmd(text, network, teacher, toy, chosen, shift, stage, run)

@@ -15,10 +15,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from longtake import cli, recipes
 from longtake.distillation.stages import DmdStage
 from longtake.distillation.trainer import STATE_FILE, read_metrics
+from longtake.models.weights import load_weights
 from longtake.toy import world
 from longtake.training import STAGES, report, with_settings
 
@@ -182,6 +184,18 @@ def test_a_student_of_another_teacher_is_refused(folders: Path, tmp_path: Path, 
     save_file(other | {name: other[name] * 2}, mixed / recipes.TEACHER_FILE, metadata=described)
     assert cli.main(["train", "dmd", "--out", str(tmp_path / "out"), "--from", str(mixed)]) == 2
     assert "another teacher" in capsys.readouterr().err
+
+
+def test_teacher_forcing_goes_on_from_a_student(folders: Path, tmp_path: Path) -> None:
+    settings = ["--set", "steps=1", "seconds=1e9", "lr=1e-9", *SETTINGS["teacher_forcing"]]
+    finish(start("teacher_forcing", "--from", str(folders / "ode"), "--out", str(tmp_path), *settings))
+
+    def weight(path: Path) -> Tensor:
+        return load_weights(path)[0]["network.blocks.0.ffn.0.weight"]
+
+    student = weight(folders / "ode" / recipes.NETWORK_FILE)
+    assert torch.allclose(weight(tmp_path / recipes.NETWORK_FILE), student, atol=1e-6)
+    assert not torch.allclose(weight(tmp_path / recipes.TEACHER_FILE), student, atol=1e-6)
 
 
 def test_every_stage_is_a_verb() -> None:

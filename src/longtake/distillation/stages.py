@@ -2,7 +2,7 @@
 
     codec            pictures -> codec
     teacher          clips -> bidirectional teacher and its text encoder, by flow matching
-    teacher_forcing  teacher + clips -> causal student, by flow matching in front of the clean past
+    teacher_forcing  teacher or student + clips -> causal student, by flow matching in front of the clean past
     ode              teacher + prompts -> causal student, by regression of the teacher's trajectories
     dmd              teacher + student + prompts + clips -> few-step student, by distribution matching on its own
                      rollouts
@@ -164,8 +164,8 @@ class TeacherStage(Stage):
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherForcingStage(Stage):
-    """The causal student from the teacher, on clips of `frames` latent frames: longer than the teacher's, so that
-    the sink comes to lie far behind."""
+    """The causal student, from the teacher or from a student, on clips of `frames` latent frames: longer than the
+    teacher's, so that the sink comes to lie far behind."""
 
     seconds: float = 80.0
     seed: int = 43
