@@ -27,7 +27,7 @@ from longtake.generation.noise import SeededNoise
 from longtake.generation.recipe import Recipe
 from longtake.generation.rolling import rolling
 from longtake.generation.stream import Engine, to_uint8
-from longtake.memory.far import Decay, Delta, FarShape, Keep, MassCap, Rule
+from longtake.memory.far import RULES, Delta, FarShape, rule_named
 from longtake.models.light_codec import LightCodec, LightCodecConfig
 from longtake.models.text import WordEncoder, WordEncoderConfig, WordText
 from longtake.models.wan import WanConfig, WanTransformer
@@ -64,35 +64,23 @@ def hybrid_forcing(
     if not 0 < share <= 1:
         raise ValueError(f"share must be above 0 and at most 1, got {share}")
     near = partial(block_sparse, share=share, block_q=28, block_k=28)
-    state = _far_named(far, frames, features, stiffness)
-    return replace(self_forcing_sink(), name="hybrid_forcing", far=state, near=near)
+    return replace(
+        self_forcing_sink(), name="hybrid_forcing", far=_far_state(far, frames, features, stiffness), near=near
+    )
 
 
-def _far_named(name: str, frames: float, features: float, stiffness: float) -> FarShape | None:
-    rules: dict[str, Callable[[], Rule | None]] = {
-        "none": lambda: None,
-        "keep": Keep,
-        "decay": lambda: Decay(half_life=frames),
-        "cap": lambda: MassCap(frames=frames),
-        "delta": lambda: Delta(half_life=frames, stiffness=stiffness),
-    }
-    if name not in rules:
-        raise ValueError(f"no far={name}: there are {', '.join(rules)}")
-    if not frames > 0:
-        raise ValueError(f"frames must be above 0, got {frames}")
-    if name != "delta" and math.isfinite(frames) != (name in ("decay", "cap")):
-        raise ValueError("far=decay and far=cap need frames, as in frames=60; far=keep and far=none take none")
-    if not 0 < stiffness < math.inf:
-        raise ValueError(f"stiffness must be above 0 and finite, got {stiffness}")
-    if name != "delta" and stiffness != Delta.stiffness:
-        raise ValueError(f"only far=delta has a stiffness, far={name} has none")
+def _far_state(rule: str, frames: float, features: float, stiffness: float) -> FarShape | None:
+    """ValueError for what cannot be."""
+    if rule not in ("none", *RULES):
+        raise ValueError(f"no far={rule}: there are none, {', '.join(RULES)}")
     if features not in WIDTHS:
         ratios = ", ".join(f"{ratio:g}" for ratio in WIDTHS)
         raise ValueError(f"features must be {ratios} of a head's size, got {features}")
-    if name == "none" and features != 1:
-        raise ValueError("far=none has no features")
-    rule = rules[name]()
-    return FarShape(form=WIDTHS[features], rule=rule) if rule else None
+    if rule != "none":
+        return FarShape(form=WIDTHS[features], rule=rule_named(rule, frames, stiffness))
+    if (frames, features, stiffness) != (math.inf, 1, Delta.stiffness):
+        raise ValueError("far=none takes no frames, features or stiffness")
+    return None
 
 
 def rolling_forcing() -> Recipe:
