@@ -13,6 +13,7 @@ from longtake import recipes
 from longtake.attention.linear import PAPER, WIDTHS
 from longtake.memory.far import Decay, Delta, FarShape, Keep, MassCap
 from longtake.memory.stream_memory import StreamMemory
+from longtake.models.wan import reading_far
 from longtake.toy.scenes import HEIGHT, RATE, WIDTH
 from tests import tiny
 
@@ -118,6 +119,27 @@ def test_hybrid_forcing_without_what_is_new_in_it_is_self_forcing_with_a_sink() 
     assert torch.equal(video("hybrid_forcing:share=1"), expected)
     assert torch.equal(video("hybrid_forcing:share=1,far=none"), expected)
     assert not torch.equal(video("hybrid_forcing:share=0.5"), expected)
+
+
+def test_weights_stream_under_the_far_state_they_learned_to_read_and_no_other(tmp_path: Path) -> None:
+    file = tmp_path / "student.safetensors"
+    text, network, about = recipes.load_network(recipes.packaged(recipes.NETWORK_FILE), recipes.CPU)
+    network, taught = reading_far(network), "hybrid_forcing:far=delta,features=2"
+
+    def saved(*names: str) -> None:
+        recipes.save_network(file, text, network, role="student", shift=about["shift"], int8=True, recipes=names)
+
+    saved("self_forcing", taught)
+    assert recipes.load_network(file, recipes.CPU)[2]["recipes"] == ["self_forcing", taught]
+    for name in (taught, "hybrid_forcing:features=2.0,share=1,far=delta", "hybrid_forcing:far=none", "self_forcing"):
+        assert engine(file, name).recipe.name == name
+    for name in ("hybrid_forcing", "hybrid_forcing:far=delta", "hybrid_forcing:far=delta,features=2,frames=9"):
+        said = f"was trained under self_forcing and {taught}, and cannot read the far state of {name}$"
+        with pytest.raises(ValueError, match=said):
+            engine(file, name)
+    saved()  # as files were written before
+    assert "recipes" not in recipes.load_network(file, recipes.CPU)[2]
+    assert engine(file, "hybrid_forcing").recipe.far == FarShape()
 
 
 def test_options_need_no_weights_of_their_own(monkeypatch) -> None:

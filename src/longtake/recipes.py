@@ -164,7 +164,8 @@ def load(
     dtype: by default bfloat16 on a GPU; on a CPU whichever of float32 and bfloat16 a short trial finds faster.
     levels: the number of denoising steps, 1 to 1000; by default the recipe's own. Streams that go on from pictures
     need codec_encoder.safetensors beside the codec; it is loaded when first needed.
-    Raises ValueError, with what to do, for unknown names and for files that are not whole or do not fit.
+    Raises ValueError, with what to do, for unknown names, for files that are not whole or do not fit, and for a recipe
+    whose far state is not one that the weights learned to read, where their file says under which they were trained.
     """
     chosen = recipe_named(recipe) if levels is None else recipe_named(recipe).with_levels(levels)
     network_file, codec_file = _weight_files(model, recipe)
@@ -172,6 +173,7 @@ def load(
     text, network, description = load_network(network_file, device)
     if description["role"] != "student":
         raise ValueError(f"{network_file} holds a {description['role']}, which cannot stream: name a student's weights")
+    _require_taught(chosen, description.get("recipes", ()), network_file)
     codec = load_codec([codec_file], device)
     engine = Engine(
         model_name=str(model),
@@ -201,16 +203,34 @@ def load_network(path: Path, device: torch.device) -> tuple[WordEncoder, WanTran
     return text, network, description
 
 
+def _require_taught(chosen: Recipe, taught: Sequence[str], path: Path) -> None:
+    """ValueError where the weights learned to read other far states; how much of a window is seen may change."""
+    if chosen.far and taught and chosen.far not in [recipe_named(name).far for name in taught]:
+        raise ValueError(
+            f"{path} was trained under {' and '.join(taught)}, and cannot read the far state of {chosen.name}"
+        )
+
+
 def save_network(
-    path: Path, text: WordEncoder, network: WanTransformer, *, role: str, shift: float, int8: bool
+    path: Path,
+    text: WordEncoder,
+    network: WanTransformer,
+    *,
+    role: str,
+    shift: float,
+    int8: bool,
+    recipes: Sequence[str] = (),
 ) -> None:
     """Write a network with its text encoder to one file that `load_network` reads.
 
-    role: teacher or student. shift: of the levels it was trained with.
+    role: teacher or student. shift: of the levels it was trained with. recipes: the names, options included, of those
+    that a student was trained under last.
     """
     parts = {"text": text.state_dict(), "network": network.state_dict()}
     tensors = {f"{prefix}.{name}": tensor for prefix, part in parts.items() for name, tensor in part.items()}
     description = {"role": role, "shift": shift, "text": asdict(text.config), "network": asdict(network.config)}
+    if recipes:
+        description["recipes"] = list(recipes)
     save_weights(path, tensors, description, int8=int8)
 
 
