@@ -74,6 +74,9 @@ def test_options_change_a_recipe_and_stay_in_its_name() -> None:
         assert recipes.recipe_named(f"hybrid_forcing:far={far}").far == FarShape(rule=rule)
     for ratio in (0.5, 1, 2, 4):
         assert recipes.recipe_named(f"hybrid_forcing:features={ratio}").far == FarShape(form=WIDTHS[ratio])
+    turning = FarShape(rule=Delta(), turns_with_frames=False)
+    assert recipes.recipe_named("hybrid_forcing:turns=space,far=delta").far == turning
+    assert recipes.recipe_named("hybrid_forcing:turns=all").far == FarShape(form=PAPER)
     assert recipes.recipe_named("hybrid_forcing").far == FarShape(form=PAPER)
     assert recipes.recipe_named("hybrid_forcing:far=none").far is None
 
@@ -93,9 +96,11 @@ def test_options_change_a_recipe_and_stay_in_its_name() -> None:
         ("hybrid_forcing:far=cap,frames=-1", "frames must be above 0"),
         ("hybrid_forcing:features=3", "features must be 0.5, 1, 2, 4 of a head's size, got 3.0"),
         ("hybrid_forcing:features=nan", "features must be 0.5, 1, 2, 4 of a head's size, got nan"),
-        ("hybrid_forcing:far=none,features=2", "far=none takes no frames, features or stiffness"),
+        ("hybrid_forcing:far=none,features=2", "far=none takes no frames, features, stiffness or turns"),
         ("hybrid_forcing:far=delta,stiffness=0", "stiffness must be above 0 and finite, got 0.0"),
         ("hybrid_forcing:stiffness=0.1", "only delta has a stiffness, keep has none"),
+        ("hybrid_forcing:turns=time", "turns must be all or space, got time"),
+        ("hybrid_forcing:far=none,turns=space", "far=none takes no frames"),
         ("hybrid_forcing:far=none,frames=60", "far=none takes no frames"),
     ],
 )

@@ -52,35 +52,41 @@ def hybrid_forcing(
     frames: float = math.inf,
     features: float = 1.0,
     stiffness: float = Delta.stiffness,
+    turns: str = "all",
 ) -> Recipe:
     """Hybrid Forcing (arXiv 2604.10103): a fifth of the window's key blocks, and a far state of what left it.
 
     share: of the key blocks that each block of queries attends to; 1 is all. far: what is made of frames that left the
     window: they are kept for ever (published); "none"; or a rule of `memory.far`, decay, cap or delta. frames: the half
     life or the cap in latent frames, which decay and cap need. features: of the far state, beside the size of a head:
-    0.5, 1 (published), 2 or 4. stiffness: how hard delta holds on to the old. Blocks are a third of the embedded
-    model's latent frame; published are 64 tokens of 1,560. ValueError for what cannot be.
+    0.5, 1 (published), 2 or 4. stiffness: how hard delta holds on to the old. turns: the positions that features of the
+    far state bear, "all" (published) or "space", row and column but not frame: then it is the same how long ago
+    something was absorbed. Blocks are a third of the embedded model's latent frame; published are 64 tokens of 1,560.
+    ValueError for what cannot be.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must be above 0 and at most 1, got {share}")
     near = partial(block_sparse, share=share, block_q=28, block_k=28)
     return replace(
-        self_forcing_sink(), name="hybrid_forcing", far=_far_state(far, frames, features, stiffness), near=near
+        self_forcing_sink(), name="hybrid_forcing", far=_far_state(far, frames, features, stiffness, turns), near=near
     )
 
 
-def _far_state(rule: str, frames: float, features: float, stiffness: float) -> FarShape | None:
+def _far_state(rule: str, frames: float, features: float, stiffness: float, turns: str) -> FarShape | None:
     """ValueError for what cannot be."""
     if rule not in ("none", *RULES):
         raise ValueError(f"no far={rule}: there are none, {', '.join(RULES)}")
     if features not in WIDTHS:
         ratios = ", ".join(f"{ratio:g}" for ratio in WIDTHS)
         raise ValueError(f"features must be {ratios} of a head's size, got {features}")
-    if rule != "none":
-        return FarShape(form=WIDTHS[features], rule=rule_named(rule, frames, stiffness))
-    if (frames, features, stiffness) != (math.inf, 1, Delta.stiffness):
-        raise ValueError("far=none takes no frames, features or stiffness")
-    return None
+    if turns not in ("all", "space"):
+        raise ValueError(f"turns must be all or space, got {turns}")
+    if rule == "none":
+        if (frames, features, stiffness, turns) != (math.inf, 1, Delta.stiffness, "all"):
+            raise ValueError("far=none takes no frames, features, stiffness or turns")
+        return None
+    made = rule_named(rule, frames, stiffness)
+    return FarShape(form=WIDTHS[features], rule=made, turns_with_frames=turns == "all")
 
 
 def rolling_forcing() -> Recipe:

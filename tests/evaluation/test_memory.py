@@ -91,7 +91,7 @@ def test_a_share_is_the_norm_of_what_is_far_over_that_of_the_window():
     near, far = torch.tensor([[3.0, 4.0], [0.0, 2.0]]), torch.tensor([[0.0, 1.0], [1.5, 2.0]])
     near_BTND, far_BTND = near.view(2, 1, 1, 2), far.view(2, 1, 1, 2)
     watched = memory._Watched(1)
-    read = SimpleNamespace(add_to=lambda answer, own, rotation: answer + far_BTND)
+    read = SimpleNamespace(add_to=lambda answer, own: answer + far_BTND)
     view = memory._WatchedView(None, [None], lambda q, k, v: near_BTND, [read], watched)
     assert torch.equal(view.attend(0, Tokens(*[near_BTND] * 5)), near_BTND + far_BTND)
     torch.testing.assert_close(watched.shares[0], [torch.tensor([1 / 5, 2.5 / 2])])

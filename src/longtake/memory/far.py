@@ -15,7 +15,7 @@ from torch import Tensor
 
 from longtake.attention import linear
 from longtake.attention.linear import Features, LinearForm, Sums
-from longtake.attention.rope import Rotation
+from longtake.attention.rope import Grid, Rotation
 from longtake.memory.window import Keys
 
 
@@ -122,11 +122,20 @@ class SinkInFar(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class FarShape:
-    """What a recipe makes of what left the window."""
+    """What a recipe makes of what left the window.
+
+    turns_with_frames: whether positions of features are those of frame, row and column (published), or of row and
+    column alone: then it is the same wherever in time a state is read from.
+    """
 
     form: LinearForm = linear.PAPER
     rule: Rule = field(default_factory=Keep)
     sink: SinkInFar = SinkInFar.NEVER
+    turns_with_frames: bool = True
+
+    def rotation(self, grid: Grid, positions: Sequence[float], device: torch.device | str) -> Rotation:
+        """Of the features of the tokens of frames at these positions. Frames all at 0 do not turn with their axis."""
+        return grid.rotation(positions if self.turns_with_frames else [0] * len(positions), device)
 
 
 # Hybrid Forcing (2604.10103): its paper, its released training code, its released inference code.
