@@ -149,7 +149,7 @@ def speed(far: FarShape, setting: Setting, recorded: Recorded) -> dict[str, floa
     """Milliseconds of all ten layers of the embedded model: one block absorbed; one pass of a block that reads."""
     block, numbers = recorded.shots[0][0], tuple(range(setting.block))
     k, v = block.k_LTND[:1], block.v_LTND[:1]
-    absorbed_at, asked_at = setting.absorbed_at(k.device), setting.asked_at(k.device)
+    absorbed_at, asked_at = setting.absorbed_at(far, k.device), setting.asked_at(far, k.device)
     state = FarState(far).absorb(Keys(k, v, numbers), absorbed_at)
     return {
         "absorb_ms": round(10 * milliseconds(lambda: state.absorb(Keys(k, v, numbers), absorbed_at)), 3),
@@ -209,12 +209,13 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
 @torch.no_grad()
 def limits(setting: Setting, recorded: Recorded) -> dict[str, Any]:
     """Errors of reading back as `Retention` defines them: of held-out blocks absorbed last, never, and alone."""
-    at, asked = setting.absorbed_at("cpu"), setting.asked_at("cpu")
+    at, asked = setting.absorbed_at(FarShape(), "cpu"), setting.asked_at(FarShape(), "cpu")
+    in_space = setting.absorbed_at(FarShape(turns_with_frames=False), "cpu")
     still = Rotation(torch.ones_like(at.cos_TA), torch.zeros_like(at.sin_TA))
     places = {
         "as streamed": (at, at),
         "asked from the next block": (at, asked),
-        "frames not rotated": (without_frames(at, setting), without_frames(at, setting)),
+        "frames not rotated": (in_space, in_space),
         "not rotated": (still, still),
     }
     world = World(recorded)
@@ -229,14 +230,6 @@ def limits(setting: Setting, recorded: Recorded) -> dict[str, Any]:
         for rule, (name, made), place in product(FEW, SHARPER.items(), ("as streamed", "not rotated"))
     ]
     return {"errors": errors, "sharper_maps": sharper, "exact_softmax": world.softmax(at, asked)}
-
-
-def without_frames(rotation: Rotation, setting: Setting) -> Rotation:
-    """Rows and columns turn, frames do not."""
-    cos, sin = (part.clone() for part in rotation)
-    pairs = setting.grid.axes.split[0] // 2
-    cos[:, :pairs], sin[:, :pairs] = 1, 0
-    return Rotation(cos, sin)
 
 
 def sharpened(power: int) -> Callable[[Tensor], Tensor]:

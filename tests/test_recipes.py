@@ -13,6 +13,7 @@ from longtake import recipes
 from longtake.attention.linear import PAPER, WIDTHS
 from longtake.memory.far import Decay, Delta, FarShape, Keep, MassCap
 from longtake.memory.stream_memory import StreamMemory
+from longtake.models.wan import reading_far
 from longtake.toy.scenes import HEIGHT, RATE, WIDTH
 from tests import tiny
 
@@ -73,6 +74,9 @@ def test_options_change_a_recipe_and_stay_in_its_name() -> None:
         assert recipes.recipe_named(f"hybrid_forcing:far={far}").far == FarShape(rule=rule)
     for ratio in (0.5, 1, 2, 4):
         assert recipes.recipe_named(f"hybrid_forcing:features={ratio}").far == FarShape(form=WIDTHS[ratio])
+    turning = FarShape(rule=Delta(), turns_with_frames=False)
+    assert recipes.recipe_named("hybrid_forcing:turns=space,far=delta").far == turning
+    assert recipes.recipe_named("hybrid_forcing:turns=all").far == FarShape(form=PAPER)
     assert recipes.recipe_named("hybrid_forcing").far == FarShape(form=PAPER)
     assert recipes.recipe_named("hybrid_forcing:far=none").far is None
 
@@ -87,14 +91,17 @@ def test_options_change_a_recipe_and_stay_in_its_name() -> None:
         ("hybrid_forcing:share=lots", "'hybrid_forcing:share=lots' does not work: could not convert"),
         ("hybrid_forcing:share=0", "share must be above 0 and at most 1, got 0.0"),
         ("hybrid_forcing:far=kept", "no far=kept: there are none, keep, decay, cap, delta"),
-        ("hybrid_forcing:far=decay", "far=decay and far=cap need frames"),
-        ("hybrid_forcing:frames=60", "far=keep and far=none take none"),
+        ("hybrid_forcing:far=decay", "decay and cap need a number of latent frames"),
+        ("hybrid_forcing:frames=60", "keep takes none"),
         ("hybrid_forcing:far=cap,frames=-1", "frames must be above 0"),
         ("hybrid_forcing:features=3", "features must be 0.5, 1, 2, 4 of a head's size, got 3.0"),
         ("hybrid_forcing:features=nan", "features must be 0.5, 1, 2, 4 of a head's size, got nan"),
-        ("hybrid_forcing:far=none,features=2", "far=none has no features"),
+        ("hybrid_forcing:far=none,features=2", "far=none takes no frames, features, stiffness or turns"),
         ("hybrid_forcing:far=delta,stiffness=0", "stiffness must be above 0 and finite, got 0.0"),
-        ("hybrid_forcing:stiffness=0.1", "only far=delta has a stiffness, far=keep has none"),
+        ("hybrid_forcing:stiffness=0.1", "only delta has a stiffness, keep has none"),
+        ("hybrid_forcing:turns=time", "turns must be all or space, got time"),
+        ("hybrid_forcing:far=none,turns=space", "far=none takes no frames"),
+        ("hybrid_forcing:far=none,frames=60", "far=none takes no frames"),
     ],
 )
 def test_options_that_there_are_not_are_refused(name: str, said: str) -> None:
@@ -117,6 +124,27 @@ def test_hybrid_forcing_without_what_is_new_in_it_is_self_forcing_with_a_sink() 
     assert torch.equal(video("hybrid_forcing:share=1"), expected)
     assert torch.equal(video("hybrid_forcing:share=1,far=none"), expected)
     assert not torch.equal(video("hybrid_forcing:share=0.5"), expected)
+
+
+def test_weights_stream_under_the_far_state_they_learned_to_read_and_no_other(tmp_path: Path) -> None:
+    file = tmp_path / "student.safetensors"
+    text, network, about = recipes.load_network(recipes.packaged(recipes.NETWORK_FILE), recipes.CPU)
+    network, taught = reading_far(network), "hybrid_forcing:far=delta,features=2"
+
+    def saved(*names: str) -> None:
+        recipes.save_network(file, text, network, role="student", shift=about["shift"], int8=True, recipes=names)
+
+    saved("self_forcing", taught)
+    assert recipes.load_network(file, recipes.CPU)[2]["recipes"] == ["self_forcing", taught]
+    for name in (taught, "hybrid_forcing:features=2.0,share=1,far=delta", "hybrid_forcing:far=none", "self_forcing"):
+        assert engine(file, name).recipe.name == name
+    for name in ("hybrid_forcing", "hybrid_forcing:far=delta", "hybrid_forcing:far=delta,features=2,frames=9"):
+        said = f"was trained under self_forcing and {taught}, and cannot read the far state of {name}$"
+        with pytest.raises(ValueError, match=said):
+            engine(file, name)
+    saved()  # as files were written before
+    assert "recipes" not in recipes.load_network(file, recipes.CPU)[2]
+    assert engine(file, "hybrid_forcing").recipe.far == FarShape()
 
 
 def test_options_need_no_weights_of_their_own(monkeypatch) -> None:

@@ -101,6 +101,7 @@ def _far(far: FarShape, head: int) -> dict[str, Any]:
         "rule_in_short": (getdoc(far.rule) or "").splitlines()[0],
         "features": far.form.features(head),
         "sink": far.sink.name.lower(),
+        "turns_with_frames": far.turns_with_frames,
     }
 
 
@@ -143,7 +144,8 @@ def _numbers(told: dict[str, Any]) -> str:
         lines["in flight"] = f"{told['in_flight']} blocks, on top of sink and past"
     if far := told["far"]:
         lines["far state"] = (
-            f"{far['rule']}, {far['features']} features a head, sink absorbed: {far['sink']}\n"
+            f"{far['rule']}, {far['features']} features a head, sink absorbed: {far['sink']}"
+            f"{'' if far['turns_with_frames'] else ', positions by row and column alone'}\n"
             f"{'':11}{far['rule_in_short']}"
         )
     return "\n".join(f"{key:11}{value}" for key, value in lines.items())

@@ -27,7 +27,7 @@ from longtake.generation.noise import SeededNoise
 from longtake.generation.recipe import Recipe
 from longtake.generation.rolling import rolling
 from longtake.generation.stream import Engine, to_uint8
-from longtake.memory.far import Decay, Delta, FarShape, Keep, MassCap, Rule
+from longtake.memory.far import RULES, Delta, FarShape, rule_named
 from longtake.models.light_codec import LightCodec, LightCodecConfig
 from longtake.models.text import WordEncoder, WordEncoderConfig, WordText
 from longtake.models.wan import WanConfig, WanTransformer
@@ -52,47 +52,41 @@ def hybrid_forcing(
     frames: float = math.inf,
     features: float = 1.0,
     stiffness: float = Delta.stiffness,
+    turns: str = "all",
 ) -> Recipe:
     """Hybrid Forcing (arXiv 2604.10103): a fifth of the window's key blocks, and a far state of what left it.
 
     share: of the key blocks that each block of queries attends to; 1 is all. far: what is made of frames that left the
     window: they are kept for ever (published); "none"; or a rule of `memory.far`, decay, cap or delta. frames: the half
     life or the cap in latent frames, which decay and cap need. features: of the far state, beside the size of a head:
-    0.5, 1 (published), 2 or 4. stiffness: how hard delta holds on to the old. Blocks are a third of the embedded
-    model's latent frame; published are 64 tokens of 1,560. ValueError for what cannot be.
+    0.5, 1 (published), 2 or 4. stiffness: how hard delta holds on to the old. turns: the positions that features of the
+    far state bear, "all" (published) or "space", row and column but not frame: then it is the same how long ago
+    something was absorbed. Blocks are a third of the embedded model's latent frame; published are 64 tokens of 1,560.
+    ValueError for what cannot be.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must be above 0 and at most 1, got {share}")
     near = partial(block_sparse, share=share, block_q=28, block_k=28)
-    state = _far_named(far, frames, features, stiffness)
-    return replace(self_forcing_sink(), name="hybrid_forcing", far=state, near=near)
+    return replace(
+        self_forcing_sink(), name="hybrid_forcing", far=_far_state(far, frames, features, stiffness, turns), near=near
+    )
 
 
-def _far_named(name: str, frames: float, features: float, stiffness: float) -> FarShape | None:
-    rules: dict[str, Callable[[], Rule | None]] = {
-        "none": lambda: None,
-        "keep": Keep,
-        "decay": lambda: Decay(half_life=frames),
-        "cap": lambda: MassCap(frames=frames),
-        "delta": lambda: Delta(half_life=frames, stiffness=stiffness),
-    }
-    if name not in rules:
-        raise ValueError(f"no far={name}: there are {', '.join(rules)}")
-    if not frames > 0:
-        raise ValueError(f"frames must be above 0, got {frames}")
-    if name != "delta" and math.isfinite(frames) != (name in ("decay", "cap")):
-        raise ValueError("far=decay and far=cap need frames, as in frames=60; far=keep and far=none take none")
-    if not 0 < stiffness < math.inf:
-        raise ValueError(f"stiffness must be above 0 and finite, got {stiffness}")
-    if name != "delta" and stiffness != Delta.stiffness:
-        raise ValueError(f"only far=delta has a stiffness, far={name} has none")
+def _far_state(rule: str, frames: float, features: float, stiffness: float, turns: str) -> FarShape | None:
+    """ValueError for what cannot be."""
+    if rule not in ("none", *RULES):
+        raise ValueError(f"no far={rule}: there are none, {', '.join(RULES)}")
     if features not in WIDTHS:
         ratios = ", ".join(f"{ratio:g}" for ratio in WIDTHS)
         raise ValueError(f"features must be {ratios} of a head's size, got {features}")
-    if name == "none" and features != 1:
-        raise ValueError("far=none has no features")
-    rule = rules[name]()
-    return FarShape(form=WIDTHS[features], rule=rule) if rule else None
+    if turns not in ("all", "space"):
+        raise ValueError(f"turns must be all or space, got {turns}")
+    if rule == "none":
+        if (frames, features, stiffness, turns) != (math.inf, 1, Delta.stiffness, "all"):
+            raise ValueError("far=none takes no frames, features, stiffness or turns")
+        return None
+    made = rule_named(rule, frames, stiffness)
+    return FarShape(form=WIDTHS[features], rule=made, turns_with_frames=turns == "all")
 
 
 def rolling_forcing() -> Recipe:
@@ -176,7 +170,8 @@ def load(
     dtype: by default bfloat16 on a GPU; on a CPU whichever of float32 and bfloat16 a short trial finds faster.
     levels: the number of denoising steps, 1 to 1000; by default the recipe's own. Streams that go on from pictures
     need codec_encoder.safetensors beside the codec; it is loaded when first needed.
-    Raises ValueError, with what to do, for unknown names and for files that are not whole or do not fit.
+    Raises ValueError, with what to do, for unknown names, for files that are not whole or do not fit, and for a recipe
+    whose far state is not one that the weights learned to read, where their file says under which they were trained.
     """
     chosen = recipe_named(recipe) if levels is None else recipe_named(recipe).with_levels(levels)
     network_file, codec_file = _weight_files(model, recipe)
@@ -184,6 +179,7 @@ def load(
     text, network, description = load_network(network_file, device)
     if description["role"] != "student":
         raise ValueError(f"{network_file} holds a {description['role']}, which cannot stream: name a student's weights")
+    _require_taught(chosen, description.get("recipes", ()), network_file)
     codec = load_codec([codec_file], device)
     engine = Engine(
         model_name=str(model),
@@ -213,16 +209,34 @@ def load_network(path: Path, device: torch.device) -> tuple[WordEncoder, WanTran
     return text, network, description
 
 
+def _require_taught(chosen: Recipe, taught: Sequence[str], path: Path) -> None:
+    """ValueError where the weights learned to read other far states; how much of a window is seen may change."""
+    if chosen.far and taught and chosen.far not in [recipe_named(name).far for name in taught]:
+        raise ValueError(
+            f"{path} was trained under {' and '.join(taught)}, and cannot read the far state of {chosen.name}"
+        )
+
+
 def save_network(
-    path: Path, text: WordEncoder, network: WanTransformer, *, role: str, shift: float, int8: bool
+    path: Path,
+    text: WordEncoder,
+    network: WanTransformer,
+    *,
+    role: str,
+    shift: float,
+    int8: bool,
+    recipes: Sequence[str] = (),
 ) -> None:
     """Write a network with its text encoder to one file that `load_network` reads.
 
-    role: teacher or student. shift: of the levels it was trained with.
+    role: teacher or student. shift: of the levels it was trained with. recipes: the names, options included, of those
+    that a student was trained under last.
     """
     parts = {"text": text.state_dict(), "network": network.state_dict()}
     tensors = {f"{prefix}.{name}": tensor for prefix, part in parts.items() for name, tensor in part.items()}
     description = {"role": role, "shift": shift, "text": asdict(text.config), "network": asdict(network.config)}
+    if recipes:
+        description["recipes"] = list(recipes)
     save_weights(path, tensors, description, int8=int8)
 
 

@@ -245,7 +245,7 @@ def _train_teacher_forcing(
     inputs.teacher_of(text)  # which refuses a student of another
     toy = ToyWorld(inputs.codec(), run)
     spent = stages.train_teacher_forcing(text, network, toy, chosen, shift, stage, run)
-    _save_student(text, network, shift, run, int8=False)
+    _save_student(text, network, shift, chosen, run, int8=False)
     return spent
 
 
@@ -254,7 +254,7 @@ def _train_ode(stage: OdeStage, inputs: _Inputs, chosen: Sequence[Recipe], run: 
     teacher = inputs.teacher_of(text)
     toy = ToyWorld(inputs.codec(), run)
     spent = stages.train_ode(text, network, teacher, toy, chosen, shift, stage, run)
-    _save_student(text, network, shift, run, int8=False)
+    _save_student(text, network, shift, chosen, run, int8=False)
     return spent
 
 
@@ -263,14 +263,16 @@ def _train_dmd(stage: DmdStage, inputs: _Inputs, chosen: Sequence[Recipe], run: 
     teacher = inputs.teacher_of(text)
     toy = ToyWorld(inputs.codec(), run)
     spent = stages.train_dmd(text, network, teacher, toy, chosen, shift, stage, run)
-    _save_student(text, network, shift, run, int8=True)
+    _save_student(text, network, shift, chosen, run, int8=True)
     return spent
 
 
-def _save_student(text: WordEncoder, network: WanTransformer, shift: float, run: Run, *, int8: bool) -> None:
+def _save_student(
+    text: WordEncoder, network: WanTransformer, shift: float, chosen: Sequence[Recipe], run: Run, *, int8: bool
+) -> None:
     if run.first:
-        path = run.out / recipes.NETWORK_FILE
-        recipes.save_network(path, text, network, role="student", shift=shift, int8=int8)
+        path, names = run.out / recipes.NETWORK_FILE, [recipe.name for recipe in chosen]
+        recipes.save_network(path, text, network, role="student", shift=shift, int8=int8, recipes=names)
 
 
 @dataclass(frozen=True)

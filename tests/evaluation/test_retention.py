@@ -79,15 +79,16 @@ def assert_same(one: Sums, other: Sums, close: float = 1e-4) -> None:
     extent=st.integers(18, 24),
     far_sink=st.sampled_from(SinkInFar),
     count=st.integers(9, 24),
+    turns=st.booleans(),
 )
 @settings(deadline=None, max_examples=25)
 def test_the_quick_way_goes_through_the_states_of_a_real_memory(
-    rule: Rule, sink: int, past: int, extent: int, far_sink: SinkInFar, count: int
+    rule: Rule, sink: int, past: int, extent: int, far_sink: SinkInFar, count: int, turns: bool
 ) -> None:
-    where, far = setting(sink, past, extent), FarShape(rule=rule, sink=far_sink)
+    where, far = setting(sink, past, extent), FarShape(rule=rule, sink=far_sink, turns_with_frames=turns)
     blocks = [block(seed) for seed in range(5)]
     order = cut_together([2, 3], count, seed=1)
-    course = course_of(far, blocks, where.absorbed_at(torch.device("cpu")), FRAMES)
+    course = course_of(far, blocks, where.absorbed_at(far, "cpu"), FRAMES)
     quick = list(states(where, far, blocks, order, course))
     slow = list(states(where, far, blocks, order))
     assert len(quick) == len(slow) == count - where.delay(far)
@@ -103,7 +104,7 @@ def test_an_old_block_is_replaced_as_if_it_had_never_been_there(rule: Rule) -> N
     found = retention(where, far, made, blocks=count, seed=5)
     fill = [block for shot in made.shots for block in shot]
     order = cut_together([2, 3], count, seed=5)
-    keys, at = made.held_out[0], where.absorbed_at(torch.device("cpu"))
+    keys, at = made.held_out[0], where.absorbed_at(far, "cpu")
     mean = torch.cat([block.v_LTND for block in fill], 1).mean(1, keepdim=True)
 
     def error(order: Sequence[int]) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from longtake import parallel
 from longtake.attention import reference
 from longtake.attention.block_sparse import block_sparse
-from longtake.attention.linear import WIDTHS, Features, LinearForm
+from longtake.attention.linear import WIDTHS, Features
 from longtake.attention.rope import Grid, RotaryAxes, Rotation, rotate
 from longtake.distillation.rollout import rollout
 from longtake.generation.blockwise import blockwise, commit
@@ -118,6 +118,23 @@ def test_every_rule_keeps_rows_apart_and_its_size(rule: Rule, ratio: float) -> N
     assert together.nbytes() == state_after(rule, blocks[:1], ratio).nbytes() == 2 * (3 * features * (8 + 1) * 4 + 8)
 
 
+@RATIOS
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+def test_features_that_do_not_turn_with_frames_answer_alike_however_late(rule: Rule, ratio: float) -> None:
+    k, v = frames_of(BLOCK)
+
+    def answers(turns_with_frames: bool) -> Tensor:
+        far_shape = FarShape(form=WIDTHS[ratio], rule=rule, turns_with_frames=turns_with_frames)
+        first, *later = (far_shape.rotation(GRID, range(at, at + BLOCK), "cpu") for at in (12, 12, 18))
+        state = FarState(far_shape).absorb(Keys(k, v, (0, 1, 2)), first)
+        return torch.stack([state.read(k, rotation) for rotation in later])
+
+    one, other = answers(turns_with_frames=False)
+    assert torch.equal(one, other)
+    one, other = answers(turns_with_frames=True)
+    assert not torch.allclose(one, other, atol=1e-2, rtol=1e-2)
+
+
 def test_rows_that_hold_nothing_stack_with_rows_that_do() -> None:
     k, v = frames_of(BLOCK, batch=1)
     full, empty = state_after(Keep(), [(k, v)]), FarState(FarShape())
@@ -209,7 +226,7 @@ class EverythingView:
     current: range
     grid: Grid
     past: int
-    form: LinearForm
+    far: FarShape
 
     @property
     def rotation(self) -> Rotation:
@@ -229,34 +246,45 @@ class EverythingView:
                 window.append((rotate(keys.k_BTND, self.grid.rotation(place, "cpu")), keys.v_BTND))
             else:
                 first = min(first, self.network.config.extent - self.past - 2 * BLOCK)
-                gone.append((keys, self.grid.rotation(range(first, first + BLOCK), "cpu")))
+                gone.append((keys, self._far_rotation(range(first, first + BLOCK))))
         k, v = (torch.cat(parts, 1) for parts in zip(*window, strict=True))
         near = reference.dense(own.q, k, v)
         if not gone:
             return near
-        form = self.form
-        asked = form.of_queries(own.plain_q, self.rotation)
+        form = self.far.form
+        asked = form.of_queries(own.plain_q, self._far_rotation([f - self._back for f in self.current]))
         features = [form.of_keys(keys.k_BTND, rotation) for keys, rotation in gone]
         absorbed = Features(*(torch.cat(parts, 1) for parts in zip(*features, strict=True)))
         values = torch.cat([keys.v_BTND for keys, _ in gone], 1).float()
         read = reference.linear(asked.above, asked.below, absorbed.above, absorbed.below, values)
         return near + self.network.layers[layer].self_attn.linear_proj(read.double())
 
+    def _far_rotation(self, positions: Sequence[int]) -> Rotation:
+        rotation = self.grid.rotation(positions, "cpu")
+        return rotation if self.far.turns_with_frames else without_frames(rotation, self.grid)
 
+
+def without_frames(rotation: Rotation, grid: Grid) -> Rotation:
+    """Rows and columns turn, the pairs of the frame's axis do not."""
+    of_frame = torch.arange(rotation.cos_TA.shape[1]) < grid.axes.split[0] // 2
+    return Rotation(rotation.cos_TA.masked_fill(of_frame, 1), rotation.sin_TA.masked_fill(of_frame, 0))
+
+
+@pytest.mark.parametrize("turns", [True, False], ids=["all", "space"])
 @pytest.mark.parametrize(
     "past, ring, ratio", [(3, True, 1), (6, False, 1), (0, True, 1), (3, True, 0.5), (3, False, 2), (0, True, 4)]
 )
 @torch.no_grad()
-def test_streaming_equals_seeing_everything_again(past: int, ring: bool, ratio: float) -> None:
+def test_streaming_equals_seeing_everything_again(past: int, ring: bool, ratio: float, turns: bool) -> None:
     """A window and a state of fixed size answer as the definitions do with all of the stream at hand, B = 2."""
-    made, form = network(), WIDTHS[ratio]
-    memory = StreamMemory(shape_of(made, FarShape(form=form), past), made.config.layers, ring=ring)
+    made, far_shape = network(), FarShape(form=WIDTHS[ratio], turns_with_frames=turns)
+    memory = StreamMemory(shape_of(made, far_shape, past), made.config.layers, ring=ring)
     prompts, level = tiny.prompt(made, batch=2), torch.full((2, BLOCK), 0.7, dtype=torch.float64)
     everything: list[list[Keys]] = [[] for _ in made.layers]
     for b in range(9):
         noisy, clean = tiny.noise(5, 6)(b, 0), tiny.noise(7, 8)(b, 0)
         current = range(memory.frames, memory.frames + BLOCK)
-        slow = EverythingView(made, everything, current, made.grid(noisy), past, form)
+        slow = EverythingView(made, everything, current, made.grid(noisy), past, far_shape)
         got = made(noisy, level, prompts, made.memory_view(memory, noisy))
         torch.testing.assert_close(got, made(noisy, level, prompts, slow), atol=1e-5, rtol=1e-5)
         for layer, (k, v) in enumerate(made.keys_to_commit(clean, 0 * level, prompts, slow)):
@@ -345,7 +373,7 @@ def test_presets_are_the_published_ones() -> None:
         ([-1, 1], [0, 1], SinkInFar.AS_WELL),
         ([-1, 1], [-1, 1], SinkInFar.ROTATED_TWICE),
     ]
-    assert all(preset.rule == Keep() for preset in PRESETS)
+    assert all(preset.rule == Keep() and preset.turns_with_frames for preset in PRESETS)
     assert replace(far.PAPER, rule=MassCap(frames=21)) == FarShape(rule=MassCap(frames=21))
 
 

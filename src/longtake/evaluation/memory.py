@@ -29,40 +29,28 @@ from longtake.evaluation.growth import Growth, changed_block, error_growth, inte
 from longtake.evaluation.retention import Block, Recorded, Retention, Setting, retention
 from longtake.evaluation.sources import batches, clip_seed, held_out_captions, seed_list
 from longtake.generation.stream import Engine
-from longtake.memory.far import Decay, Delta, FarShape, Keep, MassCap, Rule
+from longtake.memory.far import FarShape, Rule, rule_named
 from longtake.memory.stream_memory import LayerKeys, MemoryShape, StreamMemory
 from longtake.memory.view import MemoryView, Tokens
 
 OWN = "own"  # the state as the recipe has it
-RULES: dict[str, Callable[[float], Rule]] = {
-    "keep": lambda number: Keep(),
-    "decay": lambda number: Decay(half_life=number),
-    "cap": lambda number: MassCap(frames=number),
-    "delta": lambda number: Delta(half_life=number),
-}
-USUAL = {"keep": math.inf, "decay": 240.0, "cap": 240.0, "delta": math.inf}  # latent frames; 240 are a minute
+USUAL = {"decay": 240.0, "cap": 240.0}  # latent frames of rules that need some; 240 are a minute
 HELD_OUT = 4  # every so many-th stream is held out, the last one always
 PROBES, QUERIED = 8, 2  # held-out blocks that are read back, and whose queries ask
 
 
 def far_rules(names: Sequence[str]) -> dict[str, Rule]:
-    """Rules by name: keep, decay, cap or delta, with their number of latent frames after an = sign, such as decay=480.
+    """Rules by name, with their number of latent frames after an = sign if they take one, such as decay=480.
 
-    The number is a half-life (decay, delta) or what the cap holds; keep has none. ValueError for anything else.
+    They are `longtake.memory.far.RULES`. ValueError for anything else.
     """
     rules = {}
     for name in names:
         kind, _, number = name.partition("=")
         try:
-            value = float(number) if number else USUAL[kind]
-            if not value > 0 or (kind == "cap" and value == math.inf) or (kind == "keep" and number):
-                raise ValueError
-            rules[name] = RULES[kind](value)
-        except (KeyError, ValueError):
-            known = ", ".join(RULES)
-            raise ValueError(
-                f"rules of a far state are {known}, each with a number of latent frames such as decay=480, not {name!r}"
-            ) from None
+            rules[name] = rule_named(kind, float(number) if number else USUAL.get(kind, math.inf))
+        except ValueError as error:
+            raise ValueError(f"rule {name!r} of a far state does not work: {error}") from None
     return rules
 
 
@@ -349,7 +337,7 @@ class _WatchedView(MemoryView):
         near_BTND = MemoryView(self.rotation, self.layers, self.near).attend(layer, own)
         if not self.far:
             return near_BTND
-        far_BTND = self.far[layer].add_to(torch.zeros_like(near_BTND), own, self.rotation)
+        far_BTND = self.far[layer].add_to(torch.zeros_like(near_BTND), own)
         norms = [x.float().flatten(1).norm(dim=1) for x in (far_BTND, near_BTND)]
         self.watched.shares[layer].append(norms[0] / norms[1])
         return near_BTND + far_BTND

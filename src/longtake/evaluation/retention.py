@@ -78,15 +78,15 @@ class Setting:
         """Blocks committed before the first that is absorbed."""
         return self._window if far.sink is SinkInFar.NEVER else self.past
 
-    def absorbed_at(self, device: torch.device) -> Rotation:
-        """Where blocks slide into the far state, from the opening on."""
+    def absorbed_at(self, far: FarShape, device: torch.device | str) -> Rotation:
+        """Where blocks slide into a far state, from the opening on."""
         newest = self._following.start - self.memory.window.past
         places = place_frames(range(newest - self.block, newest), self._following, *self._rule)
-        return self.grid.rotation(places.held, device)
+        return far.rotation(self.grid, places.held, device)
 
-    def asked_at(self, device: torch.device) -> Rotation:
-        """Where the block stands that reads the far state, from the opening on."""
-        return self.grid.rotation(place_frames((), self._following, *self._rule).current, device)
+    def asked_at(self, far: FarShape, device: torch.device | str) -> Rotation:
+        """Where the block stands that reads a far state, from the opening on."""
+        return far.rotation(self.grid, place_frames((), self._following, *self._rule).current, device)
 
     @property
     def _window(self) -> int:
@@ -299,7 +299,7 @@ def retention(
         raise ValueError(f"a far state is followed for more than {setting.opening} blocks, got {blocks}")
     shots = [block for shot in recorded.shots for block in shot]
     device = shots[0].k_LTND.device
-    course = course_of(far, [*shots, *recorded.held_out], setting.absorbed_at(device), setting.block)
+    course = course_of(far, [*shots, *recorded.held_out], setting.absorbed_at(far, device), setting.block)
     probes = range(len(shots), len(shots) + len(recorded.held_out))
     judge = _Judge.of(setting, far, recorded)
     order = cut_together([len(shot) for shot in recorded.shots], blocks, seed)
@@ -380,7 +380,7 @@ class _Judge:
     @classmethod
     def of(cls, setting: Setting, far: FarShape, recorded: Recorded) -> Self:
         device = recorded.held_out[0].k_LTND.device
-        asked_at, absorbed_at = setting.asked_at(device), setting.absorbed_at(device)
+        asked_at, absorbed_at = setting.asked_at(far, device), setting.absorbed_at(far, device)
         values = [block.v_LTND.float().mean(1, keepdim=True) for shot in recorded.shots for block in shot]
         mean_L1ND = torch.stack(values).mean(0)
         return cls(

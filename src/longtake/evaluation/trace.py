@@ -87,7 +87,9 @@ def traced(recipe: Recipe, extent: int, shift: float = 1.0) -> Iterator[BlockTra
     """
     noted = _Noted()
     network = _StandIn(extent, recipe.block, noted)
-    far = recipe.far and replace(recipe.far, form=linear.PAPER, rule=_NotingRule(recipe.far.rule, noted))
+    far = recipe.far and replace(
+        recipe.far, form=linear.PAPER, rule=_NotingRule(recipe.far.rule, noted), turns_with_frames=True
+    )
     shape = replace(recipe, near=noted.near, far=far).memory(network)
     memory = StreamMemory(shape, network.config.layers, ring=False)
     blocks = recipe.schedule(

@@ -4,7 +4,8 @@ A state is a value: nothing is written in place, so forks share it, graphs keep 
 concatenated states. A rule says how much of the old stays when new tokens come, and how the sums are read.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Protocol, Self
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from longtake.attention import linear
 from longtake.attention.linear import Features, LinearForm, Sums
-from longtake.attention.rope import Rotation
+from longtake.attention.rope import Grid, Rotation
 from longtake.memory.window import Keys
 
 
@@ -72,7 +73,7 @@ class Delta:
     keys, which is 1 in total and 1 / features in one direction on average.
     """
 
-    half_life: float = float("inf")
+    half_life: float = math.inf
     stiffness: float = 0.01
 
     def absorb(self, sums: Sums | None, keys: Features, v_BTND: Tensor, frames: int) -> Sums:
@@ -81,6 +82,34 @@ class Delta:
 
     def read(self, sums: Sums, queries: Features) -> Tensor:
         return linear.recall(sums, queries)
+
+
+RULES: dict[str, Callable[[float, float], Rule]] = {
+    "keep": lambda frames, stiffness: Keep(),
+    "decay": lambda frames, stiffness: Decay(half_life=frames),
+    "cap": lambda frames, stiffness: MassCap(frames=frames),
+    "delta": lambda frames, stiffness: Delta(half_life=frames, stiffness=stiffness),
+}
+"""Rules by the names that recipes and the command line have for them; `rule_named` makes them."""
+
+
+def rule_named(name: str, frames: float = math.inf, stiffness: float = Delta.stiffness) -> Rule:
+    """The rule of that name, one of `RULES`.
+
+    frames: latent frames above 0: the half life of decay and delta, or what cap holds. decay and cap need a finite
+    number, keep takes none. stiffness: of delta alone, above 0 and finite. ValueError for what cannot be.
+    """
+    if name not in RULES:
+        raise ValueError(f"no rule {name!r}: there are {', '.join(RULES)}")
+    if not frames > 0:
+        raise ValueError(f"frames must be above 0, got {frames}")
+    if name != "delta" and math.isfinite(frames) != (name in ("decay", "cap")):
+        raise ValueError("decay and cap need a number of latent frames, such as 60; keep takes none")
+    if not 0 < stiffness < math.inf:
+        raise ValueError(f"stiffness must be above 0 and finite, got {stiffness}")
+    if name != "delta" and stiffness != Delta.stiffness:
+        raise ValueError(f"only delta has a stiffness, {name} has none")
+    return RULES[name](frames, stiffness)
 
 
 class SinkInFar(Enum):
@@ -93,11 +122,20 @@ class SinkInFar(Enum):
 
 @dataclass(frozen=True, kw_only=True)
 class FarShape:
-    """What a recipe makes of what left the window."""
+    """What a recipe makes of what left the window.
+
+    turns_with_frames: whether positions of features are those of frame, row and column (published), or of row and
+    column alone: then it is the same wherever in time a state is read from.
+    """
 
     form: LinearForm = linear.PAPER
     rule: Rule = field(default_factory=Keep)
     sink: SinkInFar = SinkInFar.NEVER
+    turns_with_frames: bool = True
+
+    def rotation(self, grid: Grid, positions: Sequence[float], device: torch.device | str) -> Rotation:
+        """Of the features of the tokens of frames at these positions. Frames all at 0 do not turn with their axis."""
+        return grid.rotation(positions if self.turns_with_frames else [0] * len(positions), device)
 
 
 # Hybrid Forcing (2604.10103): its paper, its released training code, its released inference code.

@@ -98,7 +98,11 @@ class StreamMemory:
             held = self._readable(window.held, count, commits)
             places = place_frames(held.frames if held else (), current, sink, extent)
             layers.append(rotated(held, grid, places.held) if held else None)
-        far = [FarView(*pair) for pair in zip(self._far, projections, strict=False) if pair[0].sums is not None]
+        far = [
+            FarView(state, project, state.shape.rotation(grid, places.current, device))
+            for state, project in zip(self._far, projections, strict=False)
+            if state.sums is not None
+        ]
         return MemoryView(grid.rotation(places.current, device), layers, self.shape.near, far)
 
     def commit(self, keys: LayerKeys, count: int, grid: Grid | None = None) -> None:
@@ -142,8 +146,9 @@ class StreamMemory:
         for keys in (self._sink_behind_past(layer, count, grid), gone):
             if keys is not None:
                 places = place_frames(keys.frames, following, self.shape.window.sink, self.shape.extent)
-                rotation = grid.rotation(places.held, keys.k_BTND.device)
-                self._far[layer] = self._far[layer].absorb(keys, rotation)
+                state = self._far[layer]
+                rotation = state.shape.rotation(grid, places.held, keys.k_BTND.device)
+                self._far[layer] = state.absorb(keys, rotation)
 
     def _sink_behind_past(self, layer: int, count: int, grid: Grid) -> Keys | None:
         """Sink frames that would just have slid out of a past without a sink, where published forms absorb them."""

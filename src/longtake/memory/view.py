@@ -52,13 +52,14 @@ class ClipView:
 
 
 class FarView(NamedTuple):
-    """A layer's far memory, and the layer's projection of what is read from it."""
+    """A layer's far memory, the layer's projection of what is read from it, and where those stand who ask."""
 
     state: FarState
     project: Callable[[Tensor], Tensor]
+    rotation: Rotation
 
-    def add_to(self, near_BTND: Tensor, own: Tokens, rotation: Rotation) -> Tensor:
-        return added(near_BTND, self.state.read(own.plain_q, rotation), self.project, self.state.present_B)
+    def add_to(self, near_BTND: Tensor, own: Tokens) -> Tensor:
+        return added(near_BTND, self.state.read(own.plain_q, self.rotation), self.project, self.state.present_B)
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ class MemoryView:
             k_BTND = torch.cat([remembered[0], k_BTND], dim=1)
             v_BTND = torch.cat([remembered[1], v_BTND], dim=1)
         near_BTND = self.near(own.q, k_BTND, v_BTND)
-        return self.far[layer].add_to(near_BTND, own, self.rotation) if self.far else near_BTND
+        return self.far[layer].add_to(near_BTND, own) if self.far else near_BTND
 
 
 class TeacherForcedView:
