@@ -8,6 +8,7 @@ import torch
 from tests import tiny
 
 from longtake.distillation import dmd, stages
+from longtake.distillation.plan import Plan, Script, draw_plan, rolled_out
 from longtake.distillation.rollout import FreshNoise, rollout
 from longtake.distillation.stages import DmdStage
 from longtake.distillation.trainer import Dice, Learner, Run, read_metrics
@@ -19,9 +20,9 @@ CLIP = 9
 RECIPE = self_forcing_sink()
 
 
-def plans(**settings) -> list[stages._Plan]:
-    dice, stage = Dice(1), DmdStage(**settings)
-    return [stages._plan(dice, RECIPE, stage, CLIP) for _ in range(400)]
+def plans(**settings) -> list[Plan]:
+    dice, chosen = Dice(1), {"levels": (4,)} | settings
+    return [draw_plan(dice, RECIPE, CLIP, **chosen) for _ in range(400)]
 
 
 def test_rollouts_have_every_length_and_every_exit() -> None:
@@ -46,9 +47,9 @@ def test_a_rollout_makes_at_least_one_block_itself() -> None:
 
 def test_a_block_stands_under_the_prompt_of_its_first_frame() -> None:
     prompt_BF = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1], [0] * 12])
-    short = stages._Plan((4, 4), blocks=3, learned=3, block=3)
+    short = Plan((4, 4), blocks=3, learned=3, block=3)
     assert short.prompts_of_judged(prompt_BF).tolist() == [[0, 0, 0, 0, 0, 0, 1, 1, 1], [0] * 9]
-    longer = stages._Plan((4, 4), blocks=4, learned=3, block=3)
+    longer = Plan((4, 4), blocks=4, learned=3, block=3)
     torch.manual_seed(0)
     drawn = {tuple(longer.prompts_of_judged(prompt_BF)[0].tolist()) for _ in range(50)}
     assert {row.index(1) for row in drawn} == {3, 6}, "the change falls on one block or another, never inside one"
@@ -75,13 +76,13 @@ def test_what_is_given_comes_with_the_prompts_of_its_clip() -> None:
     def words(tokens_BL: torch.Tensor) -> torch.Tensor:
         return tokens_BL[..., None].expand(-1, -1, 8).float()
 
-    def script(plan: stages._Plan, step: int) -> stages._Script:
+    def script(plan: Plan, step: int) -> Script:
         return stages._script(words, source, source, plan, stage, step)  # type: ignore[arg-type]
 
-    given = script(stages._Plan((4, 4), blocks=3, learned=1, block=3, given=2), step=1)
+    given = script(Plan((4, 4), blocks=3, learned=1, block=3, given=2), step=1)
     assert torch.equal(torch.cat(given.given, dim=1), source.latents_BFCHW[:, :6]) and len(given.given) == 2
     assert given.prompt_BF.tolist() == [[0, 0, 0, 0, 1, 1, 1, 1, 1], [0] * CLIP]  # real frames have their own
-    free = script(stages._Plan((4, 4), blocks=3, learned=3, block=3), step=1)
+    free = script(Plan((4, 4), blocks=3, learned=3, block=3), step=1)
     assert free.given == () and free.prompt_BF.tolist() == [[1, 1, 1, 1, 1, 1, 0, 0, 0], [1] * CLIP]
 
 
@@ -90,7 +91,7 @@ def test_the_student_learns_on_the_frames_it_made(given: int) -> None:
     torch.manual_seed(0)
     sample = torch.randn(2, CLIP, *tiny.LATENTS[1:], requires_grad=True)
     critic, teacher = torch.randn_like(sample).detach(), torch.randn_like(sample).detach()
-    mask = stages._Plan((4, 4), blocks=3, learned=3 - given, block=3, given=given).learned_frames(sample.device)
+    mask = Plan((4, 4), blocks=3, learned=3 - given, block=3, given=given).learned_frames(sample.device)
     loss = dmd.matching_loss(sample, lambda *_: teacher, lambda *_: critic, 3.0, mask)
     (gradient,) = torch.autograd.grad(loss, sample)
     reached = gradient.abs().sum(dim=(0, 2, 3, 4)) > 0
@@ -141,7 +142,7 @@ def steps(monkeypatch, out: Path, recipe: Recipe = RECIPE, reads_far: bool = Fal
         return rollout(schedule, network, memory, prompts, heard, *more, **named)
 
     monkeypatch.setattr(stages, "teacher_sample", sampled)
-    monkeypatch.setattr(stages, "rollout", rolled)
+    monkeypatch.setattr("longtake.distillation.plan.rollout", rolled)
     said = SimpleNamespace(tokens_BPL=Source.tokens_BPL, prompt_BF=torch.zeros(2, 12, dtype=torch.long))
     world = SimpleNamespace(
         latent_size=tiny.LATENTS[1:],
@@ -244,18 +245,18 @@ def test_projections_have_a_rate_of_their_own_and_do_not_decay() -> None:
     assert len(stages._dmd_adam(tiny.network(), lr=1e-4, far_lr=1e-2).param_groups) == 1
 
 
-def rolled_out(blocks: int, learned: int, given: tuple[torch.Tensor, ...] = ()) -> torch.Tensor:
+def judged_part(blocks: int, learned: int, given: tuple[torch.Tensor, ...] = ()) -> torch.Tensor:
     made = tiny.network(extent=CLIP).float()
     torch.manual_seed(3)
-    plan = stages._Plan((2, 2), blocks, learned, RECIPE.block, len(given))
+    plan = Plan((2, 2), blocks, learned, RECIPE.block, len(given))
     prompt_BF = torch.zeros(1, plan.judged * RECIPE.block, dtype=torch.long)
     text = tiny.text(prompts=2).float()
     noise = FreshNoise((1, *tiny.LATENTS), torch.device("cpu"))
-    return stages._rolled_out(made, stages._Script(text, prompt_BF, given), noise, RECIPE, plan, 3.0)
+    return rolled_out(made, Script(text, prompt_BF, given), noise, RECIPE, plan, 3.0)
 
 
 def test_the_learned_part_of_a_long_rollout_is_the_end_of_the_whole() -> None:
-    whole, learned = rolled_out(5, 5), rolled_out(5, 2)
+    whole, learned = judged_part(5, 5), judged_part(5, 2)
     assert learned.requires_grad and torch.isfinite(learned).all()
     torch.testing.assert_close(learned, whole[:, -2 * RECIPE.block :])
     assert len({round(frame.sum().item(), 4) for frame in whole.unbind(1)}) == whole.shape[1], "all were produced"
@@ -263,7 +264,7 @@ def test_the_learned_part_of_a_long_rollout_is_the_end_of_the_whole() -> None:
 
 def test_teacher_and_critic_see_what_was_given_in_front_of_what_was_made() -> None:
     given = tiny.noise(1)(0, 0).float(), tiny.noise(2)(0, 0).float()
-    sample = rolled_out(3, 1, given)
+    sample = judged_part(3, 1, given)
     assert sample.shape[1] == CLIP and sample.requires_grad
     assert torch.equal(sample[:, :6], torch.cat(given, dim=1))
-    assert not torch.allclose(sample[:, 6:], rolled_out(3, 1, given[::-1])[:, 6:]), "it goes on from what was given"
+    assert not torch.allclose(sample[:, 6:], judged_part(3, 1, given[::-1])[:, 6:]), "it goes on from what was given"
