@@ -9,20 +9,23 @@ from tests import tiny
 
 from longtake.distillation import dmd, stages
 from longtake.distillation.plan import Plan, Script, draw_plan, rolled_out
-from longtake.distillation.rollout import FreshNoise, rollout
+from longtake.distillation.rollout import FreshNoise, rollout, windows
 from longtake.distillation.stages import DmdStage
 from longtake.distillation.trainer import Dice, Learner, Run, read_metrics
+from longtake.generation.blockwise import blockwise
 from longtake.generation.recipe import Recipe
 from longtake.models.text import WordEncoder, WordEncoderConfig
-from longtake.recipes import recipe_named, self_forcing_sink
+from longtake.recipes import recipe_named, rolling_forcing, self_forcing_sink
 
 CLIP = 9
 RECIPE = self_forcing_sink()
 
 
-def plans(**settings) -> list[Plan]:
-    dice, chosen = Dice(1), {"levels": (4,)} | settings
-    return [draw_plan(dice, RECIPE, CLIP, **chosen) for _ in range(400)]
+def plans(recipe: Recipe = RECIPE, **settings) -> list[Plan]:
+    dice, stage = Dice(1), DmdStage(**settings)
+    chosen = {"levels": stage.levels_of(recipe), "self_forcing_share": stage.self_forcing_share}
+    chosen |= {"most_blocks": stage.most_blocks, "most_given": stage.most_given}
+    return [draw_plan(dice, recipe, CLIP, **chosen) for _ in range(400)]
 
 
 def test_rollouts_have_every_length_and_every_exit() -> None:
@@ -43,6 +46,37 @@ def test_half_of_the_rollouts_go_on_from_given_blocks_to_the_end_of_the_clip() -
 
 def test_a_rollout_makes_at_least_one_block_itself() -> None:
     assert {plan.given for plan in plans(most_blocks=5, most_given=9)} == {0, 1, 2}
+
+
+def test_half_of_the_rollouts_that_roll_go_by_windows_and_the_others_block_by_block() -> None:
+    made = plans(rolling_forcing(), most_blocks=5, most_given=2)
+    by_windows, others = ([plan for plan in made if (plan.offset is None) is which] for which in (False, True))
+    assert 0.4 < len(by_windows) / len(made) < 0.6
+    assert {(plan.levels, plan.offset) for plan in by_windows} == {((5, 5), offset) for offset in range(5)}
+    assert {plan.levels for plan in others} == {(5, used) for used in range(1, 6)}
+    lengths = {(0, 3, 3), (0, 3, 4), (0, 3, 5), (1, 2, 3), (2, 1, 3)}
+    assert all({(plan.given, plan.learned, plan.blocks) for plan in some} == lengths for some in (by_windows, others))
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_ablations_are_pure(share: float) -> None:
+    made = plans(rolling_forcing(), most_blocks=5, self_forcing_share=share)
+    assert all((plan.offset is None) == (share == 1) for plan in made)
+
+
+def test_recipes_that_do_not_roll_draw_as_if_none_did() -> None:
+    assert plans(most_blocks=5, self_forcing_share=0.0) == plans(most_blocks=5, self_forcing_share=1.0)
+    assert all(plan.offset is None for plan in plans(most_blocks=5, self_forcing_share=0.0))
+
+
+def test_levels_are_the_recipes_own_unless_given() -> None:
+    assert {plan.levels[0] for plan in plans(most_blocks=5)} == {4}
+    made = plans(rolling_forcing(), most_blocks=5, levels=(4, 2))
+    assert {(plan.levels[0], plan.offset) for plan in made} == {
+        (count, offset) for count in (2, 4) for offset in (None, *range(count))
+    }
+    with pytest.raises(ValueError, match=r"self_forcing_share must be at most 1, got 1\.5"):
+        DmdStage(self_forcing_share=1.5)
 
 
 def test_a_block_stands_under_the_prompt_of_its_first_frame() -> None:
@@ -124,7 +158,7 @@ class Clips(SimpleNamespace):
 def steps(monkeypatch, out: Path, recipe: Recipe = RECIPE, reads_far: bool = False, **settings) -> SimpleNamespace:
     """Two steps of distribution matching: what the teacher sampled from, what rollouts began with, and the student."""
     seen = SimpleNamespace(targets=[], began=[], student=tiny.network(extent=12, reads_far=reads_far).float())
-    seen.samplers, seen.given = [], []
+    seen.samplers, seen.given, seen.schedules, seen.memories = [], [], [], []
 
     def sampled(teacher, noise, levels):
         seen.samplers.append(teacher)
@@ -133,6 +167,8 @@ def steps(monkeypatch, out: Path, recipe: Recipe = RECIPE, reads_far: bool = Fal
 
     def rolled(schedule, network, memory, prompts, noise, *more, **named):
         seen.given.append(len(named["given"]))
+        seen.schedules.append(schedule)
+        seen.memories.append(memory)
         seen.began.append([])
 
         def heard(block, step):
@@ -213,6 +249,27 @@ def test_a_step_is_judged_under_its_prompts_and_guidance_on_what_was_made(monkey
     assert learned == [[frame >= 3 * given for frame in range(12)] for given in seen.given]
     assert len(seen.samplers) == seen.given.count(0)
     assert all(guided[sampler][2] == 5 for sampler in seen.samplers)
+
+
+@pytest.mark.parametrize("name", ["rolling_forcing", "rolling_forcing:sink=0"])
+@pytest.mark.parametrize("share, schedules", [(0.0, {windows}), (1.0, {blockwise}), (0.5, {windows, blockwise})])
+def test_rolling_forcing_is_learned_by_windows_and_block_by_block(
+    name: str, share: float, schedules: set, monkeypatch, tmp_path: Path
+) -> None:
+    """With given blocks and prompts that change, over one memory."""
+    settings = {"levels": (2,), "most_given": 3, "self_forcing_share": share, "steps": 6}
+    seen = steps(monkeypatch, tmp_path, recipe_named(name), seed=2, **settings)
+    assert {getattr(one, "func", one) for one in seen.schedules} == schedules
+    assert len(set(seen.given)) > 1
+    assert {(shape.window.sink, shape.window.past) for shape in seen.memories} == {(0 if "=0" in name else 3, 9)}
+    before = tiny.network(extent=12).float().state_dict()
+    assert all(not torch.equal(weight, before[key]) for key, weight in seen.student.state_dict().items())
+    assert all(row["matching"] > 0 for row in read_metrics(tmp_path))
+
+
+def test_what_does_not_fit_is_refused_before_work_begins(monkeypatch, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"current 3 x 3 in flight = 15 latent frames do not fit the extent of 12"):
+        steps(monkeypatch, tmp_path, rolling_forcing(), levels=(2, 3))
 
 
 @pytest.mark.parametrize("far", ["keep", "none"])

@@ -1,15 +1,17 @@
 """Rollouts to learn on: their shape, drawn from dice that all processes share, and what they are to show."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from longtake.distillation.rollout import rollout
+from longtake.distillation.rollout import rollout, windows
 from longtake.distillation.trainer import Dice
+from longtake.generation.blockwise import blockwise
 from longtake.generation.noise import Noise
-from longtake.generation.recipe import Recipe
+from longtake.generation.recipe import Recipe, Schedule
 from longtake.models.wan import PromptKeys, WanTransformer
 
 
@@ -24,6 +26,8 @@ class Plan:
     block: int
     given: int = 0
     """Blocks of a real clip that it goes on from; those that learn follow at once."""
+    offset: int | None = None
+    """Of the windows that it goes by, see `rollout.windows`; None: it goes block by block."""
 
     @property
     def judged(self) -> int:
@@ -57,8 +61,9 @@ class Plan:
 
 
 def draw_plan(
-    shared: Dice, recipe: Recipe, clip: int, *, levels: tuple[int, ...], most_blocks: int, most_given: int
-) -> Plan:
+    shared: Dice, recipe: Recipe, clip: int, *,
+    levels: tuple[int, ...], most_blocks: int, most_given: int, self_forcing_share: float,
+) -> Plan:  # fmt: skip
     """Draw the shape of a rollout under a recipe; for the settings see `stages.DmdStage`.
 
     clip: latent frames of the teacher's clip, whole blocks of the recipe's.
@@ -70,7 +75,11 @@ def draw_plan(
     given = shared.below(2) * (1 + shared.below(most_given)) if most_given else 0
     # Half of those that begin with nothing are as long as the clip, the others may be longer.
     longer = 0 if given else shared.below(2) * shared.below(most_blocks - judged + 1)
-    return Plan((count, 1 + shared.below(count)), judged + longer, judged - given, recipe.block, given)
+    by_windows = recipe.rolls and not shared.happens(self_forcing_share)
+    # Which calls learn: those that make the step of the exit, or those of the windows' offset, after all steps.
+    step = shared.below(count)
+    used, offset = (count, step) if by_windows else (1 + step, None)
+    return Plan((count, used), judged + longer, judged - given, recipe.block, given, offset)
 
 
 class Script(NamedTuple):
@@ -98,7 +107,14 @@ def rolled_out(
     recipe = recipe.with_levels(count)
     levels = recipe.levels(shift)[:used]
     learned_BFCHW = rollout(
-        recipe.schedule, network, recipe.memory(network), prompts, noise, levels,
+        _schedule(recipe, plan), network, recipe.memory(network), prompts, noise, levels,
         blocks=plan.blocks, learning=plan.learned, given=script.given,
     )  # fmt: skip
     return torch.cat([*script.given, learned_BFCHW], dim=1)
+
+
+def _schedule(recipe: Recipe, plan: Plan) -> Schedule:
+    """The recipe's own; of one that rolls it is known by its windows, or Self Forcing's takes its place."""
+    if not recipe.rolls:
+        return recipe.schedule
+    return blockwise if plan.offset is None else partial(windows, offset=plan.offset)

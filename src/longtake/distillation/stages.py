@@ -120,10 +120,13 @@ class Stage:
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, int | float) and (number < 0 or (number == 0 and least == "above 0")):
                     raise ValueError(f"{name} must be {least}, got {value}")
+                if name.endswith("_share") and number > 1:
+                    raise ValueError(f"{name} must be at most 1, got {value}")
 
 
 _MAY_BE_0 = {
     "seed", "kl_weight", "subject_weight", "no_prompt_share", "encoder_blocks", "decoder_blocks", "most_given", "pull",
+    "self_forcing_share",
 }  # fmt: skip
 
 
@@ -201,6 +204,9 @@ class DmdStage(Stage):
     `pool`, to the length of the teacher's clip: a student learns to go on from any moment. The others begin with
     nothing; they are as long as the teacher's clip, or up to `most_blocks` and learn on their last part.
 
+    levels: numbers of them, in turn by chance; none: each recipe's own. self_forcing_share: of the rollouts of a recipe
+    that rolls, those that go block by block, over the same memory (Rolling Forcing, arXiv 2509.25161: half); the others
+    go by windows. Recipes that do not roll have no use for it.
     far_lr: rate of the projections of what is read from far states. They begin at zero, and Adam moves a weight by
     about its rate a step. pull: weight of the pull to the teacher's own sample from the rollout's noise (published:
     0.05), made in `pull_steps` steps under `pull_guidance`; of rollouts that exit at the first step, begin with nothing
@@ -219,10 +225,15 @@ class DmdStage(Stage):
     most_blocks: int = 11
     most_given: int = 6
     pool: int = 64
-    levels: tuple[int, ...] = (4,)
+    levels: tuple[int, ...] = ()
+    self_forcing_share: float = 0.5
     pull: float = 0.0
     pull_steps: int = 25
     pull_guidance: float = 3.5
+
+    def levels_of(self, recipe: Recipe) -> tuple[int, ...]:
+        """The numbers of levels that a recipe is trained with."""
+        return self.levels or (len(recipe.steps),)
 
 
 def train_codec(
@@ -387,6 +398,8 @@ def train_dmd(
                 f"rollouts of up to {stage.most_blocks} blocks of {recipe.block} latent frames must hold the teacher's "
                 f"clip, {network.config.extent} frames, in whole blocks"
             )
+        for count in stage.levels_of(recipe):
+            recipe.with_levels(count).memory(network)  # refused before work begins
     critic = copy.deepcopy(teacher).requires_grad_(True).train()
     network.requires_grad_(True).train()
     student = Learner(network, [_dmd_adam(network, stage.lr, stage.far_lr)], average=stage.average)
@@ -401,7 +414,8 @@ def train_dmd(
         recipe = recipes[step % len(recipes)]
         plan = draw_plan(
             shared, recipe, network.config.extent,
-            levels=stage.levels, most_blocks=stage.most_blocks, most_given=stage.most_given,
+            levels=stage.levels_of(recipe), most_blocks=stage.most_blocks, most_given=stage.most_given,
+            self_forcing_share=stage.self_forcing_share,
         )  # fmt: skip
         if supply is not None and step % RENEW_EVERY == 0:
             supply.renew()
@@ -434,7 +448,7 @@ def train_dmd(
             values["far_weights"] = torch.cat([projection.weight for projection in network.projections]).norm()
         return {name: value.detach() for name, value in values.items()}
 
-    shown = [recipe.with_levels(stage.levels[0]) for recipe in recipes]
+    shown = [recipe.with_levels(stage.levels_of(recipe)[0]) for recipe in recipes]
     look = _student_strips(text, network, student, world, shown, shift, run)
     learners = {"student": student, "critic": judge}
     keep = {"shared": shared} | ({"clips": supply} if supply is not None else {})
