@@ -13,6 +13,7 @@ from longtake import recipes
 from longtake.attention.linear import PAPER, WIDTHS
 from longtake.memory.far import Decay, Delta, FarShape, Keep, MassCap
 from longtake.memory.stream_memory import StreamMemory
+from longtake.memory.window import WindowShape
 from longtake.models.wan import reading_far
 from longtake.toy.scenes import HEIGHT, RATE, WIDTH
 from tests import tiny
@@ -102,11 +103,19 @@ def test_options_change_a_recipe_and_stay_in_its_name() -> None:
         ("hybrid_forcing:turns=time", "turns must be all or space, got time"),
         ("hybrid_forcing:far=none,turns=space", "far=none takes no frames"),
         ("hybrid_forcing:far=none,frames=60", "far=none takes no frames"),
+        ("rolling_forcing:sink=1", "sink must be 0, 3 or 6 latent frames, got 1"),
     ],
 )
 def test_options_that_there_are_not_are_refused(name: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         recipes.recipe_named(name)
+
+
+@pytest.mark.parametrize("sink", [0, 3, 6])
+def test_a_rolling_window_sees_six_finished_frames_whatever_its_sink(sink: int) -> None:
+    recipe, network = recipes.recipe_named(f"rolling_forcing:sink={sink}"), engine().network
+    assert (recipe.sink, recipe.past) == (sink, 6 - sink)
+    assert recipe.memory(network).window == WindowShape(sink=sink, past=18)
 
 
 @torch.no_grad()

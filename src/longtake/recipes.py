@@ -89,14 +89,24 @@ def _far_state(rule: str, frames: float, features: float, stiffness: float, turn
     return FarShape(form=WIDTHS[features], rule=made, turns_with_frames=turns == "all")
 
 
-def rolling_forcing() -> Recipe:
+def rolling_forcing(sink: int = 3) -> Recipe:
     """Rolling Forcing (arXiv 2509.25161): a window of blocks at rising noise levels, one finished by each call.
 
     A call sees the sink and the latest frames that fit the extent beside the blocks in flight: 3 of them while all 5
     are. What it finishes is committed by a pass of its own, which sees the latest frames alone, 18 of them.
+
+    sink: latent frames that never leave, 0, 3 (published) or 6; the latest ones seen are what is left of 6. ValueError
+    for any other number.
     """
+    if sink not in (0, 3, 6):
+        raise ValueError(f"sink must be 0, 3 or 6 latent frames, got {sink}")
     return Recipe(
-        name="rolling_forcing", schedule=rolling, sink=3, past=3, steps=(1000, 800, 600, 400, 200), rolls=True
+        name="rolling_forcing",
+        schedule=rolling,
+        sink=sink,
+        past=6 - sink,
+        steps=(1000, 800, 600, 400, 200),
+        rolls=True,
     )
 
 

@@ -433,7 +433,9 @@ def _film(out: Path, recipe: str) -> Path:
     from longtake.media.mp4 import Mp4Writer, part_of
 
     levels = json.loads((out / CONFIG_FILE).read_text())["config"].get("levels")
-    engine = recipes.load(out, recipe=recipe, levels=levels[0] if isinstance(levels, list) else levels)
+    if isinstance(levels, list):
+        levels = levels[0] if levels else None  # None: the recipe's own
+    engine = recipes.load(out, recipe=recipe, levels=levels)
     tokens = _held_out_tokens(FILMED)
     path = _samples(out) / f"{engine.recipe.file_name}.mp4"
     columns = 2

@@ -10,21 +10,25 @@ from tests import tiny
 
 from longtake import parallel
 from longtake.distillation.pretrain import Clips, flow_loss
-from longtake.distillation.rollout import rollout
+from longtake.distillation.rollout import rollout, windows
 from longtake.generation.blockwise import blockwise
+from longtake.generation.recipe import Schedule
 from longtake.memory.stream_memory import MemoryShape
 from longtake.memory.window import WindowShape
 from longtake.models.wan import WanTransformer
 
+SINK_AND_PAST = MemoryShape(window=WindowShape(sink=3, past=3), extent=15)
 METHODS = ("before_attention", "after_attention")
 
 
-def rolled(made: WanTransformer) -> torch.Tensor:
+def rolled(made: WanTransformer, schedule: Schedule = blockwise, shape: MemoryShape = SINK_AND_PAST) -> torch.Tensor:
     """Six blocks, so that the sink and the window's end both pass; the last three learn."""
-    keys = made.prompt_keys(tiny.text())
-    shape = MemoryShape(window=WindowShape(sink=3, past=3), extent=15)
-    noise = tiny.noise(7)
-    return rollout(blockwise, made, shape, lambda block: keys, noise, tiny.LEVELS, blocks=6, learning=3).square().mean()
+    keys, noise = made.prompt_keys(tiny.text()), tiny.noise(7)
+    return rollout(schedule, made, shape, lambda block: keys, noise, tiny.LEVELS, blocks=6, learning=3).square().mean()
+
+
+def windowed(made: WanTransformer) -> torch.Tensor:
+    return rolled(made, functools.partial(windows, offset=1), tiny.rolling_recipe().memory(made))
 
 
 def flowed(made: WanTransformer) -> torch.Tensor:
@@ -40,7 +44,7 @@ def gradients(made: WanTransformer, loss_of: Callable[[WanTransformer], torch.Te
     return {name: p.grad for name, p in made.named_parameters()}
 
 
-@pytest.mark.parametrize("loss_of", [rolled, flowed])
+@pytest.mark.parametrize("loss_of", [rolled, windowed, flowed])
 def test_checkpointed_layers_have_the_same_gradients(loss_of: Callable) -> None:
     plain, made = gradients(tiny.network(), loss_of), tiny.network()
     calls = counted(made)

@@ -2,17 +2,18 @@
 
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 
 import pytest
 import torch
 from tests import tiny
 
 from longtake.attention.block_sparse import block_sparse
-from longtake.distillation.rollout import rollout
-from longtake.generation.blockwise import blockwise
+from longtake.distillation.rollout import rollout, windows
+from longtake.generation.blockwise import blockwise, commit
 from longtake.generation.noise import SeededNoise
-from longtake.generation.rolling import rolling
+from longtake.generation.recipe import Schedule
+from longtake.generation.rolling import calls, rolling
 from longtake.memory.far import FarShape
 from longtake.memory.stream_memory import MemoryShape, StreamMemory
 from longtake.memory.window import WindowShape
@@ -62,11 +63,13 @@ def test_a_hybrid_rollout_of_two_is_two_rollouts() -> None:
         torch.testing.assert_close(together[row : row + 1], rolled(row))
 
 
-def rolled(made, noise, levels=tiny.LEVELS, blocks=5, learning=5) -> torch.Tensor:
+def rolled(
+    made, noise, levels=tiny.LEVELS, blocks=5, learning=5, given=(), schedule: Schedule = rolling
+) -> torch.Tensor:
     prompt = made.prompt_keys(tiny.text())
     return rollout(
-        rolling, made, tiny.rolling_recipe().memory(made), lambda block: prompt, noise, levels,
-        blocks=blocks, learning=learning,
+        schedule, made, tiny.rolling_recipe().memory(made), lambda block: prompt, noise, levels,
+        blocks=blocks, learning=learning, given=given,
     )  # fmt: skip
 
 
@@ -114,6 +117,132 @@ def test_no_gradient_passes_from_call_to_call_or_through_memory() -> None:
     assert reached(1) == {(3, 0)}, "the one block that is only noise yet in the call that finishes block 1"
     assert reached(4) == set(), "in a clip's last call there is none"
     assert reached(4, levels=(1.0,)) == {(4, 0)}
+
+
+# windows
+
+
+T = len(tiny.LEVELS)
+OFFSETS = pytest.mark.parametrize("offset", range(T))
+
+
+def watched(made) -> list[tuple[bool, torch.Tensor, object]]:
+    """Of each call: whether it keeps its graph, its levels frame by frame, and its view."""
+    seen = []
+    forward = made.forward
+
+    def watching(noisy, level_BF, prompts, view, prompt_BF=None):
+        seen.append((torch.is_grad_enabled(), level_BF[0].tolist(), view))
+        return forward(noisy, level_BF, prompts, view, prompt_BF)
+
+    made.forward = watching
+    return seen
+
+
+@pytest.mark.parametrize(
+    "offset, expected",
+    [
+        (0, {0: (0,), 5: (4, 3, 2, 1, 0), 10: (4,)}),
+        (1, {1: (1, 0), 6: (4, 3, 2, 1, 0)}),
+        (2, {2: (2, 1, 0), 7: (4, 3, 2, 1)}),
+        (3, {3: (3, 2, 1, 0), 8: (4, 3, 2)}),
+        (4, {4: (4, 3, 2, 1, 0), 9: (4, 3)}),
+    ],
+)
+def test_the_windows_of_seven_blocks_and_five_levels_are_the_published_ones(offset: int, expected) -> None:
+    """Their steps, oldest block first, by the number of the call."""
+    made, levels = tiny.network(extent=21), (1.0, 0.875, 0.75, 0.625, 0.5)
+    seen, prompt = watched(made), made.prompt_keys(tiny.text())
+    out = rollout(
+        partial(windows, offset=offset), made, tiny.rolling_recipe().memory(made), lambda block: prompt,
+        tiny.noise(7), levels, blocks=7, learning=7,
+    )  # fmt: skip
+    kept = {
+        number: tuple(levels.index(level) for level in level_F[:: tiny.BLOCK])
+        for number, (grad, level_F, _) in enumerate(seen)
+        if grad
+    }
+    assert kept == expected and len(seen) == 7 + 4
+    assert out.shape[1] == 7 * tiny.BLOCK
+
+
+@OFFSETS
+def test_windows_are_calls_of_the_stream_and_every_block_is_in_one(offset: int) -> None:
+    made, size = tiny.network(), 7
+    keys, shape = tiny.prompt(made), tiny.rolling_recipe().memory(made)
+    memory = StreamMemory(shape, made.config.layers, ring=True)
+    served = list(calls(made, memory, lambda block: keys, tiny.noise(7), tiny.LEVELS, lambda flight: False, size))
+    taken = [call for call in served if call.number % T == offset]
+    assert [block for call in taken for block in call.blocks] == list(range(size))
+    got = rolled(made, tiny.noise(7), blocks=size, learning=size, schedule=partial(windows, offset=offset))
+    torch.testing.assert_close(got, torch.cat([one for call in taken for one in call.clean], 1))
+
+
+@OFFSETS
+def test_windows_commit_what_the_stream_shows(offset: int, monkeypatch) -> None:
+    """Under the windows lies the stream itself: finished blocks are remembered, whatever is learned on."""
+    made, size, committed = tiny.network(), 7, []
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            "longtake.generation.rolling.commit",
+            lambda network, memory, clean, *more: committed.append(clean) or commit(network, memory, clean, *more),
+        )
+        rolled(made, tiny.noise(7), blocks=size, learning=size, schedule=partial(windows, offset=offset))
+    keys, shape = tiny.prompt(made), tiny.rolling_recipe().memory(made)
+    memory = StreamMemory(shape, made.config.layers, ring=True)
+    stream = rolling(made, memory, lambda block: keys, tiny.noise(7), tiny.LEVELS, end=size)
+    torch.testing.assert_close(torch.cat(committed, 1), torch.cat(list(stream), 1))
+
+
+@OFFSETS
+@pytest.mark.parametrize("blocks, learning, given", [(3, 3, 0), (5, 5, 0), (7, 3, 0), (8, 3, 0), (5, 2, 3), (4, 1, 3)])
+def test_every_block_that_learns_was_produced_with_a_graph(offset: int, blocks: int, learning: int, given: int) -> None:
+    made, first = tiny.network(), [tiny.noise(seed)(0, 0) for seed in range(given)]
+    seen = watched(made)
+    settings = {"blocks": blocks, "learning": learning, "given": first}
+    out = rolled(made, tiny.noise(7), schedule=partial(windows, offset=offset), **settings)
+    assert out.shape[1] == learning * tiny.BLOCK
+    for block in out.split(tiny.BLOCK, dim=1):
+        assert block.abs().sum() > 0
+        (gradient,) = torch.autograd.grad(block.sum(), made.patch_embedding.weight, retain_graph=True)
+        assert gradient.abs().sum() > 0
+    numbers = [given + number for number, (grad, *_) in enumerate(seen) if grad]
+    assert all(after - before == T for before, after in pairwise(numbers)), "no two share a block"
+    assert {number % T for number in numbers} == {offset}
+
+
+@OFFSETS
+def test_no_gradient_passes_from_window_to_window_or_through_memory(offset: int) -> None:
+    made, size = tiny.network(), 7
+    seen = watched(made)
+    for block in range(size):
+        noise = LeafNoise()
+        out = rolled(made, noise, blocks=size, learning=size, schedule=partial(windows, offset=offset))
+        out.split(tiny.BLOCK, dim=1)[block].square().sum().backward()
+        (number,) = [number for number in range(block, block + T) if number % T == offset]
+        reached = {key for key, leaf in noise.drawn.items() if leaf.grad is not None and leaf.grad.abs().sum() > 0}
+        assert reached == ({(number, 0)} if number < size else set()), "the one block of its call that is only noise"
+    remembered = [x for *_, view in seen for pair in view.layers if pair is not None for x in pair]
+    assert remembered and not any(x.requires_grad for x in remembered)
+
+
+def test_rolling_block_by_block_remembers_as_a_rolling_stream() -> None:
+    """The Self Forcing half: the sink and all that fits beside a block is seen, and commits see the latest frames."""
+    made, seen, shape = tiny.network(), [], tiny.rolling_recipe().memory(tiny.network())
+    view = StreamMemory.view
+
+    def watching(self, grid, count, device, projections=(), *, commits=False):
+        readable = self._readable(self.held(0), count, commits)
+        seen.append((commits, sorted(readable.frames) if readable else []))
+        return view(self, grid, count, device, projections, commits=commits)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(StreamMemory, "view", watching)
+        rolled(made, tiny.noise(7), blocks=7, learning=7, schedule=blockwise)
+    denoising, committing = ([frames for commits, frames in seen if commits is which] for which in (False, True))
+    assert shape.window.frames == 15 and len(denoising) == len(committing) == 7
+    assert denoising[6] == [0, 1, 2, *range(9, 18)] and committing[6] == list(range(6, 18))
+    assert denoising[:5] == committing[:5]
 
 
 def test_an_early_exit_gives_the_estimate_made_there() -> None:

@@ -8,20 +8,24 @@ import torch
 from tests import tiny
 
 from longtake.distillation import dmd, stages
-from longtake.distillation.rollout import FreshNoise, rollout
+from longtake.distillation.plan import Plan, Script, draw_plan, rolled_out
+from longtake.distillation.rollout import FreshNoise, rollout, windows
 from longtake.distillation.stages import DmdStage
 from longtake.distillation.trainer import Dice, Learner, Run, read_metrics
+from longtake.generation.blockwise import blockwise
 from longtake.generation.recipe import Recipe
 from longtake.models.text import WordEncoder, WordEncoderConfig
-from longtake.recipes import recipe_named, self_forcing_sink
+from longtake.recipes import recipe_named, rolling_forcing, self_forcing_sink
 
 CLIP = 9
 RECIPE = self_forcing_sink()
 
 
-def plans(**settings) -> list[stages._Plan]:
+def plans(recipe: Recipe = RECIPE, **settings) -> list[Plan]:
     dice, stage = Dice(1), DmdStage(**settings)
-    return [stages._plan(dice, RECIPE, stage, CLIP) for _ in range(400)]
+    chosen = {"levels": stage.levels_of(recipe), "self_forcing_share": stage.self_forcing_share}
+    chosen |= {"most_blocks": stage.most_blocks, "most_given": stage.most_given}
+    return [draw_plan(dice, recipe, CLIP, **chosen) for _ in range(400)]
 
 
 def test_rollouts_have_every_length_and_every_exit() -> None:
@@ -44,11 +48,42 @@ def test_a_rollout_makes_at_least_one_block_itself() -> None:
     assert {plan.given for plan in plans(most_blocks=5, most_given=9)} == {0, 1, 2}
 
 
+def test_half_of_the_rollouts_that_roll_go_by_windows_and_the_others_block_by_block() -> None:
+    made = plans(rolling_forcing(), most_blocks=5, most_given=2)
+    by_windows, others = ([plan for plan in made if (plan.offset is None) is which] for which in (False, True))
+    assert 0.4 < len(by_windows) / len(made) < 0.6
+    assert {(plan.levels, plan.offset) for plan in by_windows} == {((5, 5), offset) for offset in range(5)}
+    assert {plan.levels for plan in others} == {(5, used) for used in range(1, 6)}
+    lengths = {(0, 3, 3), (0, 3, 4), (0, 3, 5), (1, 2, 3), (2, 1, 3)}
+    assert all({(plan.given, plan.learned, plan.blocks) for plan in some} == lengths for some in (by_windows, others))
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_ablations_are_pure(share: float) -> None:
+    made = plans(rolling_forcing(), most_blocks=5, self_forcing_share=share)
+    assert all((plan.offset is None) == (share == 1) for plan in made)
+
+
+def test_recipes_that_do_not_roll_draw_as_if_none_did() -> None:
+    assert plans(most_blocks=5, self_forcing_share=0.0) == plans(most_blocks=5, self_forcing_share=1.0)
+    assert all(plan.offset is None for plan in plans(most_blocks=5, self_forcing_share=0.0))
+
+
+def test_levels_are_the_recipes_own_unless_given() -> None:
+    assert {plan.levels[0] for plan in plans(most_blocks=5)} == {4}
+    made = plans(rolling_forcing(), most_blocks=5, levels=(4, 2))
+    assert {(plan.levels[0], plan.offset) for plan in made} == {
+        (count, offset) for count in (2, 4) for offset in (None, *range(count))
+    }
+    with pytest.raises(ValueError, match=r"self_forcing_share must be at most 1, got 1\.5"):
+        DmdStage(self_forcing_share=1.5)
+
+
 def test_a_block_stands_under_the_prompt_of_its_first_frame() -> None:
     prompt_BF = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1], [0] * 12])
-    short = stages._Plan((4, 4), blocks=3, learned=3, block=3)
+    short = Plan((4, 4), blocks=3, learned=3, block=3)
     assert short.prompts_of_judged(prompt_BF).tolist() == [[0, 0, 0, 0, 0, 0, 1, 1, 1], [0] * 9]
-    longer = stages._Plan((4, 4), blocks=4, learned=3, block=3)
+    longer = Plan((4, 4), blocks=4, learned=3, block=3)
     torch.manual_seed(0)
     drawn = {tuple(longer.prompts_of_judged(prompt_BF)[0].tolist()) for _ in range(50)}
     assert {row.index(1) for row in drawn} == {3, 6}, "the change falls on one block or another, never inside one"
@@ -75,13 +110,13 @@ def test_what_is_given_comes_with_the_prompts_of_its_clip() -> None:
     def words(tokens_BL: torch.Tensor) -> torch.Tensor:
         return tokens_BL[..., None].expand(-1, -1, 8).float()
 
-    def script(plan: stages._Plan, step: int) -> stages._Script:
+    def script(plan: Plan, step: int) -> Script:
         return stages._script(words, source, source, plan, stage, step)  # type: ignore[arg-type]
 
-    given = script(stages._Plan((4, 4), blocks=3, learned=1, block=3, given=2), step=1)
+    given = script(Plan((4, 4), blocks=3, learned=1, block=3, given=2), step=1)
     assert torch.equal(torch.cat(given.given, dim=1), source.latents_BFCHW[:, :6]) and len(given.given) == 2
     assert given.prompt_BF.tolist() == [[0, 0, 0, 0, 1, 1, 1, 1, 1], [0] * CLIP]  # real frames have their own
-    free = script(stages._Plan((4, 4), blocks=3, learned=3, block=3), step=1)
+    free = script(Plan((4, 4), blocks=3, learned=3, block=3), step=1)
     assert free.given == () and free.prompt_BF.tolist() == [[1, 1, 1, 1, 1, 1, 0, 0, 0], [1] * CLIP]
 
 
@@ -90,7 +125,7 @@ def test_the_student_learns_on_the_frames_it_made(given: int) -> None:
     torch.manual_seed(0)
     sample = torch.randn(2, CLIP, *tiny.LATENTS[1:], requires_grad=True)
     critic, teacher = torch.randn_like(sample).detach(), torch.randn_like(sample).detach()
-    mask = stages._Plan((4, 4), blocks=3, learned=3 - given, block=3, given=given).learned_frames(sample.device)
+    mask = Plan((4, 4), blocks=3, learned=3 - given, block=3, given=given).learned_frames(sample.device)
     loss = dmd.matching_loss(sample, lambda *_: teacher, lambda *_: critic, 3.0, mask)
     (gradient,) = torch.autograd.grad(loss, sample)
     reached = gradient.abs().sum(dim=(0, 2, 3, 4)) > 0
@@ -123,7 +158,7 @@ class Clips(SimpleNamespace):
 def steps(monkeypatch, out: Path, recipe: Recipe = RECIPE, reads_far: bool = False, **settings) -> SimpleNamespace:
     """Two steps of distribution matching: what the teacher sampled from, what rollouts began with, and the student."""
     seen = SimpleNamespace(targets=[], began=[], student=tiny.network(extent=12, reads_far=reads_far).float())
-    seen.samplers, seen.given = [], []
+    seen.samplers, seen.given, seen.schedules, seen.memories = [], [], [], []
 
     def sampled(teacher, noise, levels):
         seen.samplers.append(teacher)
@@ -132,6 +167,8 @@ def steps(monkeypatch, out: Path, recipe: Recipe = RECIPE, reads_far: bool = Fal
 
     def rolled(schedule, network, memory, prompts, noise, *more, **named):
         seen.given.append(len(named["given"]))
+        seen.schedules.append(schedule)
+        seen.memories.append(memory)
         seen.began.append([])
 
         def heard(block, step):
@@ -141,7 +178,7 @@ def steps(monkeypatch, out: Path, recipe: Recipe = RECIPE, reads_far: bool = Fal
         return rollout(schedule, network, memory, prompts, heard, *more, **named)
 
     monkeypatch.setattr(stages, "teacher_sample", sampled)
-    monkeypatch.setattr(stages, "rollout", rolled)
+    monkeypatch.setattr("longtake.distillation.plan.rollout", rolled)
     said = SimpleNamespace(tokens_BPL=Source.tokens_BPL, prompt_BF=torch.zeros(2, 12, dtype=torch.long))
     world = SimpleNamespace(
         latent_size=tiny.LATENTS[1:],
@@ -214,6 +251,27 @@ def test_a_step_is_judged_under_its_prompts_and_guidance_on_what_was_made(monkey
     assert all(guided[sampler][2] == 5 for sampler in seen.samplers)
 
 
+@pytest.mark.parametrize("name", ["rolling_forcing", "rolling_forcing:sink=0"])
+@pytest.mark.parametrize("share, schedules", [(0.0, {windows}), (1.0, {blockwise}), (0.5, {windows, blockwise})])
+def test_rolling_forcing_is_learned_by_windows_and_block_by_block(
+    name: str, share: float, schedules: set, monkeypatch, tmp_path: Path
+) -> None:
+    """With given blocks and prompts that change, over one memory."""
+    settings = {"levels": (2,), "most_given": 3, "self_forcing_share": share, "steps": 6}
+    seen = steps(monkeypatch, tmp_path, recipe_named(name), seed=2, **settings)
+    assert {getattr(one, "func", one) for one in seen.schedules} == schedules
+    assert len(set(seen.given)) > 1
+    assert {(shape.window.sink, shape.window.past) for shape in seen.memories} == {(0 if "=0" in name else 3, 9)}
+    before = tiny.network(extent=12).float().state_dict()
+    assert all(not torch.equal(weight, before[key]) for key, weight in seen.student.state_dict().items())
+    assert all(row["matching"] > 0 for row in read_metrics(tmp_path))
+
+
+def test_what_does_not_fit_is_refused_before_work_begins(monkeypatch, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"current 3 x 3 in flight = 15 latent frames do not fit the extent of 12"):
+        steps(monkeypatch, tmp_path, rolling_forcing(), levels=(2, 3))
+
+
 @pytest.mark.parametrize("far", ["keep", "none"])
 def test_projections_learn_where_something_is_far_and_stay_where_nothing_is(
     far: str, monkeypatch, tmp_path: Path
@@ -244,18 +302,18 @@ def test_projections_have_a_rate_of_their_own_and_do_not_decay() -> None:
     assert len(stages._dmd_adam(tiny.network(), lr=1e-4, far_lr=1e-2).param_groups) == 1
 
 
-def rolled_out(blocks: int, learned: int, given: tuple[torch.Tensor, ...] = ()) -> torch.Tensor:
+def judged_part(blocks: int, learned: int, given: tuple[torch.Tensor, ...] = ()) -> torch.Tensor:
     made = tiny.network(extent=CLIP).float()
     torch.manual_seed(3)
-    plan = stages._Plan((2, 2), blocks, learned, RECIPE.block, len(given))
+    plan = Plan((2, 2), blocks, learned, RECIPE.block, len(given))
     prompt_BF = torch.zeros(1, plan.judged * RECIPE.block, dtype=torch.long)
     text = tiny.text(prompts=2).float()
     noise = FreshNoise((1, *tiny.LATENTS), torch.device("cpu"))
-    return stages._rolled_out(made, stages._Script(text, prompt_BF, given), noise, RECIPE, plan, 3.0)
+    return rolled_out(made, Script(text, prompt_BF, given), noise, RECIPE, plan, 3.0)
 
 
 def test_the_learned_part_of_a_long_rollout_is_the_end_of_the_whole() -> None:
-    whole, learned = rolled_out(5, 5), rolled_out(5, 2)
+    whole, learned = judged_part(5, 5), judged_part(5, 2)
     assert learned.requires_grad and torch.isfinite(learned).all()
     torch.testing.assert_close(learned, whole[:, -2 * RECIPE.block :])
     assert len({round(frame.sum().item(), 4) for frame in whole.unbind(1)}) == whole.shape[1], "all were produced"
@@ -263,7 +321,7 @@ def test_the_learned_part_of_a_long_rollout_is_the_end_of_the_whole() -> None:
 
 def test_teacher_and_critic_see_what_was_given_in_front_of_what_was_made() -> None:
     given = tiny.noise(1)(0, 0).float(), tiny.noise(2)(0, 0).float()
-    sample = rolled_out(3, 1, given)
+    sample = judged_part(3, 1, given)
     assert sample.shape[1] == CLIP and sample.requires_grad
     assert torch.equal(sample[:, :6], torch.cat(given, dim=1))
-    assert not torch.allclose(sample[:, 6:], rolled_out(3, 1, given[::-1])[:, 6:]), "it goes on from what was given"
+    assert not torch.allclose(sample[:, 6:], judged_part(3, 1, given[::-1])[:, 6:]), "it goes on from what was given"

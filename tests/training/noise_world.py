@@ -52,7 +52,7 @@ def _record_what_processes_draw(folder: str) -> None:
 
     stages_train_dmd = stages.train_dmd
     stages.train_dmd = train_dmd
-    stages._plan = recorded("plans", stages._plan)
+    stages.draw_plan = recorded("plans", stages.draw_plan)
     training.sample_prompts = recorded("prompts", training.sample_prompts)
     clips.ClipPool.draw = recorded("clips", clips.ClipPool.draw)
     stages.FreshNoise.__call__ = recorded("noise", stages.FreshNoise.__call__)

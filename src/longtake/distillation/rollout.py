@@ -1,6 +1,6 @@
 """The student's own video: the serving schedule itself, with chosen calls kept on the graph."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from longtake.generation.blockwise import commit
 from longtake.generation.noise import Noise
 from longtake.generation.recipe import Schedule
+from longtake.generation.rolling import InFlight, calls
 from longtake.memory.stream_memory import MemoryShape, StreamMemory
 from longtake.models.wan import PromptKeys, WanTransformer
 
@@ -35,6 +36,36 @@ class FirstNoise:
         return self.blocks[block]
 
 
+def windows(
+    network: WanTransformer,
+    memory: StreamMemory,
+    prompts: Callable[[int], PromptKeys],
+    noise: Noise,
+    levels: Sequence[float],
+    learns: Callable[[int], bool] = lambda block: False,
+    end: int | None = None,
+    *,
+    offset: int,
+) -> Iterator[Tensor]:
+    """Yield blocks [B, F, C, H, W] as Rolling Forcing learns them (arXiv 2509.25161), by windows that do not overlap.
+
+    The calls are those of `rolling`. Of every so many as there are levels T one is taken, whose number leaves `offset`,
+    0 to T - 1, when it is divided by T: the blocks in flight in these calls are all blocks, each once. What is yielded
+    of a block is the estimate made there, at any level, not the finished block, which goes into memory as it does in
+    streams. learns: a call that is taken keeps its graph if one of its blocks does; nothing else ever does.
+    """
+
+    def taken(number: int) -> bool:
+        return number % len(levels) == offset
+
+    def keeps_graph(flight: Sequence[InFlight]) -> bool:
+        return taken(flight[0].call) and any(learns(one.block) for one in flight)
+
+    for call in calls(network, memory, prompts, noise, levels, keeps_graph, end):
+        if taken(call.number):
+            yield from call.clean
+
+
 def rollout(
     schedule: Schedule,
     network: WanTransformer,
@@ -47,7 +78,7 @@ def rollout(
     learning: int,
     given: Sequence[Tensor] = (),
 ) -> Tensor:
-    """Latents [B, F, C, H, W] of the last `learning` of so many blocks, each with the graph of its last estimate.
+    """Latents [B, F, C, H, W] of the last `learning` of so many blocks, each with the graph of its estimate.
 
     given: clean latents [B, F, C, H, W] of the first blocks, which the rollout goes on from: they count among the
     blocks and are remembered under their own prompts, as if they had just been made. levels end at the exit step (Self

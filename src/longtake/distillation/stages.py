@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,18 +24,19 @@ from torch import Tensor
 from longtake import parallel
 from longtake.distillation import dmd, ode_init
 from longtake.distillation.optim import muon_and_adam
+from longtake.distillation.plan import Plan, Script, draw_plan, rolled_out
 from longtake.distillation.pretrain import Clips, codec_loss, flow_loss, teacher_forcing_loss
 from longtake.distillation.regularized import regularized_loss, teacher_sample
-from longtake.distillation.rollout import FirstNoise, FreshNoise, rollout
+from longtake.distillation.rollout import FirstNoise, FreshNoise
 from longtake.distillation.trainer import Budget, Dice, Learner, Run, Stateful, train
 from longtake.flow import even_levels
 from longtake.generation.clip import sample_clip
-from longtake.generation.noise import Noise, SeededNoise
+from longtake.generation.noise import SeededNoise
 from longtake.generation.recipe import Recipe
 from longtake.memory.stream_memory import StreamMemory
 from longtake.models.light_codec import LightCodec
 from longtake.models.text import WordEncoder
-from longtake.models.wan import PromptKeys, WanConfig, WanTransformer
+from longtake.models.wan import WanConfig, WanTransformer
 
 RENEW_EVERY = 6  # steps between new clips, which cost time to paint and encode
 LOOKED_AT = 12  # clips on a strip of pictures
@@ -119,10 +120,13 @@ class Stage:
             for number in value if isinstance(value, tuple) else (value,):
                 if isinstance(number, int | float) and (number < 0 or (number == 0 and least == "above 0")):
                     raise ValueError(f"{name} must be {least}, got {value}")
+                if name.endswith("_share") and number > 1:
+                    raise ValueError(f"{name} must be at most 1, got {value}")
 
 
 _MAY_BE_0 = {
     "seed", "kl_weight", "subject_weight", "no_prompt_share", "encoder_blocks", "decoder_blocks", "most_given", "pull",
+    "self_forcing_share",
 }  # fmt: skip
 
 
@@ -200,6 +204,9 @@ class DmdStage(Stage):
     `pool`, to the length of the teacher's clip: a student learns to go on from any moment. The others begin with
     nothing; they are as long as the teacher's clip, or up to `most_blocks` and learn on their last part.
 
+    levels: numbers of them, in turn by chance; none: each recipe's own. self_forcing_share: of the rollouts of a recipe
+    that rolls, those that go block by block, over the same memory (Rolling Forcing, arXiv 2509.25161: half); the others
+    go by windows. Recipes that do not roll have no use for it.
     far_lr: rate of the projections of what is read from far states. They begin at zero, and Adam moves a weight by
     about its rate a step. pull: weight of the pull to the teacher's own sample from the rollout's noise (published:
     0.05), made in `pull_steps` steps under `pull_guidance`; of rollouts that exit at the first step, begin with nothing
@@ -218,10 +225,15 @@ class DmdStage(Stage):
     most_blocks: int = 11
     most_given: int = 6
     pool: int = 64
-    levels: tuple[int, ...] = (4,)
+    levels: tuple[int, ...] = ()
+    self_forcing_share: float = 0.5
     pull: float = 0.0
     pull_steps: int = 25
     pull_guidance: float = 3.5
+
+    def levels_of(self, recipe: Recipe) -> tuple[int, ...]:
+        """The numbers of levels that a recipe is trained with."""
+        return self.levels or (len(recipe.steps),)
 
 
 def train_codec(
@@ -386,6 +398,8 @@ def train_dmd(
                 f"rollouts of up to {stage.most_blocks} blocks of {recipe.block} latent frames must hold the teacher's "
                 f"clip, {network.config.extent} frames, in whole blocks"
             )
+        for count in stage.levels_of(recipe):
+            recipe.with_levels(count).memory(network)  # refused before work begins
     critic = copy.deepcopy(teacher).requires_grad_(True).train()
     network.requires_grad_(True).train()
     student = Learner(network, [_dmd_adam(network, stage.lr, stage.far_lr)], average=stage.average)
@@ -398,7 +412,11 @@ def train_dmd(
 
     def turn(step: int) -> dict[str, Tensor]:
         recipe = recipes[step % len(recipes)]
-        plan = _plan(shared, recipe, stage, network.config.extent)
+        plan = draw_plan(
+            shared, recipe, network.config.extent,
+            levels=stage.levels_of(recipe), most_blocks=stage.most_blocks, most_given=stage.most_given,
+            self_forcing_share=stage.self_forcing_share,
+        )  # fmt: skip
         if supply is not None and step % RENEW_EVERY == 0:
             supply.renew()
         script = _script(text, world, supply, plan, stage, step)
@@ -410,7 +428,7 @@ def train_dmd(
         unsaid = dmd.estimate_by(teacher, nothing_BPLE, None)
         with run.autocast():
             noise = FirstNoise(first) if pulled else fresh
-            sample = _rolled_out(network, script, noise, recipe, plan, shift).float()
+            sample = rolled_out(network, script, noise, recipe, plan, shift).float()
             guided = dmd.guided_estimate(said, unsaid, stage.guidance)
             by_critic = dmd.estimate_by(critic, text_BPLE, prompt_BF)
             matching = dmd.matching_loss(sample, guided, by_critic, shift, plan.learned_frames(run.device))
@@ -430,7 +448,7 @@ def train_dmd(
             values["far_weights"] = torch.cat([projection.weight for projection in network.projections]).norm()
         return {name: value.detach() for name, value in values.items()}
 
-    shown = [recipe.with_levels(stage.levels[0]) for recipe in recipes]
+    shown = [recipe.with_levels(stage.levels_of(recipe)[0]) for recipe in recipes]
     look = _student_strips(text, network, student, world, shown, shift, run)
     learners = {"student": student, "critic": judge}
     keep = {"shared": shared} | ({"clips": supply} if supply is not None else {})
@@ -439,73 +457,10 @@ def train_dmd(
     return spent
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """The shape of one rollout, alike in every process: levels down to its exit, and lengths in blocks."""
-
-    levels: tuple[int, int]
-    """How many there are, and how many of them are used."""
-    blocks: int
-    learned: int
-    block: int
-    given: int = 0
-    """Blocks of a real clip that it goes on from; those that learn follow at once."""
-
-    @property
-    def judged(self) -> int:
-        """The last blocks, those that teacher and critic see."""
-        return self.given + self.learned
-
-    @property
-    def can_be_pulled(self) -> bool:
-        """Whether it is made in one step from noise alone and as long as the teacher's clip, as its sample would be."""
-        return self.levels[1] == 1 and not self.given and self.blocks == self.judged
-
-    def learned_frames(self, device: torch.device) -> Tensor | None:
-        """1 for the judged frames that learn, [1, F, 1, 1, 1]; None where all do."""
-        if not self.given:
-            return None
-        return (torch.arange(self.judged * self.block, device=device) >= self.given * self.block).view(1, -1, 1, 1, 1)
-
-    def prompts_of_judged(self, prompt_BF: Tensor) -> Tensor:
-        """The prompt of each judged frame [B, F], in a clip that holds as many: of given frames as it is, of learned
-        ones that of their block's first.
-
-        A rollout of more than the judged part may have come to any moment of the clip by then.
-        """
-        frames, batch = self.judged * self.block, prompt_BF.shape[0]
-        latest = prompt_BF.shape[1] - frames + 1 if self.blocks > self.judged else 1
-        starts = torch.randint(latest, (batch, 1), device=prompt_BF.device)
-        firsts = starts + torch.arange(0, frames, self.block, device=prompt_BF.device)
-        by_block_BF = prompt_BF.gather(1, firsts).repeat_interleave(self.block, dim=1)
-        given = self.given * self.block
-        return torch.cat([prompt_BF[:, :given], by_block_BF[:, given:]], dim=1)
-
-
-def _plan(shared: Dice, recipe: Recipe, stage: DmdStage, clip: int) -> _Plan:
-    levels = stage.levels[shared.below(len(stage.levels))]
-    judged = clip // recipe.block
-    # Half the rollouts go on from given blocks, to the end of the clip.
-    most_given = min(stage.most_given, judged - 1)
-    given = shared.below(2) * (1 + shared.below(most_given)) if most_given else 0
-    # Half of those that begin with nothing are as long as the clip, the others may be longer.
-    longer = 0 if given else shared.below(2) * shared.below(stage.most_blocks - judged + 1)
-    return _Plan((levels, 1 + shared.below(levels)), judged + longer, judged - given, recipe.block, given)
-
-
-class _Script(NamedTuple):
-    """What a rollout is to show: P prompts a clip, and the number of the one that each judged frame stands under."""
-
-    text_BPLE: Tensor
-    prompt_BF: Tensor
-    given: tuple[Tensor, ...] = ()
-    """Latent blocks [B, F, C, H, W] that it goes on from."""
-
-
 @torch.no_grad()
 def _script(
-    text: WordEncoder, world: World, supply: ClipSupply | None, plan: _Plan, stage: DmdStage, step: int
-) -> _Script:
+    text: WordEncoder, world: World, supply: ClipSupply | None, plan: Plan, stage: DmdStage, step: int
+) -> Script:
     """Real clips with their prompts, where blocks are given; else prompts alone."""
     said: Prompts
     if supply is not None and plan.given:
@@ -513,29 +468,7 @@ def _script(
         given = clips.latents_BFCHW.split(plan.block, dim=1)[: plan.given]
     else:
         said, given = world.prompts(stage.batch, stage.seed * 1_000_000 + step), ()
-    return _Script(embed(text, said.tokens_BPL), plan.prompts_of_judged(said.prompt_BF), given)
-
-
-def _rolled_out(
-    network: WanTransformer, script: _Script, noise: Noise, recipe: Recipe, plan: _Plan, shift: float
-) -> Tensor:
-    """The judged part of a rollout, [B, F, C, H, W]; what comes before it stands under the first prompt."""
-    keys = network.prompt_keys(script.text_BPLE)
-    by_block = [keys.select(number_B) for number_B in script.prompt_BF[:, :: recipe.block].unbind(1)]
-    before = keys.select(torch.zeros_like(script.prompt_BF[:, 0]))
-    early = plan.blocks - plan.judged
-
-    def prompts(block: int) -> PromptKeys:
-        return by_block[block - early] if block >= early else before
-
-    count, used = plan.levels
-    recipe = recipe.with_levels(count)
-    levels = recipe.levels(shift)[:used]
-    learned_BFCHW = rollout(
-        recipe.schedule, network, recipe.memory(network), prompts, noise, levels,
-        blocks=plan.blocks, learning=plan.learned, given=script.given,
-    )  # fmt: skip
-    return torch.cat([*script.given, learned_BFCHW], dim=1)
+    return Script(embed(text, said.tokens_BPL), plan.prompts_of_judged(said.prompt_BF), given)
 
 
 def _student_strips(

@@ -56,6 +56,10 @@ class Dice:
         """A whole number in 0..high - 1."""
         return int(torch.randint(high, (), generator=self.generator))
 
+    def happens(self, share: float) -> bool:
+        """Whether something does that happens in this share of all cases: never in 0, always in 1."""
+        return bool(torch.rand((), generator=self.generator) < share)
+
     def state_dict(self) -> dict[str, Any]:
         return {"generator": self.generator.get_state()}
 

@@ -57,10 +57,11 @@ def commit(
 ) -> None:
     """Write a finished block into memory: one pass over it at level 0, its keys cut from any graph.
 
-    view: that of the block's denoising passes, where there is one already.
+    view: that of the block's denoising passes, where there is one already. It serves again, unless the memory shows
+    commits something else.
     """
     clean = clean_BFCHW.detach()
-    if view is None:
+    if view is None or not memory.shape.commits_keep_sink:
         view = network.memory_view(memory, clean, commits=True)
     keys = network.keys_to_commit(clean, _levels(clean, 0.0), prompt, view)
     memory.commit(keys, clean.shape[1], network.grid(clean))

@@ -28,10 +28,16 @@ class InFlight:
     noisy_BFCHW: Tensor
     prompt: PromptKeys
 
+    @property
+    def call(self) -> int:
+        """The number of the call that it goes through next. A call has the number of the block that enters in it."""
+        return self.block + self.step
+
 
 class Call(NamedTuple):
     """What one call made of the blocks in flight, oldest first: their numbers, levels and clean estimates."""
 
+    number: int
     blocks: tuple[int, ...]
     levels: tuple[float, ...]
     clean: tuple[Tensor, ...]
@@ -86,6 +92,7 @@ def calls(
         with torch.set_grad_enabled(keeps_graph(flight)):
             clean = _estimates(network, memory, flight, levels)
         call = Call(
+            number=flight[0].call,
             blocks=tuple(one.block for one in flight),
             levels=tuple(levels[one.step] for one in flight),
             clean=clean,
