@@ -354,6 +354,7 @@ def test_recall_in_words_and_json(engine, capsys, monkeypatch):
         "after": {"2": {"colour": 0.5, "landmark": 0.25}, "4": {"colour": 0.0, "landmark": 0.0}},
         "returned": {"2": 0.75, "4": 0.0},
         "stayed_away": {"2": 0.5, "4": 0.5},
+        "seen_first": {"after": {"2": {"colour": 1.0}}, "returned": {"2": 1.0}, "stayed_away": {"2": 0.0}},
     }
     asked = []
 
@@ -369,8 +370,9 @@ def test_recall_in_words_and_json(engine, capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out) == [result]
     assert main(arguments) == 0
     assert capsys.readouterr().out == (
-        "self_forcing after 2 s: colour 0.50, landmark 0.25 (returned 0.75, stayed away 0.50)\n"
-        "self_forcing after 4 s: colour 0.00, landmark 0.00 (returned 0.00, stayed away 0.50)\n"
+        "self_forcing, seen later, after 2 s: colour 0.50, landmark 0.25 (returned 0.75, stayed away 0.50)\n"
+        "self_forcing, seen later, after 4 s: colour 0.00, landmark 0.00 (returned 0.00, stayed away 0.50)\n"
+        "self_forcing, seen first, after 2 s: colour 1.00 (returned 1.00, stayed away 0.00)\n"
     )
     assert asked == [(("self_forcing",), engine, 40, 2, (2, 4), None, "cpu")] * 2
 

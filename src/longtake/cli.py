@@ -232,6 +232,8 @@ def evaluate_recall(
 ) -> int:
     """Let streams go on from the toy world while its camera looks away: is what returns the same?
 
+    Each scene is asked for twice: what came into sight later than the first frames, and what is there from them on.
+
     Args:
         recipe: Recipes to score; also codec and truth, the marks to compare with.
         model: The weights to score: a name, a folder, or a network's file. The codec is taken from a folder.
@@ -551,10 +553,11 @@ def _redirects_in_words(results: list[dict[str, Any]]) -> str:
 
 def _recall_in_words(results: list[dict[str, Any]]) -> str:
     return "\n".join(
-        f"{result['recipe']} after {second} s: {_shares_in_words(shares)} "
-        f"(returned {_share(result['returned'][second])}, stayed away {_share(result['stayed_away'][second])})"
+        f"{result['recipe']}, seen {seen}, after {second} s: {_shares_in_words(shares)} "
+        f"(returned {_share(table['returned'][second])}, stayed away {_share(table['stayed_away'][second])})"
         for result in results
-        for second, shares in result["after"].items()
+        for seen, table in (("later", result), ("first", result["seen_first"]))
+        for second, shares in table["after"].items()
     )
 
 

@@ -6,29 +6,31 @@ from random import Random
 from typing import Any
 
 import pytest
+import torch
 from tests.rendered import RenderedBatch, RenderedEngine
 from torch import Tensor
 
 from longtake.evaluation import recall
 from longtake.evaluation.sources import stacked
-from longtake.recipes import toy_codec
+from longtake.recipes import self_forcing_sink, toy_codec
 from longtake.toy.captions import parse
 from longtake.toy.detect import detect
-from longtake.toy.scenes import ATTRIBUTES, held_out_combinations, make_scene
+from longtake.toy.scenes import ATTRIBUTES, RATE, held_out_combinations, make_scene
+from longtake.toy.truth import truth
 
 REMEMBERED = ("subject", "colour", "landmark", "landmark_colour")
-TWO_SECONDS = {"away_start": 2.0, "away_seconds": 2.0, "away_every": 100.0}
+EVERYTHING, NOTHING = (dict.fromkeys(recall.RECALLED, share) for share in (1.0, 0.0))
 
 
 class SeeingEngine(RenderedEngine):
     """Goes on with what it detects in the given pictures; a forgetful one with anything but what it sees.
 
-    camera: when it looks away.
+    away_seconds: how long its camera stays away. looks_at: how many of the given pictures it looks at, from the first.
     """
 
-    def __init__(self, remembers: bool = True, **camera: float) -> None:
+    def __init__(self, remembers: bool = True, away_seconds: float = 2.0, looks_at: int | None = None) -> None:
         super().__init__()
-        self.remembers, self.camera = remembers, camera or TWO_SECONDS
+        self.remembers, self.away_seconds, self.looks_at = remembers, away_seconds, looks_at
 
     def pictures_in(self, blocks: int) -> int:
         return 12 * blocks - 3
@@ -37,13 +39,16 @@ class SeeingEngine(RenderedEngine):
     def stream_batch(
         self, prompts: Sequence[str], *, seeds: Sequence[int], pictures: Tensor | None = None
     ) -> Iterator[RenderedBatch]:
-        assert pictures is not None and pictures.shape[1] == 57  # the first whole block by which it has turned away
-        found, scenes = detect(pictures), []
+        # The first whole block by which the camera has turned away, five seconds after it has come.
+        assert pictures is not None and pictures.shape[1] in (105, 153)
+        began = pictures.shape[1] // RATE - 1
+        camera = {"away_start": float(began), "away_seconds": self.away_seconds, "away_every": 2000.0}
+        found, scenes = detect(pictures[:, : self.looks_at]), []
         for row, said in enumerate(map(parse, prompts)):
             seen = {name: ATTRIBUTES[name][int(getattr(found, name)[row])] for name in REMEMBERED}
             if not self.remembers:
                 seen = {name: other_than(value, name) for name, value in seen.items()}
-            scenes.append(make_scene(**self.camera, **(said | seen), landmark_front=False, landmark_x=40.0))
+            scenes.append(make_scene(**camera, **(said | seen), landmark_front=False, landmark_x=40.0))
         batch = RenderedBatch(prompts, seeds, obeys=True)
         batch.scenes, batch.pictures = stacked(scenes), pictures.shape[1]
         yield batch
@@ -59,24 +64,32 @@ def score(engine: Any, prompts: int = 2, after: Sequence[int] = (2,)) -> dict[st
 
 
 def test_who_remembers_recalls_everything() -> None:
-    table = score(SeeingEngine(), prompts=3)
-    assert table["after"] == {"2": {"colour": 1.0, "subject": 1.0, "landmark": 1.0}}
-    assert table["returned"] == table["stayed_away"] == {"2": 1.0}
-    assert (table["recipe"], table["levels"], table["prompts"]) == ("any", 4, 3)
+    table = score(SeeingEngine(), prompts=2)
+    for seen in (table, table["seen_first"]):
+        assert seen["after"] == {"2": EVERYTHING}
+        assert seen["returned"] == seen["stayed_away"] == {"2": 1.0}
+    assert (table["recipe"], table["levels"], table["prompts"]) == ("any", 4, 2)
     assert (table["seeds"], table["seed_list"]) == (1, [0])
     low, high = table["counts"]["2"]["landmark"]["interval_95"]
-    assert 0.4 < low < high == 1.0
+    assert 0.3 < low < high == 1.0
 
 
 def test_who_forgets_returns_but_recalls_nothing() -> None:
-    table = score(SeeingEngine(remembers=False))
-    assert table["after"] == {"2": {"colour": 0.0, "subject": 0.0, "landmark": 0.0}}
+    table = score(SeeingEngine(remembers=False), prompts=1)
+    assert table["after"] == table["seen_first"]["after"] == {"2": NOTHING}
+    assert table["returned"] == {"2": 1.0}
+
+
+def test_who_only_looks_at_the_first_pictures_recalls_only_what_was_seen_first() -> None:
+    table = score(SeeingEngine(looks_at=24), prompts=1)
+    assert table["seen_first"]["after"] == {"2": EVERYTHING}
+    assert table["after"]["2"]["colour"] == table["after"]["2"]["landmark"] == 0.0
     assert table["returned"] == {"2": 1.0}
 
 
 def test_who_never_returns_recalls_nothing() -> None:
-    table = score(SeeingEngine(away_start=2.0, away_seconds=1000.0, away_every=2000.0))
-    assert table["after"] == {"2": {"colour": 0.0, "subject": 0.0, "landmark": 0.0}}
+    table = score(SeeingEngine(away_seconds=1000.0), prompts=1)
+    assert table["after"] == {"2": NOTHING}
     assert (table["returned"], table["stayed_away"]) == ({"2": 0.0}, {"2": 1.0})
 
 
@@ -90,9 +103,9 @@ def test_one_stream_is_read_after_every_gap() -> None:
 
 def test_renders_keep_to_every_gap() -> None:
     (table,) = recall.evaluate_recall(["truth"], pytest.fail, prompts=1, seeds=1, after=[2, 4])
-    everything = {"colour": 1.0, "subject": 1.0, "landmark": 1.0}
-    assert table["after"] == {"2": everything, "4": everything}
-    assert table["returned"] == table["stayed_away"] == {"2": 1.0, "4": 1.0}
+    for seen in (table, table["seen_first"]):
+        assert seen["after"] == {"2": EVERYTHING, "4": EVERYTHING}
+        assert seen["returned"] == seen["stayed_away"] == {"2": 1.0, "4": 1.0}
     assert table["levels"] is None
 
 
@@ -106,6 +119,26 @@ def test_captions_do_not_tell_what_is_to_be_recalled() -> None:
         assert tuple(said) in held_out_combinations()
 
 
+@pytest.mark.parametrize("gap", [2, 60])
+def test_what_is_seen_later_is_out_of_sight_at_first_and_for_the_whole_gap(gap: int) -> None:
+    sink = toy_codec().pictures(self_forcing_sink().sink)
+    scenes = recall.turning(stacked([one.scene for one in recall.openings(20, [0])]), gap)
+    lead = recall.LEADS["later"] * RATE
+    true = truth(scenes, lead + round((recall.TURNED_SECONDS + gap) * RATE), -lead)
+    for visible_BF in (true.visible, true.landmark_visible):
+        assert visible_BF[:, : 2 * sink].max() == 0  # by far: the codec does not look ahead
+        assert visible_BF[:, -gap * RATE :].max() == 0
+        shown_BF = visible_BF[:, lead : lead + recall.SEEN_SECONDS * RATE] > 0.9
+        assert (shown_BF.sum(1) >= 24).all()
+        assert shown_BF[:, :sink].any(1).all()  # the sink of a stream that begins here
+
+
+def test_the_given_pictures_are_the_same_for_every_gap() -> None:
+    scene = recall.openings(1, [0])[0].scene
+    short, long = (truth(recall.turning(scene, gap), 48 + 104, -48) for gap in (2, 60))
+    assert all(torch.equal(one, other) for one, other in zip(short, long, strict=True))
+
+
 def test_what_cannot_be_scored_is_refused() -> None:
     for prompts in (0, 501):
         with pytest.raises(ValueError, match=f"1 to 500, not {prompts}"):
@@ -117,4 +150,4 @@ def test_what_cannot_be_scored_is_refused() -> None:
 
 def test_the_codec_is_a_mark_like_the_truth() -> None:
     (table,) = recall.evaluate_recall(["codec"], pytest.fail, prompts=1, seeds=1, after=[2], codec=toy_codec())
-    assert table["after"]["2"] == {"colour": 1.0, "subject": 1.0, "landmark": 1.0}
+    assert table["after"]["2"] == table["seen_first"]["after"]["2"] == EVERYTHING

@@ -108,13 +108,14 @@ def codec_source(codec: Codec) -> Source:
 
 
 @torch.no_grad()
-def through_codec(codec: Codec, scenes: Scenes, pictures: int) -> Iterator[Tensor]:
-    """The first pictures of scenes, encoded and decoded, piece by piece: uint8 [B, T, H, W, 3]."""
+def through_codec(codec: Codec, scenes: Scenes, pictures: int, first: int = 0) -> Iterator[Tensor]:
+    """So many pictures of scenes from number `first` on, encoded and decoded, in pieces: uint8 [B, T, H, W, 3]."""
     weight = next(codec.parameters())
     scenes = scenes.to(weight.device)
     encoder_state = decoder_state = None
-    for first, count in _blocks(codec.temporal_factor, pictures):
-        latents, encoder_state = codec.encode(render(scenes, count, first).frames_BFCHW.to(weight), encoder_state)
+    for begin, count in _blocks(codec.temporal_factor, pictures):
+        frames_BFCHW = render(scenes, count, first + begin).frames_BFCHW.to(weight)
+        latents, encoder_state = codec.encode(frames_BFCHW, encoder_state)
         decoded, decoder_state = codec.decode(latents, decoder_state)
         yield to_uint8(decoded)
 
