@@ -151,7 +151,7 @@ class _Plan:
         """ValueError for hours that are too few, or a state that cannot be streamed."""
         memory = engine.recipe.memory(engine.network)
         if engine.recipe.rolls and rules:
-            raise ValueError(f"recipe {recipe} has blocks in flight, which read no far state: leave its rules out")
+            raise ValueError(f"recipe {recipe} has blocks in flight, which cannot read a far state: name no rules")
         states: dict[str, FarShape] = {}
         if not engine.recipe.rolls:
             shape = engine.recipe.far or FarShape()
