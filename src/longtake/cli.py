@@ -191,6 +191,7 @@ def evaluate_redirect(
     levels: Annotated[int | None, arg(metavar="N")] = None,
     prompts: int = 40,
     seeds: int = 2,
+    in_flight: Literal["own", "new"] = "own",
     device: Annotated[str | None, arg(metavar="NAME")] = None,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     json: bool = False,
@@ -203,6 +204,7 @@ def evaluate_redirect(
         levels: Denoising steps of a block; unless given, as many as the recipe has.
         prompts: How many held-out captions.
         seeds: Streams for each caption.
+        in_flight: The prompt that blocks in flight go on under, their own or the new one, where a recipe has any.
         device: cpu, cuda, cuda:1, ...; unless given, the best there is.
         dtype: Precision; auto takes the fastest that is safe.
         json: Print a JSON list with one object for each recipe.
@@ -211,7 +213,12 @@ def evaluate_redirect(
 
     with _together(device) as (first, place):
         results = redirect.evaluate_redirect(
-            recipe, lambda name: _load(model, name, levels, place, dtype), prompts=prompts, seeds=seeds, progress=_say
+            recipe,
+            lambda name: _load(model, name, levels, place, dtype),
+            prompts=prompts,
+            seeds=seeds,
+            in_flight=in_flight,
+            progress=_say,
         )
     if first:
         print(dumps(results, indent=2) if json else _redirects_in_words(results))

@@ -95,8 +95,8 @@ def rolling_forcing(sink: int = 3) -> Recipe:
     A call sees the sink and the latest frames that fit the extent beside the blocks in flight: 3 of them while all 5
     are. What it finishes is committed by a pass of its own, which sees the latest frames alone, 18 of them.
 
-    sink: latent frames that never leave, 0, 3 (published) or 6; the latest ones seen are what is left of 6. ValueError
-    for any other number.
+    sink: latent frames of it, 0, 3 (published) or 6; while all blocks are in flight, what is left of 6 are the latest.
+    ValueError for any other number.
     """
     if sink not in (0, 3, 6):
         raise ValueError(f"sink must be 0, 3 or 6 latent frames, got {sink}")

@@ -8,6 +8,7 @@ import pytest
 import torch
 from tests import tiny
 
+from longtake.evaluation import growth
 from longtake.evaluation.growth import changed_block, error_growth, interval_95, latents_of, perturbed
 from longtake.memory.stream_memory import StreamMemory
 from longtake.recipes import self_forcing, self_forcing_sink
@@ -15,7 +16,9 @@ from longtake.recipes import self_forcing, self_forcing_sink
 PROMPTS, SEEDS = ["one", "two"], [3, 4]
 
 
-@pytest.mark.parametrize("recipe", [self_forcing(), self_forcing_sink()], ids=lambda recipe: recipe.name)
+@pytest.mark.parametrize(
+    "recipe", [self_forcing(), self_forcing_sink(), tiny.rolling_recipe()], ids=lambda recipe: recipe.name
+)
 def test_nothing_grows_from_nothing(recipe):
     found = error_growth(replace(tiny.engine(), recipe=recipe), PROMPTS, SEEDS, blocks=4, size=0.0)
     assert found.latents_BK.shape == found.pictures_BK.shape == (2, 5)
@@ -23,9 +26,16 @@ def test_nothing_grows_from_nothing(recipe):
     assert (found.unrelated_latents_BK > 0.1).all() and (found.unrelated_pictures_BK > 0).all()
 
 
-def test_blocks_in_flight_cannot_be_told_of_a_change():
-    with pytest.raises(ValueError, match="rolling_forcing has blocks in flight, which saw the block before it changed"):
-        error_growth(tiny.engine(tiny.rolling_recipe()), PROMPTS, SEEDS, blocks=1, size=0.0)
+def test_blocks_in_flight_are_the_same_beside_a_changed_block(monkeypatch):
+    engine, began = tiny.engine(tiny.rolling_recipe()), []
+    latents = growth.latents_of
+    monkeypatch.setattr(growth, "latents_of", lambda *a: began.append(a[4]) or latents(*a))
+    found = error_growth(engine, PROMPTS, SEEDS, blocks=0, size=0.1)
+    stream, twin = began
+    assert [(one.block, one.step) for one in stream] == [(3, 2), (4, 1)] and stream == twin and stream is not twin
+    torch.testing.assert_close(found.latents_BK, torch.full((2, 1), 0.1), atol=0, rtol=1e-5)
+    found = error_growth(engine, PROMPTS, SEEDS, blocks=4, size=0.1)
+    assert (found.latents_BK[:, 1:] > 0).all()
 
 
 def test_the_first_difference_is_the_change_and_later_ones_follow_from_it():

@@ -160,6 +160,20 @@ def test_whole_streams_are_held_out():
     assert torch.equal(recorded.held_out[-1].v_LTND, made[5].blocks[1].v_LTND)
 
 
+def test_of_blocks_in_flight_only_the_growth_of_an_error_is_measured(tmp_path):
+    rolling = tiny.engine(tiny.rolling_recipe())
+    result = table(rolling)
+    assert result["layers"] == [] and result["mean_of_layers"] == {} and result["at_seconds"] == []
+    assert result["error_growth"]["changed_block"] == 2
+    assert len(result["error_growth"]["latents"]["mean"]) == SMALL["blocks"] + 1
+    assert table().keys() - result.keys() == {"recorded_blocks", "held_out_blocks"}
+    with pytest.raises(ValueError, match="recipe any has blocks in flight, which cannot read a far state"):
+        table(rolling, rules=["keep"])
+    pytest.importorskip("matplotlib")
+    memory_plot.draw([result, table()], tmp_path / "memory.png")
+    assert (tmp_path / "memory.png").stat().st_size > 1000
+
+
 def test_rules_have_names_and_numbers():
     assert far_rules(["keep", "decay", "decay=", "decay=9", "cap=12", "delta", "delta=30"]) == {
         "keep": Keep(),

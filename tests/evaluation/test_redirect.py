@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.rendered import RenderedEngine
+from tests.rendered import RenderedBatch, RenderedEngine
 
 from longtake.evaluation import redirect
 from longtake.evaluation.sources import held_out_captions
@@ -47,6 +47,16 @@ def test_a_deaf_engine_reaches_nothing() -> None:
     assert 1.0 not in table["reached_within_4s"].values() and 0.0 in table["reached_within_4s"].values()
     assert table["median_seconds"] is None
     assert table["kept_unchanged"] == 1.0
+
+
+def test_streams_are_told_what_becomes_of_blocks_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+    told, act = [], RenderedBatch.redirect
+    monkeypatch.setattr(
+        RenderedBatch, "redirect", lambda self, prompts, **how: told.append(how) or act(self, prompts, **how)
+    )
+    engine = RenderedEngine()
+    (table,) = redirect.evaluate_redirect(["any"], lambda name: engine, prompts=1, seeds=1, in_flight="new")
+    assert table["in_flight"] == "new" and told == [{"in_flight": "new"}] * 2
 
 
 def test_the_first_of_two_windows_is_when_it_is_reached() -> None:

@@ -1,6 +1,7 @@
 """The laws of a window of blocks in flight, on a tiny random network."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import islice, pairwise
 
 import pytest
@@ -9,10 +10,12 @@ from tests import tiny
 from torch import Tensor
 
 from longtake.generation.blockwise import blockwise, commit
+from longtake.generation.recipe import Recipe
 from longtake.generation.rolling import Call, InFlight, calls, rolling
 from longtake.memory.stream_memory import MemoryShape, StreamMemory
 from longtake.memory.window import WindowShape
 from longtake.models.wan import PromptKeys, WanTransformer
+from longtake.recipes import self_forcing_sink
 
 T = len(tiny.LEVELS)
 
@@ -191,6 +194,65 @@ def test_a_long_stream_keeps_its_books_and_finite_positions() -> None:
         sizes.append((memory.nbytes(), len(flight)))
     assert len(set(sizes[10:])) == 1
     assert all(one.block + 1 == other.block and one.step == other.step + 1 for one, other in pairwise(flight))
+
+
+class Told:
+    """A text encoder that tells prompts apart by their length, so that they matter."""
+
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        return torch.cat([tiny.text(seed=len(prompt))[:, 0] for prompt in prompts]).float()
+
+
+def redirected(recipe: Recipe, blocks: int = 2, **how: str) -> list[bool]:
+    """Whether the next four blocks, after so many, stand under what the stream is told then."""
+    engine, under = replace(tiny.engine(recipe), text=Told()), []
+    told, keys_to_commit = engine.prompt_keys("anything else").layers[0][0], engine.network.keys_to_commit
+
+    def noted(clean, level_BF, prompts, view):
+        under.append(torch.equal(prompts.layers[0][0], told))
+        return keys_to_commit(clean, level_BF, prompts, view)
+
+    engine.network.keys_to_commit = noted
+    with engine.stream("anything", seed=7) as stream:
+        for _ in range(blocks):
+            next(stream)
+        stream.redirect("anything else", **how)
+        for _ in range(4):
+            next(stream)
+    assert not any(under[:blocks])
+    return under[blocks:]
+
+
+def test_blocks_in_flight_go_on_under_their_own_prompt_or_the_new_one() -> None:
+    """With T blocks in flight a redirect is shown T - 1 blocks later than block by block, or as soon."""
+    assert redirected(tiny.rolling_recipe()) == [False, False, True, True]
+    assert redirected(tiny.rolling_recipe(), in_flight="own") == [False, False, True, True]
+    assert redirected(tiny.rolling_recipe(), in_flight="new") == [True] * 4
+    assert redirected(self_forcing_sink()) == redirected(self_forcing_sink(), in_flight="new") == [True] * 4
+
+
+def test_a_redirect_before_the_first_block_finds_nothing_in_flight() -> None:
+    assert redirected(tiny.rolling_recipe(), blocks=0) == [True] * 4
+
+
+def test_under_the_new_prompt_blocks_in_flight_go_through_the_network_as_one() -> None:
+    engine = replace(tiny.engine(tiny.rolling_recipe()), text=Told())
+    forward, numbers = engine.network.forward, []
+    with engine.stream_batch(["anything", "more"], seeds=[7, 8]) as streams:
+        next(streams)
+        engine.network.forward = lambda *a: numbers.append(a[4]) or forward(*a)
+        streams.redirect(["anything else", "less"])
+        next(streams)
+        streams.redirect(["nothing", "all"], in_flight="new")
+        next(streams)
+    assert numbers[0][:, :: tiny.BLOCK].tolist() == [[0, 0, 1]] * 2 and numbers[1] is None
+
+
+def test_another_choice_is_refused_and_changes_nothing() -> None:
+    with tiny.engine(tiny.rolling_recipe()).stream("anything") as stream:
+        with pytest.raises(ValueError, match="their own prompt or the new one, got 'all'"):
+            stream.redirect("anything else", in_flight="all")
+        assert stream.prompt == "anything"
 
 
 def test_streams_of_an_engine_roll_too() -> None:

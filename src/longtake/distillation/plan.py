@@ -76,7 +76,7 @@ def draw_plan(
     # Half of those that begin with nothing are as long as the clip, the others may be longer.
     longer = 0 if given else shared.below(2) * shared.below(most_blocks - judged + 1)
     by_windows = recipe.rolls and not shared.happens(self_forcing_share)
-    # Which calls learn: those that make the step of the exit, or those of the windows' offset, after all steps.
+    # What learns: calls at the exit step, or windows with an offset, in which all steps are made.
     step = shared.below(count)
     used, offset = (count, step) if by_windows else (1 + step, None)
     return Plan((count, used), judged + longer, judged - given, recipe.block, given, offset)
@@ -114,7 +114,7 @@ def rolled_out(
 
 
 def _schedule(recipe: Recipe, plan: Plan) -> Schedule:
-    """The recipe's own; of one that rolls it is known by its windows, or Self Forcing's takes its place."""
+    """The recipe's own. One that rolls is learned by its windows, or block by block over the same memory."""
     if not recipe.rolls:
         return recipe.schedule
     return blockwise if plan.offset is None else partial(windows, offset=plan.offset)

@@ -204,9 +204,9 @@ class DmdStage(Stage):
     `pool`, to the length of the teacher's clip: a student learns to go on from any moment. The others begin with
     nothing; they are as long as the teacher's clip, or up to `most_blocks` and learn on their last part.
 
-    levels: numbers of them, in turn by chance; none: each recipe's own. self_forcing_share: of the rollouts of a recipe
-    that rolls, those that go block by block, over the same memory (Rolling Forcing, arXiv 2509.25161: half); the others
-    go by windows. Recipes that do not roll have no use for it.
+    levels: how many there may be, drawn for each rollout; none given: as many as the recipe has. self_forcing_share: of
+    a recipe that rolls, the share of rollouts that go block by block over the same memory, 0 to 1 (published: half,
+    arXiv 2509.25161); the others go by windows, see `rollout.windows`. Recipes that do not roll have no use for it.
     far_lr: rate of the projections of what is read from far states. They begin at zero, and Adam moves a weight by
     about its rate a step. pull: weight of the pull to the teacher's own sample from the rollout's noise (published:
     0.05), made in `pull_steps` steps under `pull_guidance`; of rollouts that exit at the first step, begin with nothing

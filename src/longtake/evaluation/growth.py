@@ -3,7 +3,7 @@
 A twin leaves each stream when its window is about to be full: its next block is the stream's own, plus noise of a
 given size. Memory and codec take the changed block for the truth; from then on both go on by the same schedule, under
 the same prompt and with the same noise. A method that corrects itself brings the twin back, one that accumulates
-errors loses it.
+errors loses it. Blocks in flight saw the block as it was; they go on alike in both, and see it changed from then on.
 
 Shapes: B streams, K blocks from the changed one on, F latent frames, C channels, H W height and width.
 """
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from longtake.generation.blockwise import commit
 from longtake.generation.noise import SeededNoise, generator_for
+from longtake.generation.rolling import InFlight
 from longtake.generation.stream import Engine, to_uint8
 from longtake.memory.stream_memory import StreamMemory
 from longtake.models.wan import PromptKeys
@@ -50,14 +51,11 @@ def error_growth(engine: Engine, prompts: Sequence[str], seeds: Sequence[int], *
         seeds: of each stream's noise, and of its change.
         blocks: how many follow the changed one.
         size: of the change, beside the block's own norm; 0 changes nothing, and nothing differs ever after.
-
-    ValueError for a recipe with blocks in flight.
     """
-    if engine.recipe.in_flight > 1:
-        raise ValueError(f"recipe {engine.recipe.name} has blocks in flight, which saw the block before it changed")
     network, prompt = engine.network, engine.prompt_keys(*prompts)
     memory = StreamMemory(engine.recipe.memory(network), network.config.layers, ring=True)
-    stream = latents_of(engine, memory, prompt, seeds)
+    in_flight: list[InFlight] = []
+    stream = latents_of(engine, memory, prompt, seeds, in_flight)
     first, state = changed_block(engine), None
     for latents_BFCHW in islice(stream, first):
         _, state = engine.codec.decode(latents_BFCHW.to(engine.dtype), state)
@@ -65,7 +63,7 @@ def error_growth(engine: Engine, prompts: Sequence[str], seeds: Sequence[int], *
     clean_BFCHW = next(stream)
     changed_BFCHW = perturbed(clean_BFCHW, seeds, first, size)
     commit(network, other, changed_BFCHW, prompt)
-    twin = latents_of(engine, other, prompt, seeds)
+    twin = latents_of(engine, other, prompt, seeds, list(in_flight))
 
     found = []
     for pair in islice(chain([(clean_BFCHW, changed_BFCHW)], zip(stream, twin, strict=True)), 1 + blocks):
@@ -83,11 +81,18 @@ def error_growth(engine: Engine, prompts: Sequence[str], seeds: Sequence[int], *
     return Growth(*(torch.stack(parts, 1).cpu() for parts in zip(*found, strict=True)))
 
 
-def latents_of(engine: Engine, memory: StreamMemory, prompt: PromptKeys, seeds: Sequence[int]) -> Iterator[Tensor]:
-    """Latent blocks by the engine's schedule, going on from what a memory holds, with the noise of these streams."""
+def latents_of(
+    engine: Engine, memory: StreamMemory, prompt: PromptKeys, seeds: Sequence[int],
+    in_flight: list[InFlight] | None = None,
+) -> Iterator[Tensor]:  # fmt: skip
+    """Latent blocks by the engine's schedule, going on from what a memory holds, with the noise of these streams.
+
+    in_flight: the blocks that it goes on with, if any; see `rolling`.
+    """
     recipe = engine.recipe
     noise = SeededNoise(seeds, (recipe.block, *engine.latent_size), engine.device, torch.float32)
-    return recipe.schedule(engine.network, memory, lambda block: prompt, noise, recipe.levels(engine.shift))
+    schedule = recipe.schedule_with([] if in_flight is None else in_flight)
+    return schedule(engine.network, memory, lambda block: prompt, noise, recipe.levels(engine.shift))
 
 
 def changed_block(engine: Engine) -> int:

@@ -80,7 +80,8 @@ def evaluate_memory(
         progress: is told, in words, how far it is.
 
     Returns:
-        For each recipe a table ready for JSON: of a far state, lists of each layer go by `marks` or by `ages`.
+        For each recipe a table ready for JSON: of a far state, lists of each layer go by `marks` or by `ages`. They are
+        empty of a recipe with blocks in flight, which can have none: of it, the growth of an error is measured.
 
     Raises:
         ValueError: fewer than two streams, or anything that cannot be measured.
@@ -105,7 +106,7 @@ def evaluate_memory(
             "prompts": prompts,
             "seeds": seeds,
             "hours": hours,
-            **_far_table(plan, streams, blocks, progress),
+            **(_far_table(plan, streams, blocks, progress) if plan.states else _no_far_table(plan)),
             "error_growth": _growth_table(plan, streams, blocks, perturb, progress),
             "seed_list": seed_numbers,
             "seed_of_a_video": "100000 * seed + number of the caption, from 0",
@@ -121,7 +122,7 @@ class _Stream(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class _Plan:
-    """What is measured of one recipe. states: the far states to follow, by the name of their rule."""
+    """What is measured of one recipe. states: the far states to follow, by the name of their rule, if any can be."""
 
     recipe: str
     engine: Engine
@@ -137,9 +138,13 @@ class _Plan:
     def of(cls, recipe: str, engine: Engine, hours: float, rules: Mapping[str, Rule]) -> Self:
         """ValueError for hours that are too few, or a state that cannot be streamed."""
         memory = engine.recipe.memory(engine.network)
-        shape = engine.recipe.far or FarShape()
-        states = {name: replace(shape, rule=rule) for name, rule in rules.items()} or {OWN: shape}
-        replace(memory, far=shape).require_fit(engine.recipe.block, engine.network.config.extent)
+        if engine.recipe.rolls and rules:
+            raise ValueError(f"recipe {recipe} has blocks in flight, which cannot read a far state: name no rules")
+        states: dict[str, FarShape] = {}
+        if not engine.recipe.rolls:
+            shape = engine.recipe.far or FarShape()
+            states = {name: replace(shape, rule=rule) for name, rule in rules.items()} or {OWN: shape}
+            replace(memory, far=shape).require_fit(engine.recipe.block, engine.network.config.extent)
         setting = Setting(
             memory=memory, block=engine.recipe.block, grid=engine.network.grid(torch.empty(1, 1, *engine.latent_size))
         )
@@ -202,6 +207,12 @@ def _far_table(plan: _Plan, streams: Sequence[_Stream], blocks: int, progress: C
             for layer in range(len(shares_LK))
         ],
     }
+
+
+def _no_far_table(plan: _Plan) -> dict[str, Any]:
+    """The table of a recipe that cannot have a far state."""
+    nothing = ("marks", "at_seconds", "ages", "ages_seconds", "layers")
+    return {"block_seconds": plan.block_seconds, "mean_of_layers": {}} | {name: [] for name in nothing}
 
 
 def _of_layers(found: Retention, block_seconds: float) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ Shapes: B streams, T pictures, W windows.
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import product
 from random import Random
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ from torch import Tensor
 from longtake import parallel
 from longtake.evaluation.scores import Score, Tally, asked_for, joined, tally
 from longtake.evaluation.sources import batches, clip_seed, held_out_captions, seed_list
-from longtake.generation.stream import Engine
+from longtake.generation.stream import Engine, PromptInFlight
 from longtake.toy.captions import (
     COLOUR_CLAUSES,
     PHRASES,
@@ -100,6 +101,7 @@ def evaluate_redirect(
     *,
     prompts: int = 40,
     seeds: int = 2,
+    in_flight: PromptInFlight = "own",
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Score how recipes follow a redirect of one attribute.
@@ -109,6 +111,7 @@ def evaluate_redirect(
         engine_of: loads the engine of a recipe.
         prompts: how many captions of the fixed held-out list, 1 to 1000.
         seeds: streams for each caption, with seeds 0, 1, ...
+        in_flight: which prompt blocks in flight go on under, their own or the new one, as for `Stream.redirect`.
         progress: is told, in words, how far it is.
 
     Returns:
@@ -119,17 +122,19 @@ def evaluate_redirect(
         ValueError: no captions, more than there are, or no seeds.
     """
     chosen = redirects(held_out_captions(prompts), seed_list(seeds))
+    watch = partial(_watch, chosen=chosen, in_flight=in_flight, progress=progress)
     engines = {recipe: engine_of(recipe) for recipe in recipes}  # an unknown name is refused before work begins
     results = []
     for recipe, engine in engines.items():
-        told = _watch(f"{recipe}, redirected", engine, chosen, [one.told for one in chosen], progress)
-        control = _watch(f"{recipe}, left alone", engine, chosen, [one.caption for one in chosen], progress)
+        told = watch(f"{recipe}, redirected", engine, [one.told for one in chosen])
+        control = watch(f"{recipe}, left alone", engine, [one.caption for one in chosen])
         results.append(
             {
                 "recipe": recipe,
                 "levels": len(engine.recipe.steps),
                 "prompts": prompts,
                 "seeds": seeds,
+                "in_flight": in_flight,
                 **_table(chosen, told, control),
                 "seed_list": seed_list(seeds),
                 "seed_of_a_video": "100000 * seed + number of the caption, from 0",
@@ -152,14 +157,15 @@ class _Watched(NamedTuple):
 
 
 def _watch(
-    name: str, engine: Engine, chosen: Sequence[Redirect], told: Sequence[str], progress: Callable[[str], None]
-) -> _Watched:
+    name: str, engine: Engine, told: Sequence[str],
+    *, chosen: Sequence[Redirect], in_flight: PromptInFlight, progress: Callable[[str], None],
+) -> _Watched:  # fmt: skip
     """Stream every caption, go on as told, and read the pictures, a batch at a time."""
     streams = zip(range(1, len(chosen) + 1), chosen, told, strict=True)
 
     def read(job: Sequence[tuple[int, Redirect, str]]) -> _Watched:
         numbers, batch, texts = zip(*job, strict=True)
-        watched = _read(*_pictures(engine, batch, texts), batch)
+        watched = _read(*_pictures(engine, batch, texts, in_flight), batch)
         progress(f"{name}: streams {numbers[0]} to {numbers[-1]} of {len(chosen)}")
         return watched
 
@@ -167,11 +173,13 @@ def _watch(
     return _Watched(joined(before), torch.cat(reads), joined(last))
 
 
-def _pictures(engine: Engine, batch: Sequence[Redirect], told: Sequence[str]) -> tuple[Tensor, Tensor]:
+def _pictures(
+    engine: Engine, batch: Sequence[Redirect], told: Sequence[str], in_flight: PromptInFlight
+) -> tuple[Tensor, Tensor]:
     """The pictures before and after streams are told how to go on: [B, T, H, W, 3] each."""
     with engine.stream_batch([one.caption for one in batch], seeds=[one.seed for one in batch]) as streams:
         before = _at_least(BEFORE_SECONDS * RATE, streams)
-        streams.redirect(told)
+        streams.redirect(told, in_flight=in_flight)
         return before, _at_least(AFTER_SECONDS * RATE, streams)
 
 

@@ -3,12 +3,14 @@
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol, Self
 
 from torch import Tensor
 
 from longtake.flow import TIMESTEPS, warped_levels
 from longtake.generation.noise import Noise
+from longtake.generation.rolling import InFlight, rolling
 from longtake.memory.far import FarShape
 from longtake.memory.stream_memory import MemoryShape, StreamMemory
 from longtake.memory.view import Attend
@@ -40,8 +42,8 @@ class Recipe:
     """One named method. Frames are latent frames; `steps` is a published step list (in thousandths, unshifted).
 
     far: what is made of frames that left the window; None forgets them. near: how the window is attended.
-    rolls: whether the schedule denoises as many blocks together as there are steps. They come on top of sink and past;
-    where fewer are in flight, what that leaves of the extent is for more of the past.
+    rolls: whether the schedule is `rolling`, which denoises as many blocks together as there are steps. They come on
+    top of sink and past; where fewer are in flight, what that leaves of the extent is for more of the past.
     """
 
     name: str
@@ -63,6 +65,12 @@ class Recipe:
     def file_name(self) -> str:
         """The name in letters that every file system takes."""
         return re.sub(r"[^\w.-]+", "_", self.name)
+
+    def schedule_with(self, in_flight: list[InFlight]) -> Schedule:
+        """The schedule of a stream whose blocks in flight are kept in this list, see `rolling`: all that goes on from
+        one call to the next beside the memory. It stays empty where a block is finished before the next begins.
+        """
+        return partial(rolling, in_flight=in_flight) if self.rolls else self.schedule
 
     def memory(self, network: WanTransformer) -> MemoryShape:
         """The memory of this recipe for a network, positions capped at the extent it was trained on.

@@ -7,9 +7,9 @@ import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import NamedTuple, Protocol, Self
+from typing import Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -18,12 +18,16 @@ from torch import Tensor
 from longtake.generation.blockwise import commit
 from longtake.generation.noise import SeededNoise
 from longtake.generation.recipe import Recipe
+from longtake.generation.rolling import InFlight
 from longtake.memory.stream_memory import StreamMemory
 from longtake.models.codec import Codec, CodecState
 from longtake.models.wan import PromptKeys, WanTransformer
 
 FAR_AFTER_REDIRECT = 1.0  # as it was, until a trained far state can be measured
 FAR_AFTER_CUT = 0.0  # a new shot owes nothing to the old one
+
+PromptInFlight = Literal["own", "new"]
+"""Which prompt blocks in flight go on under after a redirect: the one that they began with, or the new one."""
 
 
 class TextEncoder(Protocol):
@@ -180,7 +184,8 @@ class StreamBatch(_Closing):
         self._memory: StreamMemory | None = memory
         if pictures_BTHWC is not None:
             self._begin_with(pictures_BTHWC, memory)
-        self._latents: Iterator[Tensor] | None = engine.recipe.schedule(
+        self._in_flight: list[InFlight] = []
+        self._latents: Iterator[Tensor] | None = engine.recipe.schedule_with(self._in_flight)(
             engine.network,
             memory,
             lambda block: self._prompt_keys,
@@ -197,9 +202,15 @@ class StreamBatch(_Closing):
             self._decode(latents_BFCHW)  # for the state that the next block goes on from
         self.blocks, self.pictures = memory.blocks, pictures_BTHWC.shape[1]
 
-    def redirect(self, prompts: Sequence[str], *, far: float = FAR_AFTER_REDIRECT) -> None:
+    def redirect(
+        self, prompts: Sequence[str], *, far: float = FAR_AFTER_REDIRECT, in_flight: PromptInFlight = "own"
+    ) -> None:
         """Go on under other prompts, one a stream, from the next block, as `Stream.redirect`."""
+        if in_flight not in ("own", "new"):
+            raise ValueError(f"blocks in flight go on under their own prompt or the new one, got {in_flight!r}")
         self._go_on_under(prompts, lambda memory: memory.fade_far(far))
+        if in_flight == "new":
+            self._in_flight[:] = [replace(one, prompt=self._prompt_keys) for one in self._in_flight]
 
     def cut(self, prompts: Sequence[str], *, far: float = FAR_AFTER_CUT) -> None:
         """Begin a new shot in every stream, each under its own prompt, with the next block, as `Stream.cut`."""
@@ -244,6 +255,7 @@ class StreamBatch(_Closing):
     def close(self) -> None:
         """Let go of memory and codec state; closed streams make no more pictures."""
         self._latents = self._memory = self._codec_state = None  # the schedule holds the memory too
+        self._in_flight.clear()
 
     @torch.no_grad()
     def _decode(self, latents_BFCHW: Tensor) -> Tensor:
@@ -268,16 +280,20 @@ class Stream(_Closing):
     def prompt(self) -> str:
         return self._batch.prompts[0]
 
-    def redirect(self, prompt: str, *, far: float = FAR_AFTER_REDIRECT) -> None:
+    def redirect(
+        self, prompt: str, *, far: float = FAR_AFTER_REDIRECT, in_flight: PromptInFlight = "own"
+    ) -> None:  # fmt: skip
         """Go on under another prompt, from the next block. The window stays, so what is seen changes as it goes on.
 
         Where a recipe has several blocks in flight, the next one is the next to enter: those in flight go on under
-        the prompt that they began with, and are shown before it.
+        their own prompt, the one that they began with, and are shown before it. in_flight: "new" puts them all under
+        the new prompt at once, for the steps that they have left: it acts sooner, on blocks that are half made. Without
+        blocks in flight the two are the same.
         far: the share of the far state that weighs on, 0 (none) to 1 (all); recipes without one take any share and
         have nothing to fade. The default is not a measured one: there are no weights yet that read a far state.
         ValueError, for a prompt that cannot be read or another share, changes nothing.
         """
-        self._batch.redirect([prompt], far=far)
+        self._batch.redirect([prompt], far=far, in_flight=in_flight)
 
     def cut(self, prompt: str, *, far: float = FAR_AFTER_CUT) -> None:
         """Begin a new shot with the next block: the window is forgotten, and positions start over.
