@@ -31,6 +31,11 @@ def test_each_frame_has_its_own_level() -> None:
 def test_published_step_lists() -> None:
     warped = [round(1000 * level, 3) for level in flow.warped_levels([1000, 750, 500, 250], 5)]
     assert warped == [1000, 937.5, 833.333, 625]
+    teacher = [
+        1000, 991.7, 982.9, 973.5, 963.3, 952.4, 940.6, 927.8, 914.0, 898.9, 882.4, 864.2, 844.2, 821.9, 797.1, 769.2,
+        737.7, 701.8, 660.4, 612.2, 555.6, 487.8, 405.4, 303.0, 172.4,
+    ]  # fmt: skip
+    assert [round(1000 * level, 1) for level in flow.even_levels(25, 5)] == teacher
 
 
 def test_published_code_looks_levels_up_in_a_grid_that_ends_above_zero() -> None:

@@ -53,7 +53,8 @@ def rolling_recipe() -> Recipe:
 
 
 def engine(recipe: Recipe | None = None) -> Engine:
-    """A stream's whole engine, in fp32."""
+    """A stream's whole engine, in fp32; its network can read what the recipe remembers."""
+    chosen = recipe or self_forcing_sink()
     torch.manual_seed(3)
     codec = LightCodec(
         LightCodecConfig(
@@ -66,9 +67,9 @@ def engine(recipe: Recipe | None = None) -> Engine:
     )
     return Engine(
         model_name="tiny",
-        recipe=recipe or self_forcing_sink(),
+        recipe=chosen,
         text=AnyText(),
-        network=network().float().requires_grad_(False),
+        network=network(reads_far=chosen.far is not None).float().requires_grad_(False),
         codec=codec.requires_grad_(False),
         latent_size=LATENTS[1:],
         frame_rate=16,

@@ -61,12 +61,12 @@ def hybrid_forcing(
     life or the cap in latent frames, which decay and cap need. features: of the far state, beside the size of a head:
     0.5, 1 (published), 2 or 4. stiffness: how hard delta holds on to the old. turns: the positions that features of the
     far state bear, "all" (published) or "space", row and column but not frame: then it is the same how long ago
-    something was absorbed. Blocks are a third of the embedded model's latent frame; published are 64 tokens of 1,560.
-    ValueError for what cannot be.
+    something was absorbed. Blocks are rows of the embedded model's latent frames, 12 tokens of 84; published are 64 of
+    1,560. ValueError for what cannot be.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must be above 0 and at most 1, got {share}")
-    near = partial(block_sparse, share=share, block_q=28, block_k=28)
+    near = partial(block_sparse, share=share, block_q=12, block_k=12)
     return replace(
         self_forcing_sink(), name="hybrid_forcing", far=_far_state(far, frames, features, stiffness, turns), near=near
     )

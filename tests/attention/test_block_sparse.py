@@ -60,6 +60,16 @@ def test_reading_the_chosen_equals_its_definition_with_gradients(it: Case, share
     )
 
 
+@pytest.mark.parametrize("keys", [4680, 9360, 14040])  # of the first, the second and later blocks at 480p
+def test_published_windows_equal_their_definition_with_gradients(keys: int) -> None:
+    it = case(72, keys, 64, 64, batch=1, heads=1, head_dim=16)
+    assert_alike(
+        lambda q, k, v: block_sparse.block_sparse(q, k, v, share=0.2, **it.blocks),
+        lambda q, k, v: reference.attend_blocks(q, k, v, it.chosen(0.2), **it.blocks),
+        [*it[:3]],
+    )
+
+
 @given(it=CASES, share=SHARES)
 @FEW
 def test_choosing_and_reading_in_one_is_one_after_the_other(it: Case, share: float) -> None:

@@ -50,6 +50,16 @@ def test_reading_the_chosen_equals_its_definition_with_gradients(it: Case, share
     )
 
 
+def test_a_published_window_equals_its_definition_with_gradients() -> None:
+    it = made(72, 14040, 64, 64, batch=1, heads=1, head_dim=16)
+    chosen = it.chosen(0.2)
+    assert_alike(
+        lambda q, k, v: kernels.attend_blocks(q, k, v, chosen, **it.blocks),
+        lambda q, k, v: reference.attend_blocks(q, k, v, chosen, **it.blocks),
+        [*it[:3]],
+    )
+
+
 BFLOAT16 = pytest.param(
     torch.bfloat16, 3e-2, marks=pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter multiplies no bfloat16")
 )

@@ -261,15 +261,16 @@ class LeafNoise:
         return self.drawn.setdefault((block, step), tiny.noise(7)(block, step).requires_grad_())
 
 
-def test_no_gradient_passes_through_memory_or_earlier_steps() -> None:
-    made = tiny.network()
+@pytest.mark.parametrize("shape", [SHAPE, HYBRID])
+def test_no_gradient_passes_through_memory_or_earlier_steps(shape: MemoryShape) -> None:
+    made = hybrid_network()
     noise = LeafNoise()
-    out = roll(made, noise, levels=(1.0,))
+    out = roll(made, noise, levels=(1.0,), shape=shape)
     out[:, -tiny.BLOCK :].square().sum().backward()
     reached = {block for (block, _), leaf in noise.drawn.items() if leaf.grad is not None and leaf.grad.abs().sum() > 0}
     assert reached == {3}
     noise = LeafNoise()
-    roll(made, noise).square().sum().backward()
+    roll(made, noise, shape=shape).square().sum().backward()
     assert all(leaf.grad is None for leaf in noise.drawn.values()), "only the last estimate keeps its graph"
 
 

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -142,6 +144,18 @@ def test_a_network_that_learns_to_read_far_states_is_still_the_one_it_was() -> N
     assert torch.equal(
         made(noisy, level, prompts, made.clip_view(noisy)), plain(noisy, level, prompts, made.clip_view(noisy))
     )
+
+
+def test_the_published_size_has_the_published_number_of_tensors() -> None:
+    """Wan2.1-T2V-1.3B, and what Hybrid Forcing adds to it."""
+    shape = WanConfig(dim=1536, heads=12, ffn_dim=8960, layers=30, text_dim=4096)
+    for config, tensors, numbers in (
+        (shape, 825, 1_418_996_800),
+        (replace(shape, reads_far=True), 885, 1_419_492_160),
+    ):
+        with torch.device("meta"):
+            weights = WanTransformer(config).state_dict()
+        assert (len(weights), sum(x.numel() for x in weights.values())) == (tensors, numbers)
 
 
 @torch.no_grad()

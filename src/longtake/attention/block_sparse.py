@@ -17,7 +17,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from longtake.attention import reference
 from longtake.attention.dense import dense
 
-GATHERED_AT_ONCE = 2**16  # numbers of the keys, and as many of the values: copies that stay in a processor's cache
+GATHERED_AT_ONCE = 2**17  # numbers of the keys, and as many of the values: copies that stay in a processor's cache
 
 
 def block_sparse(
