@@ -46,6 +46,13 @@ def test_a_pool_hands_out_clips_and_renews_them() -> None:
     assert len({round(x.double().sum().item(), 3) for x in torch.cat([whole, renewed])}) == 3
 
 
+def test_other_seeds_are_other_scenes_however_large() -> None:
+    drawn = [
+        training_scenes(2, (seed << 32) + made, torch.device("cpu"))[0] for seed, made in product((42, 43), (0, 8))
+    ]
+    assert len({tuple(scenes.uniforms.flatten().tolist()) for scenes in drawn}) == 4
+
+
 def test_the_second_prompt_begins_with_the_first_latent_frame_after_the_change() -> None:
     scene = make_scene(time="day", change_seconds=1.0, after={"time": "night"})  # picture 16
     assert prompt_of_frames(scene, 8, 4).tolist() == [[0, 0, 0, 0, 0, 1, 1, 1]]  # frame 5 holds pictures 17 to 20

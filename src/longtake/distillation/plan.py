@@ -49,11 +49,14 @@ class Plan:
         """The prompt of each judged frame [B, F], in a clip that holds as many: of given frames as it is, of learned
         ones that of their block's first.
 
-        A rollout of more than the judged part may have come to any moment of the clip by then.
+        A rollout of more than the judged part may have come to any moment of the clip by then, but not beyond a change:
+        a second prompt may name nothing but what changes, by which alone no clip can be judged.
         """
         frames, batch = self.judged * self.block, prompt_BF.shape[0]
         latest = prompt_BF.shape[1] - frames + 1 if self.blocks > self.judged else 1
         starts = torch.randint(latest, (batch, 1), device=prompt_BF.device)
+        last_before = (prompt_BF == 0).sum(1, keepdim=True) - self.block
+        starts = torch.minimum(starts, last_before.clamp_min(0))
         firsts = starts + torch.arange(0, frames, self.block, device=prompt_BF.device)
         by_block_BF = prompt_BF.gather(1, firsts).repeat_interleave(self.block, dim=1)
         given = self.given * self.block

@@ -51,10 +51,10 @@ class ClipPool:
     """
 
     def __init__(
-        self, codec: Codec, size: int, seed: int, device: torch.device, painter: Painter = paint, at_once: int = 8
+        self, codec: Codec, size: int, seed: int, device: torch.device, painter: Painter = paint, at_once: int = 16
     ):
         self._codec, self._seed, self._device = codec, seed, device
-        self._painter, self._at_once = painter, at_once
+        self._painter, self._at_once = painter, min(at_once, size)
         self._size, self._made = size, 0
         self._pool: LatentClips | None = None
 
@@ -122,7 +122,10 @@ def training_scenes(count: int, seed: int, device: torch.device) -> tuple[Scenes
     What is `HARDER` comes up more often where a caption says it and nothing changes: what captions leave open, how many
     clips have a change and what those show is as in the world. Of clips whose colour stays, the share `COLOURLESS` has
     captions that leave it out; where something else changes, half of these leave it out of the second caption only.
+
+    seed: a whole number of any size, all of which counts.
     """
+    seed = Random(seed).getrandbits(32)  # torch's generators on the host look at the low 32 bits alone
     scenes = sample_scenes(3 * count, seed)
     tokens_BPL = _caption_tokens(scenes, seed)
     weights = torch.ones(len(scenes))
