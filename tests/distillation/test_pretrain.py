@@ -1,9 +1,26 @@
+from dataclasses import replace
+from functools import partial
+
+import pytest
 import torch
 from tests import tiny
 
-from longtake.distillation.pretrain import Clips, codec_loss, flow_loss, teacher_forcing_loss
+from longtake.attention.block_sparse import block_sparse
+from longtake.distillation.pretrain import (
+    Clips,
+    codec_loss,
+    flow_loss,
+    forced_by_block,
+    forced_in_one_pass,
+    teacher_forcing_loss,
+)
+from longtake.memory.far import Delta, FarShape
+from longtake.memory.stream_memory import MemoryShape
 from longtake.memory.window import WindowShape
 from longtake.models.light_codec import Reconstruction
+
+SHAPE = MemoryShape(window=WindowShape(sink=3, past=3), extent=15)
+HYBRID = replace(SHAPE, far=FarShape(), near=partial(block_sparse, share=0.4, block_q=6, block_k=6))
 
 
 def clips(batch: int = 2, frames: int = 6) -> Clips:
@@ -32,19 +49,67 @@ def perfect(made, given: Clips):
 def test_the_true_velocity_has_no_loss() -> None:
     given = clips()
     assert flow_loss(perfect(tiny.network(), given), given, 3.0, 5.0) < 1e-4
-    window = WindowShape(sink=3, past=3)
-    loss = teacher_forcing_loss(perfect(tiny.network(), given), given, 3.0, 5.0, block=3, window=window)
+    loss = teacher_forcing_loss(perfect(tiny.network(), given), given, 3.0, 5.0, block=3, memory=SHAPE)
     assert loss < 1e-4
 
 
 def test_every_parameter_learns_from_both_losses() -> None:
     for loss_of in (
         lambda made: flow_loss(made, clips(), 3.0, 5.0),
-        lambda made: teacher_forcing_loss(made, clips(), 3.0, 5.0, block=3, window=WindowShape(sink=0, past=3)),
+        lambda made: teacher_forcing_loss(made, clips(), 3.0, 5.0, block=3, memory=SHAPE),
     ):
         made = tiny.network()
         loss_of(made).backward()
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in made.parameters())
+
+
+def forced(by, made, shape: MemoryShape, frames: int) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """The velocities of two clips with a change of prompt, a sum of them, and what every parameter learns from it."""
+    dice = torch.Generator().manual_seed(4)
+    size = (2, frames, *tiny.LATENTS[1:])
+    past, noisy, asked = (torch.randn(size, generator=dice, dtype=torch.float64) for _ in range(3))
+    level_BF = torch.rand(2, frames // 3, generator=dice, dtype=torch.float64).repeat_interleave(3, dim=1)
+    prompts = made.prompt_keys(tiny.text(2, prompts=2))
+    prompt_BF = (torch.arange(frames) > torch.tensor([[4], [7]])).long()
+    velocity = by(made, past, noisy, level_BF, prompts, prompt_BF, 3, shape)
+    made.zero_grad()
+    (velocity * asked).sum().backward()
+    learned = {name: p.grad for name, p in made.named_parameters() if p.grad is not None}
+    return velocity.detach(), (velocity * asked).sum().detach(), learned
+
+
+@pytest.mark.parametrize("sink, past, extent, frames", [(3, 3, 12, 18), (0, 6, 12, 18), (3, 9, 15, 24), (6, 0, 9, 15)])
+def test_teacher_forcing_in_one_pass_is_a_walk_through_the_memory_that_serves(sink, past, extent, frames) -> None:
+    made = tiny.network(extent=extent)
+    shape = MemoryShape(window=WindowShape(sink=sink, past=past), extent=extent)
+    at_once, _, learned_at_once = forced(forced_in_one_pass, made, shape, frames)
+    walked, _, learned = forced(forced_by_block, made, shape, frames)
+    torch.testing.assert_close(at_once, walked)
+    assert learned.keys() == learned_at_once.keys() == dict(made.named_parameters()).keys()
+    for name, gradient in learned.items():
+        close = {"rtol": 1e-5, "atol": 1e-5}  # norms of queries and keys are in float32
+        torch.testing.assert_close(gradient, learned_at_once[name], msg=name, **close)
+
+
+@pytest.mark.parametrize("rule", [FarShape(), FarShape(rule=Delta(), turns_with_frames=False)])
+def test_a_far_state_teaches_projections_at_once_and_then_the_keys_that_entered_it(rule: FarShape) -> None:
+    """The fourth of four blocks reads what entered with the second."""
+    made, shape = tiny.network(reads_far=True), replace(SHAPE, far=rule)
+    *_, learned = forced(forced_by_block, made, shape, 12)
+    for projection in ("linear_proj.weight", "linear_proj.bias"):
+        assert all(learned[f"blocks.{i}.self_attn.{projection}"].abs().sum() > 0 for i in range(3))
+    for projection in made.projections:
+        torch.nn.init.normal_(projection.weight)
+    *_, learned = forced(forced_by_block, made, shape, 12)
+    name, step = "blocks.1.self_attn.k.weight", 1e-2
+    weight, gradient = made.get_parameter(name), learned[name]
+    along = gradient / gradient.norm()
+    asked = []
+    for side in (step, -2 * step, step):
+        with torch.no_grad():
+            weight += side * along
+        asked.append(forced(forced_by_block, made, shape, 12)[1])
+    torch.testing.assert_close((asked[0] - asked[1]) / (2 * step), gradient.norm(), rtol=1e-2, atol=0)
 
 
 def test_the_subject_changes_the_weights_and_without_one_they_are_even() -> None:
@@ -86,3 +151,14 @@ def test_an_error_on_the_subject_costs_six_times_as_much() -> None:
         wrong[..., columns] = 0.5
         cost.append(codec_loss(Reconstruction(wrong, latents, latents), frames, mask, 0.0)["mse"])
     torch.testing.assert_close(cost[0] / cost[1], torch.tensor(6.0))
+
+
+def test_a_sparse_window_is_read_block_by_block() -> None:
+    made, seen = tiny.network(reads_far=True), []
+    forward = made.forward
+    made.forward = lambda noisy, *more: seen.append(noisy.shape[1]) or forward(noisy, *more)
+    for memory in (SHAPE, replace(SHAPE, near=HYBRID.near), HYBRID):
+        torch.manual_seed(0)
+        loss = teacher_forcing_loss(made, clips(frames=12), 3.0, 5.0, block=3, memory=memory)
+        assert torch.isfinite(loss)
+    assert seen == [24] + 8 * [3]

@@ -300,6 +300,12 @@ def test_projections_have_a_rate_of_their_own_and_do_not_decay() -> None:
     count = len(list(tiny.network().parameters()))
     assert rates == [(count, 5e-5, 0.01), (2 * made.config.layers, 5e-3, 0.0)]
     assert len(stages._dmd_adam(tiny.network(), lr=1e-4, far_lr=1e-2).param_groups) == 1
+    muon, adam = stages._student(made, 1e-4, 1e-2, 0.9)._optimizers
+    assert [(group["lr"], group["weight_decay"]) for group in adam.param_groups] == [(1e-4, 0.01), (1e-2, 0.0)]
+    own = {parameter for projection in made.projections for parameter in projection.parameters()}
+    assert set(adam.param_groups[1]["params"]) == own
+    grouped = [p for group in (*muon.param_groups, *adam.param_groups) for p in group["params"]]
+    assert len(grouped) == len(set(grouped)) == len(list(made.parameters()))
 
 
 def judged_part(blocks: int, learned: int, given: tuple[torch.Tensor, ...] = ()) -> torch.Tensor:

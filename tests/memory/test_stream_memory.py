@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests import tiny
 
-from longtake.memory.stream_memory import MemoryShape
+from longtake.memory.stream_memory import MemoryShape, StreamMemory
 from longtake.memory.view import fitting, place_frames
 from longtake.memory.window import WindowShape
 
@@ -84,3 +84,7 @@ def test_keys_are_cut_from_their_graph_and_a_wrong_number_of_layers_is_refused()
     memory.commit([layer] * 3, 3)
     assert not memory.held(0).k_BTND.requires_grad
     memory.audit()
+    keeping = StreamMemory(memory.shape, made.config.layers, ring=False, keeps_graph=True).fork()
+    assert keeping.keeps_graph
+    with pytest.raises(ValueError, match="a ring buffer keeps no graph"):
+        StreamMemory(memory.shape, made.config.layers, ring=True, keeps_graph=True)

@@ -84,6 +84,7 @@ def test_from_nothing_to_a_student_that_streams(folders) -> None:
     rows = read_metrics(folders / "dmd")
     assert rows[0]["step"] == 0 and rows[-1]["step"] == STEPS - 1
     assert all(row["pull"] > 0 for row in rows) and rows[-1]["far_weights"] > 0
+    assert read_metrics(folders / "teacher_forcing")[-1]["far_weights"] > 0
     for stage in ("teacher_forcing", "dmd"):
         with safe_open(folders / stage / recipes.NETWORK_FILE, "pt") as file:
             assert json.loads(file.metadata()["longtake"])["recipes"] == list(RECIPES[stage])

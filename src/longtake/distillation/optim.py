@@ -4,7 +4,7 @@ torch has a Muon of its own, which takes one matrix at a time and no kernels; at
 more than the step it follows. This one turns all matrices of one shape together.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -63,12 +63,21 @@ def _matrix_shape(parameter: Tensor) -> tuple[int, int]:
     return parameter.shape[0], parameter.numel() // parameter.shape[0]
 
 
-def muon_and_adam(module: nn.Module, lr: float, *, adamw_only: tuple[str, ...] = ()) -> list[torch.optim.Optimizer]:
-    """Muon for hidden matrices and kernels, AdamW for vectors and for the parts whose names start with `adamw_only`."""
+def muon_and_adam(
+    module: nn.Module, lr: float, *, adamw_only: tuple[str, ...] = (), apart: Sequence[dict[str, Any]] = ()
+) -> list[torch.optim.Optimizer]:
+    """Muon for hidden matrices and kernels, AdamW for vectors and for the parts whose names start with `adamw_only`.
+
+    apart: groups of parameters with settings of their own, AdamW's too.
+    """
+    own = {parameter for group in apart for parameter in group["params"]}
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in module.named_parameters():
+        if parameter in own:
+            continue
         hidden = parameter.ndim >= 2 and min(_matrix_shape(parameter)) > 1 and not name.startswith(adamw_only)
         (matrices if hidden else others).append(parameter)
-    adam = torch.optim.AdamW(others, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=others[0].is_cuda)
+    groups = [{"params": others}, *apart]
+    adam = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=others[0].is_cuda)
     return [Muon(matrices, lr=lr), adam]

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from longtake.attention.dense import dense
 from longtake.flow import add_noise, shift_level
-from longtake.memory.window import WindowShape
+from longtake.generation.blockwise import commit
+from longtake.memory.stream_memory import MemoryShape, StreamMemory
 from longtake.models.light_codec import Reconstruction
-from longtake.models.wan import WanTransformer
+from longtake.models.wan import PromptKeys, WanTransformer
 
 
 @dataclass(frozen=True)
@@ -66,28 +68,66 @@ def teacher_forcing_loss(
     subject_weight: float,
     *,
     block: int,
-    window: WindowShape,
+    memory: MemoryShape,
     context_noise: float = 0.02,
 ) -> Tensor:
     """Velocity error of noisy blocks, each at its own level and in front of the clean past that streaming would hold.
 
-    The clean copy carries a little noise, so that a stream's own small errors are not new to the network.
+    The clean past carries a little noise, so that a stream's own small errors are not new to the network. What reads
+    the past teaches what wrote it: keys learn to be found, in the window and in the far state. Memories of a dense
+    window alone are read in one pass, others block by block.
     """
     clean = clips.latents_BFCHW
     blocks = clean.shape[1] // block
     draw = torch.rand(clean.shape[0], blocks, device=clean.device)
     level_BF = shift_level(draw, shift).repeat_interleave(block, dim=1)
     noise = torch.randn_like(clean)
-    context = clean + context_noise * torch.randn_like(clean)
-    view = network.teacher_forced_view(clean, block, window, network.config.extent)
-    velocity = network(
-        torch.cat([context, add_noise(clean, noise, level_BF)], dim=1),
-        torch.cat([torch.zeros_like(level_BF), level_BF], dim=1),
-        network.prompt_keys(clips.text_BPLE),
-        view,
-        clips.prompt_BF.repeat(1, 2),
-    )[:, clean.shape[1] :]
+    past = clean + context_noise * torch.randn_like(clean)
+    in_one_pass = memory.far is None and memory.near is dense
+    forced = forced_in_one_pass if in_one_pass else forced_by_block
+    noisy, prompts = add_noise(clean, noise, level_BF), network.prompt_keys(clips.text_BPLE)
+    velocity = forced(network, past, noisy, level_BF, prompts, clips.prompt_BF, block, memory)
     return _subject_mse(velocity, noise - clean, clips.subject_BFHW, level_BF, subject_weight)
+
+
+def forced_in_one_pass(
+    network: WanTransformer, past_BFCHW: Tensor, noisy_BFCHW: Tensor, level_BF: Tensor,
+    prompts: PromptKeys, prompt_BF: Tensor, block: int, memory: MemoryShape,
+) -> Tensor:  # fmt: skip
+    """Velocity [B, F, C, H, W] of every noisy block in front of its past, all at once: a dense window, nothing far.
+
+    Truth: `forced_by_block`.
+    """
+    frames = past_BFCHW.shape[1]
+    view = network.teacher_forced_view(past_BFCHW, block, memory.window, memory.extent)
+    velocity = network(
+        torch.cat([past_BFCHW, noisy_BFCHW], dim=1),
+        torch.cat([torch.zeros_like(level_BF), level_BF], dim=1),
+        prompts,
+        view,
+        prompt_BF.repeat(1, 2),
+    )
+    return velocity[:, frames:]
+
+
+def forced_by_block(
+    network: WanTransformer, past_BFCHW: Tensor, noisy_BFCHW: Tensor, level_BF: Tensor,
+    prompts: PromptKeys, prompt_BF: Tensor, block: int, memory: MemoryShape,
+) -> Tensor:  # fmt: skip
+    """Velocity [B, F, C, H, W] of every noisy block in front of the memory of a stream, whatever that is.
+
+    A block is estimated, then the past's own block is committed, as streams go on from given blocks. Unlike
+    theirs, commits keep their graph.
+    """
+    stream = StreamMemory(memory, network.config.layers, ring=False, keeps_graph=True)
+    parts = (x.split(block, dim=1) for x in (past_BFCHW, noisy_BFCHW, level_BF, prompt_BF))
+    velocities = []
+    for past, noisy, level, prompt in zip(*parts, strict=True):
+        view = network.memory_view(stream, noisy)
+        velocities.append(network(noisy, level, prompts, view, prompt))
+        if len(velocities) * block < past_BFCHW.shape[1]:
+            commit(network, stream, past, prompts, view, prompt)
+    return torch.cat(velocities, dim=1)
 
 
 def _subject_mse(

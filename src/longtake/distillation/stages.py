@@ -169,13 +169,17 @@ class TeacherStage(Stage):
 @dataclass(frozen=True, kw_only=True)
 class TeacherForcingStage(Stage):
     """The causal student, from the teacher or from a student, on clips of `frames` latent frames: longer than the
-    teacher's, so that the sink comes to lie far behind."""
+    teacher's, so that the sink comes to lie far behind.
+
+    far_lr: rate of the projections of what is read from far states, see `DmdStage`.
+    """
 
     seconds: float = 80.0
     seed: int = 43
     batch: int = 24
     frames: int = 33
     lr: float = 1e-3
+    far_lr: float = 1e-3
     average: float = 0.995
     subject_weight: float = 5.0
     pool: int = 1024
@@ -317,7 +321,7 @@ def train_teacher_forcing(
     for recipe in recipes:
         if stage.frames % recipe.block:
             raise ValueError(f"frames ({stage.frames}) must be whole blocks of {recipe.block}")
-    learner = _student(network, stage.lr, stage.average)
+    learner = _student(network, stage.lr, stage.far_lr, stage.average)
     compile_for(run, network)
     supply = world.clips(stage.pool, stage.seed)
 
@@ -326,9 +330,9 @@ def train_teacher_forcing(
         drawn = _drawn(supply, step, stage.batch, stage.frames)
         with run.autocast():
             clips = Clips(drawn.latents_BFCHW, embed(text, drawn.tokens_BPL), drawn.prompt_BF, drawn.subject_BFHW)
-            window = recipe.memory(network).window
-            loss = teacher_forcing_loss(network, clips, shift, stage.subject_weight, block=recipe.block, window=window)
-        return {"loss": loss.detach(), "norm": learner.step(loss)}
+            memory = recipe.memory(network)
+            loss = teacher_forcing_loss(network, clips, shift, stage.subject_weight, block=recipe.block, memory=memory)
+        return {"loss": loss.detach(), "norm": learner.step(loss), **_far_weights(network)}
 
     look = _student_strips(text, network, learner, world, recipes, shift, run)
     spent = train({"student": learner}, turn, _budget(stage, warmup=50), run, keep={"clips": supply}, look=look)
@@ -340,7 +344,7 @@ def train_ode(
     text: WordEncoder, network: WanTransformer, teacher: WanTransformer, world: World, recipes: Sequence[Recipe],
     shift: float, stage: OdeStage, run: Run,
 ) -> dict[str, float]:  # fmt: skip
-    learner = _student(network, stage.lr, stage.average)
+    learner = _student(network, stage.lr, stage.lr, stage.average)
     compile_for(run, network, teacher)
     states, text_BPLE, prompt_BF = _trajectories(text, teacher, world, shift, stage, run)
 
@@ -444,9 +448,7 @@ def train_dmd(
             judge.step(critic_loss)
         learned = sample.detach()[:, plan.given * plan.block :]
         values = losses | {"critic": critic_loss, "norm": norm, "motion": learned.diff(dim=1).abs().mean()}
-        if network.projections:
-            values["far_weights"] = torch.cat([projection.weight for projection in network.projections]).norm()
-        return {name: value.detach() for name, value in values.items()}
+        return {name: value.detach() for name, value in values.items()} | _far_weights(network)
 
     shown = [recipe.with_levels(stage.levels_of(recipe)[0]) for recipe in recipes]
     look = _student_strips(text, network, student, world, shown, shift, run)
@@ -520,9 +522,10 @@ def compile_for(run: Run, *networks: WanTransformer) -> None:
             parallel.compile_layers(network.blocks, ("before_attention", "after_attention"))
 
 
-def _student(network: WanTransformer, lr: float, average: float) -> Learner:
+def _student(network: WanTransformer, lr: float, far_lr: float, average: float) -> Learner:
     network.requires_grad_(True).train()
-    return Learner(network, muon_and_adam(network, lr, adamw_only=NETWORK_ENDS), average=average)
+    apart = _far_group(network, far_lr)
+    return Learner(network, muon_and_adam(network, lr, adamw_only=NETWORK_ENDS, apart=apart), average=average)
 
 
 def _drawn(supply: ClipSupply, step: int, count: int, frames: int) -> LatentClips:
@@ -532,14 +535,24 @@ def _drawn(supply: ClipSupply, step: int, count: int, frames: int) -> LatentClip
 
 
 def _dmd_adam(network: WanTransformer, lr: float, far_lr: float) -> torch.optim.Optimizer:
-    """AdamW; projections of what is far, where there are any, have a rate of their own and do not decay."""
-    far = [parameter for projection in network.projections for parameter in projection.parameters()]
-    own = set(far)
-    groups: list[dict[str, Any]] = [{"params": [p for p in network.parameters() if p not in own]}]
-    if far:
-        groups.append({"params": far, "lr": far_lr, "weight_decay": 0.0})
+    apart = _far_group(network, far_lr)
+    own = {parameter for group in apart for parameter in group["params"]}
+    groups = [{"params": [p for p in network.parameters() if p not in own]}, *apart]
     on_gpu = next(network.parameters()).is_cuda
     return torch.optim.AdamW(groups, lr=lr, betas=(0.0, 0.99), weight_decay=0.01, fused=on_gpu)
+
+
+def _far_group(network: WanTransformer, far_lr: float) -> list[dict[str, Any]]:
+    """Projections of what is far, where there are any: they have a rate of their own and do not decay."""
+    far = [parameter for projection in network.projections for parameter in projection.parameters()]
+    return [{"params": far, "lr": far_lr, "weight_decay": 0.0}] if far else []
+
+
+@torch.no_grad()
+def _far_weights(network: WanTransformer) -> dict[str, Tensor]:
+    """The metric of the projections of what is far: the norm of their weights."""
+    weights = [projection.weight for projection in network.projections]
+    return {"far_weights": torch.cat(weights).norm()} if weights else {}
 
 
 def _budget(stage: Stage, warmup: int) -> Budget:

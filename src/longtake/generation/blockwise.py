@@ -51,20 +51,22 @@ def clean_estimate(
     return clean_from_velocity(noisy_BFCHW, network(noisy_BFCHW, level_BF, prompt, view), level_BF)
 
 
-@torch.no_grad()
 def commit(
-    network: WanTransformer, memory: StreamMemory, clean_BFCHW: Tensor, prompt: PromptKeys, view: View | None = None
-) -> None:
-    """Write a finished block into memory: one pass over it at level 0, its keys cut from any graph.
+    network: WanTransformer, memory: StreamMemory, clean_BFCHW: Tensor, prompt: PromptKeys, view: View | None = None,
+    prompt_BF: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Write a finished block into memory: one pass over it at level 0, with a graph only if the memory keeps graphs.
 
     view: that of the block's denoising passes, where there is one already. It serves again, unless the memory shows
-    commits something else.
+    commits something else. prompt_BF: numbers each frame's prompt, where there are several. The block itself is cut
+    from its graph in any case.
     """
     clean = clean_BFCHW.detach()
-    if view is None or not memory.shape.commits_keep_sink:
-        view = network.memory_view(memory, clean, commits=True)
-    keys = network.keys_to_commit(clean, _levels(clean, 0.0), prompt, view)
-    memory.commit(keys, clean.shape[1], network.grid(clean))
+    with torch.set_grad_enabled(memory.keeps_graph and torch.is_grad_enabled()):
+        if view is None or not memory.shape.commits_keep_sink:
+            view = network.memory_view(memory, clean, commits=True)
+        keys = network.keys_to_commit(clean, _levels(clean, 0.0), prompt, view, prompt_BF)
+        memory.commit(keys, clean.shape[1], network.grid(clean))
 
 
 def _levels(latents_BFCHW: Tensor, level: float) -> Tensor:

@@ -56,10 +56,16 @@ class StreamMemory:
 
     `view` is what a pass reads; `commit` is the one place that writes. With `ring` the windows live
     in fixed buffers, and a view stays valid until the next commit; without, every state is a value of its own.
+
+    keeps_graph: whether what reads this memory teaches what wrote it (teacher forcing); otherwise keys are cut from
+    their graph. ValueError with `ring`, where old frames are written over.
     """
 
-    def __init__(self, shape: MemoryShape, layers: int, *, ring: bool):
+    def __init__(self, shape: MemoryShape, layers: int, *, ring: bool, keeps_graph: bool = False):
+        if ring and keeps_graph:
+            raise ValueError("a ring buffer keeps no graph: make the memory without ring")
         self.shape = shape
+        self.keeps_graph = keeps_graph
         self.frames = 0
         self.blocks = 0
         make: Callable[[WindowShape], RingWindow | Window] = RingWindow if ring else Window
@@ -106,7 +112,7 @@ class StreamMemory:
         return MemoryView(grid.rotation(places.current, device), layers, self.shape.near, far)
 
     def commit(self, keys: LayerKeys, count: int, grid: Grid | None = None) -> None:
-        """Take the keys of the next `count` finished frames, cut from their graph.
+        """Take the keys of the next `count` finished frames.
 
         grid: of their tokens; needed to place what slides into a far state.
         """
@@ -118,7 +124,8 @@ class StreamMemory:
         self.frames += count
         self.blocks += 1
         for i, (k_BTND, v_BTND) in enumerate(keys):
-            gone = self._slide(i, Keys(k_BTND.detach(), v_BTND.detach(), numbers))
+            new = (k_BTND, v_BTND) if self.keeps_graph else (k_BTND.detach(), v_BTND.detach())
+            gone = self._slide(i, Keys(*new, numbers))
             if self._far and grid is not None:
                 self._absorb(i, gone, count, grid)
 
@@ -178,7 +185,7 @@ class StreamMemory:
 
     def fork(self) -> "StreamMemory":
         """An independent memory that goes on from the same moment."""
-        twin = StreamMemory(self.shape, 0, ring=False)
+        twin = StreamMemory(self.shape, 0, ring=False, keeps_graph=self.keeps_graph)
         twin.frames, twin.blocks = self.frames, self.blocks
         twin._windows = [w.fork() if isinstance(w, RingWindow) else w for w in self._windows]
         twin._far = list(self._far)
