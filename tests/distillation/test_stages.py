@@ -183,7 +183,7 @@ def steps(monkeypatch, out: Path, recipe: Recipe = RECIPE, reads_far: bool = Fal
     world = SimpleNamespace(
         latent_size=tiny.LATENTS[1:],
         prompts=lambda count, seed: said,
-        clips=lambda count, seed: Clips(**vars(said)),
+        clips=lambda count, seed, frames: Clips(**vars(said)),
         held_out=lambda count: torch.ones(count, 5, dtype=torch.long),
         show=lambda name, latents: None,
     )

@@ -10,16 +10,21 @@ from longtake.toy.clips import (
     HARDER,
     ClipPool,
     _own_words,
+    memory_scenes,
     prompt_of_frames,
     sample_prompts,
     subject_share,
     training_scenes,
 )
+from longtake.toy.poses import pose
 from longtake.toy.scenes import (
     CAMERAS,
     COLOURS,
+    MOTIONS,
     PLACES,
+    RATE,
     SUBJECTS,
+    WIDTH,
     held_out_combinations,
     make_scene,
     sample_scenes,
@@ -134,3 +139,39 @@ def test_prompts_need_no_rendering_and_say_what_the_clips_would() -> None:
     said = sample_prompts(6, 9, torch.device("cpu"), 4)
     assert said.tokens_BPL.shape == (6, 2, TEXT_LENGTH) and said.prompt_BF.shape == (6, 33)
     assert torch.equal(said.tokens_BPL, sample_prompts(6, 9, torch.device("cpu"), 4).tokens_BPL)
+
+
+@pytest.mark.parametrize("pictures", [141, 237])
+def test_clips_made_for_memory_show_what_no_caption_says_then_look_away_then_return(pictures: int) -> None:
+    scenes, tokens, first = memory_scenes(300, 3, torch.device("cpu"), pictures / RATE)
+    for row in tokens.flatten(0, 1):
+        assert not {"colour", "landmark", "landmark_colour"} & parse(decode(row.tolist())).keys()
+    assert not any(MOTIONS[i].startswith("walks") for i in scenes.motion.tolist())
+    assert not torch.isfinite(scenes.change_seconds).any()
+    where = pose(scenes, pictures, first)
+    far_BF = torch.stack([(x - WIDTH / 2).abs() - WIDTH / 2 for x in (where.x, where.landmark_x)])
+    shown, gone = far_BF[1] < 0, (far_BF > 40).all(0)  # a flier may leave the picture by itself
+    assert gone[:, :9].all(), "three latent frames, a sink, show nothing"
+    assert min(min(_runs(row)[:2]) for row in shown) >= RATE and min(len(_runs(row)) for row in shown) > 1
+    seconds = torch.tensor([_runs(row)[1] for row in gone]) / RATE
+    assert seconds.min() >= 1 and (seconds.max() > 5.5 if pictures == 237 else seconds.max() < 3.5)
+
+
+def _runs(row_F: torch.Tensor) -> list[int]:
+    """Lengths of the runs of true."""
+    return [len(run) for run in "".join("x" if x else " " for x in row_F.tolist()).split()]
+
+
+def test_a_pool_holds_a_share_of_clips_made_for_memory_and_takes_room_for_them() -> None:
+    torch.manual_seed(0)
+    codec, cpu = LightCodec(SMALL), torch.device("cpu")
+    with pytest.raises(ValueError, match="seconds or longer, not 8"):
+        ClipPool(codec, 2, seed=1, device=cpu, memory_share=0.5)
+    pool = ClipPool(codec, 2, seed=1, device=cpu, at_once=1, pictures=141, memory_share=0.5)
+    drawn = pool.draw(8, 36)
+    begun_unseen = drawn.subject_BFHW[:, :3].sum((1, 2, 3)) == 0
+    said = [parse(decode(row.tolist())) for row in drawn.tokens_BPL[:, 0]]
+    assert 0 < begun_unseen.sum() < 8 and drawn.subject_BFHW.sum((1, 2, 3)).min() > 0
+    assert not any("colour" in one for one, unseen in zip(said, begun_unseen, strict=True) if unseen)
+    ordinary = ClipPool(codec, 1, seed=1, device=cpu, at_once=1).draw(1, 33).latents_BFCHW
+    assert any(torch.equal(ordinary[0, :3], one[:3]) for one in drawn.latents_BFCHW)

@@ -217,6 +217,7 @@ def test_every_stage_is_a_verb() -> None:
         ("dmd", ["--from", "{ode}", "--set", "levels=[0]"], "levels must be above 0"),
         ("dmd", ["--from", "{ode}", "--set", "most_blocks=2"], "must hold the teacher's clip"),
         ("teacher_forcing", ["--from", "{ode}", "--set", "frames=32"], "whole blocks"),
+        ("teacher_forcing", ["--from", "{ode}", "--set", "memory_share=0.5"], "take more frames"),
         ("teacher", ["--from", "{ode}"], "another shape"),
         ("teacher", [], "--from"),
         ("dmd", ["--from", "{codec}"], "holds no teacher.safetensors"),

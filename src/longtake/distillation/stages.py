@@ -84,8 +84,11 @@ class World(Protocol):
     latent_size: tuple[int, int, int]
     """Channels, height and width of a latent frame."""
 
-    def clips(self, size: int, seed: int) -> ClipSupply:
-        """A supply that holds so many clips."""
+    def clips(self, size: int, seed: int, frames: int, memory_share: float = 0.0) -> ClipSupply:
+        """A supply that holds so many clips, each of so many latent frames or more.
+
+        memory_share: of clips in which what was seen goes out of sight and comes back, see `TeacherForcingStage`.
+        """
         ...
 
     def prompts(self, count: int, seed: int) -> Prompts:
@@ -126,7 +129,7 @@ class Stage:
 
 _MAY_BE_0 = {
     "seed", "kl_weight", "subject_weight", "no_prompt_share", "encoder_blocks", "decoder_blocks", "most_given", "pull",
-    "self_forcing_share",
+    "self_forcing_share", "memory_share",
 }  # fmt: skip
 
 
@@ -171,7 +174,9 @@ class TeacherForcingStage(Stage):
     """The causal student, from the teacher or from a student, on clips of `frames` latent frames: longer than the
     teacher's, so that the sink comes to lie far behind.
 
-    far_lr: rate of the projections of what is read from far states, see `DmdStage`.
+    far_lr: rate of the projections of what is read from far states, see `DmdStage`. memory_share: of clips made for
+    memory, which begin out of sight of what they show, and look away from it until neither sink nor recent frames
+    show it, under captions that do not say what it was; they take some length (8.5 seconds in the toy world).
     """
 
     seconds: float = 80.0
@@ -183,6 +188,7 @@ class TeacherForcingStage(Stage):
     average: float = 0.995
     subject_weight: float = 5.0
     pool: int = 1024
+    memory_share: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,7 +291,7 @@ def train_teacher(
     ends = ("text.words", "text.places", *(f"network.{name}" for name in NETWORK_ENDS))
     learner = Learner(model, muon_and_adam(model, stage.lr, adamw_only=ends), average=stage.average)
     compile_for(run, network)
-    supply = world.clips(stage.pool, stage.seed)
+    supply = world.clips(stage.pool, stage.seed, network.config.extent)
 
     def turn(step: int) -> dict[str, Tensor]:
         drawn = _drawn(supply, step, stage.batch, network.config.extent)
@@ -323,7 +329,7 @@ def train_teacher_forcing(
             raise ValueError(f"frames ({stage.frames}) must be whole blocks of {recipe.block}")
     learner = _student(network, stage.lr, stage.far_lr, stage.average)
     compile_for(run, network)
-    supply = world.clips(stage.pool, stage.seed)
+    supply = world.clips(stage.pool, stage.seed, stage.frames, stage.memory_share)
 
     def turn(step: int) -> dict[str, Tensor]:
         recipe = recipes[step % len(recipes)]
@@ -410,7 +416,7 @@ def train_dmd(
     judge = Learner(critic, [_dmd_adam(critic, stage.critic_lr, stage.critic_lr)], average=None)
     compile_for(run, network, teacher, critic)
     shared = Dice(stage.seed)
-    supply = world.clips(stage.pool, stage.seed) if stage.most_given else None
+    supply = world.clips(stage.pool, stage.seed, network.config.extent) if stage.most_given else None
     with torch.no_grad():
         nothing_BPLE = embed(text, text.no_prompt(stage.batch)[:, None])
 

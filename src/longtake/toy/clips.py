@@ -11,7 +11,16 @@ from torch.nn import functional
 
 from longtake.models.codec import Codec
 from longtake.toy.captions import LANDMARK_WAYS, PHRASES, VOCABULARY, caption_tokens
-from longtake.toy.scenes import ATTRIBUTES, CLIP_PICTURES, RATE, Scenes, sample_scenes
+from longtake.toy.scenes import (
+    ATTRIBUTES,
+    CAMERAS,
+    CLIP_PICTURES,
+    MOTIONS,
+    RATE,
+    SWEEP_SECONDS,
+    Scenes,
+    sample_scenes,
+)
 from longtake.toy.world import Painter, Rendering, paint, render
 
 HARDER: dict[str, dict[str, float]] = {
@@ -22,6 +31,10 @@ HARDER: dict[str, dict[str, float]] = {
 
 COLOURLESS = 0.35
 """The share of clips in which one colour stays and a caption is kept from saying it, so that memory has to be asked."""
+
+# Of clips made for memory, in seconds: nothing is in sight before the camera first comes, for longer than a sink of
+# three latent frames; then subject and landmark are, then they are not, then they are again, for the last of these.
+LEAD, SHOWN, AWAY, BACK = (0.6, 1.0), (1.0, 4.0), (1.0, 6.0), 1.0
 
 
 class LatentClips(NamedTuple):
@@ -47,12 +60,18 @@ class Prompts(NamedTuple):
 class ClipPool:
     """So many encoded clips; `renew` replaces the oldest, `draw` cuts training clips out of random ones.
 
-    seed: of the scenes; processes that train together take different ones. Scenes never repeat.
+    seed: of the scenes; processes that train together take different ones. Scenes never repeat. pictures: of a clip, 1
+    more than a multiple of the codec's pictures a latent frame. memory_share: of clips made for memory, see
+    `memory_scenes`, 0 to 1; they come at once, so many together as any. ValueError if clips are too short for those.
     """
 
     def __init__(
-        self, codec: Codec, size: int, seed: int, device: torch.device, painter: Painter = paint, at_once: int = 16
-    ):
+        self, codec: Codec, size: int, seed: int, device: torch.device, painter: Painter = paint, at_once: int = 16,
+        *, pictures: int = CLIP_PICTURES, memory_share: float = 0.0,
+    ):  # fmt: skip
+        if memory_share:
+            _require_room(pictures / RATE)
+        self._pictures, self._memory_share = pictures, memory_share
         self._codec, self._seed, self._device = codec, seed, device
         self._painter, self._at_once = painter, min(at_once, size)
         self._size, self._made = size, 0
@@ -97,8 +116,13 @@ class ClipPool:
     @torch.no_grad()
     def _make(self) -> LatentClips:
         seed = (self._seed << 32) + self._made
-        scenes, tokens_BPL = training_scenes(self._at_once, seed, self._device)
-        rendered = render(scenes, CLIP_PICTURES, painter=self._painter)
+        number = self._made // self._at_once
+        first: int | Tensor = 0
+        if int((number + 1) * self._memory_share) > int(number * self._memory_share):
+            scenes, tokens_BPL, first = memory_scenes(self._at_once, seed, self._device, self._pictures / RATE)
+        else:
+            scenes, tokens_BPL = training_scenes(self._at_once, seed, self._device)
+        rendered = render(scenes, self._pictures, first, self._painter)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
             latents, _ = self._codec.encode(rendered.frames_BFCHW)
         return LatentClips(
@@ -139,6 +163,52 @@ def training_scenes(count: int, seed: int, device: torch.device) -> tuple[Scenes
     waits = torch.empty(len(others)).exponential_(generator=torch.Generator().manual_seed(seed)) / weights[others]
     chosen = torch.cat([as_they_come, others[waits.argsort()[: count - len(as_they_come)]]])
     return scenes[chosen].to(device), tokens_BPL[chosen].to(device)
+
+
+def memory_scenes(count: int, seed: int, device: torch.device, seconds: float) -> tuple[Scenes, Tensor, Tensor]:
+    """Scenes that only memory can show rightly, the tokens [B, 2, L] of their captions, and their first pictures [B].
+
+    A clip of so many seconds begins while the camera is turned away, for 0.6 to 1 second, so that a sink never sees
+    what comes. Subject and landmark are shown for 1 to 4 seconds, out of sight for 1 to 6 (sweeps not counted), and
+    back for 1 or more. It goes on so for as long as the clip lasts. Captions say neither colour nor landmark, and
+    nothing changes. seed: as of `training_scenes`. ValueError for less than 8.5 seconds, which have no room for this.
+    """
+    room = _require_room(seconds)
+    seed = Random(f"{seed} memory").getrandbits(32)
+    scenes = sample_scenes(count, seed, changes=0.0)
+    dice = torch.Generator().manual_seed(Random(f"{seed} times").getrandbits(32))
+
+    def between(low: float, high: Tensor | float) -> Tensor:
+        return low + (high - low) * torch.rand(count, generator=dice)
+
+    shown = between(SHOWN[0], min(SHOWN[1], room - AWAY[0]))
+    away = between(AWAY[0], (room - shown).clamp(max=AWAY[1]))
+    first = -((SWEEP_SECONDS + between(*LEAD)) * RATE).round().long()
+    # A walker begins its next lap where only a level camera cannot see it: such subjects get another motion.
+    stays = [number for number, name in enumerate(MOTIONS) if not name.startswith("walks")]
+    other = torch.tensor(stays)[torch.randint(len(stays), (count,), generator=dice)]
+    scenes = replace(
+        scenes,
+        motion=torch.where(torch.isin(scenes.motion, torch.tensor(stays)), scenes.motion, other),
+        camera=torch.full_like(scenes.camera, CAMERAS.index("looks away")),
+        away_start=-(away + 2 * SWEEP_SECONDS),  # so that the camera has come at second 0
+        away_seconds=away,
+        away_every=away + 2 * SWEEP_SECONDS + shown,
+    )
+    unsaid = {name: torch.full_like(getattr(scenes, name), -1) for name in ("colour", "landmark_colour")}
+    tokens_BPL = caption_tokens(replace(scenes, landmark=torch.zeros_like(scenes.landmark), **unsaid), seed)
+    return scenes.to(device), tokens_BPL.to(device), first.to(device)
+
+
+def _require_room(seconds: float) -> float:
+    """The seconds that a clip made for memory has for showing and for being away. ValueError if they are too few."""
+    others = LEAD[1] + 3 * SWEEP_SECONDS + BACK
+    if seconds < others + SHOWN[0] + AWAY[0]:
+        raise ValueError(
+            f"clips made for memory last {others + SHOWN[0] + AWAY[0]:g} seconds or longer, not {seconds:.2f}: "
+            "take more frames"
+        )
+    return seconds - others
 
 
 def _caption_tokens(scenes: Scenes, seed: int) -> Tensor:
