@@ -102,6 +102,8 @@ def compile_layers(layers: Iterable[nn.Module], methods: Iterable[str]) -> None:
 def checkpoint_layers(layers: Iterable[nn.Module], methods: Iterable[str]) -> None:
     """Keep only the inputs of the named methods for backward, and compute the rest again there (arXiv 1604.06174).
 
+    layers: or whole networks, where one pass of several is worth it.
+
     Gradients stay the same and calls without gradients are untouched. A method must be a function of its arguments
     and parameters: what it reads elsewhere may have changed by the time it is called again. Goes around compiled
     methods: compile first.

@@ -5,6 +5,7 @@ import pytest
 import torch
 from tests import tiny
 
+from longtake import parallel
 from longtake.attention.block_sparse import block_sparse
 from longtake.distillation.pretrain import (
     Clips,
@@ -110,6 +111,19 @@ def test_a_far_state_teaches_projections_at_once_and_then_the_keys_that_entered_
             weight += side * along
         asked.append(forced(forced_by_block, made, shape, 12)[1])
     torch.testing.assert_close((asked[0] - asked[1]) / (2 * step), gradient.norm(), rtol=1e-2, atol=0)
+
+
+def test_a_walk_that_computes_passes_again_learns_the_same() -> None:
+    plain, again = tiny.network(reads_far=True), tiny.network(reads_far=True)
+    for made in (plain, again):
+        for projection in made.projections:
+            torch.nn.init.constant_(projection.weight, 0.1)
+    parallel.checkpoint_layers([again], ("forward", "keys_to_commit"))
+    (velocity, _, learned), (same, _, learned_again) = (
+        forced(forced_by_block, made, HYBRID, 15) for made in (plain, again)
+    )
+    assert torch.equal(velocity, same) and learned.keys() == learned_again.keys()
+    assert all(torch.equal(learned[name], learned_again[name]) for name in learned)
 
 
 def test_the_subject_changes_the_weights_and_without_one_they_are_even() -> None:

@@ -129,7 +129,7 @@ class Stage:
 
 _MAY_BE_0 = {
     "seed", "kl_weight", "subject_weight", "no_prompt_share", "encoder_blocks", "decoder_blocks", "most_given", "pull",
-    "self_forcing_share", "memory_share",
+    "self_forcing_share", "memory_share", "recompute",
 }  # fmt: skip
 
 
@@ -177,6 +177,8 @@ class TeacherForcingStage(Stage):
     far_lr: rate of the projections of what is read from far states, see `DmdStage`. memory_share: of clips made for
     memory, which begin out of sight of what they show, and look away from it until neither sink nor recent frames
     show it, under captions that do not say what it was; they take some length (8.5 seconds in the toy world).
+    recompute: whether recipes that are walked block by block keep of each pass only what went in and what came out, and
+    compute the rest again for its gradient: a third more work for a small part of the memory.
     """
 
     seconds: float = 80.0
@@ -189,6 +191,7 @@ class TeacherForcingStage(Stage):
     subject_weight: float = 5.0
     pool: int = 1024
     memory_share: float = 0.0
+    recompute: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,6 +332,8 @@ def train_teacher_forcing(
             raise ValueError(f"frames ({stage.frames}) must be whole blocks of {recipe.block}")
     learner = _student(network, stage.lr, stage.far_lr, stage.average)
     compile_for(run, network)
+    if stage.recompute:
+        parallel.checkpoint_layers([network], ("forward", "keys_to_commit"))
     supply = world.clips(stage.pool, stage.seed, stage.frames, stage.memory_share)
 
     def turn(step: int) -> dict[str, Tensor]:
