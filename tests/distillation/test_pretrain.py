@@ -3,7 +3,7 @@ from functools import partial
 
 import pytest
 import torch
-from tests import tiny
+from tests import returning, tiny
 
 from longtake import parallel
 from longtake.attention.block_sparse import block_sparse
@@ -176,3 +176,11 @@ def test_a_sparse_window_is_read_block_by_block() -> None:
         loss = teacher_forcing_loss(made, clips(frames=12), 3.0, 5.0, block=3, memory=memory)
         assert torch.isfinite(loss)
     assert seen == [24] + 8 * [3]
+
+
+def test_a_far_state_learns_to_remember_what_no_window_shows() -> None:
+    made, memory = returning.learn("hybrid_forcing:share=1", steps=120, blocks=5, far_lr=2e-2)
+    error = returning.errors(made, memory, blocks=5)
+    assert error[-1] < 0.75 * error[1], "where it returns it is known, where it first comes it is not"
+    unread = returning.errors(made, replace(memory, far=None), blocks=5)
+    assert unread[-1] > 0.9 * unread[1]
