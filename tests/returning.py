@@ -54,7 +54,7 @@ def errors(made: WanTransformer, memory: MemoryShape, blocks: int) -> list[float
 def learn(
     name: str, *, steps: int, blocks: int, far_lr: float, report: int | None = None
 ) -> tuple[WanTransformer, MemoryShape]:
-    """A network taught by so many steps of 16 clips, and its memory. report: steps from one printed line to the next."""
+    """A network taught by so many steps of 16 clips, and its memory. report: steps between printed lines."""
     torch.manual_seed(0)
     dice, made, recipe = torch.Generator().manual_seed(1), network(), recipe_named(name)
     memory = recipe.memory(made)
