@@ -52,7 +52,7 @@ def errors(made: WanTransformer, memory: MemoryShape, blocks: int) -> list[float
 
 
 def learn(
-    name: str, *, steps: int, blocks: int, far_lr: float, report: int | None = None
+    name: str, *, steps: int, blocks: int, far_lr: float, report: int | None = None, by_block: bool = False
 ) -> tuple[WanTransformer, MemoryShape]:
     """A network taught by so many steps of 16 clips, and its memory. report: steps between printed lines."""
     torch.manual_seed(0)
@@ -61,7 +61,10 @@ def learn(
     learner = stages._student(made, 5e-3, far_lr, 0.9)
     for step in range(1, steps + 1):
         learner.set_rate(min(1.0, step / 20, 2 - 2 * step / (steps + 1)))
-        learner.step(teacher_forcing_loss(made, clips(16, blocks, dice), 3.0, 0.0, block=recipe.block, memory=memory))
+        loss = teacher_forcing_loss(
+            made, clips(16, blocks, dice), 3.0, 0.0, block=recipe.block, memory=memory, by_block=by_block
+        )
+        learner.step(loss)
         if report and step % report == 0:
             shown = " ".join(f"{error:.2f}" for error in errors(made, memory, blocks))
             print(f"{name}, step {step}: {shown}", flush=True)
@@ -79,5 +82,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if asked.cut:
         pretrain.StreamMemory = lambda shape, layers, **more: StreamMemory(shape, layers, ring=False)
+    sizes = {"steps": asked.steps, "blocks": asked.blocks, "report": max(1, asked.steps // 4)}
     for named in asked.recipes:
-        learn(named, steps=asked.steps, blocks=asked.blocks, far_lr=asked.far_lr, report=max(1, asked.steps // 4))
+        learn(named, **sizes, far_lr=asked.far_lr, by_block=asked.cut)

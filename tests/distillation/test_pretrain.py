@@ -15,7 +15,7 @@ from longtake.distillation.pretrain import (
     forced_in_one_pass,
     teacher_forcing_loss,
 )
-from longtake.memory.far import Delta, FarShape
+from longtake.memory.far import Delta, FarShape, SinkInFar
 from longtake.memory.stream_memory import MemoryShape
 from longtake.memory.window import WindowShape
 from longtake.models.light_codec import Reconstruction
@@ -79,10 +79,17 @@ def forced(by, made, shape: MemoryShape, frames: int) -> tuple[torch.Tensor, tor
     return velocity.detach(), (velocity * asked).sum().detach(), learned
 
 
-@pytest.mark.parametrize("sink, past, extent, frames", [(3, 3, 12, 18), (0, 6, 12, 18), (3, 9, 15, 24), (6, 0, 9, 15)])
-def test_teacher_forcing_in_one_pass_is_a_walk_through_the_memory_that_serves(sink, past, extent, frames) -> None:
-    made = tiny.network(extent=extent)
-    shape = MemoryShape(window=WindowShape(sink=sink, past=past), extent=extent)
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("far", [None, FarShape(), FarShape(rule=Delta(half_life=9), turns_with_frames=False)])
+@pytest.mark.parametrize("sink, past, extent, frames", [(3, 3, 12, 18), (0, 6, 12, 18), (3, 9, 18, 27), (6, 0, 12, 15)])
+def test_teacher_forcing_in_one_pass_is_a_walk_through_the_memory_that_serves(
+    sink: int, past: int, extent: int, frames: int, far: FarShape | None, sparse: bool
+) -> None:
+    made = tiny.network(extent=extent, reads_far=far is not None)
+    for projection in made.projections:
+        torch.nn.init.normal_(projection.weight)
+    near = HYBRID.near if sparse else SHAPE.near
+    shape = MemoryShape(window=WindowShape(sink=sink, past=past), extent=extent, far=far, near=near)
     at_once, _, learned_at_once = forced(forced_in_one_pass, made, shape, frames)
     walked, _, learned = forced(forced_by_block, made, shape, frames)
     torch.testing.assert_close(at_once, walked)
@@ -167,15 +174,22 @@ def test_an_error_on_the_subject_costs_six_times_as_much() -> None:
     torch.testing.assert_close(cost[0] / cost[1], torch.tensor(6.0))
 
 
-def test_a_sparse_window_is_read_block_by_block() -> None:
-    made, seen = tiny.network(reads_far=True), []
+def test_the_loss_is_the_same_in_one_pass_and_block_by_block() -> None:
+    made, seen, losses = tiny.network(reads_far=True), [], []
     forward = made.forward
     made.forward = lambda noisy, *more: seen.append(noisy.shape[1]) or forward(noisy, *more)
-    for memory in (SHAPE, replace(SHAPE, near=HYBRID.near), HYBRID):
+    for by_block in (False, True):
         torch.manual_seed(0)
-        loss = teacher_forcing_loss(made, clips(frames=12), 3.0, 5.0, block=3, memory=memory)
-        assert torch.isfinite(loss)
-    assert seen == [24] + 8 * [3]
+        given = clips(frames=12)
+        losses.append(teacher_forcing_loss(made, given, 3.0, 5.0, block=3, memory=HYBRID, by_block=by_block))
+    assert seen == [24] + 4 * [3]
+    torch.testing.assert_close(*losses)
+
+
+def test_what_one_pass_cannot_show_is_refused() -> None:
+    published = replace(SHAPE, far=FarShape(sink=SinkInFar.AS_WELL))
+    with pytest.raises(ValueError, match="block by block"):
+        forced(forced_in_one_pass, tiny.network(reads_far=True), published, 12)
 
 
 def test_a_far_state_learns_to_remember_what_no_window_shows() -> None:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from longtake.attention.dense import dense
 from longtake.flow import add_noise, shift_level
 from longtake.generation.blockwise import commit
 from longtake.memory.stream_memory import MemoryShape, StreamMemory
@@ -69,13 +68,14 @@ def teacher_forcing_loss(
     *,
     block: int,
     memory: MemoryShape,
+    by_block: bool = False,
     context_noise: float = 0.02,
 ) -> Tensor:
     """Velocity error of noisy blocks, each at its own level and in front of the clean past that streaming would hold.
 
     The clean past carries a little noise, so that a stream's own small errors are not new to the network. What reads
-    the past teaches what wrote it: keys learn to be found, in the window and in the far state. Memories of a dense
-    window alone are read in one pass, others block by block.
+    the past teaches what wrote it: keys learn to be found, in the window and in the far state. by_block: whether clips
+    are walked block by block, which is slower and gives the same.
     """
     clean = clips.latents_BFCHW
     blocks = clean.shape[1] // block
@@ -83,8 +83,7 @@ def teacher_forcing_loss(
     level_BF = shift_level(draw, shift).repeat_interleave(block, dim=1)
     noise = torch.randn_like(clean)
     past = clean + context_noise * torch.randn_like(clean)
-    in_one_pass = memory.far is None and memory.near is dense
-    forced = forced_in_one_pass if in_one_pass else forced_by_block
+    forced = forced_by_block if by_block else forced_in_one_pass
     noisy, prompts = add_noise(clean, noise, level_BF), network.prompt_keys(clips.text_BPLE)
     velocity = forced(network, past, noisy, level_BF, prompts, clips.prompt_BF, block, memory)
     return _subject_mse(velocity, noise - clean, clips.subject_BFHW, level_BF, subject_weight)
@@ -94,12 +93,12 @@ def forced_in_one_pass(
     network: WanTransformer, past_BFCHW: Tensor, noisy_BFCHW: Tensor, level_BF: Tensor,
     prompts: PromptKeys, prompt_BF: Tensor, block: int, memory: MemoryShape,
 ) -> Tensor:  # fmt: skip
-    """Velocity [B, F, C, H, W] of every noisy block in front of its past, all at once: a dense window, nothing far.
+    """Velocity [B, F, C, H, W] of every noisy block in front of its past, all at once. Truth: `forced_by_block`.
 
-    Truth: `forced_by_block`.
+    ValueError for a memory whose sink enters the far state as well.
     """
     frames = past_BFCHW.shape[1]
-    view = network.teacher_forced_view(past_BFCHW, block, memory.window, memory.extent)
+    view = network.teacher_forced_view(past_BFCHW, block, memory.window, memory.extent, memory.near, memory.far)
     velocity = network(
         torch.cat([past_BFCHW, noisy_BFCHW], dim=1),
         torch.cat([torch.zeros_like(level_BF), level_BF], dim=1),

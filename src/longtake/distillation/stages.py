@@ -177,8 +177,8 @@ class TeacherForcingStage(Stage):
     far_lr: rate of the projections of what is read from far states, see `DmdStage`. memory_share: of clips made for
     memory, which begin out of sight of what they show, and look away from it until neither sink nor recent frames
     show it, under captions that do not say what it was; they take some length (8.5 seconds in the toy world).
-    recompute: whether recipes that are walked block by block keep of each pass only what went in and what came out, and
-    compute the rest again for its gradient: a third more work for a small part of the memory.
+    recompute: whether clips are walked block by block, and of each pass only what went in and what came out is kept:
+    the rest is computed again for its gradient. The same in more time and a small part of the memory.
     """
 
     seconds: float = 80.0
@@ -186,7 +186,7 @@ class TeacherForcingStage(Stage):
     batch: int = 24
     frames: int = 33
     lr: float = 1e-3
-    far_lr: float = 1e-3
+    far_lr: float = 5e-3
     average: float = 0.995
     subject_weight: float = 5.0
     pool: int = 1024
@@ -341,8 +341,10 @@ def train_teacher_forcing(
         drawn = _drawn(supply, step, stage.batch, stage.frames)
         with run.autocast():
             clips = Clips(drawn.latents_BFCHW, embed(text, drawn.tokens_BPL), drawn.prompt_BF, drawn.subject_BFHW)
-            memory = recipe.memory(network)
-            loss = teacher_forcing_loss(network, clips, shift, stage.subject_weight, block=recipe.block, memory=memory)
+            loss = teacher_forcing_loss(
+                network, clips, shift, stage.subject_weight,
+                block=recipe.block, memory=recipe.memory(network), by_block=stage.recompute,
+            )  # fmt: skip
         return {"loss": loss.detach(), "norm": learner.step(loss), **_far_weights(network)}
 
     look = _student_strips(text, network, learner, world, recipes, shift, run)

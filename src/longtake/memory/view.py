@@ -14,7 +14,7 @@ from torch import Tensor
 from longtake.attention.dense import dense
 from longtake.attention.join import added
 from longtake.attention.rope import Grid, RotaryAxes, Rotation, rotate
-from longtake.memory.far import FarState
+from longtake.memory.far import FarShape, FarState, SinkInFar
 from longtake.memory.window import Keys, WindowShape
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -89,15 +89,27 @@ class TeacherForcedView:
 
     A clean block answers as if it were being committed, a noisy block as if it were being denoised: each sees the
     clean frames that the window would hold at that moment, at the positions it would give them, and itself. Equal
-    to streaming with that memory (tested), but parallel. Blocks with equally many remembered frames share a call.
+    to streaming with that memory (tested), but parallel. Blocks with equally many remembered frames share a call; only
+    the sums of what is far are made block by block.
+
+    near: how the window is attended. far: what is made of frames that left it, which the projections of each layer
+    read. The sink must not enter it: ValueError.
     """
 
-    def __init__(self, axes: RotaryAxes, shape: WindowShape, extent: int | None, block: int, blocks: int,
-                 rows: int, columns: int, device: torch.device | str):  # fmt: skip
+    def __init__(
+        self, axes: RotaryAxes, shape: WindowShape, extent: int | None, block: int, blocks: int,
+        rows: int, columns: int, device: torch.device | str, *,
+        near: Attend = dense, far: FarShape | None = None, projections: Sequence[Callable[[Tensor], Tensor]] = (),
+    ):  # fmt: skip
+        if far and far.sink is not SinkInFar.NEVER:
+            raise ValueError("a far state that the sink enters as well can only be walked through block by block")
         self.block, self.blocks, self.tokens = block, blocks, rows * columns
+        self._near, self._far, self._projections = near, far, projections
         frames = [range(b * block, (b + 1) * block) for b in range(blocks)]
         held = [fitting(_held_frames(b * block, shape), block, shape.sink, extent) for b in range(blocks)]
         places = [place_frames(h, own, shape.sink, extent) for h, own in zip(held, frames, strict=True)]
+        grid = Grid(axes, rows, columns)
+        self._moments = [_moment(own, far, grid, shape, extent, device) for own in frames] if far else []
         positions = [position for place in places for position in place.current]
         self.rotation = axes.rotation(positions + positions, rows, columns, device)
         self._groups = [
@@ -117,9 +129,48 @@ class TeacherForcedView:
         for group in self._groups:
             q_group, k_group, v_group = (x[:, :, group.blocks] for x in (q, k, v))
             out[:, :, group.blocks] = group.attend(
-                q_group, k_group, v_group, clean_k[:, group.held], clean_v[:, group.held]
+                self._near, q_group, k_group, v_group, clean_k[:, group.held], clean_v[:, group.held]
             )
+        if self._far:
+            plain_q = own.plain_q.unflatten(1, halves)
+            out = self._with_far(out, plain_q, clean_k, clean_v, FarState(self._far), self._projections[layer])
         return out.flatten(1, 3)
+
+    def _with_far(
+        self, near: Tensor, plain_q: Tensor, clean_k: Tensor, clean_v: Tensor, state: FarState,
+        project: Callable[[Tensor], Tensor],
+    ) -> Tensor:  # fmt: skip
+        """near, plain_q [B, 2, blocks, T, N, D], with what is far added to near; clean [B, frames, tokens, N, D]."""
+        answers = []
+        for answer, asked, moment in zip(near.unbind(2), plain_q.unbind(2), self._moments, strict=True):
+            if state.sums is not None:
+                read = state.read(asked.flatten(1, 2), moment.asking)
+                answer = added(answer.flatten(1, 2), read, project, state.present_B).view_as(answer)
+            answers.append(answer)
+            if moment.gone:
+                frames = slice(moment.gone[0], moment.gone[-1] + 1)
+                keys = Keys(clean_k[:, frames].flatten(1, 2), clean_v[:, frames].flatten(1, 2), moment.gone)
+                state = state.absorb(keys, moment.behind)
+        return torch.stack(answers, dim=2)
+
+
+class _Moment(NamedTuple):
+    """When a block is made, and what leaves the window once it is: those frames' numbers and their place, where a far
+    state puts them; where the block's tokens stand who ask it, those of the clean copy and those of the noisy one."""
+
+    gone: tuple[int, ...]
+    behind: Rotation
+    asking: Rotation
+
+
+def _moment(
+    own: range, far: FarShape, grid: Grid, shape: WindowShape, extent: int | None, device: torch.device | str
+) -> _Moment:
+    following = range(own.stop, own.stop + len(own))
+    gone = tuple(f for f in range(shape.sink, own.stop) if own.start <= f + shape.past < own.stop)
+    behind = place_frames(gone, following, shape.sink, extent).held
+    asking = place_frames((), own, shape.sink, extent).current * 2
+    return _Moment(gone, far.rotation(grid, behind, device), far.rotation(grid, asking, device))
 
 
 @dataclass(frozen=True)
@@ -130,7 +181,7 @@ class _Group:
     held: Tensor
     rotation: Rotation
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, held_k: Tensor, held_v: Tensor) -> Tensor:
+    def attend(self, near: Attend, q: Tensor, k: Tensor, v: Tensor, held_k: Tensor, held_v: Tensor) -> Tensor:
         """q, k, v [B, 2, G, T, N, D] of the clean and the noisy half; held [B, G, R, tokens, N, D] of the clean one."""
         halves = (q.shape[0], 2, q.shape[2])
         held_k = rotate(held_k.flatten(2, 3), self.rotation)
@@ -138,7 +189,7 @@ class _Group:
             torch.cat([held.unsqueeze(1).expand(*halves, *held.shape[2:]), own], dim=3)
             for held, own in ((held_k, k), (held_v.flatten(2, 3), v))
         )
-        return dense(*(x.flatten(0, 2) for x in (q, k, v))).unflatten(0, halves)
+        return near(*(x.flatten(0, 2) for x in (q, k, v))).unflatten(0, halves)
 
 
 @dataclass(frozen=True)

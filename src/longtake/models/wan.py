@@ -19,8 +19,9 @@ from torch.nn import functional
 
 from longtake.attention.dense import dense
 from longtake.attention.rope import Grid, RotaryAxes, Rotation, rotate, split_like_wan
+from longtake.memory.far import FarShape
 from longtake.memory.stream_memory import LayerKeys, StreamMemory
-from longtake.memory.view import ClipView, MemoryView, TeacherForcedView, Tokens, View, frame_mask
+from longtake.memory.view import Attend, ClipView, MemoryView, TeacherForcedView, Tokens, View, frame_mask
 from longtake.memory.window import WindowShape
 
 
@@ -236,12 +237,16 @@ class WanTransformer(nn.Module):
         return Grid(self.config.axes, *self._grid(latents_BFCHW))
 
     def teacher_forced_view(
-        self, clean_BFCHW: Tensor, block: int, shape: WindowShape, extent: int | None
-    ) -> TeacherForcedView:
+        self, clean_BFCHW: Tensor, block: int, shape: WindowShape, extent: int | None,
+        near: Attend = dense, far: FarShape | None = None,
+    ) -> TeacherForcedView:  # fmt: skip
         """A view for [clean copy | noisy copy] of a clip: every noisy block in front of its clean past, in parallel."""
         rows, columns = self._grid(clean_BFCHW)
         blocks = clean_BFCHW.shape[1] // block
-        return TeacherForcedView(self.config.axes, shape, extent, block, blocks, rows, columns, clean_BFCHW.device)
+        return TeacherForcedView(
+            self.config.axes, shape, extent, block, blocks, rows, columns, clean_BFCHW.device,
+            near=near, far=far, projections=self.projections,
+        )  # fmt: skip
 
     def _grid(self, latents_BFCHW: Tensor) -> tuple[int, int]:
         height, width = latents_BFCHW.shape[-2:]
