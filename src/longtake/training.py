@@ -307,13 +307,14 @@ class ToyWorld:
         self.latent_size = recipes.latent_size(codec)
 
     def clips(self, size: int, seed: int, frames: int, memory_share: float = 0.0) -> ClipPool:
-        if self._run.first:
-            sys.stderr.write(f"painting {size} clips to learn from\n")
         pictures = max(CLIP_PICTURES, 1 + (frames - 1) * self._codec.temporal_factor)
-        return ClipPool(
+        pool = ClipPool(
             self._codec, size, seed * 1000 + self._run.rank, self._run.device, _painter(self._run),
             pictures=pictures, memory_share=memory_share,
         )  # fmt: skip
+        if self._run.first:
+            sys.stderr.write(f"painting {size} clips to learn from\n")
+        return pool
 
     def prompts(self, count: int, seed: int) -> Prompts:
         own = seed * 1000 + self._run.rank

@@ -33,7 +33,7 @@ HYBRID = "hybrid_forcing:share=0.4"
 SETTINGS = {
     "codec": ["batch=1", "pictures=5", *CODEC],
     "teacher": ["batch=2", "pool=2", f"network={NETWORK}"],
-    "teacher_forcing": ["batch=2", "pool=2"],
+    "teacher_forcing": ["batch=2", "pool=2", "frames=36", "memory_share=0.5"],
     "ode": ["batch=2", "pairs=4", "sampling_steps=4"],
     "dmd": [
         "batch=2", "most_blocks=5", "most_given=2", "pool=2", "levels=[2,1]", "pull=0.05", "pull_steps=2",
