@@ -91,7 +91,7 @@ def test_options_change_a_recipe_and_stay_in_its_name() -> None:
         ("self_forcing:share=1", "has no option 'share': there are none"),
         ("hybrid_forcing:share=lots", "'hybrid_forcing:share=lots' does not work: could not convert"),
         ("hybrid_forcing:share=0", "share must be above 0 and at most 1, got 0.0"),
-        ("hybrid_forcing:far=kept", "no far=kept: there are none, keep, decay, cap, delta"),
+        ("hybrid_forcing:far=kept", "no far=kept: there are keep, decay, cap, delta and none"),
         ("hybrid_forcing:far=decay", "decay and cap need a number of latent frames"),
         ("hybrid_forcing:frames=60", "keep takes none"),
         ("hybrid_forcing:far=cap,frames=-1", "frames must be above 0"),
@@ -148,7 +148,10 @@ def test_weights_stream_under_the_far_state_they_learned_to_read_and_no_other(tm
     for name in (taught, "hybrid_forcing:features=2.0,share=1,far=delta", "hybrid_forcing:far=none", "self_forcing"):
         assert engine(file, name).recipe.name == name
     for name in ("hybrid_forcing", "hybrid_forcing:far=delta", "hybrid_forcing:far=delta,features=2,frames=9"):
-        said = f"was trained under self_forcing and {taught}, and cannot read the far state of {name}$"
+        said = (
+            f"was trained under self_forcing and {taught}, and cannot read the far state of {name}: "
+            "name one of those recipes, or far=none$"
+        )
         with pytest.raises(ValueError, match=said):
             engine(file, name)
     saved()  # as files were written before

@@ -75,7 +75,7 @@ def hybrid_forcing(
 def _far_state(rule: str, frames: float, features: float, stiffness: float, turns: str) -> FarShape | None:
     """ValueError for what cannot be."""
     if rule not in ("none", *RULES):
-        raise ValueError(f"no far={rule}: there are none, {', '.join(RULES)}")
+        raise ValueError(f"no far={rule}: there are {', '.join(RULES)} and none")
     if features not in WIDTHS:
         ratios = ", ".join(f"{ratio:g}" for ratio in WIDTHS)
         raise ValueError(f"features must be {ratios} of a head's size, got {features}")
@@ -223,7 +223,8 @@ def _require_taught(chosen: Recipe, taught: Sequence[str], path: Path) -> None:
     """ValueError where the weights learned to read other far states; how much of a window is seen may change."""
     if chosen.far and taught and chosen.far not in [recipe_named(name).far for name in taught]:
         raise ValueError(
-            f"{path} was trained under {' and '.join(taught)}, and cannot read the far state of {chosen.name}"
+            f"{path} was trained under {' and '.join(taught)}, and cannot read the far state of {chosen.name}: "
+            "name one of those recipes, or far=none"
         )
 
 

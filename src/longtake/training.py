@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from importlib.util import find_spec
 from itertools import chain, islice
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -82,12 +83,17 @@ def train(
             raise ValueError("the codec trains in one process: start it without torchrun")
         asked = {"stage": name, "from": str(start), "recipes": list(recipe_names), "config": asdict(stage)}
         with _claimed(run, asked):
-            torch.manual_seed(stage.seed + rank)
+            torch.manual_seed(_seed_of_noise(stage.seed, rank))
             torch.backends.cudnn.allow_tf32 = True  # not of matrices: far states and block scores want all of fp32
             spent = kind.train(stage, inputs, chosen, run)
             return _finish(run, inputs, kind, spent, processes)
     finally:
         parallel.leave()
+
+
+def _seed_of_noise(seed: int, rank: int) -> int:
+    """Of what a process draws for itself; seed + rank would be the same for the next run's neighbour."""
+    return Random(f"{seed} {rank}").getrandbits(32)  # torch's generators on the host look at the low 32 bits alone
 
 
 def _folder_named(start: str | Path) -> Path:

@@ -81,6 +81,13 @@ def test_a_short_run_forgets_where_it_began() -> None:
         assert ((average - 5).abs() < 0.1 * (start - 5).abs() + 0.1).all()
 
 
+def test_an_average_keeps_no_graph() -> None:
+    student = learner()
+    for _ in range(2):
+        student.step(student.module(torch.ones(1, 4)).sum())
+    assert not any(average.requires_grad for average in student.state_dict()["average"])
+
+
 def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     student = learner()
     before = student.module.weight.detach().clone()

@@ -38,6 +38,13 @@ def test_int8_rows_err_by_half_a_step_of_their_own_largest_value(tmp_path: Path)
     assert torch.equal(loaded["n"], torch.arange(3))
 
 
+def test_one_scale_does_not_drown_the_small_parts_of_a_modulation(tmp_path: Path) -> None:
+    modulation = torch.tensor([0.01, 1.0]).view(1, 2, 1).repeat(1, 1, 8) * torch.linspace(0.5, 1, 8)
+    save_weights(tmp_path / "w.safetensors", {"modulation": modulation}, {}, int8=True)
+    loaded, _ = load_weights(tmp_path / "w.safetensors")
+    torch.testing.assert_close(loaded["modulation"], modulation, rtol=2**-8, atol=0)
+
+
 def test_a_truncated_a_missing_and_a_foreign_file_are_refused(tmp_path: Path) -> None:
     whole = tmp_path / "w.safetensors"
     save_weights(whole, tensors(), {}, int8=False)

@@ -51,6 +51,12 @@ def test_a_pool_hands_out_clips_and_renews_them() -> None:
     assert len({round(x.double().sum().item(), 3) for x in torch.cat([whole, renewed])}) == 3
 
 
+def test_clips_longer_than_they_are_made_are_refused_before_any_is_painted() -> None:
+    pool = ClipPool(LightCodec(SMALL), 2, seed=1, device=torch.device("cpu"), painter=lambda *_: pytest.fail())
+    with pytest.raises(ValueError, match="clips have 33 latent frames: 36 cannot be cut out of them"):
+        pool.draw(5, 36)
+
+
 def test_other_seeds_are_other_scenes_however_large() -> None:
     drawn = [
         training_scenes(2, (seed << 32) + made, torch.device("cpu"))[0] for seed, made in product((42, 43), (0, 8))

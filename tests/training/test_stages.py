@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from longtake.distillation.stages import DmdStage
 from longtake.distillation.trainer import STATE_FILE, read_metrics
 from longtake.models.weights import load_weights
 from longtake.toy import world
-from longtake.training import STAGES, report, with_settings
+from longtake.training import STAGES, _seed_of_noise, report, with_settings
 
 ROOT = Path(__file__).parents[2]
 MODULE = "tests.training.noise_world"
@@ -143,6 +144,14 @@ def test_two_processes_share_the_structure_and_nothing_else(folders: Path, tmp_p
     assert one["clips"] and one["prompts"], "some rollouts go on from clips, some begin with prompts alone"
     for name in ("prompts", "clips", "noise"):
         assert all(not torch.equal(a, b) for a, b in zip(one[name], two[name], strict=True)), name
+    # Not other draws from one pool of clips, but other clips.
+    frames, others = ({frame.sum().item() for x in seen["clips"] for frame in x.flatten(0, 1)} for seen in (one, two))
+    assert not frames & others
+
+
+def test_neighbouring_seeds_and_processes_have_noise_of_their_own() -> None:
+    seeds = {_seed_of_noise(seed, rank) for seed, rank in product(range(40, 60), range(64))}
+    assert len(seeds) == 20 * 64 and all(0 <= seed < 1 << 32 for seed in seeds)
 
 
 def test_a_lone_process_does_not_take_up_the_run_of_two(folders: Path, tmp_path: Path) -> None:
@@ -223,7 +232,7 @@ def test_every_stage_is_a_verb() -> None:
         ("dmd", ["--from", "{codec}"], "holds no teacher.safetensors"),
         ("dmd", ["--from", "nowhere"], "no folder nowhere"),
         ("dmd", ["--from", "{ode}", "--recipe", "self_forcin"], "did you mean self_forcing"),
-        ("dmd", ["--from", "{ode}", "--recipe", "hybrid_forcing:far=no"], "no far=no: there are none, keep"),
+        ("dmd", ["--from", "{ode}", "--recipe", "hybrid_forcing:far=no"], "no far=no: there are keep"),
     ],
 )
 def test_bad_input_is_one_line(stage, arguments, said, folders: Path, tmp_path: Path, capsys) -> None:

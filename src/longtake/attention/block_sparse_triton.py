@@ -99,23 +99,25 @@ class _Attend(torch.autograd.Function):
         _grad_q[blocks, clips * heads](
             q, k, v, chosen, out, log_sums, grad_out, grad_q, deltas, kept, *sizes, **_launch(launches.grad_q, q)
         )
-        askers, starts = _transposed(chosen, key_blocks)
+        askers, counts = _askers(chosen, key_blocks)
         _grad_kv[key_blocks, clips * heads](
-            q, k, v, askers, starts, log_sums, grad_out, deltas, grad_k, grad_v, askers.shape[-1], *sizes,
+            q, k, v, askers, counts, log_sums, grad_out, deltas, grad_k, grad_v, blocks, *sizes,
             **_launch(launches.grad_kv, q),
         )  # fmt: skip
         return grad_q, grad_k, grad_v, None, None, None, None
 
 
-def _transposed(chosen_BNIK: Tensor, key_blocks: int) -> tuple[Tensor, Tensor]:
-    """For every key block the query blocks that chose it: all of them in one row [B, N, I * K], and where each key
-    block's begin, [B, N, J + 1].
+def _askers(chosen_BNIK: Tensor, key_blocks: int) -> tuple[Tensor, Tensor]:
+    """The query blocks that chose each key block, rising, [B, N, J, I], and how many they are, [B, N, J]; the rest of a
+    row is not written.
     """
-    by_key_block = chosen_BNIK.flatten(2).sort(stable=True)
-    askers = by_key_block.indices // chosen_BNIK.shape[-1]
-    bounds = torch.arange(key_blocks + 1, dtype=torch.int32, device=chosen_BNIK.device)
-    starts = torch.searchsorted(by_key_block.values, bounds.expand(*askers.shape[:2], -1).contiguous())
-    return askers.to(torch.int32), starts.to(torch.int32)
+    clips, heads, blocks, kept = chosen_BNIK.shape
+    askers = chosen_BNIK.new_empty(clips, heads, key_blocks, blocks)
+    counts = chosen_BNIK.new_empty(clips, heads, key_blocks)
+    _find_askers[key_blocks, clips * heads](
+        chosen_BNIK, askers, counts, blocks, kept, max(_tile(blocks), 32), num_warps=4
+    )
+    return askers, counts
 
 
 def _sizes(q: Tensor, k: Tensor, block_q: int, block_k: int) -> tuple[int, ...]:
@@ -230,7 +232,7 @@ def _grad_q(
 
 @triton.jit
 def _grad_kv(
-    q_ptr, k_ptr, v_ptr, askers_ptr, starts_ptr, log_sums_ptr, grad_ptr, deltas_ptr, grad_k_ptr, grad_v_ptr, choices,
+    q_ptr, k_ptr, v_ptr, askers_ptr, counts_ptr, log_sums_ptr, grad_ptr, deltas_ptr, grad_k_ptr, grad_v_ptr, blocks,
     queries, keys, heads, HEAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr,
     TILE_K: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
@@ -240,11 +242,11 @@ def _grad_kv(
     answering, is_key = _at(block, BLOCK_K, TILE_K, keys)
     k = _load(k_ptr, answering, is_key, keys, heads, HEAD, D)
     v = _load(v_ptr, answering, is_key, keys, heads, HEAD, D)
-    askers_ptr += line.to(tl.int64) * choices
-    starts_ptr += line * (tl.num_programs(0) + 1) + block
+    row = line.to(tl.int64) * tl.num_programs(0) + block
+    askers_ptr += row * blocks
     grad_k = tl.zeros([TILE_K, D], tl.float32)
     grad_v = tl.zeros([TILE_K, D], tl.float32)
-    for i in range(tl.load(starts_ptr), tl.load(starts_ptr + 1)):
+    for i in range(tl.load(counts_ptr + row)):
         asking, is_query = _at(tl.load(askers_ptr + i), BLOCK_Q, TILE_Q, queries)
         of_query = line.to(tl.int64) * queries + asking
         q = _load(q_ptr, asking, is_query, queries, heads, HEAD, D)
@@ -258,6 +260,20 @@ def _grad_kv(
         grad_k += _product(grad_scores.to(q.dtype), q)
     _store(grad_k_ptr, grad_k / HEAD**0.5, answering, is_key, keys, heads, HEAD, D)
     _store(grad_v_ptr, grad_v, answering, is_key, keys, heads, HEAD, D)
+
+
+@triton.jit
+def _find_askers(chosen_ptr, askers_ptr, counts_ptr, blocks, kept, TILE: tl.constexpr):
+    """One block of keys: the query blocks with it among their choices, written as they come."""
+    block, line = tl.program_id(0), tl.program_id(1)
+    asker = tl.arange(0, TILE)
+    chosen_ptr += (line.to(tl.int64) * blocks + asker) * kept
+    asks = tl.zeros([TILE], tl.int32)
+    for i in range(kept):
+        asks += (tl.load(chosen_ptr + i, mask=asker < blocks, other=-1) == block).to(tl.int32)
+    row = line.to(tl.int64) * tl.num_programs(0) + block
+    tl.store(askers_ptr + row * blocks + tl.cumsum(asks, 0) - 1, asker, mask=asks > 0)
+    tl.store(counts_ptr + row, tl.sum(asks, 0))
 
 
 @triton.jit

@@ -99,13 +99,18 @@ class Learner:
         if torch.isfinite(norm):
             for optimizer in self._optimizers:
                 optimizer.step()
-            if self._decay is not None:
-                decay = min(self._decay, (1 + self._steps) / (10 + self._steps))
-                torch._foreach_lerp_(self._average, self._parameters, 1 - decay)
+            self._follow()
             self._steps += 1
         for parameter in self._parameters:
             parameter.grad = None
         return norm
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Let the average take its step; with gradients on, it would keep the graph of all steps."""
+        if self._decay is not None:
+            decay = min(self._decay, (1 + self._steps) / (10 + self._steps))
+            torch._foreach_lerp_(self._average, self._parameters, 1 - decay)
 
     def set_rate(self, share: float) -> None:
         """Set every learning rate to a share of its peak."""

@@ -88,9 +88,15 @@ class ClipPool:
         self._made += self._at_once
 
     def draw(self, count: int, frames: int) -> LatentClips:
-        """Clips of `frames` latent frames: half from the beginning of a clip, half from a random moment of it."""
+        """Clips of `frames` latent frames: half from the beginning of a clip, half from a random moment of it.
+
+        ValueError for more frames than clips have.
+        """
+        length = 1 + (self._pictures - 1) // self._codec.temporal_factor
+        if frames > length:
+            raise ValueError(f"clips have {length} latent frames: {frames} cannot be cut out of them, ask for fewer")
         latents, tokens, prompt, subject = self._filled()
-        size, length = latents.shape[:2]
+        size = len(latents)
         rows = torch.randint(size, (count, 1), device=self._device)
         starts = torch.randint(length - frames + 1, (count, 1), device=self._device)
         starts = starts * torch.randint(2, (count, 1), device=self._device)
