@@ -7,16 +7,18 @@ that the paper is said to print add the near span itself, or all that is far, at
 frames more than once (docs/rehyat.md).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from longtake.attention.dense import dense
 from longtake.attention.near_span import NearSpan, Shift, joined
 from longtake.attention.rope import Grid, Rotation, rotate
 from longtake.memory.far import FarShape, FarState
+from longtake.memory.view import Tokens
 from longtake.memory.window import Keys, Window, WindowShape
 
 
@@ -115,3 +117,21 @@ def attended(memory: SpanMemory, q_BTND: Tensor, k_BTND: Tensor, v_BTND: Tensor)
         parts.append(memory.attend(q_BTND[:, now], k_BTND[:, now], v_BTND[:, now]))
         memory = memory.commit(k_BTND[:, now], v_BTND[:, now])
     return torch.cat(parts, dim=1)
+
+
+@dataclass(frozen=True)
+class SpanView:
+    """A whole clip at one moment of its denoising, some of whose layers are converted (the published way).
+
+    converted: layers by number, each with its own features. They go through the clip from left to right; in all others
+    every token sees every token. So this is no stream: what a chunk becomes depends on later ones, and what the
+    converted layers sum up are keys at the present noise level. `rotation` is that of the clip from frame 0.
+    """
+
+    rotation: Rotation
+    converted: Mapping[int, SpanShape]
+
+    def attend(self, layer: int, own: Tokens) -> Tensor:
+        if layer not in self.converted:
+            return dense(own.q, own.k, own.v)
+        return attended(SpanMemory.empty(self.converted[layer]), own.plain_q, own.plain_k, own.v)
