@@ -155,18 +155,16 @@ def test_of_three_recursions_only_what_leaves_is_the_definition(current: int, ov
     queries, keys = features(shape, q, k, range(11))
     turned_q, turned_k = (rotate(x, GRID.rotation(range(11), "cpu")) for x in (q, k))
 
+    weights = torch.einsum("btnr,bsnr->bnts", queries.below, keys.below)
+    near, _ = reference.near_and_far(11, TOKENS, current, overlap)
+
     def recursion(added: Callable[[Chunk, Chunk], range]) -> Tensor:
-        q_feature, k_feature, near, far = queries.below, keys.below, *reference.near_and_far(11, TOKENS, 1, 0)
-        near = reference.near_and_far(11, TOKENS, current, overlap)[0]
-        times = torch.zeros_like(far, dtype=torch.float64)  # how often a key is in the sums that a query reads
-        chunks = shape.span.chunks(11)
-        for chunk, following in pairwise(chunks):
-            rows = slice(following.begin * TOKENS, following.end * TOKENS)
-            times[rows] = times[chunk.begin * TOKENS]
-            columns = added(chunk, following)
-            times[rows, columns.start * TOKENS : columns.stop * TOKENS] += 1
-        weights = torch.einsum("btnr,bsnr->bnts", q_feature, k_feature)
-        return reference.one_bar(turned_q, turned_k, v, weights, near, times, SHIFTS["log mass"][1])
+        times_TT = torch.zeros(near.shape, dtype=torch.float64)  # how often a key is in the sums that a query reads
+        for chunk, following in pairwise(shape.span.chunks(11)):
+            rows, frames = slice(following.begin * TOKENS, following.end * TOKENS), added(chunk, following)
+            times_TT[rows] = times_TT[chunk.begin * TOKENS]
+            times_TT[rows, frames.start * TOKENS : frames.stop * TOKENS] += 1
+        return reference.one_bar(turned_q, turned_k, v, weights, near, times_TT, SHIFTS["log mass"][1])
 
     got = attended(SpanMemory.empty(shape), q, k, v)
     errors = {
