@@ -13,7 +13,7 @@ from longtake.attention import linear, reference
 from longtake.attention.linear import Features
 from longtake.attention.near_span import Chunk, NearSpan, Shift, parallel
 from longtake.attention.rope import Grid, RotaryAxes, rotate
-from longtake.memory.far import FarShape, FarState, Keep, MassCap, Rule
+from longtake.memory.far import Delta, FarShape, FarState, Keep, MassCap, Rule
 from longtake.memory.span_memory import SpanMemory, SpanShape, attended
 from longtake.models.features import LearnedForm
 
@@ -281,6 +281,8 @@ def test_what_is_far_outgrows_what_is_near_unless_its_mass_is_held() -> None:
 
 
 def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(ValueError, match="must be a sum under a denominator that it shares, not Delta"):
+        shape_of(NearSpan(current=2, overlap=1), rule=Delta())
     memory = SpanMemory.empty(shape_of(NearSpan(current=2, overlap=1)))
     q, k, v = drawn(3)
     with pytest.raises(ValueError, match="3 latent frames exceed the 2 that are answered together"):

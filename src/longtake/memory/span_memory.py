@@ -17,7 +17,7 @@ from torch import Tensor
 from longtake.attention.dense import dense
 from longtake.attention.near_span import NearSpan, Shift, joined
 from longtake.attention.rope import Grid, Rotation, rotate
-from longtake.memory.far import FarShape, FarState
+from longtake.memory.far import FarShape, FarState, Keep
 from longtake.memory.view import Tokens
 from longtake.memory.window import Keys, Window, WindowShape
 
@@ -27,13 +27,18 @@ class SpanShape:
     """How a layer under ReHyAt remembers.
 
     far: its features, by which rule they are summed (one that adds) and with which positions. shift: `near_span.Shift`.
-    Positions are those of the clip: they grow with it, so a clip may not be longer than what was trained.
+    Positions are those of the clip: they grow with it, so a clip may not be longer than what was trained. ValueError
+    for a rule that does not add: what it keeps has no mass to stand under a bar.
     """
 
     span: NearSpan
     grid: Grid
     far: FarShape
     shift: Shift | Tensor = Shift.LOG_MASS
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.far.rule, Keep):
+            raise ValueError(f"what is far must be a sum under a denominator that it shares, not {self.far.rule}")
 
     def rotation(self, frames: Sequence[int], device: torch.device | str) -> Rotation:
         """Of the near queries and keys of these frames."""
@@ -105,8 +110,8 @@ class SpanMemory:
 def attended(memory: SpanMemory, q_BTND: Tensor, k_BTND: Tensor, v_BTND: Tensor) -> Tensor:
     """Chunk after chunk of a clip that follows what a memory holds, from unrotated queries and keys; [B, T, N, D].
 
-    The same numbers as `near_span.parallel`. Beside its input and output it holds one near span and one state,
-    however long the clip.
+    Where nothing is forgotten (`Keep`), the same numbers as `near_span.parallel`. Beside its input and output it holds
+    one near span and one state, however long the clip.
     """
     grid, parts = memory.shape.grid, []
     tokens = grid.rows * grid.columns
