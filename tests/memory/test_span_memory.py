@@ -259,6 +259,18 @@ def test_bfloat16_keys_are_read_as_closely_as_they_are_known() -> None:
     assert memory.far.sums.kv_BNRD.dtype == torch.float32
 
 
+def test_autocast_rounds_no_sums_and_no_join() -> None:
+    shape, tensors = shape_of(NearSpan(current=2, overlap=1)), [x.float() for x in drawn(9)]
+    form_of(shape).float()
+    expected = attended(SpanMemory.empty(shape), *tensors)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (tensors[0][0, :, 0] @ tensors[1][0, :, 0].mT).dtype == torch.bfloat16, "it does round elsewhere"
+        memory = SpanMemory.empty(shape).commit(*tensors[1:])
+        got = attended(SpanMemory.empty(shape), *tensors)
+    assert memory.far.sums.kv_BNRD.dtype == torch.float32
+    torch.testing.assert_close(got.float(), expected, atol=0.03, rtol=0.03)
+
+
 def far_share(rule: Rule, chunks: int) -> list[float]:
     """Mean share of what is far, chunk after chunk of like keys."""
     shape = shape_of(NearSpan(current=3, overlap=1), rule=rule, far_tokens=15 * TOKENS)

@@ -77,10 +77,10 @@ def parallel(
 ) -> Tensor:  # fmt: skip
     """All chunks of a sequence at once; returns [B, T, N, D]. Queries and keys are rotated, features too if they are.
 
-    tokens: of a latent frame. ValueError where they do not divide the sequence.
+    tokens: of a latent frame. ValueError where they do not divide the sequence, or there is none.
     """
     batch, length = q_BTND.shape[:2]
-    if length % tokens:
+    if not length or length % tokens:
         raise ValueError(f"a sequence of {length} tokens has no whole number of latent frames of {tokens}")
     chunks = span.chunks(length // tokens)
     before = _sums_before([chunk.near for chunk in chunks], keys, v_BTND, tokens)

@@ -8,7 +8,7 @@ frames more than once (docs/rehyat.md).
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -40,6 +40,11 @@ class SpanShape:
         if not isinstance(self.far.rule, Keep):
             raise ValueError(f"what is far must be a sum under a denominator that it shares, not {self.far.rule}")
 
+    @property
+    def tokens(self) -> int:
+        """Of a latent frame."""
+        return self.grid.rows * self.grid.columns
+
     def rotation(self, frames: Sequence[int], device: torch.device | str) -> Rotation:
         """Of the near queries and keys of these frames."""
         return self.grid.rotation(frames, device)
@@ -55,7 +60,7 @@ class SpanMemory:
     shape: SpanShape
     overlap: Window
     far: FarState
-    frames: int = field(default=0)
+    frames: int = 0
 
     @classmethod
     def empty(cls, shape: SpanShape) -> Self:
@@ -98,13 +103,16 @@ class SpanMemory:
         near = 0 if held is None else held.k_BTND.nbytes + held.v_BTND.nbytes
         return near + self.far.nbytes()
 
+    def frames_of(self, k_BTND: Tensor) -> int:
+        """How many latent frames these tokens are. ValueError unless it is a whole number above 0."""
+        length, tokens = k_BTND.shape[1], self.shape.tokens
+        if not length or length % tokens:
+            raise ValueError(f"{length} tokens are no whole number of latent frames of {tokens}")
+        return length // tokens
+
     def _next(self, k_BTND: Tensor, v_BTND: Tensor) -> Keys:
-        """The keys of the frames that follow. ValueError unless they are a whole number."""
-        tokens = self.shape.grid.rows * self.shape.grid.columns
-        if not k_BTND.shape[1] or k_BTND.shape[1] % tokens:
-            raise ValueError(f"{k_BTND.shape[1]} tokens are no whole number of latent frames of {tokens}")
-        frames = range(self.frames, self.frames + k_BTND.shape[1] // tokens)
-        return Keys(k_BTND, v_BTND, tuple(frames))
+        """The keys of the frames that follow."""
+        return Keys(k_BTND, v_BTND, tuple(range(self.frames, self.frames + self.frames_of(k_BTND))))
 
 
 def attended(memory: SpanMemory, q_BTND: Tensor, k_BTND: Tensor, v_BTND: Tensor) -> Tensor:
@@ -113,11 +121,8 @@ def attended(memory: SpanMemory, q_BTND: Tensor, k_BTND: Tensor, v_BTND: Tensor)
     Where nothing is forgotten (`Keep`), the same numbers as `near_span.parallel`. Beside its input and output it holds
     one near span and one state, however long the clip.
     """
-    grid, parts = memory.shape.grid, []
-    tokens = grid.rows * grid.columns
-    if k_BTND.shape[1] % tokens:
-        raise ValueError(f"{k_BTND.shape[1]} tokens are no whole number of latent frames of {tokens}")
-    for chunk in memory.shape.span.chunks(k_BTND.shape[1] // tokens):
+    parts, frames, tokens = [], memory.frames_of(k_BTND), memory.shape.tokens
+    for chunk in memory.shape.span.chunks(frames):
         now = slice(chunk.begin * tokens, chunk.end * tokens)
         parts.append(memory.attend(q_BTND[:, now], k_BTND[:, now], v_BTND[:, now]))
         memory = memory.commit(k_BTND[:, now], v_BTND[:, now])
