@@ -2,9 +2,9 @@
 
 An answer is a quotient. Above the bar features of queries and keys carry their positions, below it they do not
 (RoFormer, 2104.09864, section 3.3). Pairs of features are turned by the angles of a head's pairs; where features are
-more or fewer, by the same angles again or by some of them (`rope.fitted`). Everything here is float32, whatever comes
-in and under autocast too: running means in bfloat16 stop learning after some minutes of video. Nothing is written in
-place. Truth: `reference.linear`.
+more or fewer, by the same angles again or by some of them (`rope.fitted`). Sums have the type of the features, which
+the forms here make in float32, whatever comes in and under autocast too: running means in bfloat16 stop learning after
+some minutes of video. Nothing is written in place. Truth: `reference.linear`.
 
 Shapes: B batch, T tokens, N heads, D per head, R features per head.
 """
@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +31,16 @@ class Features(NamedTuple):
 
     above: Tensor
     below: Tensor
+
+
+class Form(Protocol):
+    """What makes features of plain head vectors [B, T, N, D] that stand at a rotation."""
+
+    def features(self, size: int) -> int: ...
+
+    def of_keys(self, plain_BTND: Tensor, rotation: Rotation) -> Features: ...
+
+    def of_queries(self, plain_BTND: Tensor, rotation: Rotation) -> Features: ...
 
 
 @dataclass(frozen=True)
@@ -102,6 +112,13 @@ WIDTHS: dict[float, LinearForm] = {
 the features of 1, and 4 also those of 2 and of the half."""
 
 
+class Weighed(NamedTuple):
+    """Values summed with their weights, [B, T, N, D], and the weights summed, [B, T, N]."""
+
+    above: Tensor
+    below: Tensor
+
+
 class Sums(NamedTuple):
     """What is left of absorbed tokens. mass: how many they were, less what was forgotten (float64: it counts on).
 
@@ -123,7 +140,7 @@ def sums_of(keys: Features, v_BTND: Tensor) -> Sums:
     """The sums of these tokens alone."""
     batch, tokens = v_BTND.shape[:2]
     with _unrounded(v_BTND):
-        kv_BNRD = torch.einsum("btnr,btnd->bnrd", keys.above, v_BTND.float())
+        kv_BNRD = torch.einsum("btnr,btnd->bnrd", keys.above, v_BTND.to(keys.above.dtype))
     mass_B = torch.full((batch,), float(tokens), dtype=torch.float64, device=v_BTND.device)
     return Sums(kv_BNRD, keys.below.sum(dim=1), mass_B)
 
@@ -140,10 +157,16 @@ def added(sums: Sums | None, new: Sums) -> Sums:
 
 def read(sums: Sums, queries: Features) -> Tensor:
     """What the absorbed tokens answer, [B, T, N, D]; 0 where there are none."""
+    above_BTND, below_BTN = weigh(sums, queries)
+    return above_BTND / (below_BTN + EPS * sums.mass_B.clamp(min=1).float()[:, None, None]).unsqueeze(-1)
+
+
+def weigh(sums: Sums, queries: Features) -> Weighed:
+    """What the absorbed tokens put above and below the bar, not yet divided."""
     with _unrounded(queries.above):
         above_BTND = torch.einsum("btnr,bnrd->btnd", queries.above, sums.kv_BNRD)
         below_BTN = torch.einsum("btnr,bnr->btn", queries.below, sums.k_BNR)
-    return above_BTND / (below_BTN + EPS * sums.mass_B.clamp(min=1).float()[:, None, None]).unsqueeze(-1)
+    return Weighed(above_BTND, below_BTN)
 
 
 def correct(sums: Sums | None, keys: Features, v_BTND: Tensor, stiffness: float) -> Sums:

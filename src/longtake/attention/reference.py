@@ -1,5 +1,7 @@
 """The definition of every attention here, in plain torch. Shapes: B batch, T queries, S keys, N heads, D per head."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -69,3 +71,30 @@ def linear(
     below_BNTS = torch.einsum("btnr,bsnr->bnts", q_below_BTNR, k_below_BSNR)
     values_BTND = torch.einsum("bnts,bsnd->btnd", above_BNTS, v_BSND) / v_BSND.shape[1]
     return values_BTND / (below_BNTS.mean(dim=-1).transpose(1, 2) + eps).unsqueeze(-1)
+
+
+def one_bar(
+    q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor, weights_BNTS: Tensor, near_TS: Tensor, far_TS: Tensor,
+    shift: Callable[[Tensor], Tensor],
+) -> Tensor:  # fmt: skip
+    """Softmax attention over near keys and given weights of far ones, under one denominator; returns [B, T, N, D].
+
+    (sum over near of exp(s - c) v + sum over far of w v) / (sum over near of exp(s - c) + sum over far of w)
+    (ReHyAt, 2601.04342, after secondary readings). shift: the c of rows of near scores
+    [B, N, T, S] (-inf where not near), kept on the last dimension. Each query needs something near.
+    """
+    scores_BNTS = torch.einsum("btnd,bsnd->bnts", q_BTND, k_BSND) * q_BTND.shape[-1] ** -0.5
+    scores_BNTS = scores_BNTS.masked_fill(~near_TS, float("-inf"))
+    weights_BNTS = (scores_BNTS - shift(scores_BNTS)).exp() + weights_BNTS * far_TS
+    return torch.einsum("bnts,bsnd->btnd", weights_BNTS / weights_BNTS.sum(dim=-1, keepdim=True), v_BSND)
+
+
+def near_and_far(frames: int, tokens: int, current: int, overlap: int) -> tuple[Tensor, Tensor]:
+    """Which tokens are near and which far to which, [T, T] each: the sets S and causal L of ReHyAt (2601.04342).
+
+    Chunks of `current` latent frames see themselves and `overlap` frames before them as near, all earlier ones as far.
+    """
+    frame_T = torch.arange(frames).repeat_interleave(tokens)
+    begin_T = frame_T // current * current
+    far_TT = frame_T < (begin_T - overlap).unsqueeze(1)
+    return (frame_T < (begin_T + current).unsqueeze(1)) & ~far_TT, far_TT

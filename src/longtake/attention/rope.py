@@ -76,12 +76,13 @@ def split_like_wan(head_dim: int) -> tuple[int, int, int]:
 
 
 def rotate(x_BTND: Tensor, rotation: Rotation) -> Tensor:
-    """Turn consecutive pairs of each head vector by its token's angles, in float32; returns the dtype of x.
+    """Turn consecutive pairs of each head vector by its token's angles, in float32 at least; returns the dtype of x.
 
     Leading dimensions of the rotation beyond [T, D/2] broadcast against those of x.
     """
     cos, sin = rotation.cos_TA.unsqueeze(-2), rotation.sin_TA.unsqueeze(-2)
-    even, odd = x_BTND.float().unflatten(-1, (-1, 2)).unbind(-1)
+    wide = x_BTND.to(torch.promote_types(x_BTND.dtype, torch.float32))
+    even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return turned.flatten(-2).to(x_BTND.dtype)
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from longtake.flow import euler_step, guided
+from longtake.memory.view import View
 from longtake.models.wan import PromptKeys, WanTransformer
 
 
@@ -19,12 +20,14 @@ def sample_clip(
     guidance: float,
     prompt_BF: Tensor | None = None,
     on_step: Callable[[int, Tensor], None] = lambda step, latents: None,
+    view: View | None = None,
 ) -> Tensor:
     """Follow the guided velocity from pure noise through falling levels to 0 by Euler steps; returns clean latents.
 
-    on_step: is told each step's number and the latents [B, F, C, H, W] it starts from.
+    on_step: is told each step's number and the latents [B, F, C, H, W] it starts from. view: how the tokens of the clip
+    see each other; by default all see all. `memory.span_memory.SpanView` is ReHyAt's.
     """
-    view = network.clip_view(noise_BFCHW)
+    view = view or network.clip_view(noise_BFCHW)
     latents = noise_BFCHW
     for step, (level, lower) in enumerate(zip(levels, [*levels[1:], 0.0], strict=True)):
         on_step(step, latents)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from longtake.attention import linear
-from longtake.attention.linear import Features, LinearForm, Sums
+from longtake.attention.linear import Features, Form, Sums, Weighed
 from longtake.attention.rope import Grid, Rotation
 from longtake.memory.window import Keys
 
@@ -128,7 +128,7 @@ class FarShape:
     column alone: then it is the same wherever in time a state is read from.
     """
 
-    form: LinearForm = linear.PAPER
+    form: Form = linear.PAPER
     rule: Rule = field(default_factory=Keep)
     sink: SinkInFar = SinkInFar.NEVER
     turns_with_frames: bool = True
@@ -160,6 +160,11 @@ class FarState:
         """What the far past answers to unrotated queries that stand at `rotation`."""
         assert self.sums is not None, "nothing was absorbed yet"
         return self.shape.rule.read(self.sums, self.shape.form.of_queries(plain_q_BTND, rotation))
+
+    def weigh(self, plain_q_BTND: Tensor, rotation: Rotation) -> Weighed:
+        """What the far past puts above and below a bar that it shares with others. Only for rules that add."""
+        assert self.sums is not None, "nothing was absorbed yet"
+        return linear.weigh(self.sums, self.shape.form.of_queries(plain_q_BTND, rotation))
 
     @property
     def present_B(self) -> Tensor:

@@ -1,0 +1,124 @@
+"""Exact attention within a span of time, linear attention to all before it, one denominator (ReHyAt, 2601.04342).
+
+A sequence is cut into chunks of whole latent frames. A chunk attends exactly to itself, in both directions, and to a
+few frames before it; of everything earlier it reads sums (`linear`). Here all chunks are answered at once;
+`memory.span_memory` answers one after the other from a state of fixed size. Truth: `reference.one_bar`.
+
+Shapes: B batch, T tokens (frame-major), N heads, D per head, R features per head, F latent frames, G chunks of a group.
+"""
+
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longtake.attention import linear
+from longtake.attention.dense import dense, massed
+from longtake.attention.join import under_one_bar
+from longtake.attention.linear import Features, Sums, Weighed
+
+
+class Chunk(NamedTuple):
+    """Latent frames begin..end - 1, answered together; near..end - 1 are near to them, all before `near` far."""
+
+    near: int
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearSpan:
+    """What is near: `current` latent frames that are answered together (Tc), and `overlap` before them (To)."""
+
+    current: int
+    overlap: int
+
+    def __post_init__(self) -> None:
+        if self.current < 1 or self.overlap < 0:
+            raise ValueError(
+                f"a near span has 1 current latent frame or more and 0 before it or more, "
+                f"got {self.current} and {self.overlap}"
+            )
+
+    def chunks(self, frames: int) -> list[Chunk]:
+        """The chunks of so many frames, the last as long as what is left."""
+        return [
+            Chunk(max(0, begin - self.overlap), begin, min(frames, begin + self.current))
+            for begin in range(0, frames, self.current)
+        ]
+
+
+class Shift(Enum):
+    """By how much near scores are lowered before they are weights: what a far weight of 1 is worth.
+
+    Not neutral, since the far part is not lowered with them. LOG_MASS: by their log-sum-exp, so that all that is near
+    weighs 1. TOP: by the largest, as printed. A tensor [N] in the place of these: by a number a head; the one form in
+    which far weights of exp(score - number) give dense attention whatever the span.
+    """
+
+    LOG_MASS = auto()
+    TOP = auto()
+
+
+def joined(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor, far: Weighed | None, shift: Shift | Tensor) -> Tensor:
+    """Attention to near keys, and to what is far if anything is, under one denominator; returns [B, T, N, D]."""
+    if far is None or shift is Shift.LOG_MASS:  # the only shift that fused kernels can serve: it cancels
+        near_BTND = dense(q_BTND, k_BSND, v_BSND)
+        return near_BTND if far is None else under_one_bar(near_BTND, far)
+    near = massed(q_BTND, k_BSND, v_BSND)
+    return under_one_bar(near.out, far, near.log_mass_BTN - (shift if isinstance(shift, Tensor) else near.top_BTN))
+
+
+def parallel(
+    q_BTND: Tensor, k_BTND: Tensor, v_BTND: Tensor, queries: Features, keys: Features,
+    *, span: NearSpan, tokens: int, shift: Shift | Tensor = Shift.LOG_MASS,
+) -> Tensor:  # fmt: skip
+    """All chunks of a sequence at once; returns [B, T, N, D]. Queries and keys are rotated, features too if they are.
+
+    tokens: of a latent frame. ValueError where they do not divide the sequence, or there is none.
+    """
+    batch, length = q_BTND.shape[:2]
+    if not length or length % tokens:
+        raise ValueError(f"a sequence of {length} tokens has no whole number of latent frames of {tokens}")
+    chunks = span.chunks(length // tokens)
+    before = _sums_before([chunk.near for chunk in chunks], keys, v_BTND, tokens)
+    parts: dict[int, Tensor] = {}
+    for group in _alike(chunks):
+        asking = [slice(chunks[i].begin * tokens, chunks[i].end * tokens) for i in group]
+        near = [slice(chunks[i].near * tokens, chunks[i].end * tokens) for i in group]
+        far = linear.weigh(
+            Sums(*(x.unflatten(0, (batch, -1))[:, group].flatten(0, 1) for x in before)),
+            Features(*(_stacked(x, asking) for x in queries)),
+        )
+        answer = joined(_stacked(q_BTND, asking), _stacked(k_BTND, near), _stacked(v_BTND, near), far, shift)
+        parts |= zip(group, answer.unflatten(0, (batch, -1)).unbind(1), strict=True)
+    return torch.cat([parts[i] for i in range(len(chunks))], dim=1)
+
+
+def _stacked(x_BTND: Tensor, pieces: list[slice]) -> Tensor:
+    """Equally long pieces of time as rows of a batch, [B * G, T, N, D]."""
+    return torch.stack([x_BTND[:, piece] for piece in pieces], dim=1).flatten(0, 1)
+
+
+def _sums_before(frames: list[int], keys: Features, v_BTND: Tensor, tokens: int) -> Sums:
+    """The sums of all tokens before each of these frames, as rows [B * frames, ...]."""
+    batch = v_BTND.shape[0]
+    above, below, v = (x.unflatten(1, (-1, tokens)).flatten(0, 1) for x in (*keys, v_BTND))
+    each = linear.sums_of(Features(above, below), v)
+
+    def before(x: Tensor) -> Tensor:
+        upto = x.unflatten(0, (batch, -1)).cumsum(1)
+        from_nothing = torch.cat([torch.zeros_like(upto[:, :1]), upto], dim=1)
+        return from_nothing[:, frames].flatten(0, 1)
+
+    return Sums(*(before(x) for x in each))
+
+
+def _alike(chunks: list[Chunk]) -> list[list[int]]:
+    """Numbers of the chunks, grouped by how long they and what is near to them are."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for i, chunk in enumerate(chunks):
+        groups.setdefault((chunk.end - chunk.begin, chunk.end - chunk.near), []).append(i)
+    return list(groups.values())
