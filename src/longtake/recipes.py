@@ -53,6 +53,7 @@ def hybrid_forcing(
     features: float = 1.0,
     stiffness: float = Delta.stiffness,
     turns: str = "all",
+    tokens: int = 12,
 ) -> Recipe:
     """Hybrid Forcing (arXiv 2604.10103): a fifth of the window's key blocks, and a far state of what left it.
 
@@ -61,12 +62,14 @@ def hybrid_forcing(
     life or the cap in latent frames, which decay and cap need. features: of the far state, beside the size of a head:
     0.5, 1 (published), 2 or 4. stiffness: how hard delta holds on to the old. turns: the positions that features of the
     far state bear, "all" (published) or "space", row and column but not frame: then it is the same how long ago
-    something was absorbed. Blocks are rows of the embedded model's latent frames, 12 tokens of 84; published are 64 of
-    1,560. ValueError for what cannot be.
+    something was absorbed. tokens: of a block of queries or keys; 12 are a row of the embedded model's latent frames,
+    published are 64 of 1,560 a frame. ValueError for what cannot be.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must be above 0 and at most 1, got {share}")
-    near = partial(block_sparse, share=share, block_q=12, block_k=12)
+    if tokens < 1:
+        raise ValueError(f"blocks have 1 token or more, got tokens={tokens}")
+    near = partial(block_sparse, share=share, block_q=tokens, block_k=tokens)
     return replace(
         self_forcing_sink(), name="hybrid_forcing", far=_far_state(far, frames, features, stiffness, turns), near=near
     )

@@ -32,12 +32,14 @@ class SeededNoise:
 
 
 def generator_for(*key: int) -> torch.Generator:
-    """A host generator whose state depends on every integer of the key and on their order."""
+    """A host generator whose state depends on every integer of the key and on their order: one of 2^32 states."""
     return torch.Generator().manual_seed(_mixed(key))
 
 
 def _mixed(key: Sequence[int]) -> int:
-    """Hash integers to 63 bits: the finaliser of SplitMix64 (Steele et al., 2014), chained."""
+    """Hash integers to 63 bits, of which host generators read the lower 32: the finaliser of SplitMix64 (Steele et al.,
+    2014), chained.
+    """
     state = 0
     for value in key:
         state = (state + (value & _MASK) + 0x9E3779B97F4A7C15) & _MASK

@@ -155,8 +155,7 @@ def training_scenes(count: int, seed: int, device: torch.device) -> tuple[Scenes
 
     seed: a whole number of any size, all of which counts.
     """
-    seed = Random(seed).getrandbits(32)  # torch's generators on the host look at the low 32 bits alone
-    scenes = sample_scenes(3 * count, seed)
+    scenes = sample_scenes(3 * count, _own_seed(seed, "scenes"))
     tokens_BPL = _caption_tokens(scenes, seed)
     weights = torch.ones(len(scenes))
     for attribute, values in HARDER.items():
@@ -166,7 +165,7 @@ def training_scenes(count: int, seed: int, device: torch.device) -> tuple[Scenes
     changes = torch.isfinite(scenes.change_seconds)
     as_they_come, others = changes[:count].nonzero()[:, 0], (~changes).nonzero()[:, 0]
     # The first of a race of exponential clocks: drawn by weight without replacement, as few as none.
-    waits = torch.empty(len(others)).exponential_(generator=torch.Generator().manual_seed(seed)) / weights[others]
+    waits = torch.empty(len(others)).exponential_(generator=_own_dice(seed, "waits")) / weights[others]
     chosen = torch.cat([as_they_come, others[waits.argsort()[: count - len(as_they_come)]]])
     return scenes[chosen].to(device), tokens_BPL[chosen].to(device)
 
@@ -180,9 +179,8 @@ def memory_scenes(count: int, seed: int, device: torch.device, seconds: float) -
     nothing changes. seed: as of `training_scenes`. ValueError for less than 8.5 seconds, which have no room for this.
     """
     room = _require_room(seconds)
-    seed = Random(f"{seed} memory").getrandbits(32)
-    scenes = sample_scenes(count, seed, changes=0.0)
-    dice = torch.Generator().manual_seed(Random(f"{seed} times").getrandbits(32))
+    scenes = sample_scenes(count, _own_seed(seed, "scenes for memory"), changes=0.0)
+    dice = _own_dice(seed, "times")
 
     def between(low: float, high: Tensor | float) -> Tensor:
         return low + (high - low) * torch.rand(count, generator=dice)
@@ -202,7 +200,9 @@ def memory_scenes(count: int, seed: int, device: torch.device, seconds: float) -
         away_every=away + 2 * SWEEP_SECONDS + shown,
     )
     unsaid = {name: torch.full_like(getattr(scenes, name), -1) for name in ("colour", "landmark_colour")}
-    tokens_BPL = caption_tokens(replace(scenes, landmark=torch.zeros_like(scenes.landmark), **unsaid), seed)
+    tokens_BPL = caption_tokens(
+        replace(scenes, landmark=torch.zeros_like(scenes.landmark), **unsaid), _own_seed(seed, "words")
+    )
     return scenes.to(device), tokens_BPL.to(device), first.to(device)
 
 
@@ -217,13 +217,23 @@ def _require_room(seconds: float) -> float:
     return seconds - others
 
 
+def _own_seed(seed: int, what: str) -> int:
+    """For one of the things that a seed decides, lest its draws be those of another. All of the seed counts: torch's
+    generators on the host look at no more than 32 bits."""
+    return Random(f"{seed} {what}").getrandbits(32)
+
+
+def _own_dice(seed: int, what: str) -> torch.Generator:
+    return torch.Generator().manual_seed(_own_seed(seed, what))
+
+
 def _caption_tokens(scenes: Scenes, seed: int) -> Tensor:
     """The captions of `caption_tokens`, [B, 2, L], but for the colours that they are kept from saying."""
-    saying = caption_tokens(scenes, seed)
+    words = _own_seed(seed, "words")
+    saying = caption_tokens(scenes, words)
     # A colour of -1 is not said; all else is said in the same words, for the dice are the same.
-    leaving_out = caption_tokens(replace(scenes, colour=torch.full_like(scenes.colour, -1)), seed)
-    # Dice of their own, lest they follow what the scenes' own seed has drawn.
-    draw = torch.rand(len(scenes), generator=torch.Generator().manual_seed(Random(f"{seed} colour").getrandbits(32)))
+    leaving_out = caption_tokens(replace(scenes, colour=torch.full_like(scenes.colour, -1)), words)
+    draw = torch.rand(len(scenes), generator=_own_dice(seed, "colour"))
     second = (scenes.colour[:, 0] == scenes.colour[:, 1]) & (draw < COLOURLESS)
     first = second & (torch.isinf(scenes.change_seconds) | (draw < COLOURLESS / 2))
     return torch.where(torch.stack([first, second], 1)[:, :, None], leaving_out, saying)
