@@ -208,9 +208,9 @@ def redirected(recipe: Recipe, blocks: int = 2, **how: str) -> list[bool]:
     engine, under = replace(tiny.engine(recipe), text=Told()), []
     told, keys_to_commit = engine.prompt_keys("anything else").layers[0][0], engine.network.keys_to_commit
 
-    def noted(clean, level_BF, prompts, view):
+    def noted(clean, level_BF, prompts, *rest):
         under.append(torch.equal(prompts.layers[0][0], told))
-        return keys_to_commit(clean, level_BF, prompts, view)
+        return keys_to_commit(clean, level_BF, prompts, *rest)
 
     engine.network.keys_to_commit = noted
     with engine.stream("anything", seed=7) as stream:
