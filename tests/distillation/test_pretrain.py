@@ -151,7 +151,7 @@ def _constant(made):
 
 
 def _with_subject(given: Clips, share: float) -> Clips:
-    return Clips(given.latents_BFCHW, given.text_BPLE, given.prompt_BF, torch.full_like(given.subject_BFHW, share))
+    return Clips(given.latents_BFCHW, given.text_BPLE, given.prompt_BF, torch.full_like(given.focus_BFHW, share))
 
 
 def test_a_perfect_codec_pays_for_its_latents_only() -> None:

@@ -24,7 +24,7 @@ RECIPE = self_forcing_sink()
 def plans(recipe: Recipe = RECIPE, **settings) -> list[Plan]:
     dice, stage = Dice(1), DmdStage(**settings)
     chosen = {"levels": stage.levels_of(recipe), "self_forcing_share": stage.self_forcing_share}
-    chosen |= {"most_blocks": stage.most_blocks, "most_given": stage.most_given}
+    chosen |= {name: getattr(stage, name) for name in ("most_blocks", "most_given", "last_exits")}
     return [draw_plan(dice, recipe, CLIP, **chosen) for _ in range(400)]
 
 
@@ -33,6 +33,11 @@ def test_rollouts_have_every_length_and_every_exit() -> None:
     assert {plan.levels for plan in made} == {(4, 1), (4, 2), (4, 3), (4, 4), (2, 1), (2, 2)}
     assert {plan.blocks for plan in made} == {3, 4, 5} and all(plan.learned == 3 for plan in made)
     assert 0.5 < sum(plan.blocks == 3 for plan in made) / len(made) < 0.8
+
+
+def test_exits_may_be_the_last_ones_alone() -> None:
+    made = plans(most_blocks=5, levels=(4, 1), last_exits=2)
+    assert {plan.levels for plan in made} == {(4, 3), (4, 4), (1, 1)}
 
 
 def test_half_of_the_rollouts_go_on_from_given_blocks_to_the_end_of_the_clip() -> None:
@@ -145,6 +150,8 @@ class Clips(SimpleNamespace):
     """A supply of one pair of clips, as long as the teacher's, with what is said of them."""
 
     latents_BFCHW = torch.randn(2, 12, *tiny.LATENTS[1:], generator=torch.Generator().manual_seed(6))
+    focus_BFHW = torch.zeros(2, 12, *tiny.LATENTS[2:])
+    frames = 12
 
     def renew(self) -> None: ...
 
@@ -249,6 +256,21 @@ def test_a_step_is_judged_under_its_prompts_and_guidance_on_what_was_made(monkey
     assert learned == [[frame >= 3 * given for frame in range(12)] for given in seen.given]
     assert len(seen.samplers) == seen.given.count(0)
     assert all(guided[sampler][2] == 5 for sampler in seen.samplers)
+
+
+def test_what_is_real_teaches_beside_the_matching_loss(monkeypatch, tmp_path: Path) -> None:
+    def weights(name: str, **settings) -> torch.Tensor:
+        seen = steps(monkeypatch, tmp_path / name, steps=1, lr=1e-3, **settings)
+        assert ("real" in read_metrics(tmp_path / name)[0]) is ("real_weight" in settings)
+        return torch.cat([weight.flatten() for weight in seen.student.state_dict().values()])
+
+    plain, both, mostly = weights("plain"), weights("both", real_weight=1.0), weights("mostly", real_weight=1e6)
+    matching_loss = dmd.matching_loss
+    monkeypatch.setattr(dmd, "matching_loss", lambda *given: 0 * matching_loss(*given))
+    alone = weights("alone", real_weight=1.0)
+    far = (plain - alone).abs().mean()
+    assert (mostly - alone).abs().mean() < 0.02 * far
+    assert min((both - alone).abs().mean(), (both - plain).abs().mean()) > 0.02 * far
 
 
 @pytest.mark.parametrize("name", ["rolling_forcing", "rolling_forcing:sink=0"])

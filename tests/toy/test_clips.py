@@ -8,12 +8,14 @@ from longtake.models.light_codec import LightCodec, LightCodecConfig
 from longtake.toy.captions import TEXT_LENGTH, decode, parse
 from longtake.toy.clips import (
     HARDER,
+    SWEEPING,
     ClipPool,
     _own_words,
     memory_scenes,
     prompt_of_frames,
     sample_prompts,
     subject_share,
+    sweep_speed,
     training_scenes,
 )
 from longtake.toy.poses import pose
@@ -42,8 +44,8 @@ def test_a_pool_hands_out_clips_and_renews_them() -> None:
     drawn = pool.draw(5, 9)
     assert drawn.latents_BFCHW.shape == (5, 9, 16, 14, 24)
     assert drawn.tokens_BPL.shape == (5, 2, TEXT_LENGTH)
-    assert drawn.prompt_BF.shape == (5, 9) and drawn.subject_BFHW.shape == (5, 9, 14, 24)
-    assert drawn.subject_BFHW.min() >= 0 and 0.3 < drawn.subject_BFHW.max() <= 1
+    assert drawn.prompt_BF.shape == (5, 9) and drawn.focus_BFHW.shape == (5, 9, 14, 24)
+    assert drawn.focus_BFHW.min() >= 0 and 0.3 < drawn.focus_BFHW.max() <= 1 + SWEEPING
     whole = pool.draw(20, 33).latents_BFCHW
     assert len({round(x.double().sum().item(), 3) for x in whole}) == 2
     pool.renew()
@@ -77,6 +79,16 @@ def test_the_share_of_a_cell_is_averaged_over_a_latent_frames_pictures() -> None
     share = subject_share(Rendering(torch.zeros(1, 5, 3, 112, 192), mask), LightCodec(SMALL))
     assert share.shape == (1, 2, 14, 24)
     assert share[0, 0, 0, 0] == 0.5 and share[0, 1, 1, 1] == 0.5 and share.sum() == 1
+
+
+def test_a_sweep_matters_while_it_lasts_and_a_pan_hardly() -> None:
+    away = make_scene(camera="looks away", away_start=1.0, away_seconds=1.0, away_every=9.0)
+    speed = sweep_speed(away, 97, 0, 4)[0]  # frame 5 holds pictures 17 to 20: it turns from picture 16 on, until 40
+    assert speed.shape == (25,) and speed[:5].max() == 0
+    assert speed[6:10].min() > 0.5 and speed[7] == 1
+    assert speed[11:15].max() == 0 and speed[16:20].min() > 0.5 and speed[21:].max() == 0
+    assert torch.equal(sweep_speed(away, 65, torch.tensor([32]), 4)[0, 1:], speed[9:]), "from any moment on"
+    assert 0 < sweep_speed(make_scene(camera="pans left"), 65, 0, 4).max() < 0.15
 
 
 def test_what_is_harder_comes_up_more_often_where_captions_say_it_and_held_out_scenes_never_do() -> None:
@@ -175,9 +187,9 @@ def test_a_pool_holds_a_share_of_clips_made_for_memory_and_takes_room_for_them()
         ClipPool(codec, 2, seed=1, device=cpu, memory_share=0.5)
     pool = ClipPool(codec, 2, seed=1, device=cpu, at_once=1, pictures=141, memory_share=0.5)
     drawn = pool.draw(8, 36)
-    begun_unseen = drawn.subject_BFHW[:, :3].sum((1, 2, 3)) == 0
+    begun_unseen = drawn.focus_BFHW[:, :3].sum((1, 2, 3)) == 0
     said = [parse(decode(row.tolist())) for row in drawn.tokens_BPL[:, 0]]
-    assert 0 < begun_unseen.sum() < 8 and drawn.subject_BFHW.sum((1, 2, 3)).min() > 0
+    assert 0 < begun_unseen.sum() < 8 and drawn.focus_BFHW.sum((1, 2, 3)).min() > 0
     assert not any("colour" in one for one, unseen in zip(said, begun_unseen, strict=True) if unseen)
     ordinary = ClipPool(codec, 1, seed=1, device=cpu, at_once=1).draw(1, 33).latents_BFCHW
     assert any(torch.equal(ordinary[0, :3], one[:3]) for one in drawn.latents_BFCHW)

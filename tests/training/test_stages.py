@@ -38,6 +38,7 @@ SETTINGS = {
     "ode": ["batch=2", "pairs=4", "sampling_steps=4"],
     "dmd": [
         "batch=2", "most_blocks=5", "most_given=2", "pool=2", "levels=[2,1]", "pull=0.05", "pull_steps=2",
+        "real_weight=0.5",
         "seed=13451",  # rollouts of every kind: by windows in the second step, pulled in the first and in the last
     ],
 }  # fmt: skip

@@ -66,6 +66,7 @@ class Plan:
 def draw_plan(
     shared: Dice, recipe: Recipe, clip: int, *,
     levels: tuple[int, ...], most_blocks: int, most_given: int, self_forcing_share: float,
+    last_exits: int,
 ) -> Plan:  # fmt: skip
     """Draw the shape of a rollout under a recipe; for the settings see `stages.DmdStage`.
 
@@ -80,8 +81,11 @@ def draw_plan(
     longer = 0 if given else shared.below(2) * shared.below(most_blocks - judged + 1)
     by_windows = recipe.rolls and not shared.happens(self_forcing_share)
     # What learns: calls at the exit step, or windows with an offset, in which all steps are made.
-    step = shared.below(count)
-    used, offset = (count, step) if by_windows else (1 + step, None)
+    if by_windows:
+        used, offset = count, shared.below(count)
+    else:
+        exits = min(last_exits or count, count)
+        used, offset = count - exits + 1 + shared.below(exits), None
     return Plan((count, used), judged + longer, judged - given, recipe.block, given, offset)
 
 

@@ -17,14 +17,14 @@ from longtake.models.wan import PromptKeys, WanTransformer
 class Clips:
     """A batch to learn from. Each latent frame has one of P prompts.
 
-    latents [B, F, C, H, W]; text [B, P, L, E]; prompt [B, F] whole numbers below P; subject [B, F, H, W] the share of
-    each latent cell that the subject covers, 0..1.
+    latents [B, F, C, H, W]; text [B, P, L, E]; prompt [B, F] whole numbers below P; focus [B, F, H, W] how much each
+    latent cell matters, 0 or more, such as the share of it that the subject covers.
     """
 
     latents_BFCHW: Tensor
     text_BPLE: Tensor
     prompt_BF: Tensor
-    subject_BFHW: Tensor
+    focus_BFHW: Tensor
 
 
 def codec_loss(made: Reconstruction, frames_BFCHW: Tensor, mask_BFHW: Tensor, kl_weight: float) -> dict[str, Tensor]:
@@ -49,7 +49,7 @@ def codec_loss(made: Reconstruction, frames_BFCHW: Tensor, mask_BFHW: Tensor, kl
     return {"loss": torch.stack([factors[name] * part for name, part in parts.items()]).sum(), **parts}
 
 
-def flow_loss(network: WanTransformer, clips: Clips, shift: float, subject_weight: float) -> Tensor:
+def flow_loss(network: WanTransformer, clips: Clips, shift: float, focus_weight: float) -> Tensor:
     """Velocity error of whole clips, each at one level (a uniform draw, shifted): flow matching (arXiv 2210.02747)."""
     clean = clips.latents_BFCHW
     draw = torch.rand(clean.shape[0], 1, device=clean.device)
@@ -57,14 +57,14 @@ def flow_loss(network: WanTransformer, clips: Clips, shift: float, subject_weigh
     noise = torch.randn_like(clean)
     prompts = network.prompt_keys(clips.text_BPLE)
     velocity = network(add_noise(clean, noise, level_BF), level_BF, prompts, network.clip_view(clean), clips.prompt_BF)
-    return _subject_mse(velocity, noise - clean, clips.subject_BFHW, level_BF, subject_weight)
+    return _focused_mse(velocity, noise - clean, clips.focus_BFHW, level_BF, focus_weight)
 
 
 def teacher_forcing_loss(
     network: WanTransformer,
     clips: Clips,
     shift: float,
-    subject_weight: float,
+    focus_weight: float,
     *,
     block: int,
     memory: MemoryShape,
@@ -86,7 +86,7 @@ def teacher_forcing_loss(
     forced = forced_by_block if by_block else forced_in_one_pass
     noisy, prompts = add_noise(clean, noise, level_BF), network.prompt_keys(clips.text_BPLE)
     velocity = forced(network, past, noisy, level_BF, prompts, clips.prompt_BF, block, memory)
-    return _subject_mse(velocity, noise - clean, clips.subject_BFHW, level_BF, subject_weight)
+    return _focused_mse(velocity, noise - clean, clips.focus_BFHW, level_BF, focus_weight)
 
 
 def forced_in_one_pass(
@@ -129,10 +129,8 @@ def forced_by_block(
     return torch.cat(velocities, dim=1)
 
 
-def _subject_mse(
-    velocity: Tensor, target: Tensor, subject_BFHW: Tensor, level_BF: Tensor, subject_weight: float
-) -> Tensor:
-    """Squared error in which the subject's cells count more, the more the less noise hides where it is."""
-    visible = (1 - level_BF)[:, :, None, None] * subject_BFHW
-    weight = (1 + subject_weight * visible).unsqueeze(2)
+def _focused_mse(velocity: Tensor, target: Tensor, focus_BFHW: Tensor, level_BF: Tensor, focus_weight: float) -> Tensor:
+    """Squared error in which the cells that matter count more, the more the less noise hides what they show."""
+    visible = (1 - level_BF)[:, :, None, None] * focus_BFHW
+    weight = (1 + focus_weight * visible).unsqueeze(2)
     return (weight * functional.mse_loss(velocity.float(), target.float(), reduction="none")).mean() / weight.mean()

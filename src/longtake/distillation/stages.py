@@ -57,11 +57,16 @@ class LatentClips(Protocol):
     def prompt_BF(self) -> Tensor: ...
 
     @property
-    def subject_BFHW(self) -> Tensor: ...
+    def focus_BFHW(self) -> Tensor: ...
 
 
 class ClipSupply(Stateful, Protocol):
     """Clips to draw from, replaced a few at a time."""
+
+    @property
+    def frames(self) -> int:
+        """Latent frames of a whole clip."""
+        ...
 
     def renew(self) -> None: ...
 
@@ -128,8 +133,8 @@ class Stage:
 
 
 _MAY_BE_0 = {
-    "seed", "kl_weight", "subject_weight", "no_prompt_share", "encoder_blocks", "decoder_blocks", "most_given", "pull",
-    "self_forcing_share", "memory_share", "recompute",
+    "seed", "kl_weight", "focus_weight", "no_prompt_share", "encoder_blocks", "decoder_blocks", "most_given", "pull",
+    "self_forcing_share", "memory_share", "recompute", "real_weight", "last_exits",
 }  # fmt: skip
 
 
@@ -159,7 +164,7 @@ class TeacherStage(Stage):
     lr: float = 2e-3
     average: float = 0.999
     shift: float = 3.0
-    subject_weight: float = 5.0
+    focus_weight: float = 1.0
     no_prompt_share: float = 0.1
     pool: int = 2048
     guidance: float = 3.0
@@ -188,7 +193,7 @@ class TeacherForcingStage(Stage):
     lr: float = 1e-3
     far_lr: float = 5e-3
     average: float = 0.995
-    subject_weight: float = 5.0
+    focus_weight: float = 1.0
     pool: int = 1024
     memory_share: float = 0.0
     recompute: bool = False
@@ -223,7 +228,10 @@ class DmdStage(Stage):
     far_lr: rate of the projections of what is read from far states. They begin at zero, and Adam moves a weight by
     about its rate a step. pull: weight of the pull to the teacher's own sample from the rollout's noise (published:
     0.05), made in `pull_steps` steps under `pull_guidance`; of rollouts that exit at the first step, begin with nothing
-    and are as long as the teacher's clip.
+    and are as long as the teacher's clip. last_exits: exit steps are drawn from so many last ones (0: from all, as
+    published); earlier estimates are then taught by what is real alone. real_weight: weight of teacher forcing on whole
+    clips (with its `focus_weight`) beside the matching loss, which drops what is rare and sudden, such as a camera that
+    begins to turn.
     """
 
     seconds: float = 330.0
@@ -243,6 +251,9 @@ class DmdStage(Stage):
     pull: float = 0.0
     pull_steps: int = 25
     pull_guidance: float = 3.5
+    last_exits: int = 0
+    real_weight: float = 0.0
+    focus_weight: float = 1.0
 
     def levels_of(self, recipe: Recipe) -> tuple[int, ...]:
         """The numbers of levels that a recipe is trained with."""
@@ -301,8 +312,8 @@ def train_teacher(
         absent = torch.rand(stage.batch, 1, 1, device=run.device) < stage.no_prompt_share
         with run.autocast():
             text_BPLE = embed(text, drawn.tokens_BPL.masked_fill(absent, 0))
-            clips = Clips(drawn.latents_BFCHW, text_BPLE, drawn.prompt_BF, drawn.subject_BFHW)
-            loss = flow_loss(network, clips, stage.shift, stage.subject_weight)
+            clips = Clips(drawn.latents_BFCHW, text_BPLE, drawn.prompt_BF, drawn.focus_BFHW)
+            loss = flow_loss(network, clips, stage.shift, stage.focus_weight)
         return {"loss": loss.detach(), "norm": learner.step(loss)}
 
     def look(name: str) -> None:
@@ -340,17 +351,25 @@ def train_teacher_forcing(
         recipe = recipes[step % len(recipes)]
         drawn = _drawn(supply, step, stage.batch, stage.frames)
         with run.autocast():
-            clips = Clips(drawn.latents_BFCHW, embed(text, drawn.tokens_BPL), drawn.prompt_BF, drawn.subject_BFHW)
-            loss = teacher_forcing_loss(
-                network, clips, shift, stage.subject_weight,
-                block=recipe.block, memory=recipe.memory(network), by_block=stage.recompute,
-            )  # fmt: skip
+            loss = _forced_loss(text, network, drawn, recipe, shift, stage.focus_weight, by_block=stage.recompute)
         return {"loss": loss.detach(), "norm": learner.step(loss), **_far_weights(network)}
 
     look = _student_strips(text, network, learner, world, recipes, shift, run)
     spent = train({"student": learner}, turn, _budget(stage, warmup=50), run, keep={"clips": supply}, look=look)
     learner.swap_average()
     return spent
+
+
+def _forced_loss(
+    text: WordEncoder, network: WanTransformer, drawn: LatentClips, recipe: Recipe, shift: float,
+    focus_weight: float, *, by_block: bool = False,
+) -> Tensor:  # fmt: skip
+    """Teacher forcing of drawn clips under a recipe's memory."""
+    clips = Clips(drawn.latents_BFCHW, embed(text, drawn.tokens_BPL), drawn.prompt_BF, drawn.focus_BFHW)
+    memory = recipe.memory(network)
+    return teacher_forcing_loss(
+        network, clips, shift, focus_weight, block=recipe.block, memory=memory, by_block=by_block
+    )
 
 
 def train_ode(
@@ -423,7 +442,8 @@ def train_dmd(
     judge = Learner(critic, [_dmd_adam(critic, stage.critic_lr, stage.critic_lr)], average=None)
     compile_for(run, network, teacher, critic)
     shared = Dice(stage.seed)
-    supply = world.clips(stage.pool, stage.seed, network.config.extent) if stage.most_given else None
+    uses_clips = stage.most_given or stage.real_weight
+    supply = world.clips(stage.pool, stage.seed, network.config.extent) if uses_clips else None
     with torch.no_grad():
         nothing_BPLE = embed(text, text.no_prompt(stage.batch)[:, None])
 
@@ -432,7 +452,7 @@ def train_dmd(
         plan = draw_plan(
             shared, recipe, network.config.extent,
             levels=stage.levels_of(recipe), most_blocks=stage.most_blocks, most_given=stage.most_given,
-            self_forcing_share=stage.self_forcing_share,
+            self_forcing_share=stage.self_forcing_share, last_exits=stage.last_exits,
         )  # fmt: skip
         if supply is not None and step % RENEW_EVERY == 0:
             supply.renew()
@@ -454,6 +474,11 @@ def train_dmd(
                 guided = dmd.guided_estimate(said, unsaid, stage.pull_guidance)
                 target = teacher_sample(guided, torch.cat(first, dim=1), even_levels(stage.pull_steps, shift))
                 losses = regularized_loss(matching, sample, target, stage.pull)
+            if supply is not None and stage.real_weight:
+                whole = supply.draw(stage.batch, supply.frames - supply.frames % recipe.block)
+                at_its_levels = recipe.with_levels(plan.levels[0])
+                real = _forced_loss(text, network, whole, at_its_levels, shift, stage.focus_weight)
+                losses = losses | {"loss": losses["loss"] + stage.real_weight * real, "real": real}
         norm = student.step(losses.pop("loss"))
         for _ in range(stage.critic_turns):
             with run.autocast():

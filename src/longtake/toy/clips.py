@@ -11,6 +11,8 @@ from torch.nn import functional
 
 from longtake.models.codec import Codec
 from longtake.toy.captions import LANDMARK_WAYS, PHRASES, VOCABULARY, caption_tokens
+from longtake.toy.landscape import PERIOD
+from longtake.toy.poses import GLANCE, pose
 from longtake.toy.scenes import (
     ATTRIBUTES,
     CAMERAS,
@@ -24,7 +26,7 @@ from longtake.toy.scenes import (
 from longtake.toy.world import Painter, Rendering, paint, render
 
 HARDER: dict[str, dict[str, float]] = {
-    "camera": {"looks away": 10.0, "pans left": 3.0, "pans right": 3.0},
+    "camera": {"looks away": 10.0, "pans left": 5.0, "pans right": 5.0},
     "motion": {"spins": 4.0},
 }
 """What networks learn last, with the weight of scenes whose caption says it, against 1 of others."""
@@ -36,18 +38,24 @@ COLOURLESS = 0.35
 # three latent frames; then subject and landmark are, then they are not, then they are again, for the last of these.
 LEAD, SHOWN, AWAY, BACK = (0.6, 1.0), (1.0, 4.0), (1.0, 6.0), 1.0
 
+SWEEPING = 4.0
+"""How much a latent frame in which the camera sweeps matters, where what matters of others, the subject, has 1."""
+
+FROM_THE_BEGINNING = 0.75
+"""The share of shorter clips that are cut out of the beginning of a whole one."""
+
 
 class LatentClips(NamedTuple):
     """A batch of B clips of F latent frames, each frame under one of its clip's two prompts.
 
     latents [B, F, C, H, W]; tokens [B, 2, L] of the captions before and after a change (twice the same without one);
-    prompt [B, F], 0 or 1; subject [B, F, H, W], the share of each latent cell that the subject covers, 0..1.
+    prompt [B, F], 0 or 1; focus [B, F, H, W], how much each latent cell matters, see `focus`.
     """
 
     latents_BFCHW: Tensor
     tokens_BPL: Tensor
     prompt_BF: Tensor
-    subject_BFHW: Tensor
+    focus_BFHW: Tensor
 
 
 class Prompts(NamedTuple):
@@ -77,6 +85,11 @@ class ClipPool:
         self._size, self._made = size, 0
         self._pool: LatentClips | None = None
 
+    @property
+    def frames(self) -> int:
+        """Latent frames of a whole clip."""
+        return 1 + (self._pictures - 1) // self._codec.temporal_factor
+
     def renew(self) -> None:
         """Render and encode a few new clips in place of the oldest."""
         size, new = self._size, self._make()
@@ -88,18 +101,18 @@ class ClipPool:
         self._made += self._at_once
 
     def draw(self, count: int, frames: int) -> LatentClips:
-        """Clips of `frames` latent frames: half from the beginning of a clip, half from a random moment of it.
+        """Clips of `frames` latent frames, `FROM_THE_BEGINNING` of a whole clip or from a random moment of it.
 
         ValueError for more frames than clips have.
         """
-        length = 1 + (self._pictures - 1) // self._codec.temporal_factor
+        length = self.frames
         if frames > length:
             raise ValueError(f"clips have {length} latent frames: {frames} cannot be cut out of them, ask for fewer")
         latents, tokens, prompt, subject = self._filled()
         size = len(latents)
         rows = torch.randint(size, (count, 1), device=self._device)
         starts = torch.randint(length - frames + 1, (count, 1), device=self._device)
-        starts = starts * torch.randint(2, (count, 1), device=self._device)
+        starts = starts * (torch.rand(count, 1, device=self._device) >= FROM_THE_BEGINNING)
         taken = rows, starts + torch.arange(frames, device=self._device)
         return LatentClips(latents[taken].float(), tokens[rows[:, 0]], prompt[taken], subject[taken].float())
 
@@ -135,7 +148,7 @@ class ClipPool:
             latents.bfloat16(),
             tokens_BPL,
             prompt_of_frames(scenes, latents.shape[1], self._codec.temporal_factor),
-            subject_share(rendered, self._codec).bfloat16(),
+            focus(scenes, rendered, first, self._codec).bfloat16(),
         )
 
 
@@ -147,7 +160,7 @@ def sample_prompts(count: int, seed: int, device: torch.device, pictures_a_frame
 
 
 def training_scenes(count: int, seed: int, device: torch.device) -> tuple[Scenes, Tensor]:
-    """Scenes with the tokens [B, 2, L] of their captions, chosen among three times as many.
+    """Scenes with the tokens [B, 2, L] of their captions, chosen among five times as many.
 
     What is `HARDER` comes up more often where a caption says it and nothing changes: what captions leave open, how many
     clips have a change and what those show is as in the world. Of clips whose colour stays, the share `COLOURLESS` has
@@ -155,7 +168,7 @@ def training_scenes(count: int, seed: int, device: torch.device) -> tuple[Scenes
 
     seed: a whole number of any size, all of which counts.
     """
-    scenes = sample_scenes(3 * count, _own_seed(seed, "scenes"))
+    scenes = sample_scenes(5 * count, _own_seed(seed, "scenes"))
     tokens_BPL = _caption_tokens(scenes, seed)
     weights = torch.ones(len(scenes))
     for attribute, values in HARDER.items():
@@ -254,6 +267,21 @@ def prompt_of_frames(scenes: Scenes, frames: int, pictures_a_frame: int) -> Tens
     """The prompt of each latent frame, [B, frames]: 0 before a clip's change, 1 once all its pictures come after it."""
     first_picture = (torch.arange(frames, device=scenes.subject.device) - 1) * pictures_a_frame + 1
     return (first_picture.clamp_min(0) / RATE >= scenes.change_seconds[:, None]).long()
+
+
+def focus(scenes: Scenes, rendered: Rendering, first: int | Tensor, codec: Codec) -> Tensor:
+    """How much each latent cell matters, [B, F, H, W]: the share of it that the subject covers, 0 to 1, and up to
+    `SWEEPING` where the camera sweeps, in which little time the whole landscape goes by."""
+    swept_BF = sweep_speed(scenes, rendered.mask_BFHW.shape[1], first, codec.temporal_factor)
+    return subject_share(rendered, codec) + SWEEPING * swept_BF[:, :, None, None]
+
+
+def sweep_speed(scenes: Scenes, pictures: int, first: int | Tensor, pictures_a_frame: int) -> Tensor:
+    """How fast the landscape goes by in each latent frame, [B, F], as a share of a sweep's mean speed, at most 1."""
+    seen = pose(scenes, pictures, first).camera_x
+    way = torch.remainder(seen.diff(dim=1) + PERIOD / 2, PERIOD) - PERIOD / 2  # the landscape comes round
+    speed = way.abs().unflatten(1, (-1, pictures_a_frame)).mean(2) / (GLANCE / (SWEEP_SECONDS * RATE))
+    return functional.pad(speed.clamp(max=1), (1, 0)).float()
 
 
 def subject_share(rendered: Rendering, codec: Codec) -> Tensor:
