@@ -1,6 +1,7 @@
-"""The film strip of the README: twelve prompts, four moments of each, the same seeds whatever the model.
+"""The pictures of the README, the same prompts, moments and seeds whatever the model.
 
-python benchmarks/film_strip.py docs/images/prompts.jpg
+python benchmarks/film_strip.py prompts docs/images/prompts.jpg   # twelve prompts, four moments of each
+python benchmarks/film_strip.py take docs/images/take.jpg         # one stream, redirected five times
 """
 
 import argparse
@@ -11,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 import longtake
+from longtake.generation.stream import Engine
 from longtake.media.pictures import contact_sheet
 
 PROMPTS = (
@@ -29,17 +31,46 @@ PROMPTS = (
 )
 BLOCKS, MOMENTS = 8, (8, 32, 56, 80)  # pictures, within the first six seconds
 
+BEGINNING = "a red car bounces over green hills by day in clear weather"
+REDIRECTS = {
+    7.0: "at sunset a red car bounces over green hills",
+    14.0: "at night a red car bounces over green hills while snow falls",
+    21.0: "a blue car bounces in the city at night in the snow",
+    28.0: "a blue car bounces in the city by day in the rain",
+    35.0: "a blue car bounces on the beach by day in clear weather",
+}
+TAKE_SECONDS, TAKE_PICTURES, TAKE_SEED = 42.0, 12, 7
+
+
+def sheet_of_prompts(engine: Engine) -> np.ndarray:
+    with engine.stream_batch(PROMPTS, seeds=range(len(PROMPTS))) as streams:
+        pictures = np.concatenate([block.cpu().numpy() for block in islice(streams, BLOCKS)], axis=1)
+    return contact_sheet(pictures[:, MOMENTS].reshape(-1, *pictures.shape[2:]), 2 * len(MOMENTS))
+
+
+def strip_of_a_take(engine: Engine) -> np.ndarray:
+    """Two pictures under each prompt, evenly spaced."""
+    waiting, pictures = dict(REDIRECTS), []
+    with engine.stream(BEGINNING, seed=TAKE_SEED) as stream:
+        for chunk in stream:
+            pictures.append(np.asarray(chunk.frames))
+            if chunk.start_seconds > TAKE_SECONDS:
+                break
+            for moment in [moment for moment in waiting if moment <= chunk.start_seconds]:
+                stream.redirect(waiting.pop(moment))
+    shown = (np.arange(TAKE_PICTURES) + 0.8) * TAKE_SECONDS / TAKE_PICTURES * engine.frame_rate
+    return contact_sheet(np.concatenate(pictures)[shown.astype(int)], TAKE_PICTURES // 2)
+
 
 def main() -> None:
+    sheets = {"prompts": sheet_of_prompts, "take": strip_of_a_take}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sheet", choices=sheets)
     parser.add_argument("path", type=Path, help="the picture to write")
     parser.add_argument("--model", default="toy")
     parser.add_argument("--recipe", default="self_forcing_sink")
     arguments = parser.parse_args()
-    engine = longtake.load(arguments.model, recipe=arguments.recipe)
-    with engine.stream_batch(PROMPTS, seeds=range(len(PROMPTS))) as streams:
-        pictures = np.concatenate([block.cpu().numpy() for block in islice(streams, BLOCKS)], axis=1)
-    sheet = contact_sheet(pictures[:, MOMENTS].reshape(-1, *pictures.shape[2:]), 2 * len(MOMENTS))
+    sheet = sheets[arguments.sheet](longtake.load(arguments.model, recipe=arguments.recipe))
     Image.fromarray(sheet).save(arguments.path, quality=90)
 
 
