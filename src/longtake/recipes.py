@@ -128,8 +128,9 @@ def causvid(past: int = 18) -> Recipe:
 
     past: latent frames of a clip that its last block sees; published are 18.
     """
-    clips = Policy(recache=Recache(3, sink="new", each_clip=True))
-    return replace(self_forcing(past), name="causvid", policy=clips, steps=(1000, 280, 120))
+    base = self_forcing(past)
+    clips = Policy(recache=Recache(base.block, sink="new", each_clip=True))
+    return replace(base, name="causvid", policy=clips, steps=(1000, 280, 120))
 
 
 def causal_forcing(past: int = 18) -> Recipe:
@@ -154,9 +155,10 @@ def longlive(
     """
     if positions not in ("absolute", "relative"):
         raise ValueError(f"positions must be absolute or relative, got {positions}")
-    recache = Recache(sink + past + 3, mask=mask, sink=old_sink)  # type: ignore[arg-type]  # checked there
+    base = self_forcing_sink()
+    recache = Recache(sink + past + base.block, mask=mask, sink=old_sink)  # type: ignore[arg-type]  # checked there
     policy = Policy(reads=Absolute() if positions == "absolute" else EndToEnd(), recache=recache)
-    return replace(self_forcing_sink(), name="longlive", sink=sink, past=past, policy=policy)
+    return replace(base, name="longlive", sink=sink, past=past, policy=policy)
 
 
 def reward_forcing(average: float = 0.999) -> Recipe:

@@ -11,6 +11,7 @@ from tests import tiny
 from torch import Tensor
 
 from longtake.attention.rope import rotate
+from longtake.distillation.plan import Plan, Script, rolled_out
 from longtake.distillation.pretrain import forced_by_block, forced_in_one_pass
 from longtake.distillation.rollout import rollout
 from longtake.generation.blockwise import blockwise, clean_estimate, commit, recache, redirect, view_for
@@ -299,6 +300,31 @@ def test_training_unrolls_the_stream(name: str) -> None:
     torch.testing.assert_close(unrolled.detach(), going_on(memory(name), prompt(1), 9)[:, -3 * B :])
     unrolled.square().mean().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in made.parameters())
+
+
+@EVERY
+def test_a_rollout_whose_prompt_changes_is_a_stream_that_is_redirected(name: str) -> None:
+    """In one clip of the batch after its first block, in the other two blocks later; as long as the clip, or longer."""
+    recipe, made, words = recipe_named(name), network(), tiny.text(2, prompts=2)
+    keys = made.prompt_keys(words)
+    for early, given in ((0, ()), (2, ()), (0, [torch.cat([block] * 2) for block in given_blocks(3)])):
+        prompt_BF = torch.tensor([[0] * 3 + [1] * 12, [0] * 9 + [1] * 6])
+        plan = Plan((2, 2), 5 + early, 5 - len(given), B, len(given))
+        noise = tiny.noise(7, 8)
+        learned = rolled_out(made, Script(words, prompt_BF, tuple(given)), noise, recipe, plan, 3.0)
+        kept = StreamMemory(recipe.memory(made), 3, ring=True)
+        shown = []
+        for block in range(5 + early):
+            number_B = prompt_BF[:, max(0, B * (block - early))]
+            if block in (early + 1, early + 3):
+                redirect(made, kept, keys.select(number_B))
+            if block < len(given):
+                shown.append(given[block])
+                commit(made, kept, given[block], keys.select(number_B))
+            else:
+                said, levels = keys.select(number_B), recipe.with_levels(2).levels(3.0)
+                shown += blockwise(made, kept, lambda _, said=said: said, noise, levels, end=block + 1)
+        torch.testing.assert_close(learned, torch.cat(shown[early:], dim=1))
 
 
 @EVERY

@@ -351,8 +351,12 @@ def test_shapes_that_a_rule_cannot_have_are_refused_with_the_numbers() -> None:
             MemoryShape(window=shape, extent=policy.reads.extent(21), policy=policy).require_fit(3, 21)
     with pytest.raises(ValueError, match="a far state, or blocks in flight"):
         MemoryShape(window=window, extent=21, far=FarShape(), policy=Policy(reads=EndToEnd()))
+    with pytest.raises(ValueError, match="into a sink of 1 latent frame or more"):
+        memory(Policy(average=0.9), 0, 3)
+    with pytest.raises(ValueError, match="of 3 latent frames to commit again, none is left beside a sink of 3"):
+        memory(Policy(recache=Recache(3)), 3, 3)
     with pytest.raises(ValueError, match="kept as latents, which are missing"):
-        memory(Policy(recache=Recache(3)), 3, 3).commit([block_keys(0)], BLOCK, GRID)
+        memory(Policy(recache=Recache(9)), 3, 3).commit([block_keys(0)], BLOCK, GRID)
     with pytest.raises(ValueError, match="a recache takes 1 latent frame or more"):
         Recache(0)
 

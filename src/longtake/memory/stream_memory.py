@@ -38,6 +38,13 @@ class MemoryShape:
     def __post_init__(self) -> None:
         if self.policy != PLAIN and (self.far or not self.commits_keep_sink):
             raise ValueError("a far state, or blocks in flight, need a memory of sink and past as they are")
+        if self.policy.average is not None and not self.window.sink:
+            raise ValueError("what leaves the past can only be averaged into a sink of 1 latent frame or more")
+        recache = self.policy.recache
+        if recache and recache.sink == "kept" and recache.frames <= self.window.sink:
+            raise ValueError(
+                f"of {recache.frames} latent frames to commit again, none is left beside a sink of {self.window.sink}"
+            )
 
     def require_fit(self, block: int, trained_extent: int, in_flight: int = 1) -> None:
         """Refuse shapes that cannot be streamed, so many blocks at once: ValueError with the numbers."""
