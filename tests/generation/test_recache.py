@@ -147,7 +147,7 @@ def test_redirect_after_redirect_keeps_the_books() -> None:
 
 
 def test_while_a_bank_is_recached_nothing_is_offered_to_it() -> None:
-    kept = after(memory("memflow"), given_blocks(5), prompt(1))
+    kept = after(memory("memflow"), given_blocks(6), prompt(1))  # the next one would be offered
     before = [row.frames for row in kept.bank(0).rows]
     redirect(network(), kept, prompt(2))
     assert [row.frames for row in kept.bank(0).rows] == before == [(0, 9)]

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests import tiny
 
 from longtake.attention.rope import Grid, RotaryAxes, rotate
 from longtake.memory.far import FarShape
@@ -355,8 +354,10 @@ def test_shapes_that_a_rule_cannot_have_are_refused_with_the_numbers() -> None:
         memory(Policy(average=0.9), 0, 3)
     with pytest.raises(ValueError, match="of 3 latent frames to commit again, none is left beside a sink of 3"):
         memory(Policy(recache=Recache(3)), 3, 3)
+    kept = memory(Policy(recache=Recache(9)), 3, 3)
     with pytest.raises(ValueError, match="kept as latents, which are missing"):
-        memory(Policy(recache=Recache(9)), 3, 3).commit([block_keys(0)], BLOCK, GRID)
+        kept.commit([block_keys(0)], BLOCK, GRID)
+    assert (kept.frames, kept.blocks, kept.held(0)) == (0, 0, None), "what is refused changes nothing"
     with pytest.raises(ValueError, match="a recache takes 1 latent frame or more"):
         Recache(0)
 
@@ -369,4 +370,4 @@ def test_only_rules_that_hang_on_numbers_and_an_extent_go_in_one_pass() -> None:
         Policy(recache=Recache(3, sink="new", each_clip=True)),
     ):  # fmt: skip
         assert not other.in_one_pass
-    assert type(Capped()) is type(plain.reads) and tiny.BLOCK == BLOCK
+    assert plain.reads == Capped()

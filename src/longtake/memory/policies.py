@@ -7,6 +7,7 @@ of frames that leave the window (`average`, `bank`), and in what a change of pro
 Where a published code is known to differ from its paper, the code's form is built, unless said otherwise.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal, NamedTuple, Self
@@ -29,22 +30,23 @@ class Reading(NamedTuple):
     places: Places
 
 
-@dataclass(frozen=True)
-class Capped:
-    """All that is held; natural positions, until the newest reaches the trained extent, see `place_frames`."""
+class Reads(ABC):
+    """A rule for what a pass sees of what is held, and for positions."""
 
-    in_words: ClassVar[str] = "below {extent}, as in training"
+    in_words: ClassVar[str]
+    """Its positions; an {extent} is the one that was trained."""
     whole_blocks: ClassVar[bool] = True
     """Whether sink and past have to be whole blocks each, or only their sum."""
 
+    @abstractmethod
     def __call__(
         self, held: Sequence[int], current: Sequence[int], window: WindowShape, extent: int | None
     ) -> Reading:  # fmt: skip
-        return Reading(tuple(held), place_frames(held, current, window.sink, extent))
+        """For a pass over the current frames. held: by number, in any order."""
 
     def extent(self, trained: int) -> int | None:
-        """The extent that a memory has under this rule; None where the rule itself bounds positions, or none does."""
-        return trained
+        """The extent that a memory has under this rule; None where the rule bounds positions itself, or none does."""
+        return None
 
     def seen(self, window: WindowShape) -> int:
         """How many frames of a full window a pass sees."""
@@ -52,7 +54,22 @@ class Capped:
 
 
 @dataclass(frozen=True)
-class Absolute(Capped):
+class Capped(Reads):
+    """All that is held; natural positions, until the newest reaches the trained extent, see `place_frames`."""
+
+    in_words: ClassVar[str] = "below {extent}, as in training"
+
+    def __call__(
+        self, held: Sequence[int], current: Sequence[int], window: WindowShape, extent: int | None
+    ) -> Reading:  # fmt: skip
+        return Reading(tuple(held), place_frames(held, current, window.sink, extent))
+
+    def extent(self, trained: int) -> int | None:
+        return trained
+
+
+@dataclass(frozen=True)
+class Absolute(Reads):
     """All that is held, each frame at its number since the last cut: a sink falls ever farther behind (published)."""
 
     in_words: ClassVar[str] = "frame numbers, without end"
@@ -60,14 +77,11 @@ class Absolute(Capped):
     def __call__(
         self, held: Sequence[int], current: Sequence[int], window: WindowShape, extent: int | None
     ) -> Reading:  # fmt: skip
-        return super().__call__(held, current, window, None)
-
-    def extent(self, trained: int) -> None:
-        return None
+        return Reading(tuple(held), Places(tuple(held), tuple(current)))
 
 
 @dataclass(frozen=True)
-class EndToEnd(Capped):
+class EndToEnd(Reads):
     """All that is held, in the order of time at 0, 1, 2, ..., with the current frames right behind.
 
     Reward Forcing (2512.04678) and Infinity-RoPE (2511.20649), whose first frame thus stays at 0. Where a flush left a
@@ -84,12 +98,9 @@ class EndToEnd(Capped):
         behind = range(len(held), len(held) + len(current))
         return Reading(tuple(held), Places(tuple(in_time[frame] for frame in held), tuple(behind)))
 
-    def extent(self, trained: int) -> None:
-        return None
-
 
 @dataclass(frozen=True)
-class BackAndForth(Capped):
+class BackAndForth(Reads):
     """Rolling Sink's reading (2602.07775): as many frames as the sink has, right before the current ones.
 
     The latest `past` of them are real. The others are played from the sink, which is a library of the first frames: by
@@ -107,9 +118,6 @@ class BackAndForth(Capped):
         frames = tuple(time if time >= now - window.past else played(time, window.sink) for time in times)
         back = max(0, now - window.sink)
         return Reading(frames, Places(tuple(t - back for t in times), tuple(f - back for f in current)))
-
-    def extent(self, trained: int) -> None:
-        return None
 
     def seen(self, window: WindowShape) -> int:
         if window.past > window.sink:
@@ -168,7 +176,7 @@ class Policy:
     ValueError for what does not go together or is out of range.
     """
 
-    reads: Capped = field(default_factory=Capped)
+    reads: Reads = field(default_factory=Capped)
     average: float | None = None
     bank: "BankShape | None" = None
     flush: int | None = None
@@ -191,7 +199,7 @@ class Policy:
     def in_one_pass(self) -> bool:
         """Whether a clip can be walked through in one pass: what is seen hangs on frame numbers and an extent alone."""
         each_clip = self.recache is not None and self.recache.each_clip
-        return type(self.reads) in (Capped, Absolute) and self.average is None and not self.bank and not each_clip
+        return isinstance(self.reads, Capped | Absolute) and self.average is None and not self.bank and not each_clip
 
     def in_words(self, extent: int) -> dict[str, str]:
         """What it does, by headings: positions, and what else there is."""

@@ -178,13 +178,15 @@ class StreamMemory:
         self._require_text(text)
         if self._banks and grid is None:
             raise ValueError("a bank takes frames only with the grid of their tokens")
+        if self.shape.policy.recache and latents is None:
+            raise ValueError("frames that will be committed once more are kept as latents, which are missing")
         numbers = tuple(range(self.frames, self.frames + count))
         records = bool(self._banks) and not again and self.blocks % self._banks[0].shape.every == 0
         self.frames += count
         self._jump = None
         if not again:
             self.blocks += 1
-            self._keep_latents(latents)
+            self._latents = self._latest(latents)
         for i, (k_BTND, v_BTND) in enumerate(keys):
             new = Keys(*((k_BTND, v_BTND) if self.keeps_graph else (k_BTND.detach(), v_BTND.detach())), numbers)
             gone = self._slide(i, new)
@@ -232,17 +234,15 @@ class StreamMemory:
         else:
             self._windows[layer] = window.rewritten(moved)
 
-    def _keep_latents(self, latents: Tensor | None) -> None:
-        """Hold the latest blocks, as few as have the frames that are committed once more."""
+    def _latest(self, latents: Tensor | None) -> tuple[Tensor, ...]:
+        """The latest blocks, these included: as few as have the frames that will be committed once more."""
         rule = self.shape.policy.recache
-        if rule is None:
-            return
-        if latents is None:
-            raise ValueError("frames that will be committed once more are kept as latents, which are missing")
-        kept = [*self._latents, latents.detach()]
+        if rule is None or latents is None:
+            return ()
+        kept = (*self._latents, latents.detach())
         while sum(block.shape[1] for block in kept[1:]) >= rule.frames:
             kept = kept[1:]
-        self._latents = tuple(kept)
+        return kept
 
     def _absorb(self, layer: int, gone: Keys | None, count: int, grid: Grid) -> None:
         """Put frames that slid out into a far state, where the next block will see them: just behind its past."""
