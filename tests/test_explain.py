@@ -5,16 +5,38 @@ import pytest
 from longtake.explain import explain, in_words, recipes_in_short
 from longtake.recipes import RECIPES
 
+FIRST_ALIKE = {"rolling_forcing": 7, "reward_forcing": 2, "infinity_rope": 1}  # it remembers a block more; they, less
+NEVER_ALIKE = ("causvid", "longlive", "memflow", "rolling_sink")  # clips begin anew, positions grow, the sink is played
 
-@pytest.mark.parametrize("name", RECIPES)
+
+@pytest.mark.parametrize("name", sorted(RECIPES.keys() - set(NEVER_ALIKE)))
 def test_a_table_ends_where_all_that_follows_is_alike(name: str) -> None:
     told = explain(name)
-    first = 7 if name == "rolling_forcing" else 6  # it remembers one block more
+    first = FIRST_ALIKE.get(name, 6)
     assert told["alike_from"] == first
     assert [row["block"] for row in told["blocks"]] == list(range(first + 1))
     words = in_words(told)
     assert max(map(len, words.splitlines())) <= 100
     assert f"From block {first} on all are alike, each 3 latent frames later" in words
+
+
+@pytest.mark.parametrize("name", NEVER_ALIKE)
+def test_a_table_without_end_is_cut_off(name: str) -> None:
+    told = explain(name)
+    words = in_words(told)
+    assert told["alike_from"] is None and len(told["blocks"]) == 30
+    assert max(map(len, words.splitlines())) <= 100 and "all are alike" not in words
+
+
+def test_rules_of_a_memory_are_told() -> None:
+    assert "bank       3 latent frames, chosen by the prompt; one of 3 blocks offered" in in_words(
+        explain("memflow", 1)
+    )
+    assert "positions  0, 1, 2, ... over all that is seen" in in_words(explain("reward_forcing", 1))
+    lines = in_words(explain("rolling_sink")).splitlines()
+    assert "8      93-104    6-17 17-15 @0-14  21-23 @15-17  24-26 @18-20  1764  21-23   0-17 24-26" in lines
+    lines = in_words(explain("longlive:mask=block_causal,old_sink=new", 1)).splitlines()
+    assert "redirect   the latest 12 latent frames are committed again, block by block; sink new" in lines
 
 
 def test_what_is_told_of_a_recipe_leaves_out_errors() -> None:
@@ -89,7 +111,9 @@ def test_rolling_forcing_call_by_call() -> None:
 def test_block_by_block_every_call_is_over_one(name: str) -> None:
     told = explain(name)
     for row in told["blocks"]:
-        assert [call[0] for call in row["calls"]] == [[row["block"], pytest.approx(level)] for level in told["levels"]]
+        assert [call[0] for call in row["calls"]] == [
+            [row["block"], pytest.approx(level, abs=1e-6)] for level in told["levels"]
+        ]
     assert not any(line.startswith("call") for line in in_words(told).splitlines())
 
 

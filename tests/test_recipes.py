@@ -11,6 +11,7 @@ import torch
 import longtake
 from longtake import recipes
 from longtake.attention.linear import PAPER, WIDTHS
+from longtake.evaluation.trace import traced
 from longtake.memory.far import Decay, Delta, FarShape, Keep, MassCap
 from longtake.memory.stream_memory import StreamMemory
 from longtake.memory.window import WindowShape
@@ -23,15 +24,43 @@ def engine(model="toy", recipe="self_forcing_sink", dtype=torch.float32):
     return longtake.load(model, recipe=recipe, dtype=dtype)
 
 
-def test_recipes_see_equally_many_finished_frames_and_fit_the_network() -> None:
+def test_recipes_that_are_compared_see_equally_many_finished_frames_and_fit_the_network() -> None:
     network = engine().network
     network.config = replace(network.config, reads_far=True)
-    for name in recipes.RECIPES:
+    for name in recipes.RECIPES.keys() - set(recipes.MEMORY_RULES):
         recipe = recipes.recipe_named(name)
         assert recipe.name == name
         assert recipe.sink + recipe.past == 6
         assert recipe.memory(network).window.frames == (21 if recipe.rolls else 6)  # its commits see more
     assert ("toy", "self_forcing") in recipes.MODELS and ("toy", "self_forcing_sink") in recipes.MODELS
+
+
+@pytest.mark.parametrize(
+    "name, published, compared",
+    [
+        ("self_forcing:past=18", 18, "self_forcing"),
+        ("causvid", 18, "causvid:past=6"),
+        ("causal_forcing", 18, "causal_forcing:past=6"),
+        ("longlive", 9, "longlive:past=3"),
+        ("reward_forcing", 6, "reward_forcing"),
+        ("memflow", 12, "memflow:past=0"),
+        ("infinity_rope", 3, "infinity_rope:past=5"),
+        ("rolling_sink", 18, "rolling_sink:library=6"),
+    ],
+)
+def test_published_recipes_see_as_much_as_published_and_can_be_compared(
+    name: str, published: int, compared: str
+) -> None:
+    """At most, by their last calls."""
+    network = engine().network
+
+    def seen(which: str) -> int:
+        recipe = recipes.recipe_named(which)
+        recipe.memory(network)
+        return max(len(row.sink) + len(row.past) for row in islice(traced(recipe, network.config.extent), 14))
+
+    assert seen(name) == published
+    assert seen(compared) == 6
 
 
 def test_a_network_that_cannot_read_a_far_state_is_refused_one() -> None:
@@ -48,6 +77,8 @@ def test_blocks_in_flight_come_on_top_of_sink_and_past() -> None:
     network.config = replace(network.config, reads_far=True)
     with pytest.raises(ValueError, match="has a far state, which blocks in flight cannot read"):
         replace(recipe.with_levels(4), far=FarShape()).memory(network)
+    with pytest.raises(ValueError, match="or blocks in flight, need a memory of sink and past as they are"):
+        replace(recipe.with_levels(4), policy=recipes.reward_forcing().policy).memory(network)
 
 
 def test_rolling_forcing_streams_from_a_folder(tmp_path: Path) -> None:
@@ -88,7 +119,14 @@ def test_options_change_a_recipe_and_stay_in_its_name() -> None:
         ("hybrid_forcin:share=1", "did you mean hybrid_forcing"),
         ("hybrid_forcing:shar=1", "has no option 'shar': there are share=0.2, far=keep, frames=inf"),
         ("hybrid_forcing:", "has no option ''"),
-        ("self_forcing:share=1", "has no option 'share': there are none"),
+        ("self_forcing:share=1", "has no option 'share': there are past=6"),
+        ("self_forcing_sink:share=1", "has no option 'share': there are none"),
+        ("longlive:mask=causal", "mask must be none or block_causal, got causal"),
+        ("longlive:old_sink=gone", "after a recache the sink is kept or new, got gone"),
+        ("longlive:positions=capped", "positions must be absolute or relative, got capped"),
+        ("reward_forcing:average=1.5", "a sink keeps a share of 0 to 1 of itself, got 1.5"),
+        ("memflow:bank=0", "a bank has 1 latent frame or more, of every 1 block or more"),
+        ("infinity_rope:keep=-1", "a flush keeps 0 latent frames or more, got -1"),
         ("hybrid_forcing:share=lots", "'hybrid_forcing:share=lots' does not work: could not convert"),
         ("hybrid_forcing:share=0", "share must be above 0 and at most 1, got 0.0"),
         ("hybrid_forcing:far=kept", "no far=kept: there are keep, decay, cap, delta and none"),

@@ -69,6 +69,7 @@ def explain(name: str, blocks: int | None = None) -> dict[str, Any]:
         "shift": description["shift"],
         "levels": list(recipe.levels(description["shift"])),
         "tokens_per_frame": tokens,
+        "policy": recipe.policy.in_words(extent),
         "near": _near(recipe.near),
         "far": recipe.far and _far(recipe.far, network.config.dim // network.config.heads),
         "blocks": [_row(row, recipe, codec, tokens) for row in rows[: blocks or enough]],
@@ -134,9 +135,9 @@ def _numbers(told: dict[str, Any]) -> str:
         "block": f"{told['block']} latent frames of {told['tokens_per_frame']} tokens",
         "levels": f"{' '.join(f'{level:.3f}' for level in told['levels'])} "
         f"(steps {steps} under a shift of {told['shift']:g})",
-        "sink": f"{told['sink']} latent frames",
+        "sink": f"{told['sink']} latent frames{''.join(f', {text}' for text in [told['policy'].get('sink')] if text)}",
         "past": f"{told['past']} latent frames",
-        "positions": f"below {told['extent']}, as in training",
+        **{key: text for key, text in told["policy"].items() if key != "sink"},
         "attention": near["attention"] + (f" ({setting})" if setting else ""),
         "far state": "none: what leaves the past is forgotten",
     }
@@ -206,7 +207,12 @@ def _placed(placed: Sequence[Sequence[int]]) -> str:
 
 
 def _span(numbers: Sequence[int]) -> str:
-    """Runs of numbers by their ends: 0-2 9-11."""
-    starts = [n for i, n in enumerate(numbers) if not i or numbers[i - 1] != n - 1]
-    ends = [n for i, n in enumerate(numbers) if i + 1 == len(numbers) or numbers[i + 1] != n + 1]
-    return " ".join(f"{a}-{b}" if a < b else f"{a}" for a, b in zip(starts, ends, strict=True)) or "-"
+    """Runs of numbers, up or down, by their ends: 0-2 9-11, or 17-15."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        steps = {n - runs[-1][-1], *(b - a for a, b in pairwise(runs[-1]))} if runs else set()
+        if steps in ({1}, {-1}):
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return " ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs) or "-"

@@ -1,6 +1,7 @@
 """One function per published method, and the table that says which weights run with which.
 
-Recipes compare at equal finished frames visible: here 6 latent frames besides the current block of 3.
+Recipes that are compared see equally many finished frames: 6 latent frames besides the current block of 3. Those that
+are the published inference of a checkpoint, from `causvid` on, have its sizes, and options for others.
 """
 
 import math
@@ -28,6 +29,7 @@ from longtake.generation.recipe import Recipe
 from longtake.generation.rolling import rolling
 from longtake.generation.stream import Engine, to_uint8
 from longtake.memory.far import RULES, Delta, FarShape, rule_named
+from longtake.memory.policies import Absolute, BackAndForth, BankShape, EndToEnd, Policy, Recache
 from longtake.models.light_codec import LightCodec, LightCodecConfig
 from longtake.models.text import WordEncoder, WordEncoderConfig, WordText
 from longtake.models.wan import WanConfig, WanTransformer
@@ -36,9 +38,12 @@ from longtake.toy import captions
 from longtake.toy.scenes import HEIGHT, RATE, WIDTH
 
 
-def self_forcing() -> Recipe:
-    """Self Forcing (arXiv 2506.08009): block by block over a sliding window, distilled on its own rollouts."""
-    return Recipe(name="self_forcing", schedule=blockwise, sink=0, past=6)
+def self_forcing(past: int = 6) -> Recipe:
+    """Self Forcing (arXiv 2506.08009): block by block over a sliding window, distilled on its own rollouts.
+
+    past: latent frames of it that a block sees; published are 18.
+    """
+    return Recipe(name="self_forcing", schedule=blockwise, sink=0, past=past)
 
 
 def self_forcing_sink() -> Recipe:
@@ -113,12 +118,113 @@ def rolling_forcing(sink: int = 3) -> Recipe:
     )
 
 
+def causvid(past: int = 18) -> Recipe:
+    """CausVid (arXiv 2412.07772): clips that see all of themselves, each begun with the last block of the one before.
+
+    That block's latents are committed anew as the first of the next clip; the released code takes the first of its
+    frames through the codec, to a picture and back, which is not done here. A change of prompt begins the next clip at
+    once: published, each clip has a prompt. Published levels are 1, .757 and .522, which 1000, 280, 120 come to under
+    its shift of 8; the released 4-step weights want `--levels 4`.
+
+    past: latent frames of a clip that its last block sees; published are 18.
+    """
+    base = self_forcing(past)
+    clips = Policy(recache=Recache(base.block, sink="new", each_clip=True))
+    return replace(base, name="causvid", policy=clips, steps=(1000, 280, 120))
+
+
+def causal_forcing(past: int = 18) -> Recipe:
+    """Causal Forcing (arXiv 2602.02214), chunk by chunk: Self Forcing's inference, with weights distilled otherwise.
+
+    past: latent frames that a block sees; published are 18.
+    """
+    return replace(self_forcing(past), name="causal_forcing")
+
+
+def longlive(
+    sink: int = 3, past: int = 6, mask: str = "none", old_sink: str = "kept", positions: str = "absolute"
+) -> Recipe:
+    """LongLive (arXiv 2509.22622): a short window behind a sink, committed once more when the prompt changes.
+
+    Where everything stands is its frame number, so the sink falls ever farther behind.
+
+    sink, past: latent frames; published are 3 and 6. mask: what the frames that are committed once more see of each
+    other, "none" everything (as released), or "block_causal" what they would while streaming, as if they had just been
+    given. old_sink: "kept", or "new": then the first of these frames become the sink. positions: "absolute", or
+    "relative" to the window (its released variant after 2511.20649). ValueError for others.
+    """
+    if positions not in ("absolute", "relative"):
+        raise ValueError(f"positions must be absolute or relative, got {positions}")
+    base = self_forcing_sink()
+    recache = Recache(sink + past + base.block, mask=mask, sink=old_sink)  # type: ignore[arg-type]  # checked there
+    policy = Policy(reads=Absolute() if positions == "absolute" else EndToEnd(), recache=recache)
+    return replace(base, name="longlive", sink=sink, past=past, policy=policy)
+
+
+def reward_forcing(average: float = 0.999) -> Recipe:
+    """Reward Forcing (arXiv 2512.04678): what leaves the past is averaged into the sink.
+
+    Positions begin with the window. A change of prompt changes nothing in the memory.
+
+    average: the share of itself that the sink keeps when a block leaves; the code has .999, the paper ablates .99, .9
+    and .5. ValueError outside 0 to 1.
+    """
+    policy = Policy(reads=EndToEnd(), average=average)
+    return replace(self_forcing_sink(), name="reward_forcing", policy=policy)
+
+
+def memflow(past: int = 6, bank: int = 3, every: int = 3) -> Recipe:
+    """MemFlow (arXiv 2512.14699): LongLive, and a bank of single frames that the prompt chooses to remember.
+
+    As released: by the prompt's keys (the paper: its queries), and all of sink and bank are seen: sparse memory
+    activation is off there, and not built here.
+
+    past, bank: latent frames; published are 6 and 3. every: of how many blocks one's first frame is offered to the
+    bank. ValueError for a bank or blocks of less than 1.
+    """
+    made = longlive(past=past)
+    policy = replace(made.policy, bank=BankShape(frames=bank, every=every))
+    return replace(made, name="memflow", policy=policy)
+
+
+def infinity_rope(past: int = 2, keep: int = 2, jump: int = 45) -> Recipe:
+    """Infinity-RoPE (arXiv 2511.20649), training-free: positions begin with the window, and a cut jumps along them.
+
+    A change of prompt flushes the window: the first frame stays, and the latest `keep`. A cut does so too, and its
+    first block stands at position `jump`, the next one right behind the window again; pictures are counted on.
+
+    past: latent frames beside a sink of 1; published are 2, of which a flush forgets nothing. keep: the code has 2, the
+    paper says 1. jump: published is 45. ValueError for what cannot be.
+    """
+    policy = Policy(reads=EndToEnd(), flush=keep, jump=jump)
+    return replace(self_forcing(past), name="infinity_rope", sink=1, policy=policy)
+
+
+def rolling_sink(library: int = 18) -> Recipe:
+    """Rolling Sink (arXiv 2602.07775), training-free: all but the latest block of the window is played from the first.
+
+    The first frames are a library, shown forwards and backwards in turn; the latest block is real.
+
+    library: latent frames of it, and as many finished ones are seen; published are 18.
+    """
+    return replace(self_forcing_sink(), name="rolling_sink", sink=library, past=3, policy=Policy(reads=BackAndForth()))
+
+
 RECIPES: dict[str, Callable[..., Recipe]] = {
     "self_forcing": self_forcing,
     "self_forcing_sink": self_forcing_sink,
     "hybrid_forcing": hybrid_forcing,
     "rolling_forcing": rolling_forcing,
+    "causvid": causvid,
+    "causal_forcing": causal_forcing,
+    "longlive": longlive,
+    "reward_forcing": reward_forcing,
+    "memflow": memflow,
+    "infinity_rope": infinity_rope,
+    "rolling_sink": rolling_sink,
 }
+MEMORY_RULES = ("causvid", "causal_forcing", "longlive", "reward_forcing", "memflow", "infinity_rope", "rolling_sink")
+"""Recipes that read a window as Self Forcing does: weights made for it run under them, as good as they may."""
 
 CPU = torch.device("cpu")
 BFLOAT16_GAIN = 1.2  # how many times faster it must be to be chosen
@@ -133,8 +239,9 @@ ENCODED_AT_ONCE = 4  # latent frames of given pictures, which bounds memory
 MODELS: dict[tuple[str, str], str] = {
     ("toy", "self_forcing"): NETWORK_FILE,
     ("toy", "self_forcing_sink"): NETWORK_FILE,
+    **{("toy", name): NETWORK_FILE for name in MEMORY_RULES},
 }
-"""(model, recipe) -> the network's weights. One student serves both recipes: it was distilled under both."""
+"""(model, recipe) -> the network's weights. One student serves all: it was distilled under the first two."""
 
 
 def device_named(name: str | torch.device | None) -> torch.device:

@@ -231,10 +231,10 @@ def test_rolling_block_by_block_remembers_as_a_rolling_stream() -> None:
     made, seen, shape = tiny.network(), [], tiny.rolling_recipe().memory(tiny.network())
     view = StreamMemory.view
 
-    def watching(self, grid, count, device, projections=(), *, commits=False):
+    def watching(self, grid, count, device, projections=(), *, commits=False, **more):
         readable = self._readable(self.held(0), count, commits)
         seen.append((commits, sorted(readable.frames) if readable else []))
-        return view(self, grid, count, device, projections, commits=commits)
+        return view(self, grid, count, device, projections, commits=commits, **more)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(StreamMemory, "view", watching)

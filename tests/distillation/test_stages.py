@@ -10,7 +10,7 @@ from tests import tiny
 from longtake.distillation import dmd, stages
 from longtake.distillation.plan import Plan, Script, draw_plan, rolled_out
 from longtake.distillation.rollout import FreshNoise, rollout, windows
-from longtake.distillation.stages import DmdStage
+from longtake.distillation.stages import DmdStage, TeacherForcingStage
 from longtake.distillation.trainer import Dice, Learner, Run, read_metrics
 from longtake.generation.blockwise import blockwise
 from longtake.generation.recipe import Recipe
@@ -292,6 +292,28 @@ def test_rolling_forcing_is_learned_by_windows_and_block_by_block(
 def test_what_does_not_fit_is_refused_before_work_begins(monkeypatch, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"current 3 x 3 in flight = 15 latent frames do not fit the extent of 12"):
         steps(monkeypatch, tmp_path, rolling_forcing(), levels=(2, 3))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["causvid:past=6", "longlive", "reward_forcing", "memflow:past=3", "infinity_rope", "rolling_sink:library=9"],
+)
+def test_every_memory_can_be_learned_under(name: str, monkeypatch, tmp_path: Path) -> None:
+    """With given blocks and prompts that change."""
+    seen = steps(monkeypatch, tmp_path, recipe_named(name), seed=2, levels=(2,), most_given=3, steps=3)
+    assert {shape.policy for shape in seen.memories} == {recipe_named(name).policy}
+    before = tiny.network(extent=12).float().state_dict()
+    assert all(not torch.equal(weight, before[key]) for key, weight in seen.student.state_dict().items())
+    assert all(row["matching"] > 0 for row in read_metrics(tmp_path))
+
+
+def test_teacher_forcing_refuses_what_has_to_be_walked_through_before_work_begins() -> None:
+    nothing = None
+    for name in ("reward_forcing", "memflow", "rolling_sink", "infinity_rope", "causvid"):
+        with pytest.raises(ValueError, match="walked through block by block: set recompute=true"):
+            stages.train_teacher_forcing(
+                nothing, tiny.network(extent=21), nothing, [recipe_named(name)], 3.0, TeacherForcingStage(), nothing
+            )  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("far", ["keep", "none"])

@@ -21,6 +21,7 @@ from longtake.memory.far import Decay, Delta, FarShape, FarState, Keep, MassCap
 from longtake.memory.stream_memory import MemoryShape, StreamMemory
 from longtake.memory.view import Tokens
 from longtake.memory.window import WindowShape
+from longtake.recipes import reward_forcing
 
 HOURS = 0.02  # 96 blocks of 12 pictures
 SMALL = {"hours": HOURS, "prompts": 2, "blocks": 3}
@@ -169,6 +170,8 @@ def test_of_blocks_in_flight_only_the_growth_of_an_error_is_measured(tmp_path):
     assert table().keys() - result.keys() == {"recorded_blocks", "held_out_blocks"}
     with pytest.raises(ValueError, match="recipe any has blocks in flight, which cannot read a far state"):
         table(rolling, rules=["keep"])
+    with pytest.raises(ValueError, match="recipe any has rules for its window that go with no far state"):
+        table(tiny.engine(reward_forcing()))
     pytest.importorskip("matplotlib")
     memory_plot.draw([result, table()], tmp_path / "memory.png")
     assert (tmp_path / "memory.png").stat().st_size > 1000

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -12,6 +13,7 @@ from longtake.distillation.trainer import Dice
 from longtake.generation.blockwise import blockwise
 from longtake.generation.noise import Noise
 from longtake.generation.recipe import Recipe, Schedule
+from longtake.memory.policies import PLAIN
 from longtake.models.wan import PromptKeys, WanTransformer
 
 
@@ -115,9 +117,19 @@ def rolled_out(
     levels = recipe.levels(shift)[:used]
     learned_BFCHW = rollout(
         _schedule(recipe, plan), network, recipe.memory(network), prompts, noise, levels,
-        blocks=plan.blocks, learning=plan.learned, given=script.given,
+        blocks=plan.blocks, learning=plan.learned, given=script.given, redirected=_redirected(recipe, script, early),
     )  # fmt: skip
     return torch.cat([*script.given, learned_BFCHW], dim=1)
+
+
+def _redirected(recipe: Recipe, script: Script, early: int) -> list[int]:
+    """The blocks that begin under another prompt than the one before, in any clip of the batch: streams that move in
+    step are redirected together. None where a memory makes nothing of it, since to look costs time on a GPU."""
+    if recipe.policy == PLAIN:
+        return []
+    numbers = script.prompt_BF[:, :: recipe.block].unbind(1)
+    before = [torch.zeros_like(numbers[0]) if early else numbers[0], *numbers]
+    return [early + i for i, (old, new) in enumerate(pairwise(before)) if not torch.equal(old, new)]
 
 
 def _schedule(recipe: Recipe, plan: Plan) -> Schedule:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from longtake.flow import add_noise, shift_level
-from longtake.generation.blockwise import commit
+from longtake.generation.blockwise import commit, view_for
 from longtake.memory.stream_memory import MemoryShape, StreamMemory
 from longtake.models.light_codec import Reconstruction
 from longtake.models.wan import PromptKeys, WanTransformer
@@ -95,8 +95,9 @@ def forced_in_one_pass(
 ) -> Tensor:  # fmt: skip
     """Velocity [B, F, C, H, W] of every noisy block in front of its past, all at once. Truth: `forced_by_block`.
 
-    ValueError for a memory whose sink enters the far state as well.
+    ValueError for a memory whose sink enters the far state as well, and for one whose policy has to be walked through.
     """
+    require_one_pass(memory)
     frames = past_BFCHW.shape[1]
     view = network.teacher_forced_view(past_BFCHW, block, memory.window, memory.extent, memory.near, memory.far)
     velocity = network(
@@ -107,6 +108,12 @@ def forced_in_one_pass(
         prompt_BF.repeat(1, 2),
     )
     return velocity[:, frames:]
+
+
+def require_one_pass(memory: MemoryShape) -> None:
+    """ValueError for a memory whose policy hangs on more than frame numbers and an extent."""
+    if not memory.policy.in_one_pass:
+        raise ValueError("a memory with this policy can only be walked through block by block: set recompute=true")
 
 
 def forced_by_block(
@@ -122,7 +129,7 @@ def forced_by_block(
     parts = (x.split(block, dim=1) for x in (past_BFCHW, noisy_BFCHW, level_BF, prompt_BF))
     velocities = []
     for past, noisy, level, prompt in zip(*parts, strict=True):
-        view = network.memory_view(stream, noisy)
+        view = view_for(network, stream, noisy, prompts, prompt)
         velocities.append(network(noisy, level, prompts, view, prompt))
         if len(velocities) * block < past_BFCHW.shape[1]:
             commit(network, stream, past, prompts, view, prompt)

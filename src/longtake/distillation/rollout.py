@@ -1,12 +1,12 @@
 """The student's own video: the serving schedule itself, with chosen calls kept on the graph."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from longtake.generation.blockwise import commit
+from longtake.generation.blockwise import commit, redirect
 from longtake.generation.noise import Noise
 from longtake.generation.recipe import Schedule
 from longtake.generation.rolling import InFlight, calls
@@ -77,16 +77,23 @@ def rollout(
     blocks: int,
     learning: int,
     given: Sequence[Tensor] = (),
+    redirected: Container[int] = (),
 ) -> Tensor:
     """Latents [B, F, C, H, W] of the last `learning` of so many blocks, each with the graph of its estimate.
 
     given: clean latents [B, F, C, H, W] of the first blocks, which the rollout goes on from: they count among the
     blocks and are remembered under their own prompts, as if they had just been made. levels end at the exit step (Self
     Forcing, arXiv 2506.08009, Algorithm 1): the estimate made there is the result, and what later blocks remember. No
-    gradient passes through memory.
+    gradient passes through memory. redirected: the blocks before which the stream is redirected to their own prompt.
     """
     stream = StreamMemory(memory, network.config.layers, ring=False)
+
+    def told(block: int) -> PromptKeys:
+        if block in redirected:
+            redirect(network, stream, prompts(block))
+        return prompts(block)
+
     for latents_BFCHW in given:
-        commit(network, stream, latents_BFCHW, prompts(stream.blocks))
-    made = schedule(network, stream, prompts, noise, levels, lambda block: block >= blocks - learning, blocks)
+        commit(network, stream, latents_BFCHW, told(stream.blocks))
+    made = schedule(network, stream, told, noise, levels, lambda block: block >= blocks - learning, blocks)
     return torch.cat(list(made)[-learning:], dim=1)

@@ -25,7 +25,7 @@ from longtake import parallel
 from longtake.distillation import dmd, ode_init
 from longtake.distillation.optim import muon_and_adam
 from longtake.distillation.plan import Plan, Script, draw_plan, rolled_out
-from longtake.distillation.pretrain import Clips, codec_loss, flow_loss, teacher_forcing_loss
+from longtake.distillation.pretrain import Clips, codec_loss, flow_loss, require_one_pass, teacher_forcing_loss
 from longtake.distillation.regularized import regularized_loss, teacher_sample
 from longtake.distillation.rollout import FirstNoise, FreshNoise
 from longtake.distillation.trainer import Budget, Dice, Learner, Run, Stateful, train
@@ -341,6 +341,8 @@ def train_teacher_forcing(
     for recipe in recipes:
         if stage.frames % recipe.block:
             raise ValueError(f"frames ({stage.frames}) must be whole blocks of {recipe.block}")
+        if not stage.recompute:
+            require_one_pass(recipe.memory(network))
     learner = _student(network, stage.lr, stage.far_lr, stage.average)
     compile_for(run, network)
     if stage.recompute:

@@ -30,6 +30,7 @@ from longtake.evaluation.retention import Block, Recorded, Retention, Setting, r
 from longtake.evaluation.sources import batches, clip_seed, held_out_captions, seed_list
 from longtake.generation.stream import Engine
 from longtake.memory.far import FarShape, Rule, rule_named
+from longtake.memory.policies import PLAIN
 from longtake.memory.stream_memory import LayerKeys, MemoryShape, StreamMemory
 from longtake.memory.view import MemoryView, Tokens
 
@@ -138,6 +139,10 @@ class _Plan:
     def of(cls, recipe: str, engine: Engine, hours: float, rules: Mapping[str, Rule]) -> Self:
         """ValueError for hours that are too few, or a state that cannot be streamed."""
         memory = engine.recipe.memory(engine.network)
+        if memory.policy != PLAIN:
+            raise ValueError(
+                f"recipe {recipe} has rules for its window that go with no far state: none can be followed"
+            )
         if engine.recipe.rolls and rules:
             raise ValueError(f"recipe {recipe} has blocks in flight, which cannot read a far state: name no rules")
         states: dict[str, FarShape] = {}
@@ -310,14 +315,14 @@ class _Recorder(StreamMemory):
 
     def view(
         self, grid: Grid, count: int, device: torch.device | str,
-        projections: Sequence[Callable[[Tensor], Tensor]] = (), *, commits: bool = False,
+        projections: Sequence[Callable[[Tensor], Tensor]] = (), **more: Any,
     ) -> MemoryView:  # fmt: skip
-        plain = super().view(grid, count, device, projections, commits=commits)
+        plain = super().view(grid, count, device, projections, **more)
         self._watched = _Watched(self.layers)
         return _WatchedView(plain.rotation, plain.layers, plain.near, plain.far, self._watched)
 
-    def commit(self, keys: LayerKeys, count: int, grid: Grid | None = None) -> None:
-        super().commit(keys, count, grid)
+    def commit(self, keys: LayerKeys, count: int, grid: Grid | None = None, **more: Any) -> None:
+        super().commit(keys, count, grid, **more)
         self.committed.append(keys)
         self.queries, nowhere = self._watched.last_whole_pass(), torch.full((len(keys[0][0]),), torch.nan)
         means = [torch.stack(shares).mean(0).cpu() if shares else nowhere for shares in self._watched.shares]

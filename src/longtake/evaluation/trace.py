@@ -83,19 +83,21 @@ def traced(recipe: Recipe, extent: int, shift: float = 1.0) -> Iterator[BlockTra
     """What a recipe does with each block of an endless stream, for a network trained on `extent` latent frames.
 
     shift: of its levels. A far state gets the published features whatever its own, so that they show where keys are
-    placed.
+    placed. A sink into which others are averaged stands for its own frames alone. A bank's prompt says nothing: the
+    frames that it chooses first stay.
     """
     noted = _Noted()
     network = _StandIn(extent, recipe.block, noted)
     far = recipe.far and replace(
         recipe.far, form=linear.PAPER, rule=_NotingRule(recipe.far.rule, noted), turns_with_frames=True
     )
-    shape = replace(recipe, near=noted.near, far=far).memory(network)
+    policy = recipe.policy if recipe.policy.average is None else replace(recipe.policy, average=1.0)
+    shape = replace(recipe, near=noted.near, far=far, policy=policy).memory(network)
     memory = StreamMemory(shape, network.config.layers, ring=False)
     blocks = recipe.schedule(
         network,
         memory,
-        lambda block: PromptKeys([]),
+        lambda block: PromptKeys([(torch.zeros(1, 1, 1, 1, HEAD_DIM),) * 2]),
         lambda block, step: _latents(range(recipe.block * block, recipe.block * (block + 1))),
         recipe.levels(shift),
     )
@@ -106,13 +108,14 @@ def traced(recipe: Recipe, extent: int, shift: float = 1.0) -> Iterator[BlockTra
         before = row.held
         noted.absorbed.clear()
         noted.calls.clear()
+        noted.commit.clear()
 
 
 def _row(
     block: int, made: tuple[int, ...], before: tuple[int, ...], noted: "_Noted", memory: StreamMemory
 ) -> BlockTrace:  # fmt: skip
     sink, keys = memory.shape.window.sink, memory.held(0)
-    held = tuple(sorted(keys.frames)) if keys else ()
+    held = tuple(sorted(round(frame) for frame in keys.v_BTND[0, :, 0, 0].tolist())) if keys else ()
     sums = memory.far(0).sums if memory.shape.far else None
     old = [one for one in noted.attended if one.frame < made[0]]
     return BlockTrace(
@@ -191,7 +194,8 @@ class _StandIn(WanTransformer):
     ) -> LayerKeys:
         own, denoising = _tokens(clean_BFCHW, view), self.noted.attended
         view.attend(0, own)
-        self.noted.commit, self.noted.attended = self.noted.attended, denoising
+        self.noted.commit = self.noted.commit or self.noted.attended  # a second commit is of frames known before
+        self.noted.attended = denoising
         return [(own.plain_k, own.v)]
 
 

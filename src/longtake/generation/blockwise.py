@@ -9,7 +9,7 @@ from torch import Tensor
 from longtake.flow import add_noise, clean_from_velocity
 from longtake.generation.noise import Noise
 from longtake.memory.stream_memory import StreamMemory
-from longtake.memory.view import View
+from longtake.memory.view import MemoryView, View
 from longtake.models.wan import PromptKeys, WanTransformer
 
 
@@ -33,7 +33,7 @@ def blockwise(
         prompt = prompts(block)
         noisy = noise(block, 0)
         with torch.no_grad():
-            view = network.memory_view(memory, noisy)
+            view = view_for(network, memory, noisy, prompt)
             for step, (level, lower) in enumerate(pairwise(levels)):
                 clean = clean_estimate(network, noisy, level, prompt, view)
                 noisy = add_noise(clean, noise(block, step + 1), _levels(clean, lower))
@@ -51,22 +51,64 @@ def clean_estimate(
     return clean_from_velocity(noisy_BFCHW, network(noisy_BFCHW, level_BF, prompt, view), level_BF)
 
 
+def view_for(
+    network: WanTransformer, memory: StreamMemory, latents_BFCHW: Tensor, prompt: PromptKeys,
+    prompt_BF: Tensor | None = None, *, commits: bool = False,
+) -> MemoryView:  # fmt: skip
+    """What the passes of the next frames under a prompt read of a memory, or what their commit does."""
+    text = prompt.means(prompt_BF) if memory.shape.policy.bank else ()
+    return network.memory_view(memory, latents_BFCHW, commits=commits, text=text)
+
+
 def commit(
     network: WanTransformer, memory: StreamMemory, clean_BFCHW: Tensor, prompt: PromptKeys, view: View | None = None,
-    prompt_BF: Tensor | None = None,
+    prompt_BF: Tensor | None = None, *, again: bool = False,
 ) -> None:  # fmt: skip
     """Write a finished block into memory: one pass over it at level 0, with a graph only if the memory keeps graphs.
 
     view: that of the block's denoising passes, where there is one already. It serves again, unless the memory shows
-    commits something else. prompt_BF: numbers each frame's prompt, where there are several. The block itself is cut
-    from its graph in any case.
+    commits something else. prompt_BF: numbers each frame's prompt, where there are several. again: whether these frames
+    had been committed before. The block itself is cut from its graph in any case.
     """
     clean = clean_BFCHW.detach()
     with torch.set_grad_enabled(memory.keeps_graph and torch.is_grad_enabled()):
         if view is None or not memory.shape.commits_keep_sink:
-            view = network.memory_view(memory, clean, commits=True)
+            view = view_for(network, memory, clean, prompt, prompt_BF, commits=True)
         keys = network.keys_to_commit(clean, _levels(clean, 0.0), prompt, view, prompt_BF)
-        memory.commit(keys, clean.shape[1], network.grid(clean))
+        text = prompt.means(prompt_BF) if memory.shape.policy.bank else ()
+        memory.commit(keys, clean.shape[1], network.grid(clean), latents=clean, text=text, again=again)
+        if memory.clip_is_full and not again:
+            recache(network, memory, prompt, prompt_BF)
+
+
+def redirect(network: WanTransformer, memory: StreamMemory, prompt: PromptKeys) -> None:
+    """What a memory's policy makes of it at a change of prompt: nothing, a flush, or a recache under the new one."""
+    memory.flush()
+    if memory.shape.policy.recache:
+        recache(network, memory, prompt)
+
+
+def recache(
+    network: WanTransformer, memory: StreamMemory, prompt: PromptKeys, prompt_BF: Tensor | None = None
+) -> None:  # fmt: skip
+    """Commit the latest finished frames once more, under another prompt; for the forms of it see `policies.Recache`.
+
+    prompt_BF: where there are several prompts, the last frame's is taken for all. A memory without a single frame is
+    left as it is.
+    """
+    rule = memory.shape.policy.recache
+    assert rule is not None, "this memory commits nothing once more"
+    if not memory.latents:
+        return
+    block = memory.latents[-1].shape[1]
+    latents = torch.cat(memory.latents, dim=1)[:, -rule.frames :]
+    keeps_sink = rule.sink == "kept" and memory.frames > latents.shape[1]
+    if keeps_sink:  # its slots are not written, so the first of the frames have none to go to
+        latents = latents[:, memory.shape.window.sink :]
+    memory.unwind(latents.shape[1], keep_sink=keeps_sink)
+    for part in latents.split(block if rule.mask == "block_causal" else latents.shape[1], dim=1):
+        number_BF = None if prompt_BF is None else prompt_BF[:, -1:].expand(-1, part.shape[1])
+        commit(network, memory, part, prompt, prompt_BF=number_BF, again=True)
 
 
 def _levels(latents_BFCHW: Tensor, level: float) -> Tensor:

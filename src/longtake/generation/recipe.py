@@ -12,6 +12,7 @@ from longtake.flow import TIMESTEPS, warped_levels
 from longtake.generation.noise import Noise
 from longtake.generation.rolling import InFlight, rolling
 from longtake.memory.far import FarShape
+from longtake.memory.policies import PLAIN, Policy
 from longtake.memory.stream_memory import MemoryShape, StreamMemory
 from longtake.memory.view import Attend
 from longtake.memory.window import WindowShape
@@ -42,6 +43,7 @@ class Recipe:
     """One named method. Frames are latent frames; `steps` is a published step list (in thousandths, unshifted).
 
     far: what is made of frames that left the window; None forgets them. near: how the window is attended.
+    policy: what else makes it the memory of a paper: where frames stand, what a change of prompt does, and the like.
     rolls: whether the schedule is `rolling`, which denoises as many blocks together as there are steps. They come on
     top of sink and past; where fewer are in flight, what that leaves of the extent is for more of the past.
     """
@@ -52,6 +54,7 @@ class Recipe:
     past: int
     far: FarShape | None = None
     near: Attend = MemoryShape.near
+    policy: Policy = PLAIN
     block: int = 3
     steps: tuple[float, ...] = (1000, 750, 500, 250)
     rolls: bool = False
@@ -73,7 +76,7 @@ class Recipe:
         return partial(rolling, in_flight=in_flight) if self.rolls else self.schedule
 
     def memory(self, network: WanTransformer) -> MemoryShape:
-        """The memory of this recipe for a network, positions capped at the extent it was trained on.
+        """The memory of this recipe for a network, what is seen at once within the extent it was trained on.
 
         ValueError for a network that cannot read what the recipe remembers.
         """
@@ -81,9 +84,10 @@ class Recipe:
             raise ValueError(f"recipe {self.name} has a far state, which this network was not trained to read")
         shape = MemoryShape(
             window=WindowShape(sink=self.sink, past=self.past),
-            extent=network.config.extent,
+            extent=self.policy.reads.extent(network.config.extent),
             far=self.far,
             near=self.near,
+            policy=self.policy,
         )
         shape.require_fit(self.block, network.config.extent, self.in_flight)
         return self._rolling(shape, network.config.extent) if self.rolls else shape

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longtake.generation.blockwise import commit
+from longtake.generation.blockwise import commit, redirect
 from longtake.generation.noise import SeededNoise
 from longtake.generation.recipe import Recipe
 from longtake.generation.rolling import InFlight
@@ -208,23 +208,29 @@ class StreamBatch(_Closing):
         """Go on under other prompts, one a stream, from the next block, as `Stream.redirect`."""
         if in_flight not in ("own", "new"):
             raise ValueError(f"blocks in flight go on under their own prompt or the new one, got {in_flight!r}")
-        self._go_on_under(prompts, lambda memory: memory.fade_far(far))
+
+        def change(memory: StreamMemory, keys: PromptKeys) -> None:
+            memory.fade_far(far)
+            redirect(self.engine.network, memory, keys)
+
+        self._go_on_under(prompts, change)
         if in_flight == "new":
             self._in_flight[:] = [replace(one, prompt=self._prompt_keys) for one in self._in_flight]
 
     def cut(self, prompts: Sequence[str], *, far: float = FAR_AFTER_CUT) -> None:
         """Begin a new shot in every stream, each under its own prompt, with the next block, as `Stream.cut`."""
-        self._go_on_under(prompts, lambda memory: memory.cut(far))
-        self._codec_state = None  # a decoder that goes on shows the old shot through the new one for two pictures
+        self._go_on_under(prompts, lambda memory, keys: memory.cut(far))
+        if self._memory is not None and not self._memory.frames:
+            self._codec_state = None  # a decoder that goes on shows the old shot through the new one for two pictures
 
-    def _go_on_under(self, prompts: Sequence[str], change: Callable[[StreamMemory], None]) -> None:
+    def _go_on_under(self, prompts: Sequence[str], change: Callable[[StreamMemory, PromptKeys], None]) -> None:
         """Take other prompts and change the memory: both, or neither if either is refused."""
         if self._memory is None:
             raise RuntimeError(_CLOSED)
         if len(prompts) != len(self.seeds):
             raise ValueError(f"{len(self.seeds)} streams cannot go on under {len(prompts)} prompts")
         keys = self.engine.prompt_keys(*prompts)
-        change(self._memory)
+        change(self._memory, keys)
         self._prompt_keys, self.prompts = keys, list(prompts)
 
     def __iter__(self) -> Self:
@@ -283,7 +289,8 @@ class Stream(_Closing):
     def redirect(
         self, prompt: str, *, far: float = FAR_AFTER_REDIRECT, in_flight: PromptInFlight = "own"
     ) -> None:  # fmt: skip
-        """Go on under another prompt, from the next block. The window stays, so what is seen changes as it goes on.
+        """Go on under another prompt, from the next block. The window stays, so what is seen changes as it goes on;
+        recipes with a rule of their own flush it, or commit its frames once more (docs/memory.md).
 
         Where a recipe has several blocks in flight, the next one is the next to enter: those in flight go on under
         their own prompt, the one that they began with, and are shown before it. in_flight: "new" puts them all under
@@ -300,7 +307,7 @@ class Stream(_Closing):
 
         Blocks, pictures and noise are counted on. The shot begins like a video: its first block becomes the sink, and
         has fewer pictures than others, since the codec makes one picture of a video's first latent frame. What was in
-        flight is dropped.
+        flight is dropped. A recipe whose cuts jump (infinity_rope) keeps a few frames, and counts pictures on.
         far, ValueError: as for `redirect`, but that by default nothing of the far state weighs on.
         """
         self._batch.cut([prompt], far=far)

@@ -9,7 +9,8 @@ from torch import Tensor
 from longtake.attention.dense import dense
 from longtake.attention.rope import Grid, rotate
 from longtake.memory.far import FarShape, FarState, SinkInFar, require_share
-from longtake.memory.view import Attend, FarView, MemoryView, fitting, place_frames, rotated
+from longtake.memory.policies import PLAIN, Average, Bank, Policy
+from longtake.memory.view import Attend, FarView, MemoryView, Places, fitting, place_frames, rotated
 from longtake.memory.window import Keys, RingWindow, Window, WindowShape
 
 LayerKeys = Sequence[tuple[Tensor, Tensor]]
@@ -23,7 +24,8 @@ class MemoryShape:
     window: latent frames kept exactly. extent: positions stay below it (None: they grow with the stream), and a pass
     reads what fits it beside its own frames: the sink, and the latest others. far: what is made of frames that left
     the window (None: they are gone). near: how the window is attended. commits_keep_sink: whether commits read so too;
-    if not, the latest frames come before the sink.
+    if not, the latest frames come before the sink. policy: what else makes it the memory of a paper; ValueError beside
+    a far state or commits without the sink, which go with none of those rules.
     """
 
     window: WindowShape
@@ -31,19 +33,35 @@ class MemoryShape:
     far: FarShape | None = None
     near: Attend = dense
     commits_keep_sink: bool = True
+    policy: Policy = PLAIN
+
+    def __post_init__(self) -> None:
+        if self.policy != PLAIN and (self.far or not self.commits_keep_sink):
+            raise ValueError("a far state, or blocks in flight, need a memory of sink and past as they are")
+        if self.policy.average is not None and not self.window.sink:
+            raise ValueError("what leaves the past can only be averaged into a sink of 1 latent frame or more")
+        recache = self.policy.recache
+        if recache and recache.sink == "kept" and recache.frames <= self.window.sink:
+            raise ValueError(
+                f"of {recache.frames} latent frames to commit again, none is left beside a sink of {self.window.sink}"
+            )
 
     def require_fit(self, block: int, trained_extent: int, in_flight: int = 1) -> None:
         """Refuse shapes that cannot be streamed, so many blocks at once: ValueError with the numbers."""
         sink, past = self.window.sink, self.window.past
-        if sink % block or past % block:
+        if self.policy.reads.whole_blocks and (sink % block or past % block):
             raise ValueError(
                 f"sink ({sink}) and past ({past}) must be whole numbers of blocks of {block} latent frames"
             )
+        if (sink + past) % block:
+            raise ValueError(f"sink {sink} + past {past} must be a whole number of blocks of {block} latent frames")
         leaving = block if self.far else 0
-        needed = self.window.frames + block * in_flight + leaving
+        seen, bank = self.policy.seen(self.window), self.policy.bank
+        needed = seen + block * in_flight + leaving
         if needed > (self.extent or trained_extent):
+            flying = f" x {in_flight} in flight" if in_flight > 1 else ""
             raise ValueError(
-                f"sink {sink} + past {past} + current {block}{f' x {in_flight} in flight' if in_flight > 1 else ''}"
+                f"sink {sink} + past {past}{f' + bank {bank.frames}' if bank else ''} + current {block}{flying}"
                 f"{f' + leaving {leaving}' if leaving else ''} = {needed} "
                 f"latent frames do not fit the extent of {self.extent or trained_extent} that positions may take"
             )
@@ -71,6 +89,16 @@ class StreamMemory:
         make: Callable[[WindowShape], RingWindow | Window] = RingWindow if ring else Window
         self._windows = [make(shape.window) for _ in range(layers)]
         self._far = [FarState(shape.far) for _ in range(layers)] if shape.far else []
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """Nothing of a window that is forgotten is left beside it."""
+        bank, average = self.shape.policy.bank, self.shape.policy.average
+        self._averages = [Average() for _ in self._windows] if average is not None else []
+        self._banks = [Bank(bank) for _ in self._windows] if bank else []
+        self._latents: tuple[Tensor, ...] = ()
+        self._first = 0  # of the frames behind the sink, those that were forgotten before their time end here
+        self._jump: int | None = None  # where the next block stands, if it begins a scene
 
     @property
     def layers(self) -> int:
@@ -80,30 +108,52 @@ class StreamMemory:
         """What one layer remembers, unrotated."""
         return self._windows[layer].held
 
+    def bank(self, layer: int) -> Bank:
+        """What one layer keeps in its bank."""
+        return self._banks[layer]
+
+    @property
+    def clip_is_full(self) -> bool:
+        """Whether the next block would see less than all of its clip, where the policy goes clip by clip."""
+        recache = self.shape.policy.recache
+        return recache is not None and recache.each_clip and self.frames > self.shape.window.frames
+
+    @property
+    def latents(self) -> tuple[Tensor, ...]:
+        """Finished latents [B, F, C, H, W] of the latest blocks, kept for a policy that commits them once more."""
+        return self._latents
+
     def far(self, layer: int) -> FarState:
         """What one layer has summed up."""
         return self._far[layer]
 
     def view(
         self, grid: Grid, count: int, device: torch.device | str,
-        projections: Sequence[Callable[[Tensor], Tensor]] = (), *, commits: bool = False,
+        projections: Sequence[Callable[[Tensor], Tensor]] = (), *, commits: bool = False, text: Sequence[Tensor] = (),
     ) -> MemoryView:  # fmt: skip
         """What the passes of the next `count` frames read: keys rotated once, at the positions of this moment.
 
         projections: of what each layer reads from its far state, where there are any. commits: whether it is for the
-        pass that commits them.
+        pass that commits them. text: each layer's mean key of the prompt, [B, N, D], which chooses from a bank.
         """
         if len(projections) < len(self._far):
             raise ValueError(
                 f"{len(self._far)} layers have a far state, but {len(projections)} a projection to read it"
             )
+        self._require_text(text)
         current = range(self.frames, self.frames + count)
-        sink, extent = self.shape.window.sink, self.shape.extent
         layers = []
         for window in self._windows:
             held = self._readable(window.held, count, commits)
-            places = place_frames(held.frames if held else (), current, sink, extent)
-            layers.append(rotated(held, grid, places.held) if held else None)
+            frames, places = self.shape.policy.reads(
+                held.frames if held else (), current, self.shape.window, self.shape.extent
+            )
+            layers.append(rotated(held.seen(frames), grid, places.held) if held and frames else None)
+        if self._jump is not None:
+            places = Places(places.held, tuple(range(self._jump, self._jump + count)))
+        if self._banks:
+            banks = [bank.chosen(text_BND, grid) for bank, text_BND in zip(self._banks, text, strict=True)]
+            layers = [_beside(bank, near, grid) for bank, near in zip(banks, layers, strict=True)]
         far = [
             FarView(state, project, state.shape.rotation(grid, places.current, device))
             for state, project in zip(self._far, projections, strict=False)
@@ -111,23 +161,46 @@ class StreamMemory:
         ]
         return MemoryView(grid.rotation(places.current, device), layers, self.shape.near, far)
 
-    def commit(self, keys: LayerKeys, count: int, grid: Grid | None = None) -> None:
+    def commit(
+        self, keys: LayerKeys, count: int, grid: Grid | None = None, *,
+        latents: Tensor | None = None, text: Sequence[Tensor] = (), again: bool = False,
+    ) -> None:  # fmt: skip
         """Take the keys of the next `count` finished frames.
 
-        grid: of their tokens; needed to place what slides into a far state.
+        grid: of their tokens; needed to place what slides into a far state, and by a bank. latents: those of the frames
+        [B, F, C, H, W], for a policy that will commit them again. text: as for `view`. again: whether this is such a
+        commit: then neither blocks nor latents nor what a bank takes are counted twice.
         """
         if len(keys) != self.layers:
             raise ValueError(f"keys of {len(keys)} layers cannot enter a memory of {self.layers}")
         if self._far and grid is None:
             raise ValueError("frames can enter a far state only with the grid of their tokens")
+        self._require_text(text)
+        if self._banks and grid is None:
+            raise ValueError("a bank takes frames only with the grid of their tokens")
+        if self.shape.policy.recache and latents is None:
+            raise ValueError("frames that will be committed once more are kept as latents, which are missing")
         numbers = tuple(range(self.frames, self.frames + count))
+        records = bool(self._banks) and not again and self.blocks % self._banks[0].shape.every == 0
         self.frames += count
-        self.blocks += 1
+        self._jump = None
+        if not again:
+            self.blocks += 1
+            self._latents = self._latest(latents)
         for i, (k_BTND, v_BTND) in enumerate(keys):
-            new = (k_BTND, v_BTND) if self.keeps_graph else (k_BTND.detach(), v_BTND.detach())
-            gone = self._slide(i, Keys(*new, numbers))
+            new = Keys(*((k_BTND, v_BTND) if self.keeps_graph else (k_BTND.detach(), v_BTND.detach())), numbers)
+            gone = self._slide(i, new)
             if self._far and grid is not None:
                 self._absorb(i, gone, count, grid)
+            if self._averages and gone is not None:
+                self._average(i, gone)
+            if self._banks and grid is not None:
+                settled = self._banks[i].chosen(text[i], grid)
+                self._banks[i] = settled.recorded(new) if records else settled
+
+    def _require_text(self, text: Sequence[Tensor]) -> None:
+        if self._banks and len(text) != self.layers:
+            raise ValueError(f"the prompt's keys of {len(text)} layers cannot choose from {self.layers} banks")
 
     def _readable(self, held: Keys | None, count: int, commits: bool) -> Keys | None:
         """What a pass over `count` frames reads of what is held."""
@@ -146,6 +219,30 @@ class StreamMemory:
             return window.append(new)
         self._windows[layer], gone = window.append(new)
         return gone
+
+    def _average(self, layer: int, gone: Keys) -> None:
+        """Move a sink towards what slid out of its window."""
+        window, keep = self._windows[layer], self.shape.policy.average
+        assert window.held is not None and keep is not None
+        sink = window.held.seen([f for f in sorted(window.held.frames) if f < self.shape.window.sink])
+        self._averages[layer] = self._averages[layer].after(sink, gone, keep)
+        mean = self._averages[layer].keys
+        assert mean is not None
+        moved = Keys(mean.k_BTND.to(sink.k_BTND.dtype), mean.v_BTND.to(sink.v_BTND.dtype), mean.frames)
+        if isinstance(window, RingWindow):
+            window.rewrite(moved)
+        else:
+            self._windows[layer] = window.rewritten(moved)
+
+    def _latest(self, latents: Tensor | None) -> tuple[Tensor, ...]:
+        """The latest blocks, these included: as few as have the frames that will be committed once more."""
+        rule = self.shape.policy.recache
+        if rule is None or latents is None:
+            return ()
+        kept = (*self._latents, latents.detach())
+        while sum(block.shape[1] for block in kept[1:]) >= rule.frames:
+            kept = kept[1:]
+        return kept
 
     def _absorb(self, layer: int, gone: Keys | None, count: int, grid: Grid) -> None:
         """Put frames that slid out into a far state, where the next block will see them: just behind its past."""
@@ -172,11 +269,41 @@ class StreamMemory:
     def cut(self, far: float) -> None:
         """Begin a new shot: sink and past are forgotten and frames are numbered from 0; blocks are counted on.
 
-        far: the share of the far states that weighs on, at the positions where they were absorbed.
+        far: the share of the far states that weighs on, at the positions where they were absorbed. Under a policy with
+        a jump the window is flushed instead and frames are counted on; the next block stands apart from what stays.
         """
         self.fade_far(far)
+        if self.shape.policy.jump is not None:
+            self.flush()
+            self._jump = self.shape.policy.jump if self.frames else None
+            return
         self._windows = [type(window)(self.shape.window) for window in self._windows]
         self.frames = 0
+        self._begin_anew()
+
+    def flush(self) -> None:
+        """Forget all but the sink and as many of the latest frames as the policy says; nothing if it says nothing."""
+        keep = self.shape.policy.flush
+        if keep is not None:
+            self._first = max(self._first, self.frames - keep)
+            self._only([*range(self.shape.window.sink), *range(self._first, self.frames)])
+
+    def unwind(self, count: int, *, keep_sink: bool) -> None:
+        """Forget the latest `count` frames, which are to be committed again, and all before them but the sink.
+
+        Without `keep_sink` the sink goes too, and frames are numbered from 0.
+        """
+        self._only(range(self.shape.window.sink if keep_sink else 0))
+        self.frames = self.frames - count if keep_sink else 0
+        self._first = self.frames
+
+    def _only(self, frames: Sequence[int]) -> None:
+        """Forget all frames of the windows but these."""
+        for i, window in enumerate(self._windows):
+            if isinstance(window, RingWindow):
+                window.only(frames)
+            else:
+                self._windows[i] = window.only(frames)
 
     def fade_far(self, share: float) -> None:
         """Let that share of the far states weigh on (1 keeps all, 0 forgets all). ValueError outside 0 to 1."""
@@ -189,18 +316,30 @@ class StreamMemory:
         twin.frames, twin.blocks = self.frames, self.blocks
         twin._windows = [w.fork() if isinstance(w, RingWindow) else w for w in self._windows]
         twin._far = list(self._far)
+        twin._averages, twin._banks = list(self._averages), list(self._banks)
+        twin._latents, twin._first, twin._jump = self._latents, self._first, self._jump
         return twin
 
     def nbytes(self) -> int:
-        """Bytes of keys and values held, and of far states."""
+        """Bytes of keys and values held, of far states, and of what a policy keeps beside them."""
         held = [window.held for window in self._windows]
-        near = sum(x.nbytes for keys in held if keys is not None for x in keys[:2])
-        return near + sum(state.nbytes() for state in self._far)
+        near = sum(keys.nbytes() for keys in held if keys is not None)
+        beside = sum(latents.nbytes for latents in self._latents)
+        parts: list[FarState | Average | Bank] = [*self._far, *self._averages, *self._banks]
+        return near + beside + sum(part.nbytes() for part in parts)
 
     def audit(self) -> None:
         """Check the books: every layer holds exactly the frames its shape allows. AssertionError otherwise."""
         sink, past = self.shape.window.sink, self.shape.window.past
-        expected = {f for f in range(self.frames) if f < sink or f >= self.frames - past}
+        expected = {f for f in range(self.frames) if f < sink or f >= max(self.frames - past, self._first)}
         for layer, window in enumerate(self._windows):
             found = set(window.held.frames) if window.held else set()
             assert found == expected, f"layer {layer} holds frames {sorted(found)}, expected {sorted(expected)}"
+
+
+def _beside(bank: Bank, near: tuple[Tensor, Tensor] | None, grid: Grid) -> tuple[Tensor, Tensor] | None:
+    """What is read of a bank, in front of what is read of the window."""
+    if not bank.rows:
+        return near
+    read = bank.read(grid)
+    return read if near is None else (torch.cat([read[0], near[0]], dim=1), torch.cat([read[1], near[1]], dim=1))

@@ -4,6 +4,7 @@ Two forms of one rule. `Window` makes new tensors (training: autograd and forkin
 writes into fixed buffers (serving: nothing is allocated). Both hand back what slides out.
 """
 
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -39,6 +40,18 @@ class Keys(NamedTuple):
         k_BTND, v_BTND = (_by_frame(x, len(self.frames))[:, chosen].flatten(1, 2) for x in self[:2])
         return Keys(k_BTND, v_BTND, tuple(self.frames[i] for i in chosen))
 
+    def seen(self, frames: Sequence[int]) -> "Keys":
+        """These frames by their numbers, in this order; itself where nothing differs."""
+        return self if tuple(frames) == self.frames else self.select([self.frames.index(frame) for frame in frames])
+
+    def joined(self, later: "Keys") -> "Keys":
+        """These frames, then others."""
+        k_BTND, v_BTND = (torch.cat(pair, dim=1) for pair in zip(self[:2], later[:2], strict=True))
+        return Keys(k_BTND, v_BTND, self.frames + later.frames)
+
+    def nbytes(self) -> int:
+        return self.k_BTND.nbytes + self.v_BTND.nbytes
+
 
 @dataclass(frozen=True)
 class Window:
@@ -49,13 +62,25 @@ class Window:
 
     def append(self, new: Keys) -> tuple["Window", Keys | None]:
         """The window after `new` frames (numbered on from those before), and what slid out of it."""
-        joined = new if self.held is None else _join(self.held, new)
+        joined = new if self.held is None else self.held.joined(new)
         leaving = _leaving(joined.frames, self.shape)
         if not leaving:
             return Window(self.shape, joined), None
         staying = [i for i in range(len(joined.frames)) if i not in set(leaving)]
         held = joined.select(staying) if staying else None
         return Window(self.shape, held), joined.select(leaving)
+
+    def only(self, frames: Container[int]) -> "Window":
+        """The window that holds none but these of its frames."""
+        held = self.held
+        staying = [frame for frame in held.frames if frame in frames] if held is not None else []
+        return Window(self.shape, held.seen(staying) if held is not None and staying else None)
+
+    def rewritten(self, keys: Keys) -> "Window":
+        """The window with these keys and values in the place of those that it holds of the same frames."""
+        assert self.held is not None, "nothing is held yet"
+        others = [i for i, frame in enumerate(self.held.frames) if frame not in keys.frames]
+        return Window(self.shape, keys.joined(self.held.select(others)).seen(self.held.frames))
 
 
 class RingWindow:
@@ -87,6 +112,19 @@ class RingWindow:
                 self._write(free.pop(0) if free else len(self._frames), i, new)
         return out
 
+    def only(self, frames: Container[int]) -> None:
+        """Forget all but these frames."""
+        staying = [slot for slot, frame in enumerate(self._frames) if frame in frames]
+        for buffer in (self._k, self._v):
+            if buffer is not None:
+                buffer[:, : len(staying)] = buffer[:, staying]  # a copy: indices by list make one first
+        self._frames = [self._frames[slot] for slot in staying]
+
+    def rewrite(self, keys: Keys) -> None:
+        """Put these keys and values in the place of those that are held of the same frames."""
+        for index, frame in enumerate(keys.frames):
+            self._write(self._frames.index(frame), index, keys)
+
     def fork(self) -> Self:
         """An independent copy."""
         twin = type(self)(self.shape)
@@ -96,7 +134,7 @@ class RingWindow:
 
     def _copy(self, indices: list[int], new: Keys) -> Keys:
         held = self.held
-        return (new if held is None else _join(held, new)).select(indices)
+        return (new if held is None else held.joined(new)).select(indices)
 
     def _write(self, slot: int, index: int, new: Keys) -> None:
         count = len(new.frames)
@@ -113,11 +151,6 @@ def _leaving(frames: tuple[int, ...], shape: WindowShape) -> list[int]:
     """Indices of the frames that do not stay, oldest first: all but the sink and the latest `past` behind it."""
     behind_sink = sorted((frame, i) for i, frame in enumerate(frames) if frame >= shape.sink)
     return [i for _, i in behind_sink[: max(0, len(behind_sink) - shape.past)]]
-
-
-def _join(old: Keys, new: Keys) -> Keys:
-    k_BTND, v_BTND = (torch.cat(pair, dim=1) for pair in zip(old[:2], new[:2], strict=True))
-    return Keys(k_BTND, v_BTND, old.frames + new.frames)
 
 
 def _by_frame(x_BTND: Tensor, frames: int) -> Tensor:

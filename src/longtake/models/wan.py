@@ -64,6 +64,11 @@ class PromptKeys(NamedTuple):
         batch = torch.arange(len(prompt_B), device=prompt_B.device)
         return PromptKeys([(k[batch, prompt_B, None], v[batch, prompt_B, None]) for k, v in self.layers])
 
+    def means(self, prompt_BF: Tensor | None = None) -> list[Tensor]:
+        """Every layer's mean key of the prompt, [B, N, D]; of several, of the one that the first frame has."""
+        own = self if prompt_BF is None else self.select(prompt_BF[:, 0])
+        return [k_BPLND[:, 0].mean(1) for k_BPLND, _ in own.layers]
+
     @classmethod
     def joined(cls, several: Sequence["PromptKeys"]) -> "PromptKeys":
         """The prompts of all, in their order."""
@@ -227,10 +232,15 @@ class WanTransformer(nn.Module):
         rotation = self.config.axes.rotation(range(latents_BFCHW.shape[1]), rows, columns, latents_BFCHW.device)
         return ClipView(rotation, None if allowed_FF is None else frame_mask(allowed_FF, rows * columns))
 
-    def memory_view(self, memory: StreamMemory, latents_BFCHW: Tensor, *, commits: bool = False) -> MemoryView:
-        """A view of a memory for the passes of its next frames, of the shape of these latents, or for their commit."""
+    def memory_view(
+        self, memory: StreamMemory, latents_BFCHW: Tensor, *, commits: bool = False, text: Sequence[Tensor] = ()
+    ) -> MemoryView:
+        """A view of a memory for the passes of its next frames, of the shape of these latents, or for their commit.
+
+        text: the mean keys of their prompt, which a memory with a bank chooses by.
+        """
         grid, count = self.grid(latents_BFCHW), latents_BFCHW.shape[1]
-        return memory.view(grid, count, latents_BFCHW.device, self.projections, commits=commits)
+        return memory.view(grid, count, latents_BFCHW.device, self.projections, commits=commits, text=text)
 
     def grid(self, latents_BFCHW: Tensor) -> Grid:
         """Where the tokens of one frame of these latents stand."""
