@@ -27,7 +27,7 @@ from longtake.generation.noise import SeededNoise
 from longtake.generation.recipe import Recipe
 from longtake.generation.rolling import rolling
 from longtake.generation.stream import Engine, to_uint8
-from longtake.memory.far import RULES, Delta, FarShape, rule_named
+from longtake.memory.far import RULES, Decay, Delta, FarShape, Keep, MassCap, rule_named
 from longtake.models.light_codec import LightCodec, LightCodecConfig
 from longtake.models.text import WordEncoder, WordEncoderConfig, WordText
 from longtake.models.wan import WanConfig, WanTransformer
@@ -113,11 +113,38 @@ def rolling_forcing(sink: int = 3) -> Recipe:
     )
 
 
+def rehyat(far: str = "cap", frames: float = math.inf) -> Recipe:
+    """ReHyAt's layers (arXiv 2601.04342) in a causal student: softmax over a near span, sums of all before it, one bar.
+
+    Converted layers see their block and the overlap before it exactly, and through learned features all that came
+    earlier; the others see sink and past, as in self_forcing_sink. Published are whole clips by a bidirectional model;
+    streams of it are ours. Which layers are converted, and how far they overlap, is part of the weights.
+
+    far: what becomes of frames before the near span: "cap" (never more than so many frames' mass), "keep" (all of it,
+    which comes to outweigh what is near), "decay", or "none". frames: the cap or the half life in latent frames; a cap
+    is by default as many as were far in training. ValueError for what cannot be.
+    """
+    if far not in ("cap", "keep", "decay", "none"):
+        raise ValueError(f"no far={far}: there are cap, keep, decay and none")
+    if far == "none" and frames != math.inf:
+        raise ValueError("far=none takes no frames")
+    if far != "none" and (far, frames) != ("cap", math.inf):
+        rule_named(far, frames)  # refuses what cannot be
+    return replace(self_forcing_sink(), name="rehyat", joint=partial(_joint_rule, far, frames))
+
+
+def _joint_rule(far: str, frames: float, trained: int) -> Keep | None:
+    if far == "cap":
+        return MassCap(frames=frames if math.isfinite(frames) else trained)
+    return {"keep": Keep(), "decay": Decay(half_life=frames), "none": None}[far]
+
+
 RECIPES: dict[str, Callable[..., Recipe]] = {
     "self_forcing": self_forcing,
     "self_forcing_sink": self_forcing_sink,
     "hybrid_forcing": hybrid_forcing,
     "rolling_forcing": rolling_forcing,
+    "rehyat": rehyat,
 }
 
 CPU = torch.device("cpu")
@@ -215,7 +242,7 @@ def load_network(path: Path, device: torch.device) -> tuple[WordEncoder, WanTran
     if missing := {"text", "network", "shift", "role"} - description.keys():
         raise ValueError(f"{path} does not hold a network: it says nothing of {', '.join(sorted(missing))}")
     text = WordEncoder(WordEncoderConfig(**description["text"]))
-    network = WanTransformer(WanConfig(**description["network"]))
+    network = WanTransformer(WanConfig.of(description["network"]))
     load_into(nn.ModuleDict({"text": text, "network": network}), tensors, path)
     for module in (text, network):
         module.requires_grad_(False).eval().to(device)

@@ -348,7 +348,7 @@ class _WatchedView(MemoryView):
         near_BTND = MemoryView(self.rotation, self.layers, self.near).attend(layer, own)
         if not self.far:
             return near_BTND
-        far_BTND = self.far[layer].add_to(torch.zeros_like(near_BTND), own)
+        far_BTND = self.far[layer].add_to(torch.zeros_like(near_BTND), own.plain_q)
         norms = [x.float().flatten(1).norm(dim=1) for x in (far_BTND, near_BTND)]
         self.watched.shares[layer].append(norms[0] / norms[1])
         return near_BTND + far_BTND

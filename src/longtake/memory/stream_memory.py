@@ -1,7 +1,7 @@
 """Every layer's memory of one stream (or of a batch of streams that move together)."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ class MemoryShape:
     reads what fits it beside its own frames: the sink, and the latest others. far: what is made of frames that left
     the window (None: they are gone). near: how the window is attended. commits_keep_sink: whether commits read so too;
     if not, the latest frames come before the sink.
+
+    converted: layers, by number, that keep the last `overlap` frames in the place of that window, and read what is made
+    of all frames before those under one denominator with them (ReHyAt, 2601.04342); of None nothing is made.
     """
 
     window: WindowShape
@@ -31,6 +34,16 @@ class MemoryShape:
     far: FarShape | None = None
     near: Attend = dense
     commits_keep_sink: bool = True
+    converted: Mapping[int, FarShape | None] = field(default_factory=dict)
+    overlap: int = 0
+
+    def window_of(self, layer: int) -> WindowShape:
+        """What a layer keeps exactly."""
+        return WindowShape(sink=0, past=self.overlap) if layer in self.converted else self.window
+
+    def far_of(self, layer: int) -> FarShape | None:
+        """What a layer makes of frames that left its window."""
+        return self.converted.get(layer, self.far)
 
     def require_fit(self, block: int, trained_extent: int, in_flight: int = 1) -> None:
         """Refuse shapes that cannot be streamed, so many blocks at once: ValueError with the numbers."""
@@ -46,6 +59,11 @@ class MemoryShape:
                 f"sink {sink} + past {past} + current {block}{f' x {in_flight} in flight' if in_flight > 1 else ''}"
                 f"{f' + leaving {leaving}' if leaving else ''} = {needed} "
                 f"latent frames do not fit the extent of {self.extent or trained_extent} that positions may take"
+            )
+        if self.converted and self.overlap + block > (self.extent or trained_extent):
+            raise ValueError(
+                f"a near span of {self.overlap} + {block} latent frames does not fit the extent of "
+                f"{self.extent or trained_extent} that positions may take"
             )
         if self.extent is not None and self.extent > trained_extent:
             raise ValueError(f"extent {self.extent} exceeds the {trained_extent} latent frames that were trained")
@@ -69,8 +87,9 @@ class StreamMemory:
         self.frames = 0
         self.blocks = 0
         make: Callable[[WindowShape], RingWindow | Window] = RingWindow if ring else Window
-        self._windows = [make(shape.window) for _ in range(layers)]
-        self._far = [FarState(shape.far) for _ in range(layers)] if shape.far else []
+        self._windows = [make(shape.window_of(layer)) for layer in range(layers)]
+        fars = {layer: shape.far_of(layer) for layer in range(layers)}
+        self._far = {layer: FarState(far) for layer, far in fars.items() if far}
 
     @property
     def layers(self) -> int:
@@ -93,23 +112,26 @@ class StreamMemory:
         projections: of what each layer reads from its far state, where there are any. commits: whether it is for the
         pass that commits them.
         """
-        if len(projections) < len(self._far):
-            raise ValueError(
-                f"{len(self._far)} layers have a far state, but {len(projections)} a projection to read it"
-            )
-        current = range(self.frames, self.frames + count)
-        sink, extent = self.shape.window.sink, self.shape.extent
+        converted = self.shape.converted
+        if self.shape.far and len(projections) < self.layers:
+            raise ValueError(f"{self.layers} layers have a far state, but {len(projections)} a projection to read it")
+        current, extent = range(self.frames, self.frames + count), self.shape.extent
         layers = []
         for window in self._windows:
-            held = self._readable(window.held, count, commits)
-            places = place_frames(held.frames if held else (), current, sink, extent)
+            held = self._readable(window, count, commits)
+            places = place_frames(held.frames if held else (), current, window.shape.sink, extent)
             layers.append(rotated(held, grid, places.held) if held else None)
-        far = [
-            FarView(state, project, state.shape.rotation(grid, places.current, device))
-            for state, project in zip(self._far, projections, strict=False)
+        own = place_frames((), current, 0, extent).current
+        far = {
+            layer: FarView(
+                state,
+                None if layer in converted else projections[layer],
+                state.shape.rotation(grid, own, device),
+            )
+            for layer, state in self._far.items()
             if state.sums is not None
-        ]
-        return MemoryView(grid.rotation(places.current, device), layers, self.shape.near, far)
+        }
+        return MemoryView(grid.rotation(own, device), layers, self.shape.near, far)
 
     def commit(self, keys: LayerKeys, count: int, grid: Grid | None = None) -> None:
         """Take the keys of the next `count` finished frames.
@@ -126,14 +148,15 @@ class StreamMemory:
         for i, (k_BTND, v_BTND) in enumerate(keys):
             new = (k_BTND, v_BTND) if self.keeps_graph else (k_BTND.detach(), v_BTND.detach())
             gone = self._slide(i, Keys(*new, numbers))
-            if self._far and grid is not None:
+            if i in self._far and grid is not None:
                 self._absorb(i, gone, count, grid)
 
-    def _readable(self, held: Keys | None, count: int, commits: bool) -> Keys | None:
-        """What a pass over `count` frames reads of what is held."""
+    def _readable(self, window: RingWindow | Window, count: int, commits: bool) -> Keys | None:
+        """What a pass over `count` frames reads of what a window holds."""
+        held = window.held
         if held is None:
             return None
-        sink = 0 if commits and not self.shape.commits_keep_sink else self.shape.window.sink
+        sink = 0 if commits and not self.shape.commits_keep_sink else window.shape.sink
         frames = fitting(held.frames, count, sink, self.shape.extent)
         if len(frames) == len(held.frames):
             return held
@@ -152,7 +175,7 @@ class StreamMemory:
         following = range(self.frames, self.frames + count)
         for keys in (self._sink_behind_past(layer, count, grid), gone):
             if keys is not None:
-                places = place_frames(keys.frames, following, self.shape.window.sink, self.shape.extent)
+                places = place_frames(keys.frames, following, self.shape.window_of(layer).sink, self.shape.extent)
                 state = self._far[layer]
                 rotation = state.shape.rotation(grid, places.held, keys.k_BTND.device)
                 self._far[layer] = state.absorb(keys, rotation)
@@ -181,26 +204,26 @@ class StreamMemory:
     def fade_far(self, share: float) -> None:
         """Let that share of the far states weigh on (1 keeps all, 0 forgets all). ValueError outside 0 to 1."""
         require_share(share)
-        self._far = [state.fade(share) for state in self._far]
+        self._far = {layer: state.fade(share) for layer, state in self._far.items()}
 
     def fork(self) -> "StreamMemory":
         """An independent memory that goes on from the same moment."""
         twin = StreamMemory(self.shape, 0, ring=False, keeps_graph=self.keeps_graph)
         twin.frames, twin.blocks = self.frames, self.blocks
         twin._windows = [w.fork() if isinstance(w, RingWindow) else w for w in self._windows]
-        twin._far = list(self._far)
+        twin._far = dict(self._far)
         return twin
 
     def nbytes(self) -> int:
         """Bytes of keys and values held, and of far states."""
         held = [window.held for window in self._windows]
         near = sum(x.nbytes for keys in held if keys is not None for x in keys[:2])
-        return near + sum(state.nbytes() for state in self._far)
+        return near + sum(state.nbytes() for state in self._far.values())
 
     def audit(self) -> None:
         """Check the books: every layer holds exactly the frames its shape allows. AssertionError otherwise."""
-        sink, past = self.shape.window.sink, self.shape.window.past
-        expected = {f for f in range(self.frames) if f < sink or f >= self.frames - past}
         for layer, window in enumerate(self._windows):
+            sink, past = window.shape.sink, window.shape.past
+            expected = {f for f in range(self.frames) if f < sink or f >= self.frames - past}
             found = set(window.held.frames) if window.held else set()
             assert found == expected, f"layer {layer} holds frames {sorted(found)}, expected {sorted(expected)}"
