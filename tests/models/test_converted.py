@@ -278,9 +278,7 @@ def test_weights_that_cannot_be_streamed_are_refused(network, said: str) -> None
         rehyat().memory(network())
 
 
-@pytest.mark.parametrize(
-    "name", ["far=delta", "far=cap,frames=0", "far=keep,frames=4", "far=none,frames=4"]
-)
+@pytest.mark.parametrize("name", ["far=delta", "far=cap,frames=0", "far=keep,frames=4", "far=none,frames=4"])
 def test_far_states_that_cannot_be_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="does not work"):
         recipes.recipe_named(f"rehyat:{name}")

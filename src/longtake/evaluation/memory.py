@@ -138,6 +138,8 @@ class _Plan:
     def of(cls, recipe: str, engine: Engine, hours: float, rules: Mapping[str, Rule]) -> Self:
         """ValueError for hours that are too few, or a state that cannot be streamed."""
         memory = engine.recipe.memory(engine.network)
+        if engine.recipe.joint:
+            raise ValueError(f"recipe {recipe} has converted layers, whose far state this does not follow yet")
         if engine.recipe.rolls and rules:
             raise ValueError(f"recipe {recipe} has blocks in flight, which cannot read a far state: name no rules")
         states: dict[str, FarShape] = {}
