@@ -152,6 +152,7 @@ BFLOAT16_GAIN = 1.2  # how many times faster it must be to be chosen
 TOY_WEIGHTS = "toy/weights"
 NETWORK_FILE = "student.safetensors"
 TEACHER_FILE = "teacher.safetensors"
+CONVERTED_FILE = "converted.safetensors"
 CODEC_FILE = "codec_decoder.safetensors"
 ENCODER_FILE = "codec_encoder.safetensors"
 TEACHER_STEPS = 32  # of a teacher's sampler
@@ -318,13 +319,15 @@ def toy_teacher(
     dtype: torch.dtype | None = None,
     steps: int = TEACHER_STEPS,
     guidance: float = 3.0,
+    file: str = TEACHER_FILE,
 ) -> Callable[[Sequence[str], Sequence[int]], Tensor]:
     """A model's teacher as a function of B prompts and B seeds: whole clips, uint8 [B, F, H, W, 3] on its device.
 
     model: a name, or a folder that holds teacher.safetensors and codec_decoder.safetensors; ValueError for others.
+    file: the teacher's, or that of another network that makes whole clips: `CONVERTED_FILE` (ReHyAt's published way).
     dtype: by default bfloat16 on a GPU, float32 on a CPU.
     """
-    text, network, description = load_network(_file_of(model, TEACHER_FILE), device)
+    text, network, description = load_network(_file_of(model, file), device)
     codec = load_codec([_file_of(model, CODEC_FILE)], device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     network.to(dtype)

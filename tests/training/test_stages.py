@@ -34,6 +34,8 @@ HYBRID = "hybrid_forcing:share=0.4"
 SETTINGS = {
     "codec": ["batch=1", "pictures=5", *CODEC],
     "teacher": ["batch=2", "pool=2", f"network={NETWORK}"],
+    "attention_matching": ["batch=2", "updates=2", "sampling_steps=2"],
+    "finetune": ["batch=2", "pool=2", "sampling_steps=2"],
     "teacher_forcing": ["batch=2", "pool=2", "frames=36", "memory_share=0.5"],
     "ode": ["batch=2", "pairs=4", "sampling_steps=4"],
     "dmd": [
@@ -42,8 +44,16 @@ SETTINGS = {
     ],
 }  # fmt: skip
 RECIPES = {"teacher_forcing": (HYBRID,), "dmd": (HYBRID, "rolling_forcing", "self_forcing")}
-READS = {"teacher": "codec", "teacher_forcing": "teacher", "ode": "teacher", "dmd": "ode"}
+READS = {
+    "teacher": "codec",
+    "attention_matching": "teacher",
+    "finetune": "attention_matching",
+    "teacher_forcing": "teacher",
+    "ode": "teacher",
+    "dmd": "ode",
+}
 MAKES = {"codec": recipes.CODEC_FILE, "teacher": recipes.TEACHER_FILE}
+MAKES |= dict.fromkeys(("attention_matching", "finetune"), recipes.CONVERTED_FILE)
 
 
 def command(stage: str, out: Path, folders: Path) -> list[str]:
