@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -259,6 +260,20 @@ def test_far_sums_are_read() -> None:
     with_far, without = (fed(made, StreamMemory(shape, 3, ring=True), blocks) for shape in shapes)
     near = slice(0, BLOCK)
     assert torch.equal(with_far[:, near], without[:, near]) and not torch.allclose(with_far, without, atol=1e-6)
+
+
+def test_a_redirect_reaches_far_sums() -> None:
+    engine = tiny.engine(rehyat())
+
+    def shown(far: float) -> torch.Tensor:
+        with engine.stream("a", seed=1) as stream:
+            first = [chunk.frames for chunk in islice(stream, 4)]
+            stream.redirect("b", far=far)
+            return torch.cat([torch.as_tensor(x) for x in (*first, next(stream).frames)])
+
+    keeps, forgets = shown(1.0), shown(0.0)
+    last = slice(-12, None)
+    assert torch.equal(keeps[:-12], forgets[:-12]) and not torch.equal(keeps[last], forgets[last])
 
 
 @pytest.mark.parametrize(
