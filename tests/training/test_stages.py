@@ -241,6 +241,7 @@ def test_every_stage_is_a_verb() -> None:
         ("teacher", ["--from", "{ode}"], "another shape"),
         ("teacher", [], "--from"),
         ("teacher_forcing", ["--from", "{ode}", "--recipe", "rehyat"], "these weights have none"),
+        ("ode", ["--from", "{ode}", "--recipe", "rehyat"], "converted layers cannot be given: take teacher_forcing"),
         ("finetune", ["--from", "{ode}"], "holds no converted.safetensors"),
         ("attention_matching", ["--from", "{ode}", "--set", "current=12"], "nothing is far"),
         ("attention_matching", ["--from", "{ode}", "--set", "layers=[4]"], "layer 4 cannot be converted: there are 2"),
@@ -288,6 +289,15 @@ def test_the_softmax_twin_is_tuned_on_the_same_clips(folders: Path, tmp_path: Pa
     assert description["role"] == "teacher" and description["network"]["conversion"] is None
     assert any(not torch.equal(after[name], before[name]) for name in before)
     assert not (tmp_path / recipes.CONVERTED_FILE).exists()
+
+
+def test_clips_of_a_converted_teacher_are_evaluated_beside_the_teachers(folders: Path, capsys) -> None:
+    """These are too short to be scored, which is said once they are made."""
+    few = ["--prompts", "1", "--seeds", "1", "--dtype", "float32", "--device", "cpu"]
+    assert cli.main(["evaluate", "toy", "--model", str(folders / "finetune"), "--recipe", "converted", *few]) == 2
+    assert "clips of 2.8 seconds cannot be scored at 5" in capsys.readouterr().err
+    assert cli.main(["evaluate", "toy", "--model", str(folders / "teacher"), "--recipe", "converted", *few]) == 2
+    assert "nor a folder that holds converted.safetensors" in capsys.readouterr().err
 
 
 def test_a_converted_teacher_becomes_a_student_that_streams(folders: Path, tmp_path: Path) -> None:

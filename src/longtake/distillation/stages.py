@@ -374,8 +374,11 @@ def train_teacher(
 def train_attention_matching(
     text: WordEncoder, network: WanTransformer, world: World, shift: float, stage: AttentionMatchingStage, run: Run
 ) -> tuple[WanTransformer, dict[str, Any]]:
-    """The network with its easiest layers converted, and what was spent and measured: `matching` tells of every taught
-    layer the errors on held-out prompts, see `attention_matching.Match`, with those of its heads."""
+    """The network with its easiest layers converted, and what was spent and measured.
+
+    Heads that sums do not serve on held-out prompts are left local. `matching` tells of every taught layer which these
+    are, and the errors that remain there, its heads' too; see `attention_matching.Match`.
+    """
     layers = stage.layers or tuple(range(network.config.layers))
     conversion = Conversion(
         layers=layers, current=stage.current, overlap=stage.overlap, degree=stage.degree,
@@ -417,11 +420,17 @@ def train_attention_matching(
         learner.swap_average()
     network.requires_grad_(False)
     with torch.no_grad(), run.autocast(), torch.compiler.set_stance("force_eager"):
-        found = _matching_errors(network, samples.held_out(), conversion, stage.both_ways)
+        sample = samples.held_out()
+        taught = _matching_errors(network, sample, conversion, stage.both_ways)
+        local = {layer: [h for h, x in enumerate(one["heads_beside_near"]) if x >= 1] for layer, one in taught.items()}
+        for layer, heads in local.items():
+            network.features[layer].leave_local(heads)
+        found = _matching_errors(network, sample, conversion, stage.both_ways)
     chosen = attention_matching.easiest(
         {layer: one["beside_answer"] for layer, one in found.items()}, stage.converted_share
     )
-    spent |= {"converted": list(chosen), "matching": {str(layer): one for layer, one in found.items()}}
+    told = {str(layer): {**one, "local_heads": local[layer]} for layer, one in found.items()}
+    spent |= {"converted": list(chosen), "matching": told}
     return converted(network, replace(conversion, layers=chosen)), spent
 
 
@@ -601,6 +610,8 @@ def train_ode(
     text: WordEncoder, network: WanTransformer, teacher: WanTransformer, world: World, recipes: Sequence[Recipe],
     shift: float, stage: OdeStage, run: Run,
 ) -> dict[str, float]:  # fmt: skip
+    if network.config.conversion or any(recipe.joint for recipe in recipes):
+        raise ValueError("ode works under a mask, which converted layers cannot be given: take teacher_forcing")
     learner = _student(network, stage.lr, stage.lr, stage.average)
     compile_for(run, network, teacher)
     states, text_BPLE, prompt_BF = _trajectories(text, teacher, world, shift, stage, run)

@@ -5,7 +5,7 @@ every far key has a weight above 0 and a denominator never passes through 0.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -16,6 +16,9 @@ from torch.nn import functional
 from longtake.attention.linear import Features
 from longtake.attention.near_span import NearSpan
 from longtake.attention.rope import Rotation, fitted, rotate
+
+
+_NEXT_TO_NOTHING = -30.0  # softplus of it is 1e-13: far from what weighs, and above 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +114,13 @@ class LearnedForm(nn.Module):
         self.queries = PowerMap(heads, head_dim, degree=degree, start=start)
         self.keys = PowerMap(heads, head_dim, degree=degree, start=start)
         self.turned_after = turned_after
+
+    @torch.no_grad()
+    def leave_local(self, heads: Sequence[int]) -> None:
+        """Let what is far weigh next to nothing in these heads (1e-20 of what is near), whatever it is."""
+        for phi in (self.queries, self.keys):
+            phi.out_weight[list(heads)] = 0
+            phi.out_bias[list(heads)] = _NEXT_TO_NOTHING
 
     def features(self, size: int) -> int:
         """How many features a head vector of that size gets."""
