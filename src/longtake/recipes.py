@@ -211,8 +211,9 @@ def load(
     dtype: by default bfloat16 on a GPU; on a CPU whichever of float32 and bfloat16 a short trial finds faster.
     levels: the number of denoising steps, 1 to 1000; by default the recipe's own. Streams that go on from pictures
     need codec_encoder.safetensors beside the codec; it is loaded when first needed.
-    Raises ValueError, with what to do, for unknown names, for files that are not whole or do not fit, and for a recipe
-    whose far state is not one that the weights learned to read, where their file says under which they were trained.
+    Raises ValueError, with what to do, for unknown names, for files that are not whole or do not fit, for a recipe that
+    the network cannot be streamed under, and for one whose far state is not one that the weights learned to read, where
+    their file says under which they were trained.
     """
     chosen = recipe_named(recipe) if levels is None else recipe_named(recipe).with_levels(levels)
     network_file, codec_file = _weight_files(model, recipe)
@@ -221,6 +222,7 @@ def load(
     if description["role"] != "student":
         raise ValueError(f"{network_file} holds a {description['role']}, which cannot stream: name a student's weights")
     _require_taught(chosen, description.get("recipes", ()), network_file)
+    chosen.memory(network)  # refuses what the network cannot read
     codec = load_codec([codec_file], device)
     engine = Engine(
         model_name=str(model),

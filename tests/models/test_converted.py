@@ -293,6 +293,12 @@ def test_weights_that_cannot_be_streamed_are_refused(network, said: str) -> None
         rehyat().memory(network())
 
 
+def test_a_recipe_that_needs_maps_is_refused_by_one_line_when_weights_are_loaded(tmp_path: Path) -> None:
+    saved(tmp_path / recipes.NETWORK_FILE, tiny.network().float())
+    with pytest.raises(ValueError, match=r"these weights have none: longtake train attention_matching converts some$"):
+        recipes.load(tmp_path / recipes.NETWORK_FILE, recipe="rehyat", device="cpu")
+
+
 @pytest.mark.parametrize("name", ["far=delta", "far=cap,frames=0", "far=keep,frames=4", "far=none,frames=4"])
 def test_far_states_that_cannot_be_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="does not work"):

@@ -274,6 +274,9 @@ def test_matching_teaches_maps_alone_and_converts_the_layers_that_it_measured_be
     errors = {int(layer): one["beside_answer"] for layer, one in spent["matching"].items()}
     assert set(errors) == {0, 1} and spent["converted"] == [min(errors, key=errors.get)]
     assert description["network"]["conversion"]["layers"] == spent["converted"]
+    for one in spent["matching"].values():
+        left_local = [head for head, error in enumerate(one["heads_beside_near"]) if error >= 1 - 1e-6]
+        assert max(one["heads_beside_near"]) <= 1 + 1e-6 and set(one["local_heads"]) >= set(left_local)
     row = read_metrics(folders / "attention_matching")[0]
     assert row["loss"] == pytest.approx((row["layer_0"] + row["layer_1"]) / 2)
     tuned, _ = load_weights(folders / "finetune" / recipes.CONVERTED_FILE)

@@ -17,7 +17,6 @@ from longtake.attention.linear import Features
 from longtake.attention.near_span import NearSpan
 from longtake.attention.rope import Rotation, fitted, rotate
 
-
 _NEXT_TO_NOTHING = -30.0  # softplus of it is 1e-13: far from what weighs, and above 0
 
 
