@@ -94,6 +94,21 @@ def test_self_forcing_sees_everything_in_its_window_and_forgets_the_rest(name: s
     assert "forgotten" in in_words(told)
 
 
+def test_rehyat_tells_of_converted_layers_and_of_the_others() -> None:
+    told, plain = explain("rehyat", 9), explain("self_forcing_sink", 9)
+    assert told["blocks"] == plain["blocks"] and plain["converted"] is None
+    converted = told["converted"]
+    assert (converted["past"], converted["far"]["rule"]) == (1, "MassCap(frames=17)")
+    last = converted["blocks"][8]
+    assert last["attended"] == {"sink": [], "past": [[23, 17]], "current": [[24, 18], [25, 19], [26, 20]]}
+    assert [frame for frame, _ in last["absorbed"]] == [23, 24, 25] and last["held"]["frames"] == [26]
+    assert [row["held"]["far_frames"] for row in converted["blocks"]] == [2, 5, 8, 11, 14, 17, 17, 17, 17]
+    words = in_words(told)
+    assert "5      57-68     -     14 @14  15-17 @15-17  336   14-16 @14-16  17 +17" in words.splitlines()
+    assert max(map(len, words.splitlines())) <= 100
+    assert explain("rehyat:far=none", 1)["converted"]["far"] is None
+
+
 def test_rolling_forcing_call_by_call() -> None:
     told = explain("rolling_forcing")
     levels = told["levels"]

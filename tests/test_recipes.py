@@ -15,7 +15,8 @@ from longtake.evaluation.trace import traced
 from longtake.memory.far import Decay, Delta, FarShape, Keep, MassCap
 from longtake.memory.stream_memory import StreamMemory
 from longtake.memory.window import WindowShape
-from longtake.models.wan import reading_far
+from longtake.models.features import Conversion
+from longtake.models.wan import converted, reading_far
 from longtake.toy.scenes import HEIGHT, RATE, WIDTH
 from tests import tiny
 
@@ -25,7 +26,7 @@ def engine(model="toy", recipe="self_forcing_sink", dtype=torch.float32):
 
 
 def test_recipes_that_are_compared_see_equally_many_finished_frames_and_fit_the_network() -> None:
-    network = engine().network
+    network = converted(engine().network, Conversion(layers=(0, 9)))
     network.config = replace(network.config, reads_far=True)
     for name in recipes.RECIPES.keys() - set(recipes.MEMORY_RULES):
         recipe = recipes.recipe_named(name)

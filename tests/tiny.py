@@ -9,8 +9,9 @@ from longtake.generation.recipe import Recipe
 from longtake.generation.stream import Engine
 from longtake.memory.stream_memory import MemoryShape, StreamMemory
 from longtake.memory.window import WindowShape
+from longtake.models.features import Conversion
 from longtake.models.light_codec import LightCodec, LightCodecConfig
-from longtake.models.wan import PromptKeys, WanConfig, WanTransformer
+from longtake.models.wan import PromptKeys, WanConfig, WanTransformer, converted
 from longtake.recipes import rolling_forcing, self_forcing_sink
 
 BLOCK = 3
@@ -55,6 +56,9 @@ def rolling_recipe() -> Recipe:
 def engine(recipe: Recipe | None = None) -> Engine:
     """A stream's whole engine, in fp32; its network can read what the recipe remembers."""
     chosen = recipe or self_forcing_sink()
+    made = network(reads_far=chosen.far is not None)
+    if chosen.joint:
+        made = converted(made, Conversion(layers=(0, 2), current=BLOCK))
     torch.manual_seed(3)
     codec = LightCodec(
         LightCodecConfig(
@@ -69,7 +73,7 @@ def engine(recipe: Recipe | None = None) -> Engine:
         model_name="tiny",
         recipe=chosen,
         text=AnyText(),
-        network=network(reads_far=chosen.far is not None).float().requires_grad_(False),
+        network=made.float().requires_grad_(False),
         codec=codec.requires_grad_(False),
         latent_size=LATENTS[1:],
         frame_rate=16,

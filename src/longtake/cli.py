@@ -154,8 +154,8 @@ def evaluate_toy(
     """Score recipes against the toy world, where the truth is known. Many GPUs: torchrun -m longtake.cli evaluate ...
 
     Args:
-        recipe: Recipes to score; also teacher, codec and truth, the marks to compare with.
-        model: The weights to score: a name, a folder, or a network's file. Teacher and codec are taken from a folder.
+        recipe: Recipes to score; also teacher, converted, codec and truth, the marks to compare with.
+        model: The weights to score: a name, a folder, or a network's file. All marks but truth are taken from a folder.
         levels: Denoising steps of a block; unless given, as many as the recipe has. The marks keep their own.
         prompts: How many held-out captions.
         prompt_file: A file with one caption a line.
@@ -331,6 +331,8 @@ train = app.command(SubcommandApp(), name="train", help="Train the embedded mode
 _STAGES = {
     "codec": "Pictures to latents and back, from nothing.",
     "teacher": "The bidirectional teacher, on the codec's latents; goes on from a teacher if --from holds one.",
+    "attention_matching": "The teacher with some layers converted (ReHyAt), taught to answer as their softmax does.",
+    "finetune": "The whole converted teacher on clips; with softmax=true the teacher itself, to compare it with.",
     "teacher_forcing": "The causal student from the teacher, in front of clean clips.",
     "ode": "The causal student by regression of the teacher's trajectories, from a student if --from holds one.",
     "dmd": "The few-step student, by distribution matching on its own rollouts.",
@@ -444,7 +446,15 @@ def _teacher_source(model: str, device: "torch.device", dtype: str) -> "Source":
     return clip_source(toy_teacher(device, model=model, dtype=_precision(dtype)), device, TEACHER_STEPS)
 
 
-_MARKS = {"codec": _codec_source, "teacher": _teacher_source}  # what recipes are compared with
+def _converted_source(model: str, device: "torch.device", dtype: str) -> "Source":
+    from longtake.evaluation.sources import clip_source
+    from longtake.recipes import CONVERTED_FILE, TEACHER_STEPS, toy_teacher
+
+    sample = toy_teacher(device, model=model, dtype=_precision(dtype), file=CONVERTED_FILE)
+    return clip_source(sample, device, TEACHER_STEPS)
+
+
+_MARKS = {"codec": _codec_source, "teacher": _teacher_source, "converted": _converted_source}  # not recipes
 
 
 def _load(model: str, recipe: str, levels: int | None, device: "str | torch.device | None", dtype: str) -> "Engine":

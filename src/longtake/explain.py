@@ -1,6 +1,7 @@
 """Recipes explained: what each is, its numbers, and what it does block by block, as its own code does it."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from inspect import getdoc
 from itertools import islice, pairwise
@@ -14,6 +15,7 @@ from longtake.generation.recipe import Recipe
 from longtake.memory.far import FarShape
 from longtake.memory.view import Attend
 from longtake.models.codec import Codec
+from longtake.models.features import Conversion
 from longtake.recipes import (
     CODEC_FILE,
     CPU,
@@ -41,7 +43,8 @@ def explain(name: str, blocks: int | None = None) -> dict[str, Any]:
     """A recipe with the embedded model's sizes, ready for JSON.
 
     name: options may follow. Frames are latent frames; attended and absorbed ones are [frame, position]. Calls are of
-    the network, each of its blocks [block, level].
+    the network, each of its blocks [block, level]. Of a recipe with converted layers, `blocks` tells what the other
+    layers do and `converted` what those do; elsewhere that is null.
     blocks: how many are told of; by default those until all that follow are alike.
     ValueError for unknown names and for less than one block.
     """
@@ -52,9 +55,16 @@ def explain(name: str, blocks: int | None = None) -> dict[str, Any]:
     codec = load_codec([packaged(CODEC_FILE)], CPU)
     grid = network.grid(torch.zeros(1, 1, *latent_size(codec)))
     tokens, extent = grid.rows * grid.columns, network.config.extent
-    rows = list(islice(traced(recipe, extent, description["shift"]), max(LOOKED_AT, blocks or 0)))
-    alike_from = next((a.block for a, b in pairwise(rows) if b.looks_like(a, recipe.sink)), None)
-    enough = LOOKED_AT if alike_from is None else alike_from + 1
+
+    def table(part: Recipe) -> dict[str, Any]:
+        """What the layers of a recipe do block by block, and from which on they always do the same."""
+        sink = 0 if part.joint else part.sink
+        rows = list(islice(traced(part, extent, description["shift"]), max(LOOKED_AT, blocks or 0)))
+        alike_from = next((a.block for a, b in pairwise(rows) if b.looks_like(a, sink)), None)
+        enough = LOOKED_AT if alike_from is None else alike_from + 1
+        shown = [_row(row, part, codec, tokens) for row in rows[: blocks or enough]]
+        return {"blocks": shown, "alike_from": alike_from}
+
     return {
         "recipe": name,
         "about": _about(function),
@@ -72,8 +82,8 @@ def explain(name: str, blocks: int | None = None) -> dict[str, Any]:
         "policy": recipe.policy.in_words(extent),
         "near": _near(recipe.near),
         "far": recipe.far and _far(recipe.far, network.config.dim // network.config.heads),
-        "blocks": [_row(row, recipe, codec, tokens) for row in rows[: blocks or enough]],
-        "alike_from": alike_from,
+        **table(replace(recipe, joint=None)),
+        "converted": recipe.joint and {**_converted(recipe, extent), **table(recipe)},
     }
 
 
@@ -81,7 +91,10 @@ def in_words(told: dict[str, Any]) -> str:
     """What `explain` gives, as text."""
     about = [fill(paragraph, COLUMNS) for paragraph in told["about"]]
     calls = [_calls(told)] if told["in_flight"] > 1 else []
-    return "\n\n".join([told["recipe"], *about, _numbers(told), *calls, _table(told), _legend(told)])
+    parts = [told["recipe"], *about, _numbers(told), *calls, _table(told), _legend(told)]
+    if converted := told["converted"]:
+        parts += ["converted layers", _table(told | converted), _legend(told | converted)]
+    return "\n\n".join(parts)
 
 
 def _about(name: str) -> list[str]:
@@ -103,6 +116,17 @@ def _far(far: FarShape, head: int) -> dict[str, Any]:
         "features": far.form.features(head),
         "sink": far.sink.name.lower(),
         "turns_with_frames": far.turns_with_frames,
+    }
+
+
+def _converted(recipe: Recipe, extent: int) -> dict[str, Any]:
+    """How converted layers differ from the others, with the overlap that they have by default."""
+    conversion = Conversion(layers=(0,), current=recipe.block)
+    rule = recipe.joint(conversion.far_frames(extent)) if recipe.joint else None
+    return {
+        "sink": 0,
+        "past": conversion.overlap,
+        "far": rule and {"rule": repr(rule), "rule_in_short": (getdoc(rule) or "").splitlines()[0]},
     }
 
 
@@ -141,6 +165,12 @@ def _numbers(told: dict[str, Any]) -> str:
         "attention": near["attention"] + (f" ({setting})" if setting else ""),
         "far state": "none: what leaves the past is forgotten",
     }
+    if converted := told["converted"]:
+        rule = converted["far"]["rule"] if converted["far"] else "none"
+        lines["converted"] = (
+            f"layers as the weights have them: {converted['past']} latent frame before the block by default,\n"
+            f"{'':11}and what came before it, under one denominator: {rule}"
+        )
     if told["in_flight"] > 1:
         lines["in flight"] = f"{told['in_flight']} blocks, on top of sink and past"
     if far := told["far"]:

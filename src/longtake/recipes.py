@@ -28,7 +28,7 @@ from longtake.generation.noise import SeededNoise
 from longtake.generation.recipe import Recipe
 from longtake.generation.rolling import rolling
 from longtake.generation.stream import Engine, to_uint8
-from longtake.memory.far import RULES, Delta, FarShape, rule_named
+from longtake.memory.far import RULES, Decay, Delta, FarShape, Keep, MassCap, rule_named
 from longtake.memory.policies import Absolute, BackAndForth, BankShape, EndToEnd, Policy, Recache
 from longtake.models.light_codec import LightCodec, LightCodecConfig
 from longtake.models.text import WordEncoder, WordEncoderConfig, WordText
@@ -210,6 +210,32 @@ def rolling_sink(library: int = 18) -> Recipe:
     return replace(self_forcing_sink(), name="rolling_sink", sink=library, past=3, policy=Policy(reads=BackAndForth()))
 
 
+def rehyat(far: str = "cap", frames: float = math.inf) -> Recipe:
+    """ReHyAt's layers (arXiv 2601.04342) in a causal student: softmax over a near span, sums of all before it, one bar.
+
+    Converted layers see their block and the overlap before it exactly, and through learned features all that came
+    earlier; the others see sink and past, as in self_forcing_sink. Published are whole clips by a bidirectional model;
+    streams of it are ours. Which layers are converted, and how far they overlap, is part of the weights.
+
+    far: what becomes of frames before the near span: "cap" (never more than so many frames' mass), "keep" (all of it,
+    which comes to outweigh what is near), "decay", or "none". frames: the cap or the half life in latent frames; a cap
+    is by default as many as were far in training. ValueError for what cannot be.
+    """
+    if far not in ("cap", "keep", "decay", "none"):
+        raise ValueError(f"no far={far}: there are cap, keep, decay and none")
+    if far == "none" and frames != math.inf:
+        raise ValueError("far=none takes no frames")
+    if far != "none" and (far, frames) != ("cap", math.inf):
+        rule_named(far, frames)  # refuses what cannot be
+    return replace(self_forcing_sink(), name="rehyat", joint=partial(_joint_rule, far, frames))
+
+
+def _joint_rule(far: str, frames: float, trained: int) -> Keep | None:
+    if far == "cap":
+        return MassCap(frames=frames if math.isfinite(frames) else trained)
+    return {"keep": Keep(), "decay": Decay(half_life=frames), "none": None}[far]
+
+
 RECIPES: dict[str, Callable[..., Recipe]] = {
     "self_forcing": self_forcing,
     "self_forcing_sink": self_forcing_sink,
@@ -222,6 +248,7 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "memflow": memflow,
     "infinity_rope": infinity_rope,
     "rolling_sink": rolling_sink,
+    "rehyat": rehyat,
 }
 MEMORY_RULES = ("causvid", "causal_forcing", "longlive", "reward_forcing", "memflow", "infinity_rope", "rolling_sink")
 """Recipes that read a window as Self Forcing does: weights made for it run under them, as good as they may."""
@@ -231,6 +258,7 @@ BFLOAT16_GAIN = 1.2  # how many times faster it must be to be chosen
 TOY_WEIGHTS = "toy/weights"
 NETWORK_FILE = "student.safetensors"
 TEACHER_FILE = "teacher.safetensors"
+CONVERTED_FILE = "converted.safetensors"
 CODEC_FILE = "codec_decoder.safetensors"
 ENCODER_FILE = "codec_encoder.safetensors"
 TEACHER_STEPS = 32  # of a teacher's sampler
@@ -290,8 +318,9 @@ def load(
     dtype: by default bfloat16 on a GPU; on a CPU whichever of float32 and bfloat16 a short trial finds faster.
     levels: the number of denoising steps, 1 to 1000; by default the recipe's own. Streams that go on from pictures
     need codec_encoder.safetensors beside the codec; it is loaded when first needed.
-    Raises ValueError, with what to do, for unknown names, for files that are not whole or do not fit, and for a recipe
-    whose far state is not one that the weights learned to read, where their file says under which they were trained.
+    Raises ValueError, with what to do, for unknown names, for files that are not whole or do not fit, for a recipe that
+    the network cannot be streamed under, and for one whose far state is not one that the weights learned to read, where
+    their file says under which they were trained.
     """
     chosen = recipe_named(recipe) if levels is None else recipe_named(recipe).with_levels(levels)
     network_file, codec_file = _weight_files(model, recipe)
@@ -300,6 +329,7 @@ def load(
     if description["role"] != "student":
         raise ValueError(f"{network_file} holds a {description['role']}, which cannot stream: name a student's weights")
     _require_taught(chosen, description.get("recipes", ()), network_file)
+    chosen.memory(network)  # refuses what the network cannot read
     codec = load_codec([codec_file], device)
     engine = Engine(
         model_name=str(model),
@@ -322,7 +352,7 @@ def load_network(path: Path, device: torch.device) -> tuple[WordEncoder, WanTran
     if missing := {"text", "network", "shift", "role"} - description.keys():
         raise ValueError(f"{path} does not hold a network: it says nothing of {', '.join(sorted(missing))}")
     text = WordEncoder(WordEncoderConfig(**description["text"]))
-    network = WanTransformer(WanConfig(**description["network"]))
+    network = WanTransformer(WanConfig.of(description["network"]))
     load_into(nn.ModuleDict({"text": text, "network": network}), tensors, path)
     for module in (text, network):
         module.requires_grad_(False).eval().to(device)
@@ -398,13 +428,15 @@ def toy_teacher(
     dtype: torch.dtype | None = None,
     steps: int = TEACHER_STEPS,
     guidance: float = 3.0,
+    file: str = TEACHER_FILE,
 ) -> Callable[[Sequence[str], Sequence[int]], Tensor]:
     """A model's teacher as a function of B prompts and B seeds: whole clips, uint8 [B, F, H, W, 3] on its device.
 
     model: a name, or a folder that holds teacher.safetensors and codec_decoder.safetensors; ValueError for others.
+    file: the teacher's, or that of another network that makes whole clips: `CONVERTED_FILE` (ReHyAt's published way).
     dtype: by default bfloat16 on a GPU, float32 on a CPU.
     """
-    text, network, description = load_network(_file_of(model, TEACHER_FILE), device)
+    text, network, description = load_network(_file_of(model, file), device)
     codec = load_codec([_file_of(model, CODEC_FILE)], device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     network.to(dtype)

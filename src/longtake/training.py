@@ -1,14 +1,18 @@
 """One training stage, from a folder of weights to a folder of weights, on the toy world.
 
-Every folder holds whatever has been made so far: codec_decoder, codec_encoder, teacher and student (.safetensors).
-A stage reads what it needs from one folder and leaves that in another, with what it made:
+Every folder holds whatever has been made so far: codec_decoder, codec_encoder, teacher, converted and student
+(.safetensors). A stage reads what it needs from one folder and leaves that in another, with what it made:
 
-    stage             reads                                   makes
-    codec             nothing                                 codec
-    teacher           codec; goes on from a teacher, if any   teacher
-    teacher_forcing   codec, teacher; from a student, if any  student
-    ode               codec, teacher; from a student, if any  student
-    dmd               codec, teacher, student                 student
+    stage               reads                                   makes
+    codec               nothing                                 codec
+    teacher             codec; goes on from a teacher, if any   teacher
+    attention_matching  codec, teacher                          converted
+    finetune            codec, teacher, converted               converted (with softmax=true teacher, of the teacher)
+    teacher_forcing     codec, teacher; from a student, if any  student
+    ode                 codec, teacher; from a student, if any  student
+    dmd                 codec, teacher, student                 student
+
+Under a recipe with converted layers, a student that has to begin as something begins as `converted`.
 
 Beside the weights: record.json (configuration, time, machine), metrics.jsonl, curves.png, samples/*.png and, where
 PyAV is installed, mp4. A folder that holds state.pt holds a run that was stopped; the same command goes on with it.
@@ -36,7 +40,15 @@ from torch import Tensor
 
 from longtake import parallel, recipes
 from longtake.distillation import stages
-from longtake.distillation.stages import CodecStage, DmdStage, OdeStage, TeacherForcingStage, TeacherStage
+from longtake.distillation.stages import (
+    AttentionMatchingStage,
+    CodecStage,
+    DmdStage,
+    FinetuneStage,
+    OdeStage,
+    TeacherForcingStage,
+    TeacherStage,
+)
 from longtake.distillation.trainer import STATE_FILE, Dice, Run, read_metrics
 from longtake.generation.recipe import Recipe
 from longtake.generation.stream import to_uint8
@@ -161,10 +173,12 @@ class _Inputs:
     def student(self, chosen: Sequence[Recipe]) -> tuple[WordEncoder, WanTransformer, float]:
         """The student, or the teacher where there is none yet, to train under these recipes.
 
-        It can read a far state if one of them has one.
+        It can read a far state if one of them has one. If one of them has converted layers, the converted teacher.
         """
-        has_student = self.has(recipes.NETWORK_FILE)
-        text, network, shift = self.network(recipes.NETWORK_FILE if has_student else recipes.TEACHER_FILE)
+        begin = recipes.TEACHER_FILE
+        if any(recipe.joint for recipe in chosen) and self.has(recipes.CONVERTED_FILE):
+            begin = recipes.CONVERTED_FILE
+        text, network, shift = self.network(recipes.NETWORK_FILE if self.has(recipes.NETWORK_FILE) else begin)
         return text, reading_far(network) if any(recipe.far for recipe in chosen) else network, shift
 
     def teacher_of(self, text: WordEncoder) -> WanTransformer:
@@ -244,6 +258,32 @@ def _train_teacher(stage: TeacherStage, inputs: _Inputs, chosen: Sequence[Recipe
     return spent
 
 
+def _train_attention_matching(
+    stage: AttentionMatchingStage, inputs: _Inputs, chosen: Sequence[Recipe], run: Run
+) -> dict[str, Any]:
+    text, teacher, shift = inputs.network(recipes.TEACHER_FILE)
+    toy = ToyWorld(inputs.codec(), run)
+    network, spent = stages.train_attention_matching(text, teacher, toy, shift, stage, run)
+    _save_clip_network(recipes.CONVERTED_FILE, text, network, shift, run)
+    return spent
+
+
+def _train_finetune(stage: FinetuneStage, inputs: _Inputs, chosen: Sequence[Recipe], run: Run) -> dict[str, float]:
+    file = recipes.TEACHER_FILE if stage.softmax else recipes.CONVERTED_FILE
+    text, network, shift = inputs.network(file)
+    toy = ToyWorld(inputs.codec(), run)
+    spent = stages.train_finetune(text, network, toy, shift, stage, run)
+    _save_clip_network(file, text, network, shift, run)
+    return spent
+
+
+def _save_clip_network(file: str, text: WordEncoder, network: WanTransformer, shift: float, run: Run) -> None:
+    """As it is: other stages go on from it, and its softmax twin is compared with it."""
+    if run.first:
+        role = "teacher" if network.config.conversion is None else "converted teacher"
+        recipes.save_network(run.out / file, text, network, role=role, shift=shift, int8=False)
+
+
 def _train_teacher_forcing(
     stage: TeacherForcingStage, inputs: _Inputs, chosen: Sequence[Recipe], run: Run
 ) -> dict[str, float]:
@@ -287,13 +327,15 @@ class _Kind:
 
     settings: Callable[[], stages.Stage]
     reads: tuple[str, ...]
-    train: Callable[[Any, _Inputs, Sequence[Recipe], Run], dict[str, float]]
+    train: Callable[[Any, _Inputs, Sequence[Recipe], Run], dict[str, Any]]
 
 
 _CODEC = (recipes.CODEC_FILE, recipes.ENCODER_FILE)
 STAGES = {
     "codec": _Kind(CodecStage, (), _train_codec),
     "teacher": _Kind(TeacherStage, _CODEC, _train_teacher),
+    "attention_matching": _Kind(AttentionMatchingStage, (*_CODEC, recipes.TEACHER_FILE), _train_attention_matching),
+    "finetune": _Kind(FinetuneStage, (*_CODEC, recipes.TEACHER_FILE), _train_finetune),
     "teacher_forcing": _Kind(TeacherForcingStage, (*_CODEC, recipes.TEACHER_FILE), _train_teacher_forcing),
     "ode": _Kind(OdeStage, (*_CODEC, recipes.TEACHER_FILE), _train_ode),
     "dmd": _Kind(DmdStage, (*_CODEC, recipes.TEACHER_FILE, recipes.NETWORK_FILE), _train_dmd),
@@ -375,7 +417,7 @@ def _claimed(run: Run, asked: dict[str, Any]) -> Iterator[None]:
             Path(lock.name).unlink()
 
 
-def _finish(run: Run, inputs: _Inputs, kind: _Kind, spent: dict[str, float], processes: int) -> dict[str, Any]:
+def _finish(run: Run, inputs: _Inputs, kind: _Kind, spent: dict[str, Any], processes: int) -> dict[str, Any]:
     """Hand on what was read, write the record, and forget the state: the run is over. {} but for the first."""
     if not run.first:
         return {}

@@ -232,7 +232,7 @@ def test_rolling_block_by_block_remembers_as_a_rolling_stream() -> None:
     view = StreamMemory.view
 
     def watching(self, grid, count, device, projections=(), *, commits=False, **more):
-        readable = self._readable(self.held(0), count, commits)
+        readable = self._readable(self._windows[0], count, commits)
         seen.append((commits, sorted(readable.frames) if readable else []))
         return view(self, grid, count, device, projections, commits=commits, **more)
 

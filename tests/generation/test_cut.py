@@ -87,7 +87,7 @@ def test_a_redirect_that_keeps_no_far_state_is_one_of_a_stream_that_had_none() -
     faded, emptied, kept = (opened(engine, 5) for _ in range(3))
     faded.redirect([PROMPT], far=0)
     memory = memory_of(emptied)
-    memory._far = [replace(state, sums=None) for state in memory._far]
+    memory._far = {layer: replace(state, sums=None) for layer, state in memory._far.items()}
     shown = following(faded)
     assert same(shown, following(emptied)) and not same(shown, following(kept))
 

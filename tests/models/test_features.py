@@ -62,6 +62,16 @@ def test_features_turned_after_keep_their_denominator_and_turn_above_it() -> Non
     assert form.features(8) == at.above.shape[-1]
 
 
+def test_heads_left_local_weigh_next_to_nothing_and_others_as_before() -> None:
+    form, x = LearnedForm(3, 8, far_tokens=10), torch.randn(1, 40, 3, 8)
+    before = form.keys(x).clone()
+    form.leave_local([0, 2])
+    queries, keys = form.queries(x), form.keys(x)
+    assert torch.equal(keys[:, :, 1], before[:, :, 1]) and keys.min() > 0
+    mass_BTN = torch.einsum("btnr,bnr->btn", queries, keys.sum(dim=1))
+    assert mass_BTN[..., [0, 2]].max() < 1e-20 and mass_BTN[..., 1].min() > 1e-3
+
+
 @pytest.mark.parametrize("degree, start", [(0, 1.0), (2, 0.0), (2, -1.0)])
 def test_what_cannot_be_is_refused(degree: int, start: float) -> None:
     with pytest.raises(ValueError, match=f"got {degree} and {start}"):

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tests import tiny
 
 from longtake.generation.blockwise import commit
+from longtake.memory.stream_memory import MemoryShape
 from longtake.memory.window import WindowShape
 from longtake.models.wan import WanConfig, WanTransformer, reading_far
 
@@ -27,7 +28,9 @@ def test_streaming_equals_the_parallel_form(sink: int, past: int, blocks: int) -
     prompts = tiny.prompt(made)
     clean, noisy = clip(blocks * BLOCK), clip(blocks * BLOCK, seed=6)
     level_BF = torch.rand(1, blocks, dtype=torch.float64).repeat_interleave(BLOCK, 1)
-    view = made.teacher_forced_view(clean, BLOCK, WindowShape(sink=sink, past=past), made.config.extent)
+    view = made.teacher_forced_view(
+        clean, BLOCK, MemoryShape(window=WindowShape(sink=sink, past=past), extent=made.config.extent)
+    )
     parallel = made(torch.cat([clean, noisy], 1), torch.cat([0 * level_BF, level_BF], 1), prompts, view)
     memory = tiny.memory(made, sink, past)
     streamed = []

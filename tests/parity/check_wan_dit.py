@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from longtake import flow
+from longtake.memory.stream_memory import MemoryShape
 from longtake.memory.window import WindowShape
 from longtake.models.wan import PromptKeys, WanTransformer, level_features
 from tests.parity.fixture import Fixture, network_of, swap_frames_channels
@@ -59,7 +60,7 @@ def _check_masks(fixture: Fixture, network: WanTransformer, prompts: PromptKeys)
     allowed = _causal(_block_ends(first, 1, block))
     _compare_masked(fixture, "first_frame_blockwise", network, prompts, noisy[:, :first], level_BF[:, :first], allowed)
     everything = WindowShape(sink=0, past=noisy.shape[1])
-    view = network.teacher_forced_view(clean, block, everything, extent=None)
+    view = network.teacher_forced_view(clean, block, MemoryShape(window=everything, extent=None))
     both = network(torch.cat([clean, noisy], 1), torch.cat([torch.zeros_like(level_BF), level_BF], 1), prompts, view)
     fixture.compare("causal.teacher_forcing.flow", swap_frames_channels(both[:, clean.shape[1] :]))
 

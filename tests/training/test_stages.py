@@ -34,6 +34,8 @@ HYBRID = "hybrid_forcing:share=0.4"
 SETTINGS = {
     "codec": ["batch=1", "pictures=5", *CODEC],
     "teacher": ["batch=2", "pool=2", f"network={NETWORK}"],
+    "attention_matching": ["batch=2", "updates=2", "sampling_steps=2"],
+    "finetune": ["batch=2", "pool=2", "sampling_steps=2"],
     "teacher_forcing": ["batch=2", "pool=2", "frames=36", "memory_share=0.5"],
     "ode": ["batch=2", "pairs=4", "sampling_steps=4"],
     "dmd": [
@@ -42,9 +44,18 @@ SETTINGS = {
         "seed=13451",  # rollouts of every kind: by windows in the second step, pulled in the first and in the last
     ],
 }  # fmt: skip
+FORCED = ["batch=2", "pool=2", "frames=18"]
 RECIPES = {"teacher_forcing": (HYBRID,), "dmd": (HYBRID, "rolling_forcing", "self_forcing")}
-READS = {"teacher": "codec", "teacher_forcing": "teacher", "ode": "teacher", "dmd": "ode"}
+READS = {
+    "teacher": "codec",
+    "attention_matching": "teacher",
+    "finetune": "attention_matching",
+    "teacher_forcing": "teacher",
+    "ode": "teacher",
+    "dmd": "ode",
+}
 MAKES = {"codec": recipes.CODEC_FILE, "teacher": recipes.TEACHER_FILE}
+MAKES |= dict.fromkeys(("attention_matching", "finetune"), recipes.CONVERTED_FILE)
 
 
 def command(stage: str, out: Path, folders: Path) -> list[str]:
@@ -230,6 +241,11 @@ def test_every_stage_is_a_verb() -> None:
         ("teacher_forcing", ["--from", "{ode}", "--set", "memory_share=0.5"], "take more frames"),
         ("teacher", ["--from", "{ode}"], "another shape"),
         ("teacher", [], "--from"),
+        ("teacher_forcing", ["--from", "{ode}", "--recipe", "rehyat"], "these weights have none"),
+        ("ode", ["--from", "{ode}", "--recipe", "rehyat"], "converted layers cannot be given: take teacher_forcing"),
+        ("finetune", ["--from", "{ode}"], "holds no converted.safetensors"),
+        ("attention_matching", ["--from", "{ode}", "--set", "current=12"], "nothing is far"),
+        ("attention_matching", ["--from", "{ode}", "--set", "layers=[4]"], "layer 4 cannot be converted: there are 2"),
         ("dmd", ["--from", "{codec}"], "holds no teacher.safetensors"),
         ("dmd", ["--from", "nowhere"], "no folder nowhere"),
         ("dmd", ["--from", "{ode}", "--recipe", "self_forcin"], "did you mean self_forcing"),
@@ -247,3 +263,54 @@ def test_a_folder_belongs_to_one_run(folders: Path, capsys) -> None:
     start_from = ["--from", str(folders / "codec"), "--set", "steps=1"]
     assert cli.main(["train", "teacher", "--out", str(folders / "teacher"), *start_from]) == 2
     assert "holds a finished run" in capsys.readouterr().err
+
+
+def test_matching_teaches_maps_alone_and_converts_the_layers_that_it_measured_best(folders: Path) -> None:
+    teacher, _ = load_weights(folders / "teacher" / recipes.TEACHER_FILE)
+    matched, description = load_weights(folders / "attention_matching" / recipes.CONVERTED_FILE)
+    maps = matched.keys() - teacher.keys()
+    assert maps and all(".self_attn.features." in name for name in maps) and teacher.keys() < matched.keys()
+    assert all(torch.equal(teacher[name], matched[name]) for name in teacher)
+    spent = json.loads((folders / "attention_matching" / "record.json").read_text())["spent"]
+    errors = {int(layer): one["beside_answer"] for layer, one in spent["matching"].items()}
+    assert set(errors) == {0, 1} and spent["converted"] == [min(errors, key=errors.get)]
+    assert description["network"]["conversion"]["layers"] == spent["converted"]
+    for one in spent["matching"].values():
+        left_local = [head for head, error in enumerate(one["heads_beside_near"]) if error >= 1 - 1e-6]
+        assert max(one["heads_beside_near"]) <= 1 + 1e-6 and set(one["local_heads"]) >= set(left_local)
+    row = read_metrics(folders / "attention_matching")[0]
+    assert row["loss"] == pytest.approx((row["layer_0"] + row["layer_1"]) / 2)
+    tuned, _ = load_weights(folders / "finetune" / recipes.CONVERTED_FILE)
+    changed = {name.split(".")[0] for name in tuned if not torch.equal(tuned[name], matched[name])}
+    assert changed == {"network"} and tuned.keys() == matched.keys()
+
+
+def test_the_softmax_twin_is_tuned_on_the_same_clips(folders: Path, tmp_path: Path) -> None:
+    settings = ["--set", "steps=2", "seconds=1e9", *SETTINGS["finetune"], "softmax=true"]
+    finish(start("finetune", "--from", str(folders / "teacher"), "--out", str(tmp_path), *settings))
+    before, _ = load_weights(folders / "teacher" / recipes.TEACHER_FILE)
+    after, description = load_weights(tmp_path / recipes.TEACHER_FILE)
+    assert description["role"] == "teacher" and description["network"]["conversion"] is None
+    assert any(not torch.equal(after[name], before[name]) for name in before)
+    assert not (tmp_path / recipes.CONVERTED_FILE).exists()
+
+
+def test_clips_of_a_converted_teacher_are_evaluated_beside_the_teachers(folders: Path, capsys) -> None:
+    """These are too short to be scored, which is said once they are made."""
+    few = ["--prompts", "1", "--seeds", "1", "--dtype", "float32", "--device", "cpu"]
+    assert cli.main(["evaluate", "toy", "--model", str(folders / "finetune"), "--recipe", "converted", *few]) == 2
+    assert "clips of 2.8 seconds cannot be scored at 5" in capsys.readouterr().err
+    assert cli.main(["evaluate", "toy", "--model", str(folders / "teacher"), "--recipe", "converted", *few]) == 2
+    assert "nor a folder that holds converted.safetensors" in capsys.readouterr().err
+
+
+def test_a_converted_teacher_becomes_a_student_that_streams(folders: Path, tmp_path: Path) -> None:
+    forced, distilled = tmp_path / "forced", tmp_path / "distilled"
+    few = ["--recipe", "rehyat", "--set", "steps=1", "seconds=1e9"]
+    finish(start("teacher_forcing", "--from", str(folders / "finetune"), "--out", str(forced), *few, *FORCED))
+    finish(start("dmd", "--from", str(forced), "--out", str(distilled), *few, *SETTINGS["dmd"]))
+    engine = recipes.load(distilled, recipe="rehyat", dtype=torch.float32, levels=2)
+    with engine.stream("a red ball") as stream:
+        assert next(stream).frames.shape == (9, world.HEIGHT, world.WIDTH, 3)
+    clips = recipes.toy_teacher(model=folders / "finetune", steps=1, file=recipes.CONVERTED_FILE)(["a red ball"], [1])
+    assert clips.shape[:2] == (1, 45)

@@ -99,7 +99,7 @@ def forced_in_one_pass(
     """
     require_one_pass(memory)
     frames = past_BFCHW.shape[1]
-    view = network.teacher_forced_view(past_BFCHW, block, memory.window, memory.extent, memory.near, memory.far)
+    view = network.teacher_forced_view(past_BFCHW, block, memory)
     velocity = network(
         torch.cat([past_BFCHW, noisy_BFCHW], dim=1),
         torch.cat([torch.zeros_like(level_BF), level_BF], dim=1),

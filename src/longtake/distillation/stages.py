@@ -2,6 +2,8 @@
 
     codec            pictures -> codec
     teacher          clips -> bidirectional teacher and its text encoder, by flow matching
+    attention_matching  teacher + prompts -> teacher with converted layers, whose features alone learn
+    finetune         converted teacher + clips -> the same, all of it, by flow matching
     teacher_forcing  teacher or student + clips -> causal student, by flow matching in front of the clean past
     ode              teacher + prompts -> causal student, by regression of the teacher's trajectories
     dmd              teacher + student + prompts + clips -> few-step student, by distribution matching on its own
@@ -13,16 +15,17 @@ shared dice.
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from longtake import parallel
-from longtake.distillation import dmd, ode_init
+from longtake.distillation import attention_matching, dmd, ode_init
+from longtake.distillation.attention_matching import Asked, AskingView, Match
 from longtake.distillation.optim import muon_and_adam
 from longtake.distillation.plan import Plan, Script, draw_plan, rolled_out
 from longtake.distillation.pretrain import Clips, codec_loss, flow_loss, require_one_pass, teacher_forcing_loss
@@ -33,10 +36,13 @@ from longtake.flow import even_levels
 from longtake.generation.clip import sample_clip
 from longtake.generation.noise import SeededNoise
 from longtake.generation.recipe import Recipe
+from longtake.memory.far import FarShape
 from longtake.memory.stream_memory import StreamMemory
+from longtake.memory.view import ClipView
+from longtake.models.features import Conversion
 from longtake.models.light_codec import LightCodec
 from longtake.models.text import WordEncoder
-from longtake.models.wan import WanConfig, WanTransformer
+from longtake.models.wan import PromptKeys, WanConfig, WanTransformer, converted
 
 RENEW_EVERY = 6  # steps between new clips, which cost time to paint and encode
 LOOKED_AT = 12  # clips on a strip of pictures
@@ -134,7 +140,8 @@ class Stage:
 
 _MAY_BE_0 = {
     "seed", "kl_weight", "focus_weight", "no_prompt_share", "encoder_blocks", "decoder_blocks", "most_given", "pull",
-    "self_forcing_share", "memory_share", "recompute", "real_weight", "last_exits",
+    "self_forcing_share", "memory_share", "recompute", "real_weight", "last_exits", "layers", "overlap",
+    "turns_with_frames", "both_ways", "softmax",
 }  # fmt: skip
 
 
@@ -172,6 +179,58 @@ class TeacherStage(Stage):
     network: WanConfig = field(
         default_factory=lambda: WanConfig(dim=256, heads=4, ffn_dim=1024, layers=10, text_dim=192, extent=21)
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionMatchingStage(Stage):
+    """Features for layers of the teacher, each taught by itself to answer as its softmax does (`attention_matching`).
+
+    What is asked are the teacher's own samples, of prompts alone: of each, made in `sampling_steps` under `guidance`,
+    every layer is taught `updates` times, at steps drawn anew. layers: which are taught; none given: all. Of them,
+    `converted_share` are converted in the end: those with the smallest error on held-out prompts.
+
+    current, overlap, degree, turns_with_frames: see `Conversion`. both_ways: whether answers shall be those of the
+    whole clip, and not of what came before alone; see `attention_matching.match`. lr: of AdamW, without decay.
+    """
+
+    seconds: float = 180.0
+    seed: int = 47
+    batch: int = 8
+    lr: float = 3e-3
+    average: float = 0.995
+    current: int = 3
+    overlap: int = 1
+    degree: int = 2
+    turns_with_frames: bool = False
+    both_ways: bool = False
+    layers: tuple[int, ...] = ()
+    converted_share: float = 0.5
+    updates: int = 32
+    sampling_steps: int = 32
+    guidance: float = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneStage(Stage):
+    """The whole converted teacher on clips, by flow matching: mends what layers that learned apart do to each other.
+
+    softmax: the control: the teacher itself, with no layer converted, on the same clips in the same order. far_lr: rate
+    of the features. Published: about a thousand steps (2601.04342).
+    """
+
+    steps: int = 1000
+    seconds: float = 240.0
+    seed: int = 48
+    batch: int = 32
+    lr: float = 1e-4
+    far_lr: float = 1e-3
+    average: float = 0.995
+    focus_weight: float = 5.0
+    no_prompt_share: float = 0.1
+    pool: int = 1024
+    guidance: float = 3.0
+    sampling_steps: int = 32
+    softmax: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,22 +375,216 @@ def train_teacher(
             loss = flow_loss(network, clips, stage.shift, stage.focus_weight)
         return {"loss": loss.detach(), "norm": learner.step(loss)}
 
-    def look(name: str) -> None:
-        with _resting(learner), run.autocast():
-            tokens = world.held_out(LOOKED_AT)
-            noise = SeededNoise(
-                range(LOOKED_AT), (network.config.extent, *world.latent_size), run.device, torch.float32
-            )
-            said = network.prompt_keys(embed(text, tokens[:, None]))
-            nothing = network.prompt_keys(embed(text, text.no_prompt(LOOKED_AT)[:, None]))
-            levels = even_levels(stage.sampling_steps, stage.shift)
-            world.show(name, sample_clip(network, noise(0, 0), said, nothing, levels, stage.guidance))
-
+    look = _clip_strips(text, network, [learner], world, stage.shift, stage, run)
     spent = train(
         {"teacher": learner}, turn, _budget(stage, warmup=200), run, keep={"clips": supply}, look=look, log_every=100
     )
     learner.swap_average()
     return spent
+
+
+def train_attention_matching(
+    text: WordEncoder, network: WanTransformer, world: World, shift: float, stage: AttentionMatchingStage, run: Run
+) -> tuple[WanTransformer, dict[str, Any]]:
+    """The network with its easiest layers converted, and what was spent and measured.
+
+    Heads that sums do not serve on held-out prompts are left local. `matching` tells of every taught layer which these
+    are, and the errors that remain there, its heads' too; see `attention_matching.Match`.
+    """
+    layers = stage.layers or tuple(range(network.config.layers))
+    conversion = Conversion(
+        layers=layers, current=stage.current, overlap=stage.overlap, degree=stage.degree,
+        turns_with_frames=stage.turns_with_frames,
+    )  # fmt: skip
+    extent = network.config.extent
+    tokens = network.grid(torch.empty(1, 1, *world.latent_size))
+    far_tokens = conversion.far_frames(extent) * tokens.rows * tokens.columns
+    network = converted(network, conversion, far_tokens=far_tokens).requires_grad_(False)
+    parallel.share_parameters(network)
+    learners = {layer: _map_learner(form, stage) for layer, form in network.features.items()}
+    compile_for(run, network)
+    samples = _Samples(text, network, world, shift, stage, run)
+
+    def turn(step: int) -> dict[str, Tensor]:
+        sample = samples.of(step // stage.updates)
+        told: dict[str, Tensor] = {}
+
+        def teach(layer: int, asked: Asked) -> None:
+            if layer not in learners:
+                return
+            with torch.enable_grad():
+                found = attention_matching.match(
+                    network.features[layer], asked, conversion.span, both_ways=stage.both_ways
+                )
+                loss = found.beside_near_N.mean()
+                told[f"norm_{layer}"] = learners[layer].step(loss)
+            told[f"layer_{layer}"] = loss.detach()
+
+        moment = int(torch.randint(stage.sampling_steps, ()))
+        with torch.no_grad(), run.autocast():
+            _ask(network, sample, moment, conversion, teach)
+        return {"loss": torch.stack([told[f"layer_{layer}"] for layer in layers]).mean(), **told}
+
+    look = _clip_strips(text, network, list(learners.values()), world, shift, stage, run)
+    kept = {f"layer_{layer}": learner for layer, learner in learners.items()}
+    spent: dict[str, Any] = {**train(kept, turn, _budget(stage, warmup=20), run, look=look, log_every=25)}
+    for learner in learners.values():
+        learner.swap_average()
+    network.requires_grad_(False)
+    with torch.no_grad(), run.autocast(), torch.compiler.set_stance("force_eager"):
+        sample = samples.held_out()
+        taught = _matching_errors(network, sample, conversion, stage.both_ways)
+        local = {layer: [h for h, x in enumerate(one["heads_beside_near"]) if x >= 1] for layer, one in taught.items()}
+        for layer, heads in local.items():
+            network.features[layer].leave_local(heads)
+        found = _matching_errors(network, sample, conversion, stage.both_ways)
+    chosen = attention_matching.easiest(
+        {layer: one["beside_answer"] for layer, one in found.items()}, stage.converted_share
+    )
+    told = {str(layer): {**one, "local_heads": local[layer]} for layer, one in found.items()}
+    spent |= {"converted": list(chosen), "matching": told}
+    return converted(network, replace(conversion, layers=chosen)), spent
+
+
+def _map_learner(form: torch.nn.Module, stage: AttentionMatchingStage) -> Learner:
+    """Features of one layer, that learn for themselves."""
+    form.requires_grad_(True)
+    adam = torch.optim.AdamW(form.parameters(), lr=stage.lr, betas=(0.9, 0.99), weight_decay=0.0)
+    return Learner(form, [adam], average=stage.average)
+
+
+class _Sample(NamedTuple):
+    """Clips that the teacher made: latents [K, B, F, C, H, W] at each of its K levels, and what they were to show."""
+
+    states: Tensor
+    levels: tuple[float, ...]
+    prompts: PromptKeys
+    prompt_BF: Tensor
+
+
+class _Samples:
+    """The teacher's own samples, by number. They follow from the seed, so a run that goes on makes them again."""
+
+    def __init__(
+        self, text: WordEncoder, network: WanTransformer, world: World, shift: float, stage: AttentionMatchingStage,
+        run: Run,
+    ):  # fmt: skip
+        self._text, self._network, self._world, self._stage, self._run = text, network, world, stage, run
+        self._levels = tuple(even_levels(stage.sampling_steps, shift))
+        self._latest: tuple[int, _Sample] | None = None
+
+    def of(self, number: int) -> _Sample:
+        """The batch of that number, of prompts that nobody rendered; the latest is remembered."""
+        if self._latest is None or self._latest[0] != number:
+            batch, seed = self._stage.batch, self._stage.seed
+            said = self._world.prompts(batch, seed * 1_000_000 + number)
+            own = seed * 1_000_000_000 + number * batch * parallel.processes() + self._run.rank * batch
+            frames = self._network.config.extent
+            made = self._made(said.tokens_BPL, said.prompt_BF[:, :frames], range(own, own + batch))
+            self._latest = number, made
+        return self._latest[1]
+
+    def held_out(self) -> _Sample:
+        """Of prompts that training never shows, the same in every process."""
+        tokens_BL = self._world.held_out(LOOKED_AT)
+        one = torch.zeros(len(tokens_BL), self._network.config.extent, dtype=torch.long, device=tokens_BL.device)
+        return self._made(tokens_BL[:, None], one, range(len(tokens_BL)))
+
+    @torch.no_grad()
+    def _made(self, tokens_BPL: Tensor, prompt_BF: Tensor, seeds: range) -> _Sample:
+        network, text, device = self._network, self._text, self._run.device
+        states: list[Tensor] = []
+        with self._run.autocast():
+            noise = SeededNoise(seeds, (network.config.extent, *self._world.latent_size), device, torch.float32)(0, 0)
+            said = network.prompt_keys(embed(text, tokens_BPL))
+            nothing = network.prompt_keys(embed(text, text.no_prompt(len(tokens_BPL))[:, None]))
+            everything = ClipView(network.grid(noise).rotation(range(noise.shape[1]), device))
+            sample_clip(
+                network, noise, said, nothing, self._levels, self._stage.guidance, prompt_BF,
+                on_step=lambda step, latents: states.append(latents), view=everything,
+            )  # fmt: skip
+        return _Sample(torch.stack(states), self._levels, said, prompt_BF)
+
+
+def _ask(
+    network: WanTransformer, sample: _Sample, moment: int, conversion: Conversion, tell: Callable[[int, Asked], None]
+) -> None:
+    """One pass over clips at one moment of their making, every layer's attention exact; it tells what they ask."""
+    noisy = sample.states[moment]
+    frames, grid = noisy.shape[1], network.grid(noisy)
+    far = FarShape(turns_with_frames=conversion.turns_with_frames)
+    frame_T = torch.arange(frames).repeat_interleave(grid.rows * grid.columns)
+    rotation, turned = grid.rotation(range(frames), noisy.device), far.rotation(grid, range(frames), noisy.device)
+    level_BF = torch.full(noisy.shape[:2], sample.levels[moment], device=noisy.device)
+    view = AskingView(rotation, turned, frame_T, tell)
+    network(noisy, level_BF, sample.prompts, view, sample.prompt_BF)
+
+
+def _matching_errors(
+    network: WanTransformer, sample: _Sample, conversion: Conversion, both_ways: bool
+) -> dict[int, dict[str, Any]]:
+    """Of every taught layer, its errors over four moments of a sample's making, from noise to nearly clean."""
+    found: dict[int, list[Match]] = {layer: [] for layer in conversion.layers}
+
+    def measure(layer: int, asked: Asked) -> None:
+        if layer in found:
+            form = network.features[layer]
+            found[layer].append(attention_matching.match(form, asked, conversion.span, both_ways=both_ways))
+
+    steps = len(sample.levels)
+    for moment in sorted({steps * part // 4 for part in range(4)}):
+        _ask(network, sample, moment, conversion, measure)
+    means = {layer: Match(*(torch.stack(x).mean(0) for x in zip(*some, strict=True))) for layer, some in found.items()}
+    return {
+        layer: {
+            "beside_near": mean.beside_near_N.mean().item(),
+            "beside_answer": mean.beside_answer_N.mean().item(),
+            "heads_beside_near": mean.beside_near_N.tolist(),
+        }
+        for layer, mean in means.items()
+    }
+
+
+def train_finetune(
+    text: WordEncoder, network: WanTransformer, world: World, shift: float, stage: FinetuneStage, run: Run
+) -> dict[str, float]:
+    learner = _student(network, stage.lr, stage.far_lr, stage.average)
+    compile_for(run, network)
+    supply = world.clips(stage.pool, stage.seed, network.config.extent)
+
+    def turn(step: int) -> dict[str, Tensor]:
+        drawn = _drawn(supply, step, stage.batch, network.config.extent)
+        absent = torch.rand(stage.batch, 1, 1, device=run.device) < stage.no_prompt_share
+        with run.autocast():
+            text_BPLE = embed(text, drawn.tokens_BPL.masked_fill(absent, 0))
+            clips = Clips(drawn.latents_BFCHW, text_BPLE, drawn.prompt_BF, drawn.focus_BFHW)
+            loss = flow_loss(network, clips, shift, stage.focus_weight)
+        return {"loss": loss.detach(), "norm": learner.step(loss)}
+
+    look = _clip_strips(text, network, [learner], world, shift, stage, run)
+    spent = train({"network": learner}, turn, _budget(stage, warmup=50), run, keep={"clips": supply}, look=look)
+    learner.swap_average()
+    return spent
+
+
+def _clip_strips(
+    text: WordEncoder, network: WanTransformer, learners: Sequence[Learner], world: World, shift: float,
+    stage: "TeacherStage | AttentionMatchingStage | FinetuneStage", run: Run,
+) -> Callable[[str], None]:  # fmt: skip
+    """Shows whole clips of held-out prompts that the averaged network makes under guidance."""
+
+    def look(name: str) -> None:
+        with ExitStack() as resting, run.autocast():
+            for learner in learners:
+                resting.enter_context(_resting(learner))
+            size = (network.config.extent, *world.latent_size)
+            noise = SeededNoise(range(LOOKED_AT), size, run.device, torch.float32)
+            said = network.prompt_keys(embed(text, world.held_out(LOOKED_AT)[:, None]))
+            nothing = network.prompt_keys(embed(text, text.no_prompt(LOOKED_AT)[:, None]))
+            levels = even_levels(stage.sampling_steps, shift)
+            world.show(name, sample_clip(network, noise(0, 0), said, nothing, levels, stage.guidance))
+
+    return look
 
 
 def train_teacher_forcing(
@@ -341,8 +594,9 @@ def train_teacher_forcing(
     for recipe in recipes:
         if stage.frames % recipe.block:
             raise ValueError(f"frames ({stage.frames}) must be whole blocks of {recipe.block}")
+        memory = recipe.memory(network)  # refused before work begins
         if not stage.recompute:
-            require_one_pass(recipe.memory(network))
+            require_one_pass(memory)
     learner = _student(network, stage.lr, stage.far_lr, stage.average)
     compile_for(run, network)
     if stage.recompute:
@@ -378,6 +632,8 @@ def train_ode(
     text: WordEncoder, network: WanTransformer, teacher: WanTransformer, world: World, recipes: Sequence[Recipe],
     shift: float, stage: OdeStage, run: Run,
 ) -> dict[str, float]:  # fmt: skip
+    if network.config.conversion or any(recipe.joint for recipe in recipes):
+        raise ValueError("ode works under a mask, which converted layers cannot be given: take teacher_forcing")
     learner = _student(network, stage.lr, stage.lr, stage.average)
     compile_for(run, network, teacher)
     states, text_BPLE, prompt_BF = _trajectories(text, teacher, world, shift, stage, run)
@@ -583,8 +839,9 @@ def _dmd_adam(network: WanTransformer, lr: float, far_lr: float) -> torch.optim.
 
 
 def _far_group(network: WanTransformer, far_lr: float) -> list[dict[str, Any]]:
-    """Projections of what is far, where there are any: they have a rate of their own and do not decay."""
-    far = [parameter for projection in network.projections for parameter in projection.parameters()]
+    """Projections and features of what is far, where there are any: they have a rate of their own and do not decay."""
+    readers = [*network.projections, *network.features.values()]
+    far = [parameter for reader in readers for parameter in reader.parameters()]
     return [{"params": far, "lr": far_lr, "weight_decay": 0.0}] if far else []
 
 

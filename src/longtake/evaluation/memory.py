@@ -143,6 +143,8 @@ class _Plan:
             raise ValueError(
                 f"recipe {recipe} has rules for its window that go with no far state: none can be followed"
             )
+        if engine.recipe.joint:
+            raise ValueError(f"recipe {recipe} has converted layers, whose far state this does not follow yet")
         if engine.recipe.rolls and rules:
             raise ValueError(f"recipe {recipe} has blocks in flight, which cannot read a far state: name no rules")
         states: dict[str, FarShape] = {}
@@ -353,7 +355,7 @@ class _WatchedView(MemoryView):
         near_BTND = MemoryView(self.rotation, self.layers, self.near).attend(layer, own)
         if not self.far:
             return near_BTND
-        far_BTND = self.far[layer].add_to(torch.zeros_like(near_BTND), own)
+        far_BTND = self.far[layer].add_to(torch.zeros_like(near_BTND), own.plain_q)
         norms = [x.float().flatten(1).norm(dim=1) for x in (far_BTND, near_BTND)]
         self.watched.shares[layer].append(norms[0] / norms[1])
         return near_BTND + far_BTND

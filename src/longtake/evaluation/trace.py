@@ -16,9 +16,10 @@ from longtake.attention import linear
 from longtake.attention.linear import Features, Sums
 from longtake.attention.rope import RotaryAxes, rotate
 from longtake.generation.recipe import Recipe
-from longtake.memory.far import Rule
+from longtake.memory.far import FarShape, Rule
 from longtake.memory.stream_memory import LayerKeys, StreamMemory
 from longtake.memory.view import Attend, Tokens, View
+from longtake.models.features import Conversion
 from longtake.models.wan import PromptKeys, WanConfig, WanTransformer
 
 AXES = RotaryAxes(split=(8, 0, 0))  # the slowest pair turns by a thousandth a position, so thousands are told apart
@@ -84,15 +85,14 @@ def traced(recipe: Recipe, extent: int, shift: float = 1.0) -> Iterator[BlockTra
 
     shift: of its levels. A far state gets the published features whatever its own, so that they show where keys are
     placed. A sink into which others are averaged stands for its own frames alone. A bank's prompt says nothing: the
-    frames that it chooses first stay.
+    frames that it chooses first stay. Of a recipe with converted layers (`joint`), what one of these does is told, with
+    the overlap that layers are converted with by default.
     """
     noted = _Noted()
-    network = _StandIn(extent, recipe.block, noted)
-    far = recipe.far and replace(
-        recipe.far, form=linear.PAPER, rule=_NotingRule(recipe.far.rule, noted), turns_with_frames=True
-    )
+    network = _StandIn(extent, recipe.block, noted, converted=recipe.joint is not None)
     policy = recipe.policy if recipe.policy.average is None else replace(recipe.policy, average=1.0)
-    shape = replace(recipe, near=noted.near, far=far, policy=policy).memory(network)
+    shape = replace(recipe, near=noted.near, far=_noting(recipe.far, noted), policy=policy).memory(network)
+    shape = replace(shape, converted={layer: _noting(far, noted) for layer, far in shape.converted.items()})
     memory = StreamMemory(shape, network.config.layers, ring=False)
     blocks = recipe.schedule(
         network,
@@ -114,9 +114,9 @@ def traced(recipe: Recipe, extent: int, shift: float = 1.0) -> Iterator[BlockTra
 def _row(
     block: int, made: tuple[int, ...], before: tuple[int, ...], noted: "_Noted", memory: StreamMemory
 ) -> BlockTrace:  # fmt: skip
-    sink, keys = memory.shape.window.sink, memory.held(0)
+    sink, keys = memory.shape.window_of(0).sink, memory.held(0)
     held = tuple(sorted(round(frame) for frame in keys.v_BTND[0, :, 0, 0].tolist())) if keys else ()
-    sums = memory.far(0).sums if memory.shape.far else None
+    sums = memory.far(0).sums if memory.shape.far_of(0) else None
     old = [one for one in noted.attended if one.frame < made[0]]
     return BlockTrace(
         block=block,
@@ -169,13 +169,19 @@ class _NotingRule:
         return self.rule.read(sums, queries)
 
 
+def _noting(far: FarShape | None, noted: _Noted) -> FarShape | None:
+    """The same far state, noting what it takes and showing where."""
+    return far and replace(far, form=linear.PAPER, rule=_NotingRule(far.rule, noted), turns_with_frames=True)
+
+
 class _StandIn(WanTransformer):
     """One token a frame, in one layer: keys that show where they are placed, values that are their frames' numbers."""
 
-    def __init__(self, extent: int, block: int, noted: _Noted):
+    def __init__(self, extent: int, block: int, noted: _Noted, *, converted: bool):
         config = WanConfig(
             dim=HEAD_DIM, heads=1, ffn_dim=1, layers=1, text_dim=1, channels=1, level_dim=2,
             rotary_split=AXES.split, extent=extent, reads_far=True,
+            conversion=Conversion(layers=(0,), current=block, degree=1) if converted else None,
         )  # fmt: skip
         super().__init__(config)
         self.block, self.noted = block, noted

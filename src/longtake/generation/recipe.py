@@ -1,7 +1,7 @@
 """What a method is at serving time: memory, schedule, levels."""
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol, Self
@@ -11,7 +11,7 @@ from torch import Tensor
 from longtake.flow import TIMESTEPS, warped_levels
 from longtake.generation.noise import Noise
 from longtake.generation.rolling import InFlight, rolling
-from longtake.memory.far import FarShape
+from longtake.memory.far import FarShape, Keep
 from longtake.memory.policies import PLAIN, Policy
 from longtake.memory.stream_memory import MemoryShape, StreamMemory
 from longtake.memory.view import Attend
@@ -46,6 +46,10 @@ class Recipe:
     policy: what else makes it the memory of a paper: where frames stand, what a change of prompt does, and the like.
     rolls: whether the schedule is `rolling`, which denoises as many blocks together as there are steps. They come on
     top of sink and past; where fewer are in flight, what that leaves of the extent is for more of the past.
+
+    joint: of methods whose network has converted layers (ReHyAt): these see a near span in the place of the window, and
+    sums of all before it. Told how many latent frames were far in training at most, it gives the rule of the sums, or
+    None, which forgets.
     """
 
     name: str
@@ -58,6 +62,7 @@ class Recipe:
     block: int = 3
     steps: tuple[float, ...] = (1000, 750, 500, 250)
     rolls: bool = False
+    joint: Callable[[int], Keep | None] | None = None
 
     @property
     def in_flight(self) -> int:
@@ -82,15 +87,38 @@ class Recipe:
         """
         if self.far and not network.config.reads_far:
             raise ValueError(f"recipe {self.name} has a far state, which this network was not trained to read")
+        converted, overlap = self._near_spans(network)
         shape = MemoryShape(
             window=WindowShape(sink=self.sink, past=self.past),
             extent=self.policy.reads.extent(network.config.extent),
             far=self.far,
             near=self.near,
             policy=self.policy,
+            converted=converted,
+            overlap=overlap,
         )
         shape.require_fit(self.block, network.config.extent, self.in_flight)
         return self._rolling(shape, network.config.extent) if self.rolls else shape
+
+    def _near_spans(self, network: WanTransformer) -> tuple[Mapping[int, FarShape | None], int]:
+        """What is made of frames that left the near span of each converted layer, and how many frames it overlaps."""
+        if self.joint is None:
+            return {}, 0
+        conversion = network.config.conversion
+        if conversion is None:
+            raise ValueError(
+                f"recipe {self.name} reads through converted layers, and these weights have none: "
+                "longtake train attention_matching converts some"
+            )
+        if conversion.current != self.block:
+            raise ValueError(
+                f"recipe {self.name} streams blocks of {self.block} latent frames, "
+                f"but layers were converted to near spans of {conversion.current}"
+            )
+        if conversion.turns_with_frames:
+            raise ValueError(f"recipe {self.name} cannot stream features that turn with frames")
+        rule = self.joint(max(1, conversion.far_frames(network.config.extent)))
+        return network.far_shapes(rule) if rule else dict.fromkeys(conversion.layers), conversion.overlap
 
     def _rolling(self, shape: MemoryShape, extent: int) -> MemoryShape:
         """As much past as the smallest pass, a commit, can read; for commits the latest frames come before the sink."""

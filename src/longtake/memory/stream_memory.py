@@ -1,7 +1,7 @@
 """Every layer's memory of one stream (or of a batch of streams that move together)."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from longtake.attention.dense import dense
 from longtake.attention.rope import Grid, rotate
 from longtake.memory.far import FarShape, FarState, SinkInFar, require_share
 from longtake.memory.policies import PLAIN, Average, Bank, Policy
-from longtake.memory.view import Attend, FarView, MemoryView, Places, fitting, place_frames, rotated
+from longtake.memory.view import Attend, FarView, MemoryView, fitting, place_frames, rotated
 from longtake.memory.window import Keys, RingWindow, Window, WindowShape
 
 LayerKeys = Sequence[tuple[Tensor, Tensor]]
@@ -25,7 +25,10 @@ class MemoryShape:
     reads what fits it beside its own frames: the sink, and the latest others. far: what is made of frames that left
     the window (None: they are gone). near: how the window is attended. commits_keep_sink: whether commits read so too;
     if not, the latest frames come before the sink. policy: what else makes it the memory of a paper; ValueError beside
-    a far state or commits without the sink, which go with none of those rules.
+    far states or commits without the sink, which go with none of those rules.
+
+    converted: layers, by number, that keep the last `overlap` frames in the place of that window, and read what is made
+    of all frames before those under one denominator with them (ReHyAt, 2601.04342); of None nothing is made.
     """
 
     window: WindowShape
@@ -34,9 +37,11 @@ class MemoryShape:
     near: Attend = dense
     commits_keep_sink: bool = True
     policy: Policy = PLAIN
+    converted: Mapping[int, FarShape | None] = field(default_factory=dict)
+    overlap: int = 0
 
     def __post_init__(self) -> None:
-        if self.policy != PLAIN and (self.far or not self.commits_keep_sink):
+        if self.policy != PLAIN and (self.far or self.converted or not self.commits_keep_sink):
             raise ValueError("a far state, or blocks in flight, need a memory of sink and past as they are")
         if self.policy.average is not None and not self.window.sink:
             raise ValueError("what leaves the past can only be averaged into a sink of 1 latent frame or more")
@@ -45,6 +50,14 @@ class MemoryShape:
             raise ValueError(
                 f"of {recache.frames} latent frames to commit again, none is left beside a sink of {self.window.sink}"
             )
+
+    def window_of(self, layer: int) -> WindowShape:
+        """What a layer keeps exactly."""
+        return WindowShape(sink=0, past=self.overlap) if layer in self.converted else self.window
+
+    def far_of(self, layer: int) -> FarShape | None:
+        """What a layer makes of frames that left its window."""
+        return self.converted.get(layer, self.far)
 
     def require_fit(self, block: int, trained_extent: int, in_flight: int = 1) -> None:
         """Refuse shapes that cannot be streamed, so many blocks at once: ValueError with the numbers."""
@@ -64,6 +77,11 @@ class MemoryShape:
                 f"sink {sink} + past {past}{f' + bank {bank.frames}' if bank else ''} + current {block}{flying}"
                 f"{f' + leaving {leaving}' if leaving else ''} = {needed} "
                 f"latent frames do not fit the extent of {self.extent or trained_extent} that positions may take"
+            )
+        if self.converted and self.overlap + block > (self.extent or trained_extent):
+            raise ValueError(
+                f"a near span of {self.overlap} + {block} latent frames does not fit the extent of "
+                f"{self.extent or trained_extent} that positions may take"
             )
         if self.extent is not None and self.extent > trained_extent:
             raise ValueError(f"extent {self.extent} exceeds the {trained_extent} latent frames that were trained")
@@ -87,8 +105,9 @@ class StreamMemory:
         self.frames = 0
         self.blocks = 0
         make: Callable[[WindowShape], RingWindow | Window] = RingWindow if ring else Window
-        self._windows = [make(shape.window) for _ in range(layers)]
-        self._far = [FarState(shape.far) for _ in range(layers)] if shape.far else []
+        self._windows = [make(shape.window_of(layer)) for layer in range(layers)]
+        fars = {layer: shape.far_of(layer) for layer in range(layers)}
+        self._far = {layer: FarState(far) for layer, far in fars.items() if far}
         self._begin_anew()
 
     def _begin_anew(self) -> None:
@@ -136,30 +155,30 @@ class StreamMemory:
         projections: of what each layer reads from its far state, where there are any. commits: whether it is for the
         pass that commits them. text: each layer's mean key of the prompt, [B, N, D], which chooses from a bank.
         """
-        if len(projections) < len(self._far):
-            raise ValueError(
-                f"{len(self._far)} layers have a far state, but {len(projections)} a projection to read it"
-            )
+        if self.shape.far and len(projections) < self.layers:
+            raise ValueError(f"{self.layers} layers have a far state, but {len(projections)} a projection to read it")
         self._require_text(text)
+        policy, extent = self.shape.policy, self.shape.extent
         current = range(self.frames, self.frames + count)
         layers = []
         for window in self._windows:
-            held = self._readable(window.held, count, commits)
-            frames, places = self.shape.policy.reads(
-                held.frames if held else (), current, self.shape.window, self.shape.extent
-            )
+            held = self._readable(window, count, commits)
+            frames, places = policy.reads(held.frames if held else (), current, window.shape, extent)
             layers.append(rotated(held.seen(frames), grid, places.held) if held and frames else None)
-        if self._jump is not None:
-            places = Places(places.held, tuple(range(self._jump, self._jump + count)))
+        own = places.current if self._jump is None else range(self._jump, self._jump + count)
         if self._banks:
             banks = [bank.chosen(text_BND, grid) for bank, text_BND in zip(self._banks, text, strict=True)]
             layers = [_beside(bank, near, grid) for bank, near in zip(banks, layers, strict=True)]
-        far = [
-            FarView(state, project, state.shape.rotation(grid, places.current, device))
-            for state, project in zip(self._far, projections, strict=False)
+        far = {
+            layer: FarView(
+                state,
+                None if layer in self.shape.converted else projections[layer],
+                state.shape.rotation(grid, own, device),
+            )
+            for layer, state in self._far.items()
             if state.sums is not None
-        ]
-        return MemoryView(grid.rotation(places.current, device), layers, self.shape.near, far)
+        }
+        return MemoryView(grid.rotation(own, device), layers, self.shape.near, far)
 
     def commit(
         self, keys: LayerKeys, count: int, grid: Grid | None = None, *,
@@ -190,7 +209,7 @@ class StreamMemory:
         for i, (k_BTND, v_BTND) in enumerate(keys):
             new = Keys(*((k_BTND, v_BTND) if self.keeps_graph else (k_BTND.detach(), v_BTND.detach())), numbers)
             gone = self._slide(i, new)
-            if self._far and grid is not None:
+            if i in self._far and grid is not None:
                 self._absorb(i, gone, count, grid)
             if self._averages and gone is not None:
                 self._average(i, gone)
@@ -202,11 +221,12 @@ class StreamMemory:
         if self._banks and len(text) != self.layers:
             raise ValueError(f"the prompt's keys of {len(text)} layers cannot choose from {self.layers} banks")
 
-    def _readable(self, held: Keys | None, count: int, commits: bool) -> Keys | None:
-        """What a pass over `count` frames reads of what is held."""
+    def _readable(self, window: RingWindow | Window, count: int, commits: bool) -> Keys | None:
+        """What a pass over `count` frames reads of what a window holds."""
+        held = window.held
         if held is None:
             return None
-        sink = 0 if commits and not self.shape.commits_keep_sink else self.shape.window.sink
+        sink = 0 if commits and not self.shape.commits_keep_sink else window.shape.sink
         frames = fitting(held.frames, count, sink, self.shape.extent)
         if len(frames) == len(held.frames):
             return held
@@ -249,7 +269,7 @@ class StreamMemory:
         following = range(self.frames, self.frames + count)
         for keys in (self._sink_behind_past(layer, count, grid), gone):
             if keys is not None:
-                places = place_frames(keys.frames, following, self.shape.window.sink, self.shape.extent)
+                places = place_frames(keys.frames, following, self.shape.window_of(layer).sink, self.shape.extent)
                 state = self._far[layer]
                 rotation = state.shape.rotation(grid, places.held, keys.k_BTND.device)
                 self._far[layer] = state.absorb(keys, rotation)
@@ -277,7 +297,7 @@ class StreamMemory:
             self.flush()
             self._jump = self.shape.policy.jump if self.frames else None
             return
-        self._windows = [type(window)(self.shape.window) for window in self._windows]
+        self._windows = [type(window)(window.shape) for window in self._windows]
         self.frames = 0
         self._begin_anew()
 
@@ -308,14 +328,14 @@ class StreamMemory:
     def fade_far(self, share: float) -> None:
         """Let that share of the far states weigh on (1 keeps all, 0 forgets all). ValueError outside 0 to 1."""
         require_share(share)
-        self._far = [state.fade(share) for state in self._far]
+        self._far = {layer: state.fade(share) for layer, state in self._far.items()}
 
     def fork(self) -> "StreamMemory":
         """An independent memory that goes on from the same moment."""
         twin = StreamMemory(self.shape, 0, ring=False, keeps_graph=self.keeps_graph)
         twin.frames, twin.blocks = self.frames, self.blocks
         twin._windows = [w.fork() if isinstance(w, RingWindow) else w for w in self._windows]
-        twin._far = list(self._far)
+        twin._far = dict(self._far)
         twin._averages, twin._banks = list(self._averages), list(self._banks)
         twin._latents, twin._first, twin._jump = self._latents, self._first, self._jump
         return twin
@@ -325,14 +345,14 @@ class StreamMemory:
         held = [window.held for window in self._windows]
         near = sum(keys.nbytes() for keys in held if keys is not None)
         beside = sum(latents.nbytes for latents in self._latents)
-        parts: list[FarState | Average | Bank] = [*self._far, *self._averages, *self._banks]
+        parts: list[FarState | Average | Bank] = [*self._far.values(), *self._averages, *self._banks]
         return near + beside + sum(part.nbytes() for part in parts)
 
     def audit(self) -> None:
         """Check the books: every layer holds exactly the frames its shape allows. AssertionError otherwise."""
-        sink, past = self.shape.window.sink, self.shape.window.past
-        expected = {f for f in range(self.frames) if f < sink or f >= max(self.frames - past, self._first)}
         for layer, window in enumerate(self._windows):
+            sink, past = window.shape.sink, window.shape.past
+            expected = {f for f in range(self.frames) if f < sink or f >= max(self.frames - past, self._first)}
             found = set(window.held.frames) if window.held else set()
             assert found == expected, f"layer {layer} holds frames {sorted(found)}, expected {sorted(expected)}"
 

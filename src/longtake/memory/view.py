@@ -4,15 +4,15 @@ A view is a value: any number of passes may read it, none changes it. A network 
 and calls `view.attend`, so every backbone can read through every view.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from longtake.attention.dense import dense
-from longtake.attention.join import added
+from longtake.attention.join import added, under_one_bar
 from longtake.attention.rope import Grid, RotaryAxes, Rotation, rotate
 from longtake.memory.far import FarShape, FarState, SinkInFar
 from longtake.memory.window import Keys, WindowShape
@@ -52,27 +52,32 @@ class ClipView:
 
 
 class FarView(NamedTuple):
-    """A layer's far memory, the layer's projection of what is read from it, and where those stand who ask."""
+    """A layer's far memory, the layer's projection of what is read from it, and where those stand who ask.
+
+    Without a projection the layer is a converted one: near and far stand under one denominator.
+    """
 
     state: FarState
-    project: Callable[[Tensor], Tensor]
+    project: Callable[[Tensor], Tensor] | None
     rotation: Rotation
 
-    def add_to(self, near_BTND: Tensor, own: Tokens) -> Tensor:
-        return added(near_BTND, self.state.read(own.plain_q, self.rotation), self.project, self.state.present_B)
+    def add_to(self, near_BTND: Tensor, plain_q_BTND: Tensor) -> Tensor:
+        if self.project is None:
+            return under_one_bar(near_BTND, self.state.weigh(plain_q_BTND, self.rotation))
+        return added(near_BTND, self.state.read(plain_q_BTND, self.rotation), self.project, self.state.present_B)
 
 
 @dataclass(frozen=True)
 class MemoryView:
     """A block in front of a memory: its tokens see what each layer remembers (rotated already), and each other.
 
-    far: of every layer, once there is something far.
+    far: of the layers that have something far, by number.
     """
 
     rotation: Rotation
     layers: Sequence[tuple[Tensor, Tensor] | None]
     near: Attend = dense
-    far: Sequence[FarView] = ()
+    far: Mapping[int, FarView] = field(default_factory=dict)
 
     def attend(self, layer: int, own: Tokens) -> Tensor:
         k_BTND, v_BTND = own.k, own.v
@@ -81,7 +86,7 @@ class MemoryView:
             k_BTND = torch.cat([remembered[0], k_BTND], dim=1)
             v_BTND = torch.cat([remembered[1], v_BTND], dim=1)
         near_BTND = self.near(own.q, k_BTND, v_BTND)
-        return self.far[layer].add_to(near_BTND, own) if self.far else near_BTND
+        return self.far[layer].add_to(near_BTND, own.plain_q) if layer in self.far else near_BTND
 
 
 class TeacherForcedView:
@@ -92,24 +97,27 @@ class TeacherForcedView:
     to streaming with that memory (tested), but parallel. Blocks with equally many remembered frames share a call; only
     the sums of what is far are made block by block.
 
-    near: how the window is attended. far: what is made of frames that left it, which the projections of each layer
-    read. The sink must not enter it: ValueError.
+    near: how the window is attended. far: what each layer, by number, makes of frames that left it, all placed alike,
+    and projections: of what a layer reads from it; without one it stands under the window's denominator. The sink must
+    not enter it: ValueError.
     """
 
     def __init__(
         self, axes: RotaryAxes, shape: WindowShape, extent: int | None, block: int, blocks: int,
         rows: int, columns: int, device: torch.device | str, *,
-        near: Attend = dense, far: FarShape | None = None, projections: Sequence[Callable[[Tensor], Tensor]] = (),
+        near: Attend = dense, far: Mapping[int, FarShape] | None = None,
+        projections: Sequence[Callable[[Tensor], Tensor]] = (),
     ):  # fmt: skip
-        if far and far.sink is not SinkInFar.NEVER:
+        if far and any(one.sink is not SinkInFar.NEVER for one in far.values()):
             raise ValueError("a far state that the sink enters as well can only be walked through block by block")
         self.block, self.blocks, self.tokens = block, blocks, rows * columns
-        self._near, self._far, self._projections = near, far, projections
+        self._near, self._far, self._projections = near, far or {}, projections
         frames = [range(b * block, (b + 1) * block) for b in range(blocks)]
         held = [fitting(_held_frames(b * block, shape), block, shape.sink, extent) for b in range(blocks)]
         places = [place_frames(h, own, shape.sink, extent) for h, own in zip(held, frames, strict=True)]
         grid = Grid(axes, rows, columns)
-        self._moments = [_moment(own, far, grid, shape, extent, device) for own in frames] if far else []
+        placed = next(iter(self._far.values()), None)
+        self._moments = [_moment(own, placed, grid, shape, extent, device) for own in frames] if placed else []
         positions = [position for place in places for position in place.current]
         self.rotation = axes.rotation(positions + positions, rows, columns, device)
         self._groups = [
@@ -131,27 +139,43 @@ class TeacherForcedView:
             out[:, :, group.blocks] = group.attend(
                 self._near, q_group, k_group, v_group, clean_k[:, group.held], clean_v[:, group.held]
             )
-        if self._far:
-            plain_q = own.plain_q.unflatten(1, halves)
-            out = self._with_far(out, plain_q, clean_k, clean_v, FarState(self._far), self._projections[layer])
+        if layer in self._far:
+            plain_q, state = own.plain_q.unflatten(1, halves), FarState(self._far[layer])
+            project = self._projections[layer] if self._projections else None
+            out = self._with_far(out, plain_q, clean_k, clean_v, state, project)
         return out.flatten(1, 3)
 
     def _with_far(
         self, near: Tensor, plain_q: Tensor, clean_k: Tensor, clean_v: Tensor, state: FarState,
-        project: Callable[[Tensor], Tensor],
+        project: Callable[[Tensor], Tensor] | None,
     ) -> Tensor:  # fmt: skip
         """near, plain_q [B, 2, blocks, T, N, D], with what is far added to near; clean [B, frames, tokens, N, D]."""
         answers = []
         for answer, asked, moment in zip(near.unbind(2), plain_q.unbind(2), self._moments, strict=True):
             if state.sums is not None:
-                read = state.read(asked.flatten(1, 2), moment.asking)
-                answer = added(answer.flatten(1, 2), read, project, state.present_B).view_as(answer)
+                far = FarView(state, project, moment.asking)
+                answer = far.add_to(answer.flatten(1, 2), asked.flatten(1, 2)).view_as(answer)
             answers.append(answer)
             if moment.gone:
                 frames = slice(moment.gone[0], moment.gone[-1] + 1)
                 keys = Keys(clean_k[:, frames].flatten(1, 2), clean_v[:, frames].flatten(1, 2), moment.gone)
                 state = state.absorb(keys, moment.behind)
         return torch.stack(answers, dim=2)
+
+
+@dataclass(frozen=True)
+class LayeredView:
+    """One view for most layers, others for some, by number; all rotate a layer's own tokens alike."""
+
+    most: View
+    others: Mapping[int, View]
+
+    @property
+    def rotation(self) -> Rotation:
+        return self.most.rotation
+
+    def attend(self, layer: int, own: Tokens) -> Tensor:
+        return self.others.get(layer, self.most).attend(layer, own)
 
 
 class _Moment(NamedTuple):

@@ -5,13 +5,57 @@ every far key has a weight above 0 and a denominator never passes through 0.
 """
 
 import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from longtake.attention.linear import Features
+from longtake.attention.near_span import NearSpan
 from longtake.attention.rope import Rotation, fitted, rotate
+
+_NEXT_TO_NOTHING = -30.0  # softplus of it is 1e-13: far from what weighs, and above 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """Which layers of a network are converted, and how: they attend exactly to a near span, and read what came before
+    it through learned features (`LearnedForm`). Part of a network's configuration, and so of its weight file.
+
+    layers: by number. current, overlap: the near span in latent frames (Tc, To). degree: of the features.
+    turns_with_frames: whether what they are made of is turned with frames too, not with row and column alone: better in
+    clips as long as those of training, of no use in longer ones and in streams (docs/rehyat.md, H4).
+    ValueError for layers that are none, or named twice, and for a span that cannot be.
+    """
+
+    layers: tuple[int, ...]
+    current: int = 3
+    overlap: int = 1
+    degree: int = 2
+    turns_with_frames: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.layers or len(set(self.layers)) < len(self.layers) or min(self.layers) < 0:
+            raise ValueError(f"converted layers are one or more different numbers from 0 on, got {list(self.layers)}")
+        if self.degree < 1:
+            raise ValueError(f"the degree of features is 1 or more, got {self.degree}")
+        _ = self.span  # refuses what cannot be
+
+    @classmethod
+    def of(cls, described: Mapping[str, Any]) -> Self:
+        """From its fields as JSON holds them."""
+        return cls(**{**described, "layers": tuple(described["layers"])})
+
+    @property
+    def span(self) -> NearSpan:
+        return NearSpan(current=self.current, overlap=self.overlap)
+
+    def far_frames(self, frames: int) -> int:
+        """How many latent frames are far to the last chunk of a clip of so many: the most there ever are."""
+        return self.span.chunks(frames)[-1].near
 
 
 class PowerMap(nn.Module):
@@ -69,6 +113,13 @@ class LearnedForm(nn.Module):
         self.queries = PowerMap(heads, head_dim, degree=degree, start=start)
         self.keys = PowerMap(heads, head_dim, degree=degree, start=start)
         self.turned_after = turned_after
+
+    @torch.no_grad()
+    def leave_local(self, heads: Sequence[int]) -> None:
+        """Let what is far weigh next to nothing in these heads (1e-20 of what is near), whatever it is."""
+        for phi in (self.queries, self.keys):
+            phi.out_weight[list(heads)] = 0
+            phi.out_bias[list(heads)] = _NEXT_TO_NOTHING
 
     def features(self, size: int) -> int:
         """How many features a head vector of that size gets."""

@@ -9,9 +9,9 @@ Source: Wan2.1 (arXiv 2503.20314); names and shapes from its published checkpoin
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +19,20 @@ from torch.nn import functional
 
 from longtake.attention.dense import dense
 from longtake.attention.rope import Grid, RotaryAxes, Rotation, rotate, split_like_wan
-from longtake.memory.far import FarShape
-from longtake.memory.stream_memory import LayerKeys, StreamMemory
-from longtake.memory.view import Attend, ClipView, MemoryView, TeacherForcedView, Tokens, View, frame_mask
+from longtake.memory.far import FarShape, Keep
+from longtake.memory.span_memory import SpanShape, SpanView
+from longtake.memory.stream_memory import LayerKeys, MemoryShape, StreamMemory
+from longtake.memory.view import ClipView, LayeredView, MemoryView, TeacherForcedView, Tokens, View, frame_mask
 from longtake.memory.window import WindowShape
+from longtake.models.features import Conversion, LearnedForm
 
 
 @dataclass(frozen=True, kw_only=True)
 class WanConfig:
     """Sizes of the transformer. `extent` is how many latent frames it was trained to see at once.
 
-    reads_far: whether its layers can read a far state, each through a projection of its own.
+    reads_far: whether its layers can read a far state, each through a projection of its own. conversion: which layers
+    are converted (ReHyAt), if any are. ValueError for a width that heads cannot share, and for layers there are not.
     """
 
     dim: int
@@ -43,10 +46,19 @@ class WanConfig:
     rotary_split: tuple[int, int, int] | None = None
     extent: int = 21
     reads_far: bool = False
+    conversion: Conversion | None = None
 
     def __post_init__(self) -> None:
+        if self.conversion and max(self.conversion.layers) >= self.layers:
+            raise ValueError(f"layer {max(self.conversion.layers)} cannot be converted: there are {self.layers}")
         if self.dim % self.heads or (self.dim // self.heads) % 2:
             raise ValueError(f"width {self.dim} cannot be shared among {self.heads} heads of an even size")
+
+    @classmethod
+    def of(cls, described: Mapping[str, Any]) -> Self:
+        """From its fields as JSON holds them; those that are left out are as by default."""
+        conversion = described.get("conversion")
+        return cls(**{**described, "conversion": Conversion.of(conversion) if conversion else None})
 
     @property
     def axes(self) -> RotaryAxes:
@@ -106,20 +118,24 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Attention among video tokens. `linear_proj`, shared by the heads, is for what they read from a far state.
 
-    It begins at zero, so that a network that learns to read begins as the one it was.
+    It begins at zero, so that a network that learns to read begins as the one it was. `features`, of a converted layer,
+    are what it reads all but its near span by.
     """
 
-    def __init__(self, dim: int, heads: int, reads_far: bool):
+    def __init__(self, dim: int, heads: int, reads_far: bool, features: LearnedForm | None):
         super().__init__(dim, heads)
         self.linear_proj = _zero_linear(dim // heads) if reads_far else None
+        self.features = features
 
 
 class Block(nn.Module):
     """One transformer layer, in the two halves on either side of its self-attention."""
 
-    def __init__(self, dim: int, heads: int, ffn_dim: int, reads_far: bool = False):
+    def __init__(
+        self, dim: int, heads: int, ffn_dim: int, reads_far: bool = False, features: LearnedForm | None = None
+    ):  # fmt: skip
         super().__init__()
-        self.self_attn = SelfAttention(dim, heads, reads_far)
+        self.self_attn = SelfAttention(dim, heads, reads_far, features)
         self.cross_attn = Attention(dim, heads)
         self.norm3 = nn.LayerNorm(dim, eps=1e-6)
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
@@ -185,7 +201,8 @@ class WanTransformer(nn.Module):
         self.time_embedding = nn.Sequential(nn.Linear(config.level_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(
-            Block(dim, config.heads, config.ffn_dim, config.reads_far) for _ in range(config.layers)
+            Block(dim, config.heads, config.ffn_dim, config.reads_far, _features(config, i, far_tokens=1))
+            for i in range(config.layers)
         )
         self.head = Head(dim, patch_size)
 
@@ -197,6 +214,16 @@ class WanTransformer(nn.Module):
     def projections(self) -> list[nn.Linear]:
         """What each layer passes its reading of a far state through; none in a network that reads no such state."""
         return [block.self_attn.linear_proj for block in self.layers if block.self_attn.linear_proj is not None]
+
+    @property
+    def features(self) -> dict[int, LearnedForm]:
+        """Of the converted layers, by number."""
+        return {i: b.self_attn.features for i, b in enumerate(self.layers) if b.self_attn.features is not None}
+
+    def far_shapes(self, rule: Keep) -> dict[int, FarShape]:
+        """What each converted layer makes of what left its near span, by its number, summed under that rule."""
+        turns = bool(self.config.conversion and self.config.conversion.turns_with_frames)
+        return {i: FarShape(form=form, rule=rule, turns_with_frames=turns) for i, form in self.features.items()}
 
     def prompt_keys(self, text_BPLE: Tensor) -> PromptKeys:
         """Cross-attention keys of P prompts per batch element. Every one of the L rows is attended, as published."""
@@ -226,11 +253,20 @@ class WanTransformer(nn.Module):
                 x = block.after_attention(x, view.attend(i, own), levels_BF6E, prompts.layers[i], prompt_BF)
         return keys
 
-    def clip_view(self, latents_BFCHW: Tensor, allowed_FF: Tensor | None = None) -> ClipView:
-        """A view in which the frames of a clip see each other, or those that `allowed_FF` (query, key) allows."""
-        rows, columns = self._grid(latents_BFCHW)
-        rotation = self.config.axes.rotation(range(latents_BFCHW.shape[1]), rows, columns, latents_BFCHW.device)
-        return ClipView(rotation, None if allowed_FF is None else frame_mask(allowed_FF, rows * columns))
+    def clip_view(self, latents_BFCHW: Tensor, allowed_FF: Tensor | None = None) -> ClipView | SpanView:
+        """A view in which the frames of a clip see each other, or those that `allowed_FF` (query, key) allows.
+
+        In converted layers they see their near span and what came before it. ValueError for a converted network and
+        frames that are not allowed: sums cannot leave single ones out.
+        """
+        grid, conversion = self.grid(latents_BFCHW), self.config.conversion
+        rotation = grid.rotation(range(latents_BFCHW.shape[1]), latents_BFCHW.device)
+        if conversion is None:
+            return ClipView(rotation, None if allowed_FF is None else frame_mask(allowed_FF, grid.rows * grid.columns))
+        if allowed_FF is not None:
+            raise ValueError("converted layers cannot be masked: take a network without any, or another stage")
+        shapes = self.far_shapes(Keep()).items()
+        return SpanView(rotation, {i: SpanShape(span=conversion.span, grid=grid, far=far) for i, far in shapes})
 
     def memory_view(
         self, memory: StreamMemory, latents_BFCHW: Tensor, *, commits: bool = False, text: Sequence[Tensor] = ()
@@ -247,16 +283,23 @@ class WanTransformer(nn.Module):
         return Grid(self.config.axes, *self._grid(latents_BFCHW))
 
     def teacher_forced_view(
-        self, clean_BFCHW: Tensor, block: int, shape: WindowShape, extent: int | None,
-        near: Attend = dense, far: FarShape | None = None,
-    ) -> TeacherForcedView:  # fmt: skip
+        self, clean_BFCHW: Tensor, block: int, memory: MemoryShape
+    ) -> TeacherForcedView | LayeredView:  # fmt: skip
         """A view for [clean copy | noisy copy] of a clip: every noisy block in front of its clean past, in parallel."""
-        rows, columns = self._grid(clean_BFCHW)
-        blocks = clean_BFCHW.shape[1] // block
-        return TeacherForcedView(
-            self.config.axes, shape, extent, block, blocks, rows, columns, clean_BFCHW.device,
-            near=near, far=far, projections=self.projections,
+        blocks, place = clean_BFCHW.shape[1] // block, (*self._grid(clean_BFCHW), clean_BFCHW.device)
+        far = dict.fromkeys(range(len(self.blocks)), memory.far) if memory.far else None
+        most = TeacherForcedView(
+            self.config.axes, memory.window, memory.extent, block, blocks, *place,
+            near=memory.near, far=far, projections=self.projections,
         )  # fmt: skip
+        if not memory.converted:
+            return most
+        span = WindowShape(sink=0, past=memory.overlap)
+        far = {layer: shape for layer, shape in memory.converted.items() if shape}
+        others = TeacherForcedView(
+            self.config.axes, span, memory.extent, block, blocks, *place, near=memory.near, far=far
+        )  # fmt: skip
+        return LayeredView(most, dict.fromkeys(memory.converted, others))
 
     def _grid(self, latents_BFCHW: Tensor) -> tuple[int, int]:
         height, width = latents_BFCHW.shape[-2:]
@@ -294,12 +337,37 @@ def reading_far(network: WanTransformer) -> WanTransformer:
     return made.to(weight.device, weight.dtype).requires_grad_(weight.requires_grad).train(network.training)
 
 
+def converted(network: WanTransformer, conversion: Conversion | None, *, far_tokens: int = 1) -> WanTransformer:
+    """The same network with these layers converted and no others.
+
+    Features that it has are kept; those that it has not begin as those of clips in which so many tokens are far.
+    ValueError for features of another degree, and for layers that it has not.
+    """
+    old = network.config.conversion
+    if old and conversion and old.degree != conversion.degree:
+        raise ValueError(f"features of degree {old.degree} cannot become features of degree {conversion.degree}")
+    weight = network.patch_embedding.weight
+    made = WanTransformer(replace(network.config, conversion=conversion))
+    for i, block in enumerate(made.layers):
+        block.self_attn.features = _features(made.config, i, far_tokens)
+    own = made.state_dict()
+    made.load_state_dict(own | {name: x for name, x in network.state_dict().items() if name in own})
+    return made.to(weight.device, weight.dtype).requires_grad_(weight.requires_grad).train(network.training)
+
+
 def level_features(level_BF: Tensor, size: int) -> Tensor:
     """Cosines, then sines, of 1000 * level at `size` / 2 frequencies from 1 down to 1/10000, computed in float64."""
     half = size // 2
     steps = torch.arange(half, dtype=torch.float64, device=level_BF.device)
     angles = 1000 * level_BF.double().unsqueeze(-1) * torch.exp(-math.log(10000) / half * steps)
     return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
+
+
+def _features(config: WanConfig, layer: int, far_tokens: int) -> LearnedForm | None:
+    """Of a layer, if it is converted."""
+    if config.conversion is None or layer not in config.conversion.layers:
+        return None
+    return LearnedForm(config.heads, config.dim // config.heads, degree=config.conversion.degree, far_tokens=far_tokens)
 
 
 def _zero_linear(size: int) -> nn.Linear:

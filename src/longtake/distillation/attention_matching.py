@@ -1,0 +1,150 @@
+"""Teach learned features, layer by layer, to answer as the softmax attention that they stand in for.
+
+Value distillation (Attention Surgery, 2509.24899, eq. 7; ReHyAt, 2601.04342, eq. 19): the frozen layer's own queries,
+keys and values are attended exactly, and by its near span with sums of all before; the L1 between the two answers
+teaches the maps, and nothing else learns. What is taught knows of no network: `Asked` is all it sees of an attention.
+
+Shapes: B batch, T tokens, N heads, D per head.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from longtake.attention import linear
+from longtake.attention.dense import dense
+from longtake.attention.linear import Sums
+from longtake.attention.near_span import NearSpan, Shift, joined
+from longtake.attention.rope import Rotation, rotate
+from longtake.memory.view import Tokens
+from longtake.models.features import LearnedForm
+
+
+class Asked(NamedTuple):
+    """What one softmax attention asks and holds, [B, T, N, D] each, as it enters the softmax (scores over sqrt(D)).
+
+    frame_T: the latent frame of each token, whole numbers on the host, in any order, as many of each as there are.
+    features_q, features_k: queries and keys as features shall see them, where that is with other positions than the
+    softmax does, or with none; None: the same.
+    """
+
+    q_BTND: Tensor
+    k_BTND: Tensor
+    v_BTND: Tensor
+    frame_T: Tensor
+    features_q_BTND: Tensor | None = None
+    features_k_BTND: Tensor | None = None
+
+
+class Match(NamedTuple):
+    """How far a head's answers are from the exact ones, in L1 [N]: beside the error of the near span alone (1: its sums
+    are of no use), and beside the size of the exact answers."""
+
+    beside_near_N: Tensor
+    beside_answer_N: Tensor
+
+
+def match(form: LearnedForm, asked: Asked, span: NearSpan, *, both_ways: bool = False) -> Match:
+    """Answer by near span and features, and compare; gradients reach the form's maps.
+
+    both_ways: whether the exact answer is that of attention to all tokens, later ones included, as in a network that
+    looks both ways (published). Otherwise it is that of attention up to the end of each chunk, all that an answer from
+    left to right can know. ValueError where nothing is far: there is nothing to teach.
+    """
+    pieces = _pieces(asked.frame_T, span)
+    if not any(len(piece.leaving) for piece in pieces):
+        raise ValueError(
+            f"near spans of {span.current} + {span.overlap} latent frames hold the whole clip: nothing is far"
+        )
+    with torch.no_grad():
+        q, k, v = asked[:3]
+        near = _answered(pieces, lambda piece: dense(q[:, piece.asking], k[:, piece.near], v[:, piece.near]))
+        exact = dense(q, k, v) if both_ways else _answered(pieces, lambda piece: _upto(piece, q, k, v))
+    error_N, near_N, size_N = (_l1(x) for x in (hybrid(form, asked, span) - exact, near - exact, exact))
+    return Match(error_N / near_N.clamp_min(1e-12), error_N / size_N.clamp_min(1e-12))
+
+
+def hybrid(form: LearnedForm, asked: Asked, span: NearSpan) -> Tensor:
+    """Each chunk's exact attention to its near span joined with sums of all before it, [B, T, N, D]."""
+    q, k, v = asked[:3]
+    queries = form.queries(q if asked.features_q_BTND is None else asked.features_q_BTND)
+    keys = form.keys(k if asked.features_k_BTND is None else asked.features_k_BTND)
+    sums: Sums | None = None
+
+    def answer(piece: _Piece) -> Tensor:
+        nonlocal sums
+        if len(piece.leaving):
+            gone = keys[:, piece.leaving]
+            sums = linear.absorb(sums, linear.Features(gone, gone), v[:, piece.leaving])
+        asking = queries[:, piece.asking]
+        far = linear.weigh(sums, linear.Features(asking, asking)) if sums else None
+        return joined(q[:, piece.asking], k[:, piece.near], v[:, piece.near], far, Shift.LOG_MASS)
+
+    return _answered(_pieces(asked.frame_T, span), answer)
+
+
+@dataclass(frozen=True)
+class AskingView:
+    """A whole clip in which every token sees every token, telling what each layer asks as it is asked.
+
+    turned: where features see their queries and keys; see `FarShape.rotation`.
+    """
+
+    rotation: Rotation
+    turned: Rotation
+    frame_T: Tensor
+    tell: Callable[[int, Asked], None]
+
+    def attend(self, layer: int, own: Tokens) -> Tensor:
+        seen_q, seen_k = rotate(own.plain_q, self.turned), rotate(own.plain_k, self.turned)
+        self.tell(layer, Asked(own.q, own.k, own.v, self.frame_T, seen_q, seen_k))
+        return dense(own.q, own.k, own.v)
+
+
+def easiest(errors: Mapping[int, float], share: float) -> tuple[int, ...]:
+    """A share of the layers, at least one: those whose answers are nearest to the exact ones. In order of layers."""
+    count = max(1, round(share * len(errors)))
+    return tuple(sorted(sorted(errors, key=lambda layer: (errors[layer], layer))[:count]))
+
+
+class _Piece(NamedTuple):
+    """A chunk's tokens by number: those that ask, those that are near to them, those that were near to the chunk before
+    and are so no longer; and all up to the chunk's end."""
+
+    asking: Tensor
+    near: Tensor
+    leaving: Tensor
+    upto: Tensor
+
+
+def _pieces(frame_T: Tensor, span: NearSpan) -> list[_Piece]:
+    frame_T = frame_T - frame_T.min()
+    pieces, near_before = [], 0
+    for chunk in span.chunks(int(frame_T.max()) + 1):
+
+        def between(begin: int, end: int) -> Tensor:
+            return ((frame_T >= begin) & (frame_T < end)).nonzero().squeeze(1)
+
+        asking = between(chunk.begin, chunk.end)
+        if len(asking):
+            near, leaving = between(chunk.near, chunk.end), between(near_before, chunk.near)
+            pieces.append(_Piece(asking, near, leaving, between(0, chunk.end)))
+            near_before = chunk.near
+    return pieces
+
+
+def _answered(pieces: list[_Piece], answer: Callable[[_Piece], Tensor]) -> Tensor:
+    """The answers of all chunks, their tokens in the order they came in."""
+    order = torch.cat([piece.asking for piece in pieces])
+    return torch.cat([answer(piece) for piece in pieces], dim=1)[:, order.argsort()]
+
+
+def _upto(piece: _Piece, q_BTND: Tensor, k_BTND: Tensor, v_BTND: Tensor) -> Tensor:
+    return dense(q_BTND[:, piece.asking], k_BTND[:, piece.upto], v_BTND[:, piece.upto])
+
+
+def _l1(x_BTND: Tensor) -> Tensor:
+    return x_BTND.float().abs().mean((0, 1, 3))
