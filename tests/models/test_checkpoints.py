@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.models.layouts import CONFIG, LAYOUTS, in_diffusers, network, prefixed, shards
 from torch import Tensor
 
+from longtake.cli import main
 from longtake.models.checkpoints import (
     WAN_1_3B,
     WAN_14B,
@@ -412,6 +413,19 @@ def test_our_own_files_of_other_models_are_refused(tmp_path: Path) -> None:
     described["network"]["level_dim"] = 16
     save_weights(tmp_path / "toy.safetensors", tensors, described, int8=False)
     assert "1 not known (text.x)" in refusal(tmp_path / "toy.safetensors")
+
+
+def test_convert_on_the_command_line(tmp_path: Path, capsys) -> None:
+    path = LAYOUTS["generator_ema under FSDP, with others (Rolling Forcing)"](tmp_path, network().state_dict())
+    target = tmp_path / "out"
+    assert main(["models", "convert", str(path), str(target), "--to", "diffusers", "--entry", "critic"]) == 0
+    said = capsys.readouterr()
+    assert said.out == f"{target}\n"
+    assert f"{len(network().state_dict())} tensors of" in said.err and "entry critic" in said.err
+    expected = {name: tensor + 1 for name, tensor in network().state_dict().items()}
+    assert equal(load_wan(target).state_dict(), expected)
+    assert main(["models", "convert", str(path), str(target)]) == 2
+    assert capsys.readouterr().err == f"longtake: {target} exists already\n"
 
 
 # the Wan VAE
