@@ -3,12 +3,14 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -235,22 +237,42 @@ def _convert_codec(checkpoint: Checkpoint, config: WanVAEConfig, target: Path, l
 
 
 def _save_ours(target: Path, checkpoint: Checkpoint, part: str, config: WanConfig | WanVAEConfig) -> None:
-    save_weights(target, _read(checkpoint, checkpoint.meta), {part: asdict(config)}, int8=False)
+    with _written_whole(target) as beside:
+        save_weights(beside, _read(checkpoint, checkpoint.meta), {part: asdict(config)}, int8=False)
 
 
 def _save_theirs(target: Path, checkpoint: Checkpoint, config: Mapping[str, Any], shard_bytes: int) -> None:
-    """One file, or a folder as diffusers and Wan publish it; written beside and renamed."""
+    """One file, or a folder as diffusers and Wan publish it."""
+    with _written_whole(target) as beside:
+        if target.suffix == ".pth":
+            torch.save(_read(checkpoint, checkpoint.meta), beside)
+        elif target.suffix == ".safetensors":
+            _save_file(beside, _read(checkpoint, checkpoint.meta))
+        else:
+            beside.mkdir()
+            (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            _save_shards(beside, checkpoint, shard_bytes)
+
+
+@contextmanager
+def _written_whole(target: Path) -> Iterator[Path]:
+    """Where to write a file or a folder that is renamed when it is whole, and removed when writing fails."""
     beside = target.with_name(target.name + ".part")
-    if target.suffix == ".pth":
-        torch.save(_read(checkpoint, checkpoint.meta), beside)
-    elif target.suffix == ".safetensors":
-        _save_file(beside, _read(checkpoint, checkpoint.meta))
-    else:
-        shutil.rmtree(beside, ignore_errors=True)  # of an attempt that was stopped
-        beside.mkdir()
-        (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        _save_shards(beside, checkpoint, shard_bytes)
-    os.replace(beside, target)
+    _remove(beside)  # of an attempt that was killed
+    try:
+        yield beside
+        os.replace(beside, target)
+    except (SafetensorError, RuntimeError, OSError) as error:  # the first two are how a full disk is told of
+        raise ValueError(f"{target} could not be written: {error}") from error
+    finally:
+        _remove(beside)
+        _remove(beside.with_name(beside.name + ".part"))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
 
 
 def _require_space(folder: Path, checkpoint: Checkpoint) -> None:
