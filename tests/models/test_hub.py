@@ -5,17 +5,22 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from tests.models.layouts import network
-from tests.models.loopback_hub import Hub, serving
+from tests import tiny
+from tests.models.layouts import CONFIG, LAYOUTS, network, shards
+from tests.models.loopback_hub import COMMIT, Hub, serving
 
 from longtake.cli import main
+from longtake.generation.stream import Engine
 from longtake.models import hub
-from longtake.models.checkpoints import load_wan
+from longtake.models.checkpoints import load_published, load_wan, load_wan_vae
 from longtake.models.hub import Download, published, registry
+from longtake.models.wan_vae import WanVAE, WanVAEConfig
+from longtake.recipes import load_wan_network, recipe_named
 
 pytest.importorskip("huggingface_hub")
 NAME, FILE = "self-forcing", "checkpoints/self_forcing_dmd.pt"
@@ -103,6 +108,92 @@ def test_the_list_tells_the_terms(capsys) -> None:
     lines = capsys.readouterr().out.splitlines()
     (line,) = [line for line in lines if line.startswith("rolling-forcing ")]
     assert "16 GB" in line and "academic use only" in line and "no commercial use" in line
+
+
+# loading
+
+
+def cache_of(folder: Path, name: str, files: dict[str, bytes]) -> None:
+    """What the hub's client leaves behind, made by hand."""
+    repository = folder / ("models--" + published(name).repo.replace("/", "--"))
+    for file, content in files.items():
+        path = repository / "snapshots" / COMMIT / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    (repository / "refs").mkdir(exist_ok=True)
+    (repository / "refs" / "main").write_text(COMMIT)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch) -> Path:
+    folder = tmp_path / "hub"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(folder))
+    return folder
+
+
+def test_a_pulled_student_loads_for_its_recipe_by_name(cache: Path, checkpoint: bytes) -> None:
+    cache_of(cache, NAME, {FILE: checkpoint})
+    loaded = load_wan_network(NAME, recipe="self_forcing", device="cpu", dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(loaded[name], tensor.bfloat16()) for name, tensor in network().state_dict().items())
+
+
+def test_a_base_and_its_low_rank_updates_load_as_one(cache: Path, tmp_path: Path) -> None:
+    base, lora = tmp_path / "base.pt", tmp_path / "lora.pt"
+    torch.save({"generator": network().state_dict()}, base)
+    update = {"lora_A.weight": torch.ones(1, 256), "lora_B.weight": torch.ones(256, 1)}
+    torch.save({"generator_lora": {f"base_model.model.blocks.0.self_attn.q.{k}": x for k, x in update.items()}}, lora)
+    cache_of(cache, "longlive", {"models/longlive_base.pt": base.read_bytes(), "models/lora.pt": lora.read_bytes()})
+    loaded = load_published("longlive").state_dict()
+    expected = network().state_dict()
+    expected["blocks.0.self_attn.q.weight"] = expected["blocks.0.self_attn.q.weight"] + 1
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+
+
+def test_a_base_of_shards_loads_from_its_folder(cache: Path, tmp_path: Path) -> None:
+    folder = shards(tmp_path / "shards", network().state_dict())
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    cache_of(cache, "wan2.1-14b", files | {"Wan2.1_VAE.pth": b"", "models_t5_umt5-xxl-enc-bf16.pth": b""})
+    loaded = load_published("wan2.1-14b").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in network().state_dict().items())
+
+
+def test_what_does_not_load_for_a_recipe_says_why(cache: Path, checkpoint: bytes) -> None:
+    cache_of(cache, NAME, {FILE: checkpoint})
+    for model, recipe, said in (
+        (NAME, "hybrid_forcing", "was not trained to read the far state of hybrid_forcing"),
+        ("causal-forcing-framewise", "self_forcing", "blocks of 1 latent frames, and self_forcing of 3"),
+        ("causvid", "self_forcing", "longtake models pull causvid"),
+        ("wan2.1-1.3b", "self_forcing", "is no student of any method, and cannot stream"),
+        ("absent.pt", "self_forcing", "no checkpoint at absent.pt"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            load_wan_network(model, recipe=recipe, device="cpu")
+
+
+def test_what_is_not_on_the_hub_is_not_in_its_cache() -> None:
+    with pytest.raises(ValueError, match="is not on the hub: fetch it from https://github"):
+        load_published("taew2.1")
+
+
+def test_a_published_layout_streams(tmp_path: Path) -> None:
+    """Network and Wan VAE from files in diffusers' and the original layout, under a recipe, to pictures."""
+    folder = LAYOUTS["diffusers, a pipeline"](tmp_path, network(config=replace(CONFIG, channels=16)).state_dict())
+    torch.manual_seed(0)
+    torch.save(WanVAE(WanVAEConfig(dim=4)).state_dict(), tmp_path / "Wan2.1_VAE.pth")
+    engine = Engine(
+        model_name="synthetic",
+        recipe=recipe_named("self_forcing_sink"),
+        text=tiny.AnyText(),
+        network=load_wan_network(folder, recipe="self_forcing_sink", device="cpu"),
+        codec=load_wan_vae(tmp_path / "Wan2.1_VAE.pth"),
+        latent_size=(16, 4, 6),
+        frame_rate=16,
+        shift=5.0,
+    )
+    with engine.stream("anything", seed=1) as stream:
+        pictures = [next(stream).frames for _ in range(3)]
+    assert [frames.shape for frames in pictures] == [(9, 32, 48, 3), (12, 32, 48, 3), (12, 32, 48, 3)]
+    assert pictures[0].std() > 0
 
 
 # fetching

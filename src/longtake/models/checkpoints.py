@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from longtake.models.hub import UNKNOWN, cached, published
 from longtake.models.names import (
     OURS,
     codec_in_ours,
@@ -86,6 +87,26 @@ def load_wan_vae(
         codec = WanVAE(config, span)
     fill(codec, checkpoint, device, dtype)
     return codec.to(device=device, dtype=dtype).requires_grad_(False).eval()
+
+
+def load_published(
+    name: str, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> WanTransformer:
+    """The network of a checkpoint of the registry that was pulled: its entry, and its low-rank updates merged.
+
+    Otherwise as `load_wan`. ValueError, with what to do, for unknown names and for what is not in the cache.
+    """
+    checkpoint = published(name)
+    folder = cached(checkpoint)
+    file = folder / checkpoint.files[0]
+    entries = ENTRIES if checkpoint.entry in (None, UNKNOWN) else (checkpoint.entry,)
+    return load_wan(
+        file if file.suffix in (".pt", ".pth") else folder,
+        device=device,
+        dtype=dtype,
+        entries=entries,
+        lora=folder / checkpoint.lora if checkpoint.lora else None,
+    )
 
 
 def open_network(

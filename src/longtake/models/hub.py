@@ -131,6 +131,16 @@ def fetch(checkpoint: Published, download: Download | None) -> Path:
     return folder
 
 
+def cached(checkpoint: Published) -> Path:
+    """The folder of a checkpoint that was pulled; the hub is not asked. ValueError, with what to do, for any other."""
+    if checkpoint.repo is None:
+        raise ValueError(f"{checkpoint.name} is not on the hub: fetch it from {checkpoint.url} and name its file")
+    try:
+        return fetch(checkpoint, None)
+    except ValueError as error:
+        raise ValueError(f"{error}: longtake models pull {checkpoint.name}") from None
+
+
 def _require_intact(file: Path) -> None:
     """Throw away a file whose content is not what its name in the cache says; large files are named by SHA-256."""
     blob = file.resolve()
