@@ -450,7 +450,7 @@ def models_convert(
         lora: A file of low-rank updates to merge.
         alpha: Their scale times their rank; unless given, the scale is 1.
     """
-    from longtake.models.checkpoints import convert
+    from longtake.models.convert import convert
     from longtake.models.weights import ENTRIES
 
     read = convert(source, target, to, entries=ENTRIES if entry is None else (entry,), lora=lora, alpha=alpha)

@@ -17,15 +17,8 @@ from tests.models.layouts import CONFIG, LAYOUTS, in_diffusers, network, prefixe
 from torch import Tensor
 
 from longtake.cli import main
-from longtake.models.checkpoints import (
-    WAN_1_3B,
-    WAN_14B,
-    convert,
-    load_wan,
-    load_wan_vae,
-    network_config,
-    open_network,
-)
+from longtake.models.checkpoints import WAN_1_3B, WAN_14B, load_wan, load_wan_vae, network_config, open_network
+from longtake.models.convert import convert
 from longtake.models.names import WRAPPERS, codec_name_in_diffusers, network_name_in_diffusers, without_wrappers
 from longtake.models.wan import WanTransformer, reading_far
 from longtake.models.wan_vae import WanVAE, WanVAEConfig
