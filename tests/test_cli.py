@@ -104,6 +104,9 @@ finally:
         ["evaluate", "recall"],
         ["evaluate", "memory"],
         ["models"],
+        ["models", "list"],
+        ["models", "pull"],
+        ["models", "convert"],
         ["explain"],
     ],
 )

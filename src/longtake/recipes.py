@@ -30,6 +30,8 @@ from longtake.generation.rolling import rolling
 from longtake.generation.stream import Engine, to_uint8
 from longtake.memory.far import RULES, Decay, Delta, FarShape, Keep, MassCap, rule_named
 from longtake.memory.policies import Absolute, BackAndForth, BankShape, EndToEnd, Policy, Recache
+from longtake.models.checkpoints import load_published, load_wan
+from longtake.models.hub import registry
 from longtake.models.light_codec import LightCodec, LightCodecConfig
 from longtake.models.text import WordEncoder, WordEncoderConfig, WordText
 from longtake.models.wan import WanConfig, WanTransformer
@@ -357,6 +359,32 @@ def load_network(path: Path, device: torch.device) -> tuple[WordEncoder, WanTran
     for module in (text, network):
         module.requires_grad_(False).eval().to(device)
     return text, network, description
+
+
+def load_wan_network(
+    model: str | Path,
+    *,
+    recipe: str,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> WanTransformer:
+    """A Wan network for a recipe, frozen, straight to a device and a type: the network's part of an engine.
+
+    model: a name of `longtake models` that was pulled, or a path as `models.checkpoints.load_wan` takes it.
+    ValueError where that does not load, is a many-step teacher, or was trained for blocks of another size or without
+    the recipe's far state.
+    """
+    chosen = recipe_named(recipe)
+    known = registry().get(str(model))
+    if known and known.recipe is None:
+        raise ValueError(f"{model} is no student of any method, and cannot stream: name one that is")
+    if known and known.block not in (None, chosen.block):
+        raise ValueError(f"{model} makes blocks of {known.block} latent frames, and {chosen.name} of {chosen.block}")
+    load_named = load_wan if known is None else load_published
+    network = load_named(str(model), device=device_named(device), dtype=dtype)
+    if chosen.far and not network.config.reads_far:
+        raise ValueError(f"{model} was not trained to read the far state of {chosen.name}")
+    return network
 
 
 def _require_taught(chosen: Recipe, taught: Sequence[str], path: Path) -> None:

@@ -74,5 +74,5 @@ def test_leftovers_gaps_and_misfits_are_named() -> None:
     assert module.weight.abs().sum() == 0
     with pytest.raises(ValueError, match=r"1 not known \(extra\)"):
         load_into(module, fitting | {"extra": torch.zeros(1)}, source)
-    with pytest.raises(ValueError, match=r"1 missing \(bias\); 1 of another shape \(weight\)"):
+    with pytest.raises(ValueError, match=r"1 missing \(bias\); 1 of another shape \(weight 6x5 for 6x4\)"):
         load_into(module, {"weight": torch.zeros(6, 5)}, source)

@@ -224,9 +224,9 @@ class WanVAE(Codec):
         self.conv1 = nn.Conv3d(2 * config.z_dim, 2 * config.z_dim, 1)
         self.conv2 = nn.Conv3d(config.z_dim, config.z_dim, 1)
         self.decoder = WanDecoder(config)
-        # Not in the published state dict, hence not in ours.
-        self.register_buffer("latent_mean", torch.tensor(config.latent_mean), persistent=False)
-        self.register_buffer("latent_std", torch.tensor(config.latent_std), persistent=False)
+        # Not in the published state dict, hence not in ours; on the CPU even where a codec is made on the meta device.
+        self.register_buffer("latent_mean", torch.tensor(config.latent_mean, device="cpu"), persistent=False)
+        self.register_buffer("latent_std", torch.tensor(config.latent_std, device="cpu"), persistent=False)
 
     def encode_piece(self, frames_BFCHW: Tensor, carry: Carry) -> Tensor:
         mean_BCFHW, _ = self.conv1(self.encoder(frames_BFCHW.transpose(1, 2), carry)).chunk(2, dim=1)
