@@ -139,7 +139,7 @@ def optional_modules() -> set[str]:
         *(name for extra in project["optional-dependencies"].values() for name in extra),
     ]
     names = {re.split(r"[^\w-]", requirement)[0] for requirement in wanted}
-    return {name.replace("-", "_") for name in names - BARE}
+    return {name.replace("-", "_") for name in names - BARE - {project["name"]}}  # an extra may name another of ours
 
 
 def test_the_public_face_waits_for_torch():
