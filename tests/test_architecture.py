@@ -27,10 +27,11 @@ MAY_IMPORT = {
     "serving": "generation media",
     "recipes": "flow media parallel attention memory models generation toy distillation evaluation",
     "training": "flow media parallel attention memory models generation toy distillation evaluation recipes",
+    "batch": "media parallel generation",
     "explain": "memory models generation evaluation recipes",
     "cli": (
         "flow media parallel attention memory models generation toy distillation evaluation serving training explain "
-        "recipes"
+        "batch recipes"
     ),
 }
 ENGINE_AND_TRAINING = "flow attention memory models generation distillation parallel recipes toy training"

@@ -70,13 +70,22 @@ def gather(value: object) -> list[Any]:
     return gathered
 
 
+def rank() -> int:
+    """The number of this process, from 0."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def own_part(jobs: Sequence[Job]) -> Sequence[Job]:
+    """Which of the jobs this process does."""
+    return jobs[rank() :: processes()]
+
+
 def share_out(jobs: Sequence[Job], work: Callable[[Job], Result]) -> list[Result]:
     """Do every job once, each process its part; every process gets all results, in the order of the jobs.
 
     Tensors in results must be on the host.
     """
-    rank = distributed.get_rank() if distributed.is_initialized() else 0
-    own = {number: work(jobs[number]) for number in range(rank, len(jobs), processes())}
+    own = {number: work(jobs[number]) for number in own_part(range(len(jobs)))}
     done: dict[int, Result] = {number: result for part in gather(own) for number, result in part.items()}
     return [done[number] for number in range(len(jobs))]
 
