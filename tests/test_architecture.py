@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "serving": "generation media",
     "recipes": "flow media parallel attention memory models generation toy distillation evaluation",
     "training": "flow media parallel attention memory models generation toy distillation evaluation recipes",
-    "batch": "media parallel generation",
+    "batch": "media parallel models generation",
     "explain": "memory models generation evaluation recipes",
     "cli": (
         "flow media parallel attention memory models generation toy distillation evaluation serving training explain "

@@ -16,6 +16,7 @@ from longtake.generation.script import Script, script_from
 from longtake.generation.stream import StreamBatch
 from longtake.media.mp4 import Mp4Writer, read_comment, read_frames
 from tests import tiny
+from tests.chat_server import chat_server
 
 HALF_A_SECOND = ["--seconds", "0.5"]
 
@@ -168,6 +169,55 @@ def test_the_embedded_model_reads_every_prompt_before_the_first_video(tmp_path, 
     Path("prompts.txt").write_text("a red ball bounces over green hills\n")
     assert generate("--dtype", "float32", "--levels", "1") == 0
     assert read_frames("out/videos/0001-a-red-ball-bounces-over-green-hills-42.mp4").shape == (8, 112, 192, 3)
+
+
+# prompts that are written out
+
+CAPTIONS = {"a ball": "a red ball bounces over green hills", "night": "a red ball bounces over green hills at night"}
+
+
+def caption(messages: list[dict]) -> str:
+    return CAPTIONS[messages[1]["content"].rpartition(" on: ")[2]]
+
+
+def test_prompts_are_written_out_once_and_both_are_recorded(folder, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    Path("prompts.txt").write_text("a ball\nnight\n")
+    with chat_server(answer=caption) as server:
+        assert generate("--rewrite", server.url, "--seeds", "2") == 0
+        asked = len(server.asked)
+        assert generate("--rewrite", server.url, "--seeds", "2") == 0
+    assert asked == len(server.asked) == 2 * 3  # captions are short, so each is asked for three times
+    assert "2 of 2 prompts are not of 80 to 100 words" in capsys.readouterr().err
+    assert videos() == ["0001-a-ball-42.mp4", "0001-a-ball-43.mp4", "0002-night-42.mp4", "0002-night-43.mp4"]
+    (cue,) = json.loads(read_comment("out/videos/0002-night-43.mp4"))["prompts"]
+    assert (cue["prompt"], cue["rewritten"]) == ("night", CAPTIONS["night"])
+
+
+def test_one_prompt_is_written_out_and_shown(folder, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    shown = []
+    real = tiny.AnyText.encode
+    monkeypatch.setattr(tiny.AnyText, "encode", lambda text, prompts: shown.extend(prompts) or real(text, prompts))
+    with chat_server(answer=caption) as server:
+        arguments = ["generate", "a ball | 0.5s: night", "--rewrite", server.url, "--device", "cpu"]
+        assert main([*arguments, "--seconds", "1"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "a-ball-42.mp4\n"
+    assert f"longtake: 'night' is written out: {CAPTIONS['night']}\n" in captured.err
+    assert shown == [CAPTIONS["a ball"], CAPTIONS["night"]]
+    cues = json.loads(read_comment("a-ball-42.mp4"))["prompts"]
+    assert [(cue["prompt"], cue["rewritten"]) for cue in cues] == list(CAPTIONS.items())
+
+
+def test_what_cannot_be_written_out_is_one_line(folder, capsys) -> None:
+    Path("prompts_extended.txt").write_text("a red ball\na red fox\nnight\n")
+    extended = ["generate", "--prompts", "prompts_extended.txt", "-o", "out"]
+    assert main([*extended, "--rewrite", "http://127.0.0.1:9/v1"]) == 2
+    assert "these prompts are written out already" in capsys.readouterr().err
+    assert generate("--rewrite", "http://127.0.0.1:9/v1") == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert not Path("out").exists()
 
 
 # processes

@@ -8,12 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from longtake import parallel
 from longtake.generation.script import Script, follow, record_of, slug
 from longtake.generation.stream import Engine
 from longtake.media.mp4 import Mp4Writer, part_of, read_comment
+from longtake.models.rewrite import Rewriter
 
 Names = Literal["numbered", "vbench"]
 """0001-a-red-ball-42.mp4: number in the file, prompt, seed. "A red ball.-0.mp4": prompt and number of the seed."""
@@ -70,6 +71,17 @@ def _require_names(names: Sequence[str]) -> None:
         raise ValueError(f"{count} videos would be called {name!r}: leave --names vbench out, or repeated prompts")
 
 
+def write_out(scripts: Sequence[Script], rewriter: Rewriter) -> list[Script]:
+    """The scripts with every prompt written out by a chat model, each process its part.
+
+    ValueError where they are written out already, or the model does not answer.
+    """
+    if any(cue.rewritten is not None for script in scripts for cue in script.cues):
+        raise ValueError("these prompts are written out already: leave --rewrite out")
+    texts = parallel.share_out(scripts, lambda script: rewriter.rewrite(cue.prompt for cue in script.cues))
+    return [script.rewritten(one) for script, one in zip(scripts, texts, strict=True)]
+
+
 def make_all(
     engine: Engine, videos: Sequence[Video], *, made: Callable[[Path], None], say: Callable[[str], None]
 ) -> None:
@@ -90,7 +102,7 @@ def make_all(
             video.script.by_block(engine, video.pictures(engine))
         missing = _missing(engine, videos)
         own = parallel.own_part(missing)
-        engine.prepare([cue.shown for video in own for cue in video.script.cues])
+        parallel.agree(lambda: engine.prepare([cue.shown for video in own for cue in video.script.cues]))
         if parallel.rank() == 0:
             say(f"{len(videos)} videos: {len(videos) - len(missing)} are there, {len(missing)} to make")
         try:
@@ -101,8 +113,7 @@ def make_all(
 
 def _missing(engine: Engine, videos: Sequence[Video]) -> list[Video]:
     """What is not there yet, as the first process sees it before any is made: all must share out the same list."""
-    done = [_is_there(engine, video) for video in videos] if parallel.rank() == 0 else []
-    first = parallel.gather(done)[0]
+    first, *_ = parallel.agree(lambda: [_is_there(engine, one) for one in videos if parallel.rank() == 0])
     return [video for video, there in zip(videos, first, strict=True) if not there]
 
 
@@ -151,12 +162,13 @@ def _make(engine: Engine, video: Video) -> Path:
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     """Keep other runs out of a folder; the lock goes when this run ends, however it ends."""
-    if parallel.rank() != 0:
-        yield
-        return
     with (folder / ".longtake.lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"another run is writing to {folder}: wait for it, or choose another folder") from None
+        parallel.agree(lambda: _take(lock, folder) if parallel.rank() == 0 else None)
         yield
+
+
+def _take(lock: IO[str], folder: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another run is writing to {folder}: wait for it, or choose another folder") from None

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import torch
 
     from longtake.evaluation.sources import Source
+    from longtake.generation.script import Script
     from longtake.generation.stream import Chunk, Engine
     from longtake.media.mp4 import Mp4Writer
 
@@ -62,6 +63,7 @@ def generate(
     seed: int = 42,
     seeds: int = 1,
     names: Literal["numbered", "vbench"] = "numbered",
+    rewrite: Annotated[str | None, arg(metavar="CHAT")] = None,
     recipe: str = "self_forcing_sink",
     model: str = "toy",
     levels: Annotated[int | None, arg(metavar="N")] = None,
@@ -81,6 +83,7 @@ def generate(
         seed: Same seed, same video; -1 draws one.
         seeds: Videos for each prompt of a file, with seeds from the one given on.
         names: Of the videos of a file: numbered, or prompt-0.mp4, prompt-1.mp4 as VBench wants them.
+        rewrite: A chat model that writes prompts out first: a transformers model, or MODEL@http://host/v1.
         recipe: The method that makes it; `longtake models` lists them.
         model: The weights that make it; `longtake models` lists them.
         levels: Denoising steps of a block; unless given, as many as the recipe has.
@@ -93,19 +96,58 @@ def generate(
     if seconds is not None and not 0 < seconds < math.inf:
         raise ValueError(f"a video lasts more than 0 seconds, got {seconds:g}")
     if prompts is not None:
+        if out is None:
+            raise ValueError("--prompts needs a folder for the videos: -o DIR")
         with _together(device) as (_, place):
-            _make_many(prompts, seconds, seed, seeds, names, out, lambda: _load(model, recipe, levels, place, dtype))
+            scripts = _scripts_in(prompts, rewrite, place)
+            _make_many(scripts, seconds, seed, seeds, names, out, lambda: _load(model, recipe, levels, place, dtype))
         return 0
     if (seeds, names) != (1, "numbered"):
         raise ValueError("--seeds and --names go with --prompts")
-    return _make_one(prompt or "", seconds, seed, out, lambda: _load(model, recipe, levels, device, dtype))
+    script = _script_of(prompt or "", rewrite, device)
+    return _make_one(script, seconds, seed, out, lambda: _load(model, recipe, levels, device, dtype))
 
 
-def _make_one(prompt: str, seconds: float | None, seed: int, out: Path | None, load: "Callable[[], Engine]") -> int:
-    from longtake.generation.script import follow, record_of, script_from
+def _script_of(text: str, chat: str | None, device: str | None) -> "Script":
+    """What a PROMPT says; if it is written out, the text is told."""
+    from longtake.generation.script import script_from
+
+    script = script_from(text)
+    if chat is None:
+        return script
+    from longtake.recipes import device_named
+
+    (written,) = _written_out([script], chat, device_named(device))
+    for cue in written.cues:
+        _say(f"{cue.prompt!r} is written out: {cue.shown}")
+    return written
+
+
+def _scripts_in(file: Path, chat: str | None, device: "torch.device") -> "list[Script]":
+    from longtake.generation.script import read_scripts
+
+    scripts = read_scripts(file)
+    return scripts if chat is None else _written_out(scripts, chat, device)
+
+
+def _written_out(scripts: "Sequence[Script]", chat: str, device: "torch.device") -> "list[Script]":
+    """By a chat model, which is gone from the device when this returns."""
+    from longtake.batch import write_out
+    from longtake.models.rewrite import WORDS, Rewriter, chat_named, words_beside
+
+    written = write_out(scripts, Rewriter(chat_named(chat, device)))
+    lengths = [words_beside(cue.shown) for script in written for cue in script.cues]
+    if beside := sum(map(bool, lengths)):
+        _say(f"{beside} of {len(lengths)} prompts are not of {WORDS[0]} to {WORDS[-1]} words, as was asked for")
+    return written
+
+
+def _make_one(
+    script: "Script", seconds: float | None, seed: int, out: Path | None, load: "Callable[[], Engine]"
+) -> int:
+    from longtake.generation.script import follow, record_of
     from longtake.media.mp4 import Mp4Writer
 
-    script = script_from(prompt)
     if seed == -1:
         seed = random.SystemRandom().randrange(2**31)
         _say(f"seed {seed}")
@@ -132,21 +174,18 @@ def _make_one(prompt: str, seconds: float | None, seed: int, out: Path | None, l
 
 
 def _make_many(
-    file: Path,
+    scripts: "Sequence[Script]",
     seconds: float | None,
     seed: int,
     seeds: int,
     names: Literal["numbered", "vbench"],
-    out: Path | None,
+    out: Path,
     load: "Callable[[], Engine]",
 ) -> None:
     from longtake.batch import make_all, videos_of
-    from longtake.generation.script import read_scripts
 
-    if out is None:
-        raise ValueError("--prompts needs a folder for the videos: -o DIR")
     videos = videos_of(
-        read_scripts(file),
+        scripts,
         out,
         first_seed=seed,
         seeds=seeds,

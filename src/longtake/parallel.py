@@ -70,6 +70,21 @@ def gather(value: object) -> list[Any]:
     return gathered
 
 
+def agree(work: Callable[[], Result]) -> list[Result]:
+    """What every process gets from its work, in order of rank. Where one refuses, ValueError, all do, in its words."""
+    if not distributed.is_initialized():
+        return [work()]
+    try:
+        outcome: tuple[Result | None, str | None] = work(), None
+    except ValueError as error:
+        outcome = None, str(error)
+    outcomes = gather(outcome)
+    for _, refusal in outcomes:
+        if refusal is not None:
+            raise ValueError(refusal)
+    return [result for result, _ in outcomes]
+
+
 def rank() -> int:
     """The number of this process, from 0."""
     return distributed.get_rank() if distributed.is_initialized() else 0

@@ -1,5 +1,6 @@
 """Wan's text encoder at a tiny size: prompts to rows, kept on disk, the encoder on the device for a moment only."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -125,21 +126,23 @@ def test_another_encoder_or_tokenizer_has_embeddings_of_its_own(folder, encoded)
 
 
 @pytest.mark.parametrize("breaks", [False, True])
-def test_the_encoder_leaves_the_device_even_when_it_fails(folder, monkeypatch, breaks) -> None:
-    from transformers import UMT5EncoderModel
-
-    moves = []
-    to = UMT5EncoderModel.to
-    monkeypatch.setattr(UMT5EncoderModel, "to", lambda self, place: moves.append(str(place)) or to(self, "cpu"))
+def test_the_encoder_is_on_the_device_while_it_encodes_and_never_after(folder, monkeypatch, breaks) -> None:
     text = text_of(folder)
-    text.device = torch.device("meta")  # stands for a GPU: the encoder is told to go there
-    monkeypatch.setattr(umt5, "rows_of", lambda encoder, ids: torch.zeros(ids.shape[0] // (0 if breaks else 1), DIM))
-    if breaks:
-        with pytest.raises(ZeroDivisionError):
-            text.prepare(["a fox", "a ball"])
-    else:
+    before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in text._encoder.state_dict().items()}
+    text.device = torch.device("meta")  # stands for a GPU
+    places = []
+
+    def rows_of(encoder, ids):
+        places.extend({tensor.device.type for tensor in encoder.state_dict().values()})
+        return torch.zeros(len(ids) // (not breaks), DIM)
+
+    monkeypatch.setattr(umt5, "rows_of", rows_of)
+    with pytest.raises(ZeroDivisionError) if breaks else nullcontext():
         text.prepare(["a fox", "a ball"])
-    assert moves == ["meta", "cpu"]
+    assert places == ["meta"] * (1 if breaks else 2)
+    for name, tensor in text._encoder.state_dict().items():
+        place, value = before[name]
+        assert tensor.data_ptr() == place and torch.equal(tensor, value)
 
 
 def test_what_is_too_long_is_cut_before_the_end_mark(folder) -> None:
@@ -172,6 +175,28 @@ def test_names_of_transformers_are_read_too(folder, tmp_path) -> None:
     rest = {name: tensor for name, tensor in state.items() if name not in first}
     save_file(rest, other / "text_encoder" / "model-00002-of-00002.safetensors")
     assert torch.equal(text_of(other).encode(["a red ball"]), text_of(folder).encode(["a red ball"]))
+
+
+def test_names_and_sizes_of_the_xxl_encoder() -> None:
+    dim, ffn, heads, layers, words = 4096, 10240, 64, 24, 256384
+    with torch.device("meta"):
+        tensors = {"token_embedding.weight": torch.empty(words, dim), "norm.weight": torch.empty(dim)}
+        for layer in range(layers):
+            tensors |= {f"blocks.{layer}.attn.{letter}.weight": torch.empty(dim, dim) for letter in "qkvo"}
+            tensors |= {f"blocks.{layer}.{name}.weight": torch.empty(dim) for name in ("norm1", "norm2")}
+            tensors[f"blocks.{layer}.pos_embedding.embedding.weight"] = torch.empty(32, heads)
+            tensors |= {f"blocks.{layer}.ffn.{name}.weight": torch.empty(ffn, dim) for name in ("gate.0", "fc1")}
+            tensors[f"blocks.{layer}.ffn.fc2.weight"] = torch.empty(dim, ffn)
+    encoder = encoder_of(tensors, torch.bfloat16)
+    assert (len(tensors), sum(parameter.numel() for parameter in encoder.parameters())) == (242, 5_680_910_336)
+    config = encoder.config
+    assert (config.d_kv, config.num_layers, config.num_heads, config.relative_attention_max_distance) == (
+        64,
+        24,
+        64,
+        128,
+    )
+    assert (config.dense_act_fn, config.is_gated_act, config.layer_norm_epsilon) == ("gelu_new", True, 1e-6)
 
 
 def test_word_embeddings_are_held_once() -> None:

@@ -142,12 +142,13 @@ class UMT5Text:
 
     @contextmanager
     def _at_work(self) -> Iterator[nn.Module]:
-        """The encoder on the device; it waits on the host."""
+        """The encoder on the device. Its weights stay on the host as well, so that nothing has to come back."""
         encoder = self._encoder
+        on_host = encoder.state_dict()
         try:
             yield encoder.to(self.device)
         finally:
-            encoder.to("cpu")
+            _assign(encoder, on_host)
 
     @cached_property
     def _encoder(self) -> nn.Module:
@@ -218,9 +219,13 @@ def encoder_of(
         raise ValueError(
             f"{source} is not a UMT5 encoder: {len(misfits)} tensors do not fit ({', '.join(misfits[:3])})"
         )
+    _assign(encoder, state)
+    return encoder.requires_grad_(False).eval()
+
+
+def _assign(encoder: Any, state: Mapping[str, Tensor]) -> None:
     encoder.load_state_dict(state, assign=True)
     encoder.encoder.set_input_embeddings(encoder.shared)  # one tensor again, not two that are equal
-    return encoder.requires_grad_(False).eval()
 
 
 def _transformers_name(name: str) -> str:
