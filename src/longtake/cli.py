@@ -73,8 +73,8 @@ def generate(
 ) -> int:
     """Make a video from a text, or one for each text in a file, and print where it is. Ctrl-C keeps what is made.
 
-    Several texts follow one another in one video: "a red ball | 5s: it snows", see docs/prompts.md. With many, the same
-    command again makes those that are missing. Many GPUs: torchrun -m longtake.cli generate ...
+    Texts follow one another in one video: "a red ball | 5s: it starts to snow", see docs/prompts.md. With a file, the
+    same command again makes the videos that are missing. Many GPUs: torchrun -m longtake.cli generate ...
 
     Args:
         prompt: What is to be seen.

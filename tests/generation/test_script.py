@@ -124,6 +124,12 @@ def test_scope(tmp_path) -> None:
     assert (told(script), script.seconds) == ([("a", 0, "seconds"), ("b", 4, "seconds")], 9.5)
 
 
+def test_the_list_of_vbench(tmp_path) -> None:
+    listed = [{"prompt_en": "a cat", "dimension": ["color"]}, {"prompt_en": "a dog", "dimension": ["scene"]}]
+    scripts = read(tmp_path, "VBench_full_info.json", json.dumps(listed))
+    assert [told(script) for script in scripts] == [[("a cat", 0, "seconds")], [("a dog", 0, "seconds")]]
+
+
 def test_vllm_omni(tmp_path) -> None:
     (script,) = read(tmp_path, "events.json", '[{"at": 0, "prompt": "a"}, {"at": 6.0, "prompt": "b"}]')
     assert told(script) == [("a", 0, "seconds"), ("b", 6, "seconds")]

@@ -156,6 +156,7 @@ def test_what_is_too_long_is_cut_before_the_end_mark(folder) -> None:
     [
         (" a \u3000 red\r\n ball ", "a red ball"),
         ("a fox &amp;amp; a ball", "a fox & a ball"),
+        ("a <big> fox &amp;lt;3", "a <big> fox <3"),
         ("it â€™ s", "it ' s"),
         ("", ""),
     ],

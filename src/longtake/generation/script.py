@@ -261,13 +261,14 @@ def _script_of(value: Any) -> Script:
     """One video: a list of times (ours, vLLM-Omni), prompts in parts (LongLive), a timeline (Scope), or a prompt."""
     if isinstance(value, list):
         return Script(tuple(_cue_of(one) for one in value))
-    if isinstance(value, dict) and isinstance(value.get("prompt"), str):
-        return Script((Cue(prompt=value["prompt"]),))
-    prompts = value.get("prompts") if isinstance(value, dict) else None
+    given = value if isinstance(value, dict) else {}
+    prompt, prompts = given.get("prompt", given.get("prompt_en")), given.get("prompts")  # prompt_en: VBench's list
+    if isinstance(prompt, str):
+        return Script((Cue(prompt=prompt),))
     if not isinstance(prompts, list) or not prompts:
         raise ValueError(f"a video is a list of times, or has a prompt or prompts, got {_short(value)}")
     if all(isinstance(one, str) for one in prompts):
-        return Script(_parts_of(prompts, value.get("switch_frame_indices")))
+        return Script(_parts_of(prompts, given.get("switch_frame_indices")))
     spans = [_span_of(one) for one in prompts]
     return Script(tuple(cue for cue, _ in spans), spans[-1][1])
 
