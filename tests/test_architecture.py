@@ -27,10 +27,11 @@ MAY_IMPORT = {
     "serving": "generation media",
     "recipes": "flow media parallel attention memory models generation toy distillation evaluation",
     "training": "flow media parallel attention memory models generation toy distillation evaluation recipes",
+    "batch": "media parallel models generation",
     "explain": "memory models generation evaluation recipes",
     "cli": (
         "flow media parallel attention memory models generation toy distillation evaluation serving training explain "
-        "recipes"
+        "batch recipes"
     ),
 }
 ENGINE_AND_TRAINING = "flow attention memory models generation distillation parallel recipes toy training"
@@ -139,7 +140,7 @@ def optional_modules() -> set[str]:
         *(name for extra in project["optional-dependencies"].values() for name in extra),
     ]
     names = {re.split(r"[^\w-]", requirement)[0] for requirement in wanted}
-    return {name.replace("-", "_") for name in names - BARE - {"longtake"}}  # an extra may name others of its own
+    return {name.replace("-", "_") for name in names - BARE - {project["name"]}}  # an extra may name another of ours
 
 
 def test_the_public_face_waits_for_torch():

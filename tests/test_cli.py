@@ -21,16 +21,21 @@ class GreyEngine:
     """An engine as the command line sees one; Ctrl-C comes in block `stops_at`."""
 
     frame_rate, height, width = 16, 32, 48
-    model_name, recipe = "toy", SimpleNamespace(name="self_forcing_sink", steps=(1000, 500))
+    model_name, recipe = "toy", SimpleNamespace(name="self_forcing_sink", steps=(1000, 500), block=3)
     dtype, device = torch.float32, torch.device("cpu")
 
     def __init__(self, stops_at: int | None = None) -> None:
         self.stops_at = stops_at
         self.opened: list[tuple[str, int]] = []
 
-    def stream(self, prompt, *, seed):
-        if not prompt:
+    def pictures_in(self, blocks):
+        return 12 * blocks - 3 if blocks else 0
+
+    def prepare(self, prompts):
+        if not all(prompts):
             raise ValueError("the prompt is empty:\nsay what to show")
+
+    def stream(self, prompt, *, seed):
         self.opened.append((prompt, seed))
         return GreyStream(self.stops_at)
 
@@ -203,6 +208,17 @@ def test_a_terminal_gets_one_line_that_rewrites_itself(engine, capsys, monkeypat
     "arguments, says",
     [
         (["generate", ""], "the prompt is empty: say what to show"),
+        (["generate"], "give one PROMPT, or a file of them with --prompts"),
+        (["generate", "x", "--prompts", "y.txt"], "give one PROMPT, or a file of them with --prompts"),
+        (["generate", "x", "--seeds", "2"], "--seeds and --names go with --prompts"),
+        (["generate", "a | 5s: b | c"], "'c' has no time, such as 5s: in front"),
+        (["generate", "3s: a | 5s: b"], "the first prompt must begin at 0, but it is 'a' at 3 seconds"),
+        (["generate", "a | 12s: b"], "'b' at 12 seconds would begin after the last picture of 10 seconds"),
+        (["generate", "a | 1s: b | 1.1s: c"], "'c' at 1.1 seconds begins in the same block"),
+        (["generate", "[5s:0s] a"], "[5s:0s] is no span of time"),
+        (["generate", "--prompts", "nowhere.txt", "-o", "out"], "nowhere.txt: No such file or directory"),
+        (["generate", "--prompts", "nowhere.txt"], "--prompts needs a folder for the videos: -o DIR"),
+        (["generate", "--prompts", "nowhere.doc", "-o", "out"], "there are .txt, .jsonl, .json and .yaml"),
         (["generate", "a red ball", "--seconds", "0"], "more than 0 seconds, got 0"),
         (["generate", "a red ball", "--seconds", "-3"], "more than 0 seconds, got -3"),
         (["generate", "a red ball", "--seconds", "nan"], "more than 0 seconds, got nan"),
@@ -244,7 +260,7 @@ def test_a_number_of_levels_that_makes_no_sense_is_one_clear_line(verb, capsys):
     assert capsys.readouterr().err == "longtake: the number of levels is a whole number from 1 to 1000, got 0\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["generate"], ["generate", "x", "--seconds", "soon"]])
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["generate", "x", "--seconds", "soon"]])
 def test_what_cannot_be_parsed_exits_with_2(arguments, capsys):
     with pytest.raises(SystemExit) as leave:
         main(arguments)

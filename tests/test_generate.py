@@ -13,7 +13,7 @@ import torch
 
 import longtake
 from longtake.cli import main
-from longtake.media.mp4 import Mp4Writer, read_frames
+from longtake.media.mp4 import Mp4Writer, read_comment, read_frames
 
 PROMPT = "a red ball bounces over green hills"
 LONGTAKE = [sys.executable, "-c", "import sys; from longtake.cli import main; sys.exit(main())"]
@@ -44,7 +44,23 @@ def test_generate_writes_exactly_the_pictures_of_the_iterator(tmp_path, monkeypa
     assert np.array_equal(np.concatenate(written), expected[:16])
 
 
-@pytest.mark.parametrize("prompt", ["", "   ", "a zorblax quuxes"])
+def test_a_timeline_redirects_the_stream_at_its_times(tmp_path, monkeypatch):
+    written = []
+    write = Mp4Writer.write
+    monkeypatch.setattr(Mp4Writer, "write", lambda writer, frames: written.append(frames) or write(writer, frames))
+    path = str(tmp_path / "out.mp4")
+    timeline = f"0s: {PROMPT} | 0.5s: it starts to snow at night"
+    assert main(["generate", timeline, "--seconds", "1.3125", "--dtype", "float32", "-o", path]) == 0
+    with longtake.load("toy", recipe="self_forcing_sink", dtype=torch.float32).stream(PROMPT, seed=42) as stream:
+        expected = [next(stream).frames]
+        stream.redirect("it starts to snow at night")
+        expected.append(next(stream).frames)
+    assert np.array_equal(np.concatenate(written), np.concatenate(expected))
+    prompts = [(cue["at"], cue["prompt"]) for cue in json.loads(read_comment(path))["prompts"]]
+    assert prompts == [(0, PROMPT), (0.5, "it starts to snow at night")]
+
+
+@pytest.mark.parametrize("prompt", ["", "   ", "a zorblax quuxes", f"{PROMPT} | a zorblax quuxes"])
 def test_a_prompt_that_cannot_be_shown_is_one_clear_line(tmp_path, prompt):
     done = run("generate", prompt, "--dtype", "float32", folder=tmp_path)
     assert done.returncode == 2

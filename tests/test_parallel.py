@@ -3,10 +3,21 @@
 import os
 from pathlib import Path
 
+import pytest
 import torch
 from torch import multiprocessing, nn
 
 from longtake import parallel
+
+
+def refusal_of(rank: int) -> str:
+    def work() -> None:
+        if rank == 1:
+            raise ValueError("the second cannot")
+
+    with pytest.raises(ValueError) as refusal:
+        parallel.agree(work)
+    return str(refusal.value)
 
 
 def work(rank: int, folder: str) -> None:
@@ -27,6 +38,9 @@ def work(rank: int, folder: str) -> None:
         "first": parallel.from_first([float(rank + 5), 1.0], device),
         "shared": parallel.share_out([3, 4, 5], lambda job: (10 * job, rank)),
         "gathered": (parallel.processes(), parallel.gather({"rank": rank})),
+        "agreed": parallel.agree(lambda: rank + 7),
+        "refused": refusal_of(rank),
+        "own": (parallel.rank(), parallel.own_part("abc")),
         "mean": parallel.mean_over_processes(torch.tensor(float(rank))),
     }
     torch.save(seen, f"{folder}/{rank}.pt")
@@ -39,10 +53,12 @@ def test_two_processes_share_parameters_gradients_and_decisions(tmp_path) -> Non
     one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert (one["who"], two["who"]) == ((0, 2), (1, 2))
     assert torch.equal(one["weight"], two["weight"])
+    assert (one["own"], two["own"]) == ((0, "ac"), (1, "b"))
     for seen in (one, two):
         assert seen["gradient"].tolist() == [[0.5, 0.5]] and seen["unused"] is None
         assert (seen["first"], seen["mean"].item()) == ([5.0, 1.0], 0.5)
         assert seen["shared"] == [(30, 0), (40, 1), (50, 0)]
+        assert (seen["agreed"], seen["refused"]) == ([7, 8], "the second cannot")
         assert seen["gathered"] == (2, [{"rank": 0}, {"rank": 1}])
 
 
@@ -54,6 +70,7 @@ def test_alone_nothing_is_exchanged() -> None:
         and parallel.gather(4) == [4]
         and parallel.share_out([1, 2], str) == ["1", "2"]
         and parallel.processes() == 1
+        and (parallel.rank(), parallel.own_part([1, 2]), parallel.agree(lambda: 5)) == (0, [1, 2], [5])
     )
     assert parallel.mean_over_processes(torch.tensor(2.0)) == 2.0
     parallel.average_gradients([])

@@ -47,6 +47,8 @@ class AnyText:
     def encode(self, prompts: Sequence[str]) -> torch.Tensor:
         return text(len(prompts))[:, 0].float()
 
+    def prepare(self, prompts: Sequence[str]) -> None: ...
+
 
 def rolling_recipe() -> Recipe:
     """As many levels as `LEVELS`, for a network of the usual extent."""

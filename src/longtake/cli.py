@@ -8,7 +8,6 @@ import itertools
 import math
 import os
 import random
-import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,11 +24,13 @@ if TYPE_CHECKING:
     import torch
 
     from longtake.evaluation.sources import Source
+    from longtake.generation.script import Script
     from longtake.generation.stream import Chunk, Engine
     from longtake.media.mp4 import Mp4Writer
     from longtake.models.hub import Published
 
 _BAD_INPUT, _INTERRUPTED = 2, 130
+_SECONDS = 10.0  # of a video, where nothing says how long it is
 
 app = SubcommandApp()
 
@@ -58,9 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @app.command
 def generate(
-    prompt: Annotated[Positional[str], arg(metavar="PROMPT")],
-    seconds: float = 10.0,
+    prompt: Annotated[Positional[str | None], arg(metavar="PROMPT")] = None,
+    prompts: Annotated[Path | None, arg(metavar="FILE")] = None,
+    seconds: Annotated[float | None, arg(metavar="FLOAT")] = None,
     seed: int = 42,
+    seeds: int = 1,
+    names: Literal["numbered", "vbench"] = "numbered",
+    rewrite: Annotated[str | None, arg(metavar="CHAT")] = None,
     recipe: str = "self_forcing_sink",
     model: str = "toy",
     levels: Annotated[int | None, arg(metavar="N")] = None,
@@ -68,37 +73,128 @@ def generate(
     device: Annotated[str | None, arg(metavar="NAME")] = None,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
 ) -> int:
-    """Make a video from a text and print where it is. Ctrl-C stops it and keeps what is made.
+    """Make a video from a text, or one for each text in a file, and print where it is. Ctrl-C keeps what is made.
+
+    Texts follow one another in one video: "a red ball | 5s: it starts to snow", see docs/prompts.md. With a file, the
+    same command again makes the videos that are missing. Many GPUs: torchrun -m longtake.cli generate ...
 
     Args:
         prompt: What is to be seen.
-        seconds: Length of the video.
+        prompts: A file of prompts, one a line, or .jsonl, .json or .yaml with times: one video each.
+        seconds: Length of a video; unless given, what its text or file says, or else 10.
         seed: Same seed, same video; -1 draws one.
+        seeds: Videos for each prompt of a file, with seeds from the one given on.
+        names: Of the videos of a file: numbered, or prompt-0.mp4, prompt-1.mp4 as VBench wants them.
+        rewrite: A chat model that writes prompts out first: a transformers model, or MODEL@http://host/v1.
         recipe: The method that makes it; `longtake models` lists them.
         model: The weights that make it; `longtake models` lists them.
         levels: Denoising steps of a block; unless given, as many as the recipe has.
-        out: The mp4 to write; unless given, a free name made of the prompt and the seed.
+        out: The mp4 to write; unless given, a free name made of prompt and seed. For a file, the folder.
         device: cpu, cuda, cuda:1, ...; unless given, the best there is.
         dtype: Precision; auto takes the fastest that is safe.
     """
+    if (prompt is None) == (prompts is None):
+        raise ValueError("give one PROMPT, or a file of them with --prompts")
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise ValueError(f"a video lasts more than 0 seconds, got {seconds:g}")
+    if prompts is not None:
+        if out is None:
+            raise ValueError("--prompts needs a folder for the videos: -o DIR")
+        with _together(device) as (_, place):
+            scripts = _scripts_in(prompts, rewrite, place)
+            _make_many(scripts, seconds, seed, seeds, names, out, lambda: _load(model, recipe, levels, place, dtype))
+        return 0
+    if (seeds, names) != (1, "numbered"):
+        raise ValueError("--seeds and --names go with --prompts")
+    script = _script_of(prompt or "", rewrite, device)
+    return _make_one(script, seconds, seed, out, lambda: _load(model, recipe, levels, device, dtype))
+
+
+def _script_of(text: str, chat: str | None, device: str | None) -> "Script":
+    """What a PROMPT says; if it is written out, the text is told."""
+    from longtake.generation.script import script_from
+
+    script = script_from(text)
+    if chat is None:
+        return script
+    from longtake.recipes import device_named
+
+    (written,) = _written_out([script], chat, device_named(device))
+    for cue in written.cues:
+        _say(f"{cue.prompt!r} is written out: {cue.shown}")
+    return written
+
+
+def _scripts_in(file: Path, chat: str | None, device: "torch.device") -> "list[Script]":
+    from longtake.generation.script import read_scripts
+
+    scripts = read_scripts(file)
+    return scripts if chat is None else _written_out(scripts, chat, device)
+
+
+def _written_out(scripts: "Sequence[Script]", chat: str, device: "torch.device") -> "list[Script]":
+    """By a chat model, which is gone from the device when this returns."""
+    from longtake.batch import write_out
+    from longtake.models.rewrite import WORDS, Rewriter, chat_named, words_beside
+
+    written = write_out(scripts, Rewriter(chat_named(chat, device)))
+    lengths = [words_beside(cue.shown) for script in written for cue in script.cues]
+    if beside := sum(map(bool, lengths)):
+        _say(f"{beside} of {len(lengths)} prompts are not of {WORDS[0]} to {WORDS[-1]} words, as was asked for")
+    return written
+
+
+def _make_one(
+    script: "Script", seconds: float | None, seed: int, out: Path | None, load: "Callable[[], Engine]"
+) -> int:
+    from longtake.generation.script import follow, record_of
     from longtake.media.mp4 import Mp4Writer
 
-    if not 0 < seconds < math.inf:
-        raise ValueError(f"a video lasts more than 0 seconds, got {seconds:g}")
     if seed == -1:
         seed = random.SystemRandom().randrange(2**31)
         _say(f"seed {seed}")
-    path = out or _free_name(prompt, seed)
-    engine = _load(model, recipe, levels, device, dtype)
+    path = out or _free_name(script.prompt, seed)
+    engine = load()
+    seconds = seconds or script.seconds or _SECONDS
     pictures = max(1, round(seconds * engine.frame_rate))
+    texts = script.by_block(engine, pictures)
+    engine.prepare([*texts.values()])
     with (
-        engine.stream(prompt, seed=seed) as stream,
-        Mp4Writer(path, engine.width, engine.height, engine.frame_rate) as writer,
+        engine.stream(texts[0], seed=seed) as stream,
+        Mp4Writer(
+            path,
+            engine.width,
+            engine.height,
+            engine.frame_rate,
+            comment=dumps(record_of(engine, script, seed, seconds)),
+        ) as writer,
     ):
-        complete = _film(stream, writer, pictures)
+        complete = _film(follow(stream, texts), writer, pictures)
     if writer.frames_written:
         print(path)
     return 0 if complete else _INTERRUPTED
+
+
+def _make_many(
+    scripts: "Sequence[Script]",
+    seconds: float | None,
+    seed: int,
+    seeds: int,
+    names: Literal["numbered", "vbench"],
+    out: Path,
+    load: "Callable[[], Engine]",
+) -> None:
+    from longtake.batch import make_all, videos_of
+
+    videos = videos_of(
+        scripts,
+        out,
+        first_seed=seed,
+        seeds=seeds,
+        seconds=lambda script: seconds or script.seconds or _SECONDS,
+        names=names,
+    )
+    make_all(load(), videos, made=lambda path: print(path, flush=True), say=_say)
 
 
 bench = app.command(SubcommandApp(), name="bench", help="Measure speed on this machine.")
@@ -606,10 +702,10 @@ class LiveLine:
 
 def _free_name(prompt: str, seed: int) -> Path:
     """A file name that nobody has yet, such as `a-red-ball-bounces-42.mp4`, in the current folder."""
+    from longtake.generation.script import slug
     from longtake.media.mp4 import part_of
 
-    words = re.findall(r"[^\W_]+", prompt.lower())
-    stem = f"{'-'.join(words)[:60].strip('-') or 'video'}-{seed}"
+    stem = f"{slug(prompt)}-{seed}"
     names = itertools.chain([f"{stem}.mp4"], (f"{stem}-{number}.mp4" for number in itertools.count(2)))
     return next(path for path in map(Path, names) if not path.exists() and not part_of(path).exists())
 

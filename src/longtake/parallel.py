@@ -70,13 +70,37 @@ def gather(value: object) -> list[Any]:
     return gathered
 
 
+def agree(work: Callable[[], Result]) -> list[Result]:
+    """What every process gets from its work, in order of rank. Where one refuses, ValueError, all do, in its words."""
+    if not distributed.is_initialized():
+        return [work()]
+    try:
+        outcome: tuple[Result | None, str | None] = work(), None
+    except ValueError as error:
+        outcome = None, str(error)
+    outcomes = gather(outcome)
+    for _, refusal in outcomes:
+        if refusal is not None:
+            raise ValueError(refusal)
+    return [result for result, _ in outcomes]
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def own_part(jobs: Sequence[Job]) -> Sequence[Job]:
+    """Which of the jobs this process does."""
+    return jobs[rank() :: processes()]
+
+
 def share_out(jobs: Sequence[Job], work: Callable[[Job], Result]) -> list[Result]:
     """Do every job once, each process its part; every process gets all results, in the order of the jobs.
 
     Tensors in results must be on the host.
     """
-    rank = distributed.get_rank() if distributed.is_initialized() else 0
-    own = {number: work(jobs[number]) for number in range(rank, len(jobs), processes())}
+    own = {number: work(jobs[number]) for number in own_part(range(len(jobs)))}
     done: dict[int, Result] = {number: result for part in gather(own) for number, result in part.items()}
     return [done[number] for number in range(len(jobs))]
 

@@ -8,6 +8,7 @@ from weakref import ref
 import numpy as np
 import pytest
 import torch
+from tests import tiny
 
 import longtake
 
@@ -157,3 +158,12 @@ def test_a_batch_needs_a_prompt_and_a_seed_for_each_stream(engine) -> None:
     batch.close()
     with pytest.raises(RuntimeError, match="closed"):
         next(batch)
+
+
+def test_prompts_are_prepared_by_the_text_encoder_unless_one_is_empty(monkeypatch):
+    made, seen = tiny.engine(), []
+    monkeypatch.setattr(tiny.AnyText, "prepare", lambda text, prompts: seen.append(prompts))
+    made.prepare(["a ball", "a cube"])
+    with pytest.raises(ValueError, match="the prompt is empty"):
+        made.prepare(["a ball", "  "])
+    assert seen == [["a ball", "a cube"]]

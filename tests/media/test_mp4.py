@@ -7,7 +7,7 @@ import av
 import numpy as np
 import pytest
 
-from longtake.media.mp4 import Mp4Writer, part_of, read_frames
+from longtake.media.mp4 import Mp4Writer, part_of, read_comment, read_frames
 
 WIDTH, HEIGHT, RATE = 64, 48, 16
 
@@ -141,3 +141,13 @@ def test_what_a_killed_writer_left_is_not_overwritten(tmp_path):
     with pytest.raises(FileExistsError, match="move it away first"):
         Mp4Writer(tmp_path / "out.mp4", 16, 16, 8)
     assert left.read_bytes() == b"pictures that play"
+
+
+def test_a_file_carries_a_comment(tmp_path):
+    comment = '{"prompt": "ein roter Ball \\"springt\\"", "lines": "a\\nb"}' * 40
+    with Mp4Writer(tmp_path / "out.mp4", WIDTH, HEIGHT, RATE, comment=comment) as writer:
+        writer.write(np.zeros((1, HEIGHT, WIDTH, 3), np.uint8))
+    assert read_comment(tmp_path / "out.mp4") == comment
+    with Mp4Writer(tmp_path / "none.mp4", WIDTH, HEIGHT, RATE) as writer:
+        writer.write(np.zeros((1, HEIGHT, WIDTH, 3), np.uint8))
+    assert read_comment(tmp_path / "none.mp4") == ""

@@ -31,9 +31,14 @@ PromptInFlight = Literal["own", "new"]
 
 
 class TextEncoder(Protocol):
-    """Whatever turns B prompts into embeddings [B, L, E]; ValueError for a prompt it cannot read."""
+    """Whatever turns B prompts into embeddings [B, L, E]; ValueError for a prompt it cannot read.
+
+    prepare: make ready for prompts that will be asked for, with the same ValueError.
+    """
 
     def encode(self, prompts: list[str]) -> Tensor: ...
+
+    def prepare(self, prompts: Sequence[str]) -> None: ...
 
 
 class Timings(NamedTuple):
@@ -96,9 +101,13 @@ class Engine:
     @torch.no_grad()
     def prompt_keys(self, *prompts: str) -> PromptKeys:
         """Cross-attention keys of prompts, one for each stream. ValueError if one is empty or cannot be read."""
-        if not all(prompt.strip() for prompt in prompts):
-            raise ValueError("the prompt is empty: say what to show")
+        _require_words(prompts)
         return self.network.prompt_keys(self.text.encode(list(prompts))[:, None].to(self.dtype))
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Read prompts that streams will show, before the first is opened. ValueError as for `prompt_keys`."""
+        _require_words(prompts)
+        self.text.prepare(prompts)
 
     def pictures_in(self, blocks: int) -> int:
         """How many pictures the first blocks of a stream are."""
@@ -139,6 +148,11 @@ class Engine:
         pictures: uint8 [B, T, H, W, 3] to go on from, as for `stream`.
         """
         return StreamBatch(self, prompts, seeds, pictures)
+
+
+def _require_words(prompts: Sequence[str]) -> None:
+    if not all(prompt.strip() for prompt in prompts):
+        raise ValueError("the prompt is empty: say what to show")
 
 
 _CLOSED = "this stream is closed, or failed: open another one"

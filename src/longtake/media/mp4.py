@@ -32,6 +32,7 @@ class Mp4Writer:
         width, height: picture size in pixels, both even (H.264 halves the colour resolution).
         frames_per_second: pictures shown a second.
         overwrite: replace a file of that name instead of refusing.
+        comment: a text that the file carries, see `read_comment`.
 
     Raises:
         FileExistsError: the file is there and `overwrite` is not set, or another writer makes it or was killed.
@@ -40,7 +41,14 @@ class Mp4Writer:
     """
 
     def __init__(
-        self, path: str | Path, width: int, height: int, frames_per_second: int, *, overwrite: bool = False
+        self,
+        path: str | Path,
+        width: int,
+        height: int,
+        frames_per_second: int,
+        *,
+        overwrite: bool = False,
+        comment: str = "",
     ) -> None:
         self.path = Path(path)
         self.width, self.height = width, height
@@ -51,6 +59,7 @@ class Mp4Writer:
         self._part = part_of(self.path)
         _claim(self._part)  # a folder that refuses it says so now, not after the first block
         self._container = av.open(str(self._part), "w", format="mp4", options=_CONTAINER)
+        self._container.metadata["comment"] = comment
         self._stream: Any = self._container.add_stream("libx264", rate=frames_per_second, options=_ENCODER)
         _describe(self._stream, width, height)
         self._closed = False
@@ -98,6 +107,12 @@ def read_frames(path: str | Path) -> NDArray[np.uint8]:
     """All pictures of a video file, uint8 [F, H, W, 3]."""
     with av.open(str(path)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def read_comment(path: str | Path) -> str:
+    """The text that a video file carries, empty if there is none."""
+    with av.open(str(path)) as container:
+        return container.metadata.get("comment", "")
 
 
 def _require_even(width: int, height: int) -> None:

@@ -55,6 +55,11 @@ class WordText:
         rows = [self._padded(self.tokenize(prompt)) for prompt in prompts]
         return self.encoder(torch.tensor(rows, device=self.encoder.places.device))
 
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """ValueError for a prompt that cannot be read; there is nothing else to do ahead."""
+        for prompt in prompts:
+            self._padded(self.tokenize(prompt))
+
     def _padded(self, tokens: list[int]) -> list[int]:
         length = self.encoder.config.length
         if len(tokens) > length:

@@ -1,0 +1,337 @@
+"""Prompts over time, read from every format that users already have, and the stream that follows them.
+
+A list of times is one video; files may hold many. What each format means is told in docs/prompts.md.
+"""
+
+import itertools
+import json
+import math
+import re
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from longtake.generation.stream import Chunk, Engine, Stream
+
+Unit = Literal["seconds", "pictures", "latent frames", "blocks", "of the video"]
+"""What a time counts; the last is a share, 0 to 1, of the video's length."""
+
+EXTENDED = "_extended"  # in the name of a file of rewritten prompts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cue:
+    """A prompt and when it begins. rewritten: what is shown in its place, where somebody wrote it out."""
+
+    prompt: str
+    at: float = 0
+    unit: Unit = "seconds"
+    rewritten: str | None = None
+
+    @property
+    def shown(self) -> str:
+        return self.prompt if self.rewritten is None else self.rewritten
+
+    def __str__(self) -> str:
+        return f"{self.prompt!r} at {self.at:g} {self.unit}"
+
+
+@dataclass(frozen=True)
+class Script:
+    """What one video shows. seconds: how long it is, where its source says so.
+
+    Raises: ValueError where there is no prompt, or the first does not begin with the video.
+    """
+
+    cues: tuple[Cue, ...]
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.cues:
+            raise ValueError("there is no prompt")
+        if self.cues[0].at != 0:
+            raise ValueError(f"the first prompt must begin at 0, but it is {self.cues[0]}")
+
+    @property
+    def prompt(self) -> str:
+        """What the video is called by: its first prompt, as its writer gave it."""
+        return self.cues[0].prompt
+
+    def rewritten(self, texts: Sequence[str]) -> "Script":
+        """The script that shows other texts, one for each prompt."""
+        cues = (replace(cue, rewritten=text) for cue, text in zip(self.cues, texts, strict=True))
+        return replace(self, cues=tuple(cues))
+
+    def by_block(self, engine: Engine, pictures: int) -> dict[int, str]:
+        """The text shown from each block on. A prompt begins with the first block that begins at its time or later.
+
+        pictures: how many the video has. ValueError for a prompt that would never be seen: it begins after the end, or
+        another follows before the next block.
+        """
+        texts: dict[int, str] = {}
+        for cue in self.cues:
+            block = _block_of(cue, engine, pictures)
+            if texts and block <= max(texts):
+                raise ValueError(
+                    f"{cue} begins in the same block as the prompt before it, or earlier: write times apart"
+                )
+            texts[block] = cue.shown
+        return texts
+
+
+def _block_of(cue: Cue, engine: Engine, pictures: int) -> int:
+    if cue.at == 0:
+        return 0
+    if cue.unit == "blocks":
+        block = int(-(-cue.at // 1))
+    elif cue.unit == "latent frames":
+        block = int(-(-cue.at // engine.recipe.block))
+    else:
+        scale = {"seconds": engine.frame_rate, "pictures": 1, "of the video": pictures}[cue.unit]
+        first = min(cue.at * scale, pictures) - 1e-6  # seconds are rarely whole pictures in binary
+        block = next(block for block in itertools.count() if engine.pictures_in(block) >= first)
+    if engine.pictures_in(min(block, pictures)) >= pictures:
+        raise ValueError(f"{cue} would begin after the last picture of {pictures / engine.frame_rate:g} seconds")
+    return block
+
+
+def follow(stream: Stream, texts: Mapping[int, str]) -> Iterator[Chunk]:
+    """The chunks of a stream that was opened with the first text, redirected before the blocks that have another."""
+    chunks = iter(stream)
+    for block in itertools.count():
+        if block in texts and block:
+            stream.redirect(texts[block])
+        yield next(chunks)
+
+
+def record_of(engine: Engine, script: Script, seed: int, seconds: float) -> dict[str, Any]:
+    """What a video was made of, as plain values; it goes into the file."""
+    cues = [{"at": cue.at, "unit": cue.unit, "prompt": cue.prompt, "rewritten": cue.rewritten} for cue in script.cues]
+    return {
+        "model": engine.model_name,
+        "recipe": engine.recipe.name,
+        "levels": len(engine.recipe.steps),
+        "dtype": str(engine.dtype).removeprefix("torch."),
+        "seed": seed,
+        "seconds": seconds,
+        "prompts": [{key: value for key, value in cue.items() if value is not None} for cue in cues],
+    }
+
+
+def slug(prompt: str) -> str:
+    """A prompt as part of a file name, such as a-red-ball-bounces."""
+    words = re.findall(r"[^\W_]+", prompt.lower())
+    return "-".join(words)[:60].strip("-") or "video"
+
+
+# On the command line
+
+_MARK = re.compile(r"\[\s*(\d+(?:\.\d+)?)\s*([s%]?)\s*:\s*(\d+(?:\.\d+)?)\s*([s%]?)\s*\]")
+_TIMED = re.compile(r"(\d+(?:\.\d+)?)\s*s\s*:\s*(.*)", re.DOTALL)
+_MARK_UNITS: dict[str, tuple[Unit, float]] = {"s": ("seconds", 1), "%": ("of the video", 100), "": ("pictures", 1)}
+
+
+def script_from(text: str) -> Script:
+    """A prompt, or several: "a | b" in equal parts, "a | 5s: b" at times, "[0s:5s] a [5s:10s] b" in spans.
+
+    Spans are in seconds, per cent or pictures; what stands before the first is said with each. ValueError for others.
+    """
+    if _MARK.search(text):
+        return _from_spans(text)
+    parts = [part.strip() for part in text.split("|")]
+    timed = [_TIMED.fullmatch(part) for part in parts]
+    if len(parts) > 1 and not any(timed):
+        return Script(_equal_parts(parts))
+    cues: list[Cue] = []
+    for part, time in zip(parts, timed, strict=True):
+        if time is None and cues:
+            raise ValueError(f"{part!r} has no time, such as 5s: in front, but other parts have one")
+        cues.append(Cue(prompt=part) if time is None else Cue(at=float(time[1]), prompt=time[2].strip()))
+    return Script(tuple(cues))
+
+
+def _from_spans(text: str) -> Script:
+    marks = list(_MARK.finditer(text))
+    shared = text[: marks[0].start()].strip()
+    cues: list[Cue] = []
+    seconds = None
+    for mark, following in itertools.zip_longest(marks, marks[1:]):
+        begin, begin_unit, end, end_unit = mark.groups()
+        if (begin_unit and begin_unit != end_unit) or float(end) <= float(begin):
+            raise ValueError(f"{mark[0]} is no span of time")
+        unit, whole = _MARK_UNITS[end_unit]
+        said = text[mark.end() : following.start() if following else None].strip()
+        cues.append(Cue(prompt=f"{shared} {said}".strip(), at=float(begin) / whole, unit=unit))
+        seconds = float(end) if unit == "seconds" else None
+    return Script(tuple(cues), seconds)
+
+
+def _equal_parts(prompts: Sequence[str]) -> tuple[Cue, ...]:
+    return tuple(
+        Cue(prompt=prompt, at=number / len(prompts), unit="of the video") for number, prompt in enumerate(prompts)
+    )
+
+
+# In files
+
+
+def read_scripts(path: Path) -> list[Script]:
+    """The videos that a file asks for: .txt, .jsonl, .json or .yaml.
+
+    A file whose name ends in _extended.txt is paired by line with the one without, if that is beside it: its lines are
+    shown, and the others are what videos are called by. ValueError, with file and line, for what cannot be read.
+    """
+    readers = {".txt": _from_text, ".jsonl": _from_json_lines, ".json": _from_json, ".yaml": _from_yaml}
+    reader = readers.get(path.suffix.lower().replace(".yml", ".yaml"))
+    if reader is None:
+        raise ValueError(f"{path} is no file of prompts: there are .txt, .jsonl, .json and .yaml")
+    scripts = reader(path)
+    if not scripts:
+        raise ValueError(f"{path} holds no prompt")
+    return scripts
+
+
+def _from_text(path: Path) -> list[Script]:
+    shown = [line for _, line in _lines(path)]
+    plain = path.with_name(path.name.replace(f"{EXTENDED}.txt", ".txt"))
+    if plain == path or not plain.is_file():
+        return [Script((Cue(prompt=line),)) for line in shown]
+    said = [line for _, line in _lines(plain)]
+    if len(said) != len(shown):
+        raise ValueError(f"{path} has {len(shown)} prompts, {plain.name} beside it has {len(said)}: they pair by line")
+    return [Script((Cue(prompt=one, rewritten=other),)) for one, other in zip(said, shown, strict=True)]
+
+
+def _from_json_lines(path: Path) -> list[Script]:
+    scripts = []
+    for number, line in _lines(path):
+        with _told_of(f"{path}:{number}"):
+            scripts.append(_script_of(json.loads(line)))
+    return scripts
+
+
+def _from_json(path: Path) -> list[Script]:
+    text = _text_of(path)
+    with _told_of(path):
+        return _scripts_of(json.loads(text))
+
+
+def _from_yaml(path: Path) -> list[Script]:
+    text = _text_of(path)
+    with _told_of(path):
+        return _scripts_of(yaml.safe_load(text))
+
+
+def _lines(path: Path) -> list[tuple[int, str]]:
+    """Lines that hold something, with their numbers from 1."""
+    numbered = enumerate(_text_of(path).splitlines(), 1)
+    return [(number, line.strip()) for number, line in numbered if line.strip()]
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text") from None
+
+
+@contextmanager
+def _told_of(place: object) -> Iterator[None]:
+    """Complaints say where."""
+    try:
+        yield
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{place}: {' '.join(str(error).split())}") from None
+
+
+def _scripts_of(value: Any) -> list[Script]:
+    """A list of times is one video; any other list is one video each."""
+    if isinstance(value, list) and not any(isinstance(one, dict) and one.keys() & _TIMES.keys() for one in value):
+        return [_script_of(one) for one in value]
+    return [_script_of(value)]
+
+
+def _script_of(value: Any) -> Script:
+    """One video: a list of times (ours, vLLM-Omni), prompts in parts (LongLive), a timeline (Scope), or a prompt."""
+    if isinstance(value, list):
+        return Script(tuple(_cue_of(one) for one in value))
+    given = value if isinstance(value, dict) else {}
+    prompt, prompts = given.get("prompt", given.get("prompt_en")), given.get("prompts")  # prompt_en: VBench's list
+    if isinstance(prompt, str):
+        return Script((Cue(prompt=prompt),))
+    if not isinstance(prompts, list) or not prompts:
+        raise ValueError(f"a video is a list of times, or has a prompt or prompts, got {_short(value)}")
+    if all(isinstance(one, str) for one in prompts):
+        return Script(_parts_of(prompts, given.get("switch_frame_indices")))
+    spans = [_span_of(one) for one in prompts]
+    return Script(tuple(cue for cue, _ in spans), spans[-1][1])
+
+
+_TIMES: dict[str, Unit] = {"at": "seconds", "chunk": "blocks", "frame": "latent frames"}
+
+
+def _cue_of(entry: Any) -> Cue:
+    """One time of a list."""
+    if not isinstance(entry, dict):
+        raise ValueError(f"a time is at, chunk or frame with its prompt, got {_short(entry)}")
+    known = [*_TIMES, "prompt", "prompts", "transition", "method"]
+    for key in entry.keys() - set(known):
+        close = get_close_matches(str(key), known, n=1)
+        raise ValueError(f"no key {key!r} in a time" + (f": did you mean {close[0]}?" if close else ""))
+    times = [key for key in _TIMES if key in entry]
+    if len(times) != 1:
+        raise ValueError(f"a time has one of at, chunk and frame, got {_short(entry)}")
+    if entry.get("transition"):
+        raise ValueError("prompts change from one block to the next: a transition over several is not there yet")
+    text = entry["prompt"] if "prompt" in entry else _single(entry.get("prompts"))
+    if not isinstance(text, str):
+        raise ValueError(f"a prompt is text, got {_short(text)}")
+    return Cue(prompt=text, at=_number(entry[times[0]]), unit=_TIMES[times[0]])
+
+
+def _parts_of(prompts: list[str], switches: Any) -> tuple[Cue, ...]:
+    """LongLive's: the latent frames at which the next prompt begins, or equal parts."""
+    if switches is None:
+        return _equal_parts(prompts)
+    listed = switches.split(",") if isinstance(switches, str) else switches
+    if not isinstance(listed, list) or len(listed) != len(prompts) - 1:
+        raise ValueError(f"{len(prompts)} prompts need {len(prompts) - 1} switch_frame_indices, got {_short(switches)}")
+    frames = [0.0, *(_number(frame) for frame in listed)]
+    return tuple(Cue(prompt=one, at=at, unit="latent frames") for one, at in zip(prompts, frames, strict=True))
+
+
+def _span_of(entry: Any) -> tuple[Cue, float]:
+    """One entry of Scope's timeline, and when it ends."""
+    if not isinstance(entry, dict) or not {"startTime", "endTime", "prompts"} <= entry.keys():
+        raise ValueError(f"an entry of a timeline has startTime, endTime and prompts, got {_short(entry)}")
+    return Cue(prompt=_single(entry["prompts"]), at=_number(entry["startTime"])), _number(entry["endTime"])
+
+
+def _single(weighted: Any) -> str:
+    """The text of a list of weighted prompts, of which one has all the weight."""
+    if not isinstance(weighted, list) or not all(isinstance(one, dict) and "text" in one for one in weighted):
+        raise ValueError(f"prompts are a list of text and weight, got {_short(weighted)}")
+    weighing = [one["text"] for one in weighted if one.get("weight", 1)]
+    if len(weighing) != 1:
+        raise ValueError(f"prompts are not mixed yet: one of them can have a weight, got {len(weighing)}")
+    return str(weighing[0])
+
+
+def _number(value: Any) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise ValueError(f"a time is a number from 0, got {_short(value)}")
+    return number
+
+
+def _short(value: Any) -> str:
+    return textwrap.shorten(repr(value), 80, placeholder="...")

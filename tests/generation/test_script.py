@@ -1,0 +1,272 @@
+"""Prompts over time: every format that is read, when a prompt begins, and a stream that follows."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests import tiny
+
+from longtake.generation.script import Cue, Script, follow, read_scripts, record_of, script_from, slug
+
+ENGINE = tiny.engine()  # blocks of 3 latent frames: 9 pictures, then 12 each, 16 a second
+TEN_SECONDS = 160
+
+
+def told(script: Script) -> list[tuple]:
+    return [(cue.shown, cue.at, cue.unit) for cue in script.cues]
+
+
+def read(folder: Path, name: str, text: str) -> list[Script]:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return read_scripts(path)
+
+
+# on the command line
+
+
+@pytest.mark.parametrize(
+    "text, cues",
+    [
+        ("a red ball", [("a red ball", 0, "seconds")]),
+        ("a ratio of 5: 3", [("a ratio of 5: 3", 0, "seconds")]),
+        ("0s: a ball | 5s: it snows", [("a ball", 0, "seconds"), ("it snows", 5, "seconds")]),
+        ("a ball|2.5 s : it snows", [("a ball", 0, "seconds"), ("it snows", 2.5, "seconds")]),
+        ("a | b", [("a", 0, "of the video"), ("b", 0.5, "of the video")]),
+        ("[0s:5s] a [5s:9s] b", [("a", 0, "seconds"), ("b", 5, "seconds")]),
+        ("cat: [0%:25%] sits [25%:99%] runs", [("cat: sits", 0, "of the video"), ("cat: runs", 0.25, "of the video")]),
+        ("[0:40] a [40:81] b", [("a", 0, "pictures"), ("b", 40, "pictures")]),
+        ("[0:5s] a", [("a", 0, "seconds")]),
+    ],
+)  # fmt: skip
+def test_inline_scripts(text, cues) -> None:
+    assert told(script_from(text)) == cues
+
+
+def test_spans_of_seconds_tell_the_length() -> None:
+    assert script_from("[0s:5s] a [5s:9.5s] b").seconds == 9.5
+    assert script_from("[0%:50%] a [50%:100%] b").seconds is None
+    assert script_from("a | 5s: b").seconds is None
+
+
+@pytest.mark.parametrize("text", ["5s: a", "a | 5s: b | c", "[5s:2s] a", "[1%:5s] a", "[5s:9s] a"])
+def test_inline_scripts_that_make_no_sense(text) -> None:
+    with pytest.raises(ValueError):
+        script_from(text)
+
+
+# in files
+
+
+def test_a_prompt_a_line_as_it_stands(tmp_path) -> None:
+    scripts = read(tmp_path, "prompts.txt", "\ufeffa | b\r\n\r\n  ein Hügel  \n")
+    assert [told(script) for script in scripts] == [[("a | b", 0, "seconds")], [("ein Hügel", 0, "seconds")]]
+
+
+def test_extended_prompts_are_shown_under_the_names_of_those_they_extend(tmp_path) -> None:
+    extended = "a cat sits in the sun\n\na dog runs along a beach\n"
+    (alone,) = read(tmp_path, "alone_extended.txt", "a cat sits in the sun")
+    assert (alone.prompt, alone.cues[0].rewritten) == ("a cat sits in the sun", None)
+    (tmp_path / "vbench.txt").write_text("a cat\na dog\n")
+    scripts = read(tmp_path, "vbench_extended.txt", extended)
+    assert [(script.prompt, script.cues[0].shown) for script in scripts] == [
+        ("a cat", "a cat sits in the sun"),
+        ("a dog", "a dog runs along a beach"),
+    ]
+    assert [script.cues[0].shown for script in read_scripts(tmp_path / "vbench.txt")] == ["a cat", "a dog"]
+    with pytest.raises(ValueError, match=r"has 1 prompts, vbench\.txt beside it has 2"):
+        read(tmp_path, "vbench_extended.txt", "a cat")
+
+
+def test_ours(tmp_path) -> None:
+    text = """
+    - {at: 0, prompt: a ball}
+    - {at: 6.5, prompt: it snows, transition: 0, method: slerp}
+    - {chunk: 12, prompts: [{text: night, weight: 1}, {text: day, weight: 0}]}
+    - {frame: 60, prompt: rain}
+    """
+    for name in ("schedule.yaml", "schedule.YML"):
+        (script,) = read(tmp_path, name, text)
+        assert told(script) == [
+            ("a ball", 0, "seconds"),
+            ("it snows", 6.5, "seconds"),
+            ("night", 12, "blocks"),
+            ("rain", 60, "latent frames"),
+        ]
+
+
+def test_longlive(tmp_path) -> None:
+    lines = [
+        {"prompts": ["a", "b", "c"], "switch_frame_indices": "40, 80"},
+        {"prompts": ["a", "b"], "switch_frame_indices": [40]},
+        {"prompts": ["a", "b", "c", "d"]},
+        {"prompt": "a | b"},
+    ]
+    scripts = read(tmp_path, "interactive.jsonl", "\n".join(map(json.dumps, lines)))
+    assert [told(script) for script in scripts] == [
+        [("a", 0, "latent frames"), ("b", 40, "latent frames"), ("c", 80, "latent frames")],
+        [("a", 0, "latent frames"), ("b", 40, "latent frames")],
+        [(letter, i / 4, "of the video") for i, letter in enumerate("abcd")],
+        [("a | b", 0, "seconds")],
+    ]
+    assert [told(one) for one in read(tmp_path, "many.json", json.dumps(lines))] == [told(one) for one in scripts]
+
+
+def test_scope(tmp_path) -> None:
+    spans = [
+        {"startTime": 0, "endTime": 4, "prompts": [{"text": "a", "weight": 100}]},
+        {"startTime": 4, "endTime": 9.5, "prompts": [{"text": "b", "weight": 100}]},
+    ]
+    (script,) = read(tmp_path, "timeline.json", json.dumps({"prompts": spans, "settings": {"seed": 3}}))
+    assert (told(script), script.seconds) == ([("a", 0, "seconds"), ("b", 4, "seconds")], 9.5)
+
+
+def test_the_list_of_vbench(tmp_path) -> None:
+    listed = [{"prompt_en": "a cat", "dimension": ["color"]}, {"prompt_en": "a dog", "dimension": ["scene"]}]
+    scripts = read(tmp_path, "VBench_full_info.json", json.dumps(listed))
+    assert [told(script) for script in scripts] == [[("a cat", 0, "seconds")], [("a dog", 0, "seconds")]]
+
+
+def test_vllm_omni(tmp_path) -> None:
+    (script,) = read(tmp_path, "events.json", '[{"at": 0, "prompt": "a"}, {"at": 6.0, "prompt": "b"}]')
+    assert told(script) == [("a", 0, "seconds"), ("b", 6, "seconds")]
+
+
+@pytest.mark.parametrize(
+    "name, text, says",
+    [
+        ("a.txt", " \n", "a.txt holds no prompt"),
+        ("a.csv", "a", "there are .txt, .jsonl, .json and .yaml"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": ', "a.jsonl:2: Expecting value"),
+        ("a.jsonl", '{"prompt": 3}', "a.jsonl:1: a video is a list of times, or has a prompt or prompts"),
+        ("a.jsonl", '{"prompts": ["a", "b"], "switch_frame_indices": "40, 80"}', "2 prompts need 1 switch_frame_ind"),
+        ("a.jsonl", '{"prompts": ["a", "b"], "switch_frame_indices": "soon"}', "a time is a number from 0, got 'soon'"),
+        ("a.json", "7", "a.json: a video is a list of times"),
+        ("a.json", '{"prompts": []}', "a.json: a video is a list of times"),
+        ("a.json", '{"prompts": [{"text": "a"}]}', "an entry of a timeline has startTime, endTime and prompts"),
+        ("a.yaml", "[{at: 0, prompt: a}, {at: -1, prompt: b}]", "a time is a number from 0, got -1"),
+        ("a.yaml", "[{at: 0, prompt: a}, {at: yes, prompt: b}]", "a time is a number from 0, got True"),
+        ("a.yaml", "[{at: 0, promt: a}]", "no key 'promt' in a time: did you mean prompt?"),
+        ("a.yaml", "[{at: 0, chunk: 0, prompt: a}]", "a time has one of at, chunk and frame"),
+        ("a.yaml", "[{at: 0, prompt: 3}]", "a prompt is text, got 3"),
+        ("a.yaml", "[{at: 0, prompt: a}, b]", "a time is at, chunk or frame with its prompt, got 'b'"),
+        ("a.yaml", "[{at: 1, prompt: a}]", "the first prompt must begin at 0, but it is 'a' at 1 seconds"),
+        ("a.yaml", "[{at: 0, prompt: a}, {at: 1, prompt: b, transition: 4}]", "over several is not there yet"),
+        ("a.yaml", "[{at: 0, prompts: [{text: a}, {text: b}]}]", "prompts are not mixed yet"),
+        ("a.yaml", "[{at: 0, prompts: a}]", "prompts are a list of text and weight, got 'a'"),
+        ("a.yaml", "{a: [", "a.yaml: while parsing"),
+        ("a.yaml", "", "a.yaml: a video is a list of times"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line_with_its_place(tmp_path, name, text, says) -> None:
+    with pytest.raises(ValueError) as error:
+        read(tmp_path, name, text)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_other_encodings_are_refused(tmp_path) -> None:
+    (tmp_path / "a.txt").write_bytes("ein Hügel".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"a\.txt is not UTF-8 text"):
+        read_scripts(tmp_path / "a.txt")
+
+
+# when a prompt begins
+
+
+@given(at=st.floats(0.6, 9), unit=st.sampled_from(["seconds", "pictures", "of the video", "blocks", "latent frames"]))
+def test_a_prompt_begins_with_the_first_block_at_its_time_or_later(at, unit) -> None:
+    per_second = {"seconds": 1, "pictures": 16, "of the video": 0.1, "blocks": 4 / 3, "latent frames": 4}[unit]
+    script = Script((Cue(prompt="a"), Cue(prompt="b", at=at * per_second, unit=unit)))
+    texts = script.by_block(ENGINE, TEN_SECONDS)
+    (first, later), (a, b) = texts, texts.values()
+    assert (first, a, b) == (0, "a", "b")
+    if unit in ("blocks", "latent frames"):
+        frames = at * per_second * (3 if unit == "blocks" else 1)
+        assert 3 * (later - 1) < frames <= 3 * later
+    else:
+        assert ENGINE.pictures_in(later - 1) < at * 16 + 1e-3 and at * 16 - 1e-3 <= ENGINE.pictures_in(later)
+
+
+def test_a_time_that_is_the_start_of_a_block_is_that_block() -> None:
+    for block in range(1, 13):
+        seconds = ENGINE.pictures_in(block) / ENGINE.frame_rate
+        cues = (Cue(prompt="a"), Cue(prompt="b", at=seconds))
+        assert [*Script(cues).by_block(ENGINE, TEN_SECONDS)] == [0, block]
+
+
+@pytest.mark.parametrize(
+    "at, unit", [(10, "seconds"), (1e12, "seconds"), (160, "pictures"), (14, "blocks"), (1e12, "blocks")]
+)
+def test_a_prompt_after_the_end_is_refused(at, unit) -> None:
+    script = Script((Cue(prompt="a"), Cue(prompt="b", at=at, unit=unit)))
+    with pytest.raises(ValueError, match="would begin after the last picture of 10 seconds"):
+        script.by_block(ENGINE, TEN_SECONDS)
+
+
+def test_a_prompt_that_would_never_be_seen_is_refused() -> None:
+    script = script_from("a | 1s: b | 1.1s: c")
+    with pytest.raises(ValueError, match=r"'c' at 1.1 seconds begins in the same block"):
+        script.by_block(ENGINE, TEN_SECONDS)
+    with pytest.raises(ValueError, match="or earlier"):
+        script_from("a | 5s: b | 2s: c").by_block(ENGINE, TEN_SECONDS)
+
+
+# the stream
+
+
+def test_a_stream_follows_its_script(monkeypatch) -> None:
+    monkeypatch.setattr(tiny, "AnyText", ByLength)
+    engine = tiny.engine()
+    texts = script_from("a ball | 1.1s: it snows | 2s: dark").by_block(engine, TEN_SECONDS)
+    assert texts == {0: "a ball", 2: "it snows", 3: "dark"}
+    with engine.stream("a ball", seed=5) as stream:
+        expected = [next(stream).frames, next(stream).frames]
+        for prompt in ("it snows", "dark"):
+            stream.redirect(prompt)
+            expected.append(next(stream).frames)
+        plain = [chunk.frames for chunk, _ in zip(engine.stream("a ball", seed=5), range(4), strict=False)]
+    with engine.stream(texts[0], seed=5) as stream:
+        got = [chunk.frames for chunk, _ in zip(follow(stream, texts), range(4), strict=False)]
+    assert all(map(np.array_equal, got, expected))
+    assert [bool(np.array_equal(one, other)) for one, other in zip(got, plain, strict=True)] == [
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
+class ByLength(tiny.AnyText):
+    """Prompts of different lengths are different."""
+
+    def encode(self, prompts):
+        import torch
+
+        return torch.cat([tiny.text(seed=len(prompt))[:, 0].float() for prompt in prompts])
+
+
+def test_both_prompts_are_recorded() -> None:
+    script = script_from("a | 5s: b").rewritten(["a ball bounces", "it begins to snow"])
+    record = record_of(ENGINE, script, 3, 10.0)
+    assert record == json.loads(json.dumps(record))
+    assert record["prompts"] == [
+        {"at": 0.0, "unit": "seconds", "prompt": "a", "rewritten": "a ball bounces"},
+        {"at": 5.0, "unit": "seconds", "prompt": "b", "rewritten": "it begins to snow"},
+    ]
+    assert (record["recipe"], record["levels"], record["seed"], record["dtype"]) == (
+        "self_forcing_sink",
+        4,
+        3,
+        "float32",
+    )
+    assert [*script.by_block(ENGINE, TEN_SECONDS).values()] == ["a ball bounces", "it begins to snow"]
+
+
+@pytest.mark.parametrize(
+    "prompt, expected", [("A red/ball, BOUNCES...", "a-red-ball-bounces"), ("!?", "video"), ("x" * 99, "x" * 60)]
+)
+def test_prompts_in_file_names(prompt, expected) -> None:
+    assert slug(prompt) == expected
