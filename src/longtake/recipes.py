@@ -30,12 +30,13 @@ from longtake.generation.rolling import rolling
 from longtake.generation.stream import Engine, to_uint8
 from longtake.memory.far import RULES, Decay, Delta, FarShape, Keep, MassCap, rule_named
 from longtake.memory.policies import Absolute, BackAndForth, BankShape, EndToEnd, Policy, Recache
-from longtake.models.checkpoints import load_published, load_wan
-from longtake.models.hub import registry
+from longtake.models import checkpoints
+from longtake.models.hub import cached, published, registry
 from longtake.models.light_codec import LightCodec, LightCodecConfig
 from longtake.models.text import WordEncoder, WordEncoderConfig, WordText
+from longtake.models.umt5 import UMT5Files, UMT5Text
 from longtake.models.wan import WanConfig, WanTransformer
-from longtake.models.weights import load_into, load_weights, save_weights
+from longtake.models.weights import described, load_into, load_weights, save_weights
 from longtake.toy import captions
 from longtake.toy.scenes import HEIGHT, RATE, WIDTH
 
@@ -264,6 +265,7 @@ CONVERTED_FILE = "converted.safetensors"
 CODEC_FILE = "codec_decoder.safetensors"
 ENCODER_FILE = "codec_encoder.safetensors"
 TEACHER_STEPS = 32  # of a teacher's sampler
+WAN_BASE, WAN_RATE, WAN_SHIFT = "wan2.1-1.3b", 16, 5.0
 ENCODED_AT_ONCE = 4  # latent frames of given pictures, which bounds memory
 
 MODELS: dict[tuple[str, str], str] = {
@@ -316,14 +318,17 @@ def load(
     """Put text encoder, network and codec together under a recipe, with options if any follow its name.
 
     model: a name (`toy`), a folder that holds student.safetensors and codec_decoder.safetensors, or a network's
-    weight file (its codec is looked for beside it, then in the package). device: the GPU if there is one.
-    dtype: by default bfloat16 on a GPU; on a CPU whichever of float32 and bfloat16 a short trial finds faster.
-    levels: the number of denoising steps, 1 to 1000; by default the recipe's own. Streams that go on from pictures
-    need codec_encoder.safetensors beside the codec; it is loaded when first needed.
+    weight file (its codec is looked for beside it, then in the package); whatever else there is goes to `load_wan`,
+    with its defaults. device: the GPU if there is one. dtype: by default bfloat16 on a GPU; on a CPU whichever of
+    float32 and bfloat16 a short trial finds faster. levels: the number of denoising steps, 1 to 1000; by default the
+    recipe's own. Streams that go on from pictures need codec_encoder.safetensors beside the codec; it is loaded when
+    first needed.
     Raises ValueError, with what to do, for unknown names, for files that are not whole or do not fit, for a recipe that
     the network cannot be streamed under, and for one whose far state is not one that the weights learned to read, where
     their file says under which they were trained.
     """
+    if _is_wan(model):
+        return load_wan(model, recipe=recipe, device=device, dtype=dtype, levels=levels)
     chosen = recipe_named(recipe) if levels is None else recipe_named(recipe).with_levels(levels)
     network_file, codec_file = _weight_files(model, recipe)
     device = device_named(device)
@@ -380,11 +385,80 @@ def load_wan_network(
         raise ValueError(f"{model} is no student of any method, and cannot stream: name one that is")
     if known and known.block not in (None, chosen.block):
         raise ValueError(f"{model} makes blocks of {known.block} latent frames, and {chosen.name} of {chosen.block}")
-    load_named = load_wan if known is None else load_published
+    load_named = checkpoints.load_wan if known is None else checkpoints.load_published
     network = load_named(str(model), device=device_named(device), dtype=dtype)
     if chosen.far and not network.config.reads_far:
         raise ValueError(f"{model} was not trained to read the far state of {chosen.name}")
     return network
+
+
+def load_wan(
+    model: str | Path,
+    *,
+    recipe: str,
+    base: str | Path | None = None,
+    size: tuple[int, int] | None = None,
+    shift: float | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    levels: int | None = None,
+) -> Engine:
+    """Put a network of Wan's shape together with Wan's text encoder and VAE, under a recipe.
+
+    model: a name of `longtake models` that was pulled, or a path as `models.checkpoints.load_wan` takes it. base: where
+    text encoder, tokenizer and VAE are, a pulled name or the folder of a whole Wan2.1 model, in its own layout or in
+    that of diffusers; by default the model's own folder if it is one, else wan2.1-1.3b as pulled: all sizes share them.
+    size: height and width of pictures, by default those of the registry (480 x 832). shift: of the levels; by default
+    the registry's, and for a path 5, that of Self Forcing and most students. dtype: by default bfloat16 on a GPU and
+    float32 on a CPU. levels: as for `load`.
+    ValueError, with what to do, for what is missing, does not fit or cannot be streamed.
+    """
+    chosen = recipe_named(recipe) if levels is None else recipe_named(recipe).with_levels(levels)
+    known = registry().get(str(model), registry()[WAN_BASE])
+    place = device_named(device)
+    dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+    folder = _wan_base(model, base)
+    files = UMT5Files.in_folder(folder)
+    network = load_wan_network(model, recipe=recipe, device=place, dtype=dtype)
+    chosen.memory(network)  # refuses what the network cannot read
+    codec = checkpoints.load_wan_vae(folder, device=place, dtype=dtype)
+    height, width = size or (known.height, known.width)
+    step = codec.spatial_factor * network.config.patch
+    if not height or not width or height % step or width % step:
+        raise ValueError(f"pictures must be multiples of {step} high and wide, not {height} x {width}")
+    return Engine(
+        model_name=str(model),
+        recipe=chosen,
+        text=UMT5Text(files, device=place),
+        network=network,
+        codec=codec,
+        latent_size=(codec.latent_channels, height // codec.spatial_factor, width // codec.spatial_factor),
+        frame_rate=known.frame_rate or WAN_RATE,
+        shift=shift or (known.shift if isinstance(known.shift, int | float) else WAN_SHIFT),
+        encode=lambda frames_BFCHW: codec.encode(frames_BFCHW.to(dtype))[0],
+    )
+
+
+def _is_wan(model: str | Path) -> bool:
+    """Whether a name or a path is that of a network which comes without text encoder and codec of ours."""
+    path = Path(model)
+    if str(model) in registry():
+        return True
+    if path.is_dir():
+        ours = (path / NETWORK_FILE).is_file()
+        return not ours and any(path.glob(usual) for usual in ("transformer", "diffusion_pytorch_model*", "*.pt*"))
+    if path.suffix == ".safetensors":
+        return path.is_file() and "text" not in described(path)
+    return path.is_file() and path.suffix in (".pt", ".pth", ".json")
+
+
+def _wan_base(model: str | Path, base: str | Path | None) -> Path:
+    """The folder that holds text encoder, tokenizer and VAE. ValueError if the default one was never pulled."""
+    own = Path(model)
+    if base is None and own.is_dir() and any(own.glob(usual) for usual in ("text_encoder", "models_t5_umt5*")):
+        return own
+    name = str(base or WAN_BASE)
+    return cached(published(name)) if name in registry() else Path(name)
 
 
 def _require_taught(chosen: Recipe, taught: Sequence[str], path: Path) -> None:

@@ -56,6 +56,12 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return _multiplied_out(stored), json.loads(description)
 
 
+def described(path: Path) -> dict[str, Any]:
+    """The description of a safetensors file, empty if it is none of ours. ValueError if it is not whole."""
+    with _complete(path), safe_open(path, "pt") as file:
+        return dict(json.loads((file.metadata() or {}).get(_DESCRIPTION, "{}")))
+
+
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
     """Load tensors by name, refusing leftovers, gaps and misfits with the first few names of each."""
     require_fit(module, tensors, source)
