@@ -273,6 +273,11 @@ def test_what_is_real_teaches_beside_the_matching_loss(monkeypatch, tmp_path: Pa
     assert min((both - alone).abs().mean(), (both - plain).abs().mean()) > 0.02 * far
 
 
+def test_what_is_real_is_walked_through_where_a_memory_has_to_be(monkeypatch, tmp_path: Path) -> None:
+    steps(monkeypatch, tmp_path, recipe_named("reward_forcing"), steps=1, real_weight=1.0)
+    assert read_metrics(tmp_path)[0]["real"] > 0
+
+
 @pytest.mark.parametrize("name", ["rolling_forcing", "rolling_forcing:sink=0"])
 @pytest.mark.parametrize("share, schedules", [(0.0, {windows}), (1.0, {blockwise}), (0.5, {windows, blockwise})])
 def test_rolling_forcing_is_learned_by_windows_and_block_by_block(

@@ -225,7 +225,7 @@ class FinetuneStage(Stage):
     lr: float = 1e-4
     far_lr: float = 1e-3
     average: float = 0.995
-    focus_weight: float = 5.0
+    focus_weight: float = 1.0
     no_prompt_share: float = 0.1
     pool: int = 1024
     guidance: float = 3.0
@@ -734,8 +734,10 @@ def train_dmd(
                 losses = regularized_loss(matching, sample, target, stage.pull)
             if supply is not None and stage.real_weight:
                 whole = supply.draw(stage.batch, supply.frames - supply.frames % recipe.block)
-                at_its_levels = recipe.with_levels(plan.levels[0])
-                real = _forced_loss(text, network, whole, at_its_levels, shift, stage.focus_weight)
+                at_its_levels, walked = recipe.with_levels(plan.levels[0]), not recipe.policy.in_one_pass
+                real = _forced_loss(
+                    text, network, whole, at_its_levels, shift, stage.focus_weight, by_block=walked
+                )  # fmt: skip
                 losses = losses | {"loss": losses["loss"] + stage.real_weight * real, "real": real}
         norm = student.step(losses.pop("loss"))
         for _ in range(stage.critic_turns):
