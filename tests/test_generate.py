@@ -44,6 +44,40 @@ def test_generate_writes_exactly_the_pictures_of_the_iterator(tmp_path, monkeypa
     assert np.array_equal(np.concatenate(written), expected[:16])
 
 
+@pytest.mark.parametrize("given, most", [(1, 9), (26, 21), (99, 81)])
+def test_it_goes_on_from_an_image_or_from_the_end_of_a_video(given: int, most: int, tmp_path, monkeypatch) -> None:
+    frames = np.random.default_rng(0).integers(0, 255, (given, 112, 192, 3), dtype=np.uint8)
+    seen = []
+    stream = longtake.Engine.stream
+    monkeypatch.setattr(
+        longtake.Engine,
+        "stream",
+        lambda self, *said, **more: seen.append(more["pictures"]) or stream(self, *said, **more),
+    )
+    monkeypatch.setattr("longtake.media.reading.read_pictures", lambda path, **size: frames)
+    path = tmp_path / "out.mp4"
+    assert main(["generate", PROMPT, "--seconds", "0.2", "--video", "given.mp4", "-o", str(path)]) == 0
+    assert len(seen[0]) == most, "whole blocks, at most the 21 latent frames that the network was trained on"
+    assert np.array_equal(seen[0], frames.repeat(9, axis=0) if given == 1 else frames[-most:])
+    assert json.loads(read_comment(path))["image"] == "given.mp4"
+
+
+def test_pictures_that_cannot_begin_a_video_are_one_line(tmp_path, capsys) -> None:
+    with Mp4Writer(tmp_path / "short.mp4", 64, 64, 16) as writer:
+        writer.write(np.zeros((5, 64, 64, 3), np.uint8))
+    (tmp_path / "prompts.txt").write_text(PROMPT)
+    one, many = ["generate", PROMPT], ["generate", "--prompts", str(tmp_path / "prompts.txt"), "-o", str(tmp_path)]
+    for arguments, said in (
+        ([*one, "--video", str(tmp_path / "short.mp4")], "has 5 pictures; a stream goes on from 9 or more"),
+        ([*one, "--image", str(tmp_path / "absent.png")], "no image or video at"),
+        ([*many, "--image", str(tmp_path / "short.mp4")], "--image goes with one PROMPT"),
+    ):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err.strip()
+        assert said in error and len(error.splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["prompts.txt", "short.mp4"]
+
+
 def test_a_timeline_redirects_the_stream_at_its_times(tmp_path, monkeypatch):
     written = []
     write = Mp4Writer.write

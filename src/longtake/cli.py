@@ -21,6 +21,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, arg, create_mutex_group
 from tyro.extras import SubcommandApp
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
     from longtake.evaluation.sources import Source
@@ -66,6 +67,7 @@ def generate(
     seeds: int = 1,
     names: Literal["numbered", "vbench"] = "numbered",
     rewrite: Annotated[str | None, arg(metavar="CHAT")] = None,
+    image: Annotated[Path | None, arg(aliases=["--video"], metavar="FILE")] = None,
     recipe: str = "self_forcing_sink",
     model: str = "toy",
     levels: Annotated[int | None, arg(metavar="N")] = None,
@@ -86,6 +88,7 @@ def generate(
         seeds: Videos for each prompt of a file, with seeds from the one given on.
         names: Of the videos of a file: numbered, or prompt-0.mp4, prompt-1.mp4 as VBench wants them.
         rewrite: A chat model that writes prompts out first: a transformers model, or MODEL@http://host/v1.
+        image: An image or a video to go on from; what is made follows it.
         recipe: The method that makes it; `longtake models` lists them.
         model: The weights that make it; `longtake models` lists them.
         levels: Denoising steps of a block; unless given, as many as the recipe has.
@@ -98,6 +101,8 @@ def generate(
     if seconds is not None and not 0 < seconds < math.inf:
         raise ValueError(f"a video lasts more than 0 seconds, got {seconds:g}")
     if prompts is not None:
+        if image is not None:
+            raise ValueError("--image goes with one PROMPT, not with --prompts")
         if out is None:
             raise ValueError("--prompts needs a folder for the videos: -o DIR")
         with _together(device) as (_, place):
@@ -107,7 +112,7 @@ def generate(
     if (seeds, names) != (1, "numbered"):
         raise ValueError("--seeds and --names go with --prompts")
     script = _script_of(prompt or "", rewrite, device)
-    return _make_one(script, seconds, seed, out, lambda: _load(model, recipe, levels, device, dtype))
+    return _make_one(script, seconds, seed, out, image, lambda: _load(model, recipe, levels, device, dtype))
 
 
 def _script_of(text: str, chat: str | None, device: str | None) -> "Script":
@@ -145,8 +150,9 @@ def _written_out(scripts: "Sequence[Script]", chat: str, device: "torch.device")
 
 
 def _make_one(
-    script: "Script", seconds: float | None, seed: int, out: Path | None, load: "Callable[[], Engine]"
-) -> int:
+    script: "Script", seconds: float | None, seed: int, out: Path | None, begin: Path | None,
+    load: "Callable[[], Engine]",
+) -> int:  # fmt: skip
     from longtake.generation.script import follow, record_of
     from longtake.media.mp4 import Mp4Writer
 
@@ -159,20 +165,39 @@ def _make_one(
     pictures = max(1, round(seconds * engine.frame_rate))
     texts = script.by_block(engine, pictures)
     engine.prepare([*texts.values()])
+    given = None if begin is None else _opening(engine, begin)
     with (
-        engine.stream(texts[0], seed=seed) as stream,
+        engine.stream(texts[0], seed=seed, pictures=given) as stream,
         Mp4Writer(
             path,
             engine.width,
             engine.height,
             engine.frame_rate,
-            comment=dumps(record_of(engine, script, seed, seconds)),
+            comment=dumps(record_of(engine, script, seed, seconds) | ({"image": begin.name} if begin else {})),
         ) as writer,
     ):
         complete = _film(follow(stream, texts), writer, pictures)
     if writer.frames_written:
         print(path)
     return 0 if complete else _INTERRUPTED
+
+
+def _opening(engine: "Engine", path: Path) -> "np.ndarray":
+    """Pictures of whole blocks for a stream to go on from: an image that stands still for one, or the end of a video.
+
+    Of a video as much as the network was trained to see at once.
+    """
+    from longtake.media.reading import read_pictures
+
+    size = {"width": engine.width, "height": engine.height, "frames_per_second": engine.frame_rate}
+    pictures = read_pictures(path, **size)
+    if len(pictures) == 1:
+        return pictures.repeat(engine.pictures_in(1), axis=0)
+    most = engine.network.config.extent // engine.recipe.block
+    whole = [count for blocks in range(1, most + 1) if (count := engine.pictures_in(blocks)) <= len(pictures)]
+    if not whole:
+        raise ValueError(f"{path} has {len(pictures)} pictures; a stream goes on from {engine.pictures_in(1)} or more")
+    return pictures[-whole[-1] :]
 
 
 def _make_many(
