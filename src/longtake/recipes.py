@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from longtake.attention.block_sparse import block_sparse
 from longtake.attention.linear import WIDTHS
+from longtake.distillation.trainer import STATE_FILE
 from longtake.flow import even_levels
 from longtake.generation.blockwise import blockwise
 from longtake.generation.clip import sample_clip
@@ -442,23 +443,30 @@ def load_wan(
 def _is_wan(model: str | Path) -> bool:
     """Whether a name or a path is that of a network which comes without text encoder and codec of ours."""
     path = Path(model)
-    if str(model) in registry():
-        return True
+    if str(model) in registry() or str(model) in _model_names():  # names come first
+        return str(model) in registry()
     if path.is_dir():
-        ours = (path / NETWORK_FILE).is_file()
-        return not ours and any(path.glob(usual) for usual in ("transformer", "diffusion_pytorch_model*", "*.pt*"))
+        theirs = _there(path, "transformer", "diffusion_pytorch_model*", "*.pt", "*.pth") - {STATE_FILE}
+        return bool(theirs) and not (path / NETWORK_FILE).is_file()
     if path.suffix == ".safetensors":
-        return path.is_file() and "text" not in described(path)
+        if not path.is_file():
+            return False
+        found = described(path)
+        return not found or ("network" in found and "text" not in found)
     return path.is_file() and path.suffix in (".pt", ".pth", ".json")
 
 
 def _wan_base(model: str | Path, base: str | Path | None) -> Path:
     """The folder that holds text encoder, tokenizer and VAE. ValueError if the default one was never pulled."""
     own = Path(model)
-    if base is None and own.is_dir() and any(own.glob(usual) for usual in ("text_encoder", "models_t5_umt5*")):
+    if base is None and own.is_dir() and _there(own, "text_encoder", "models_t5_umt5*"):
         return own
     name = str(base or WAN_BASE)
     return cached(published(name)) if name in registry() else Path(name)
+
+
+def _there(folder: Path, *patterns: str) -> set[str]:
+    return {path.name for pattern in patterns for path in folder.glob(pattern)}
 
 
 def _require_taught(chosen: Recipe, taught: Sequence[str], path: Path) -> None:

@@ -321,6 +321,11 @@ def test_teacher_forcing_refuses_what_has_to_be_walked_through_before_work_begin
             )  # type: ignore[arg-type]
 
 
+def test_a_pull_that_could_never_come_is_refused(monkeypatch, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="last_exits leaves that out"):
+        steps(monkeypatch, tmp_path, levels=(4, 3), last_exits=2, pull=0.05)
+
+
 @pytest.mark.parametrize("far", ["keep", "none"])
 def test_projections_learn_where_something_is_far_and_stay_where_nothing_is(
     far: str, monkeypatch, tmp_path: Path

@@ -351,3 +351,23 @@ def test_rules_are_a_few_lines_apart() -> None:
         assert same == base and ("toy", name) in MODELS
     with pytest.raises(AssertionError, match="commits nothing once more"):
         recache(network(), memory("causal_forcing"), prompt(1))
+
+
+def test_a_redirect_that_is_stopped_half_way_closes_the_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is forgotten for a recache would be missing from then on."""
+    with tiny.engine(recipe_named("longlive")).stream("anything", seed=1) as stream:
+        for _ in range(4):
+            next(stream)
+
+        def stopped(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        with pytest.raises(ValueError, match="share"):
+            stream.redirect("something else", far=2.0)
+        next(stream)  # what is refused before anything changes does no harm
+        monkeypatch.setattr(WanTransformer, "keys_to_commit", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            stream.redirect("something else")
+        monkeypatch.undo()
+        with pytest.raises(RuntimeError, match="closed, or failed"):
+            next(stream)

@@ -72,6 +72,14 @@ def test_load_knows_a_wan_model_by_what_is_there(whole: Path) -> None:
     assert (engine.height, engine.width, len(engine.recipe.steps)) == (480, 832, 2)
     with pytest.raises(ValueError, match="longtake models pull"):
         longtake.load("self-forcing", recipe="self_forcing", device="cpu")
+    with pytest.raises(ValueError, match="longtake models pull"):  # of a network alone the rest has to come from there
+        longtake.load(whole / "transformer", recipe=RECIPE, device="cpu")
+
+
+def test_a_folder_of_our_own_training_is_no_wan_model(tmp_path: Path) -> None:
+    (tmp_path / "state.pt").touch()
+    with pytest.raises(ValueError, match="no weights at"):
+        longtake.load(tmp_path, recipe=RECIPE, device="cpu")
 
 
 def test_what_is_missing_or_does_not_fit_is_one_line(whole: Path, tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def forced_by_block(
     """Velocity [B, F, C, H, W] of every noisy block in front of the memory of a stream, whatever that is.
 
     A block is estimated, then the past's own block is committed, as streams go on from given blocks. Unlike
-    theirs, commits keep their graph.
+    theirs, commits keep their graph, and a change of prompt does nothing to the memory, under no policy.
     """
     stream = StreamMemory(memory, network.config.layers, ring=False, keeps_graph=True)
     parts = (x.split(block, dim=1) for x in (past_BFCHW, noisy_BFCHW, level_BF, prompt_BF))

@@ -694,6 +694,10 @@ def train_dmd(
             )
         for count in stage.levels_of(recipe):
             recipe.with_levels(count).memory(network)  # refused before work begins
+    if stage.pull and stage.last_exits and min(min(stage.levels_of(recipe)) for recipe in recipes) > stage.last_exits:
+        raise ValueError(
+            "only rollouts that exit at the first step are pulled, and last_exits leaves that out: drop one"
+        )
     critic = copy.deepcopy(teacher).requires_grad_(True).train()
     network.requires_grad_(True).train()
     student = Learner(network, [_dmd_adam(network, stage.lr, stage.far_lr)], average=stage.average)

@@ -238,13 +238,22 @@ class StreamBatch(_Closing):
             self._codec_state = None  # a decoder that goes on shows the old shot through the new one for two pictures
 
     def _go_on_under(self, prompts: Sequence[str], change: Callable[[StreamMemory, PromptKeys], None]) -> None:
-        """Take other prompts and change the memory: both, or neither if either is refused."""
+        """Take other prompts and change the memory: neither if either is refused.
+
+        A change that fails half way, or is stopped by Ctrl-C, closes the streams.
+        """
         if self._memory is None:
             raise RuntimeError(_CLOSED)
         if len(prompts) != len(self.seeds):
             raise ValueError(f"{len(self.seeds)} streams cannot go on under {len(prompts)} prompts")
         keys = self.engine.prompt_keys(*prompts)
-        change(self._memory, keys)
+        try:
+            change(self._memory, keys)
+        except ValueError:  # refused before anything changed
+            raise
+        except BaseException:  # Ctrl-C too: half a recache is in no state to go on from
+            self.close()
+            raise
         self._prompt_keys, self.prompts = keys, list(prompts)
 
     def __iter__(self) -> Self:

@@ -190,6 +190,8 @@ class Policy:
             raise ValueError(f"a flush keeps 0 latent frames or more, got {self.flush}")
         if self.recache and (self.average is not None or self.flush is not None or self.jump is not None):
             raise ValueError("frames that are committed once more need a window that is as they left it")
+        if isinstance(self.reads, BackAndForth) and self.flush is not None:
+            raise ValueError("a library that is played needs the frames that a flush forgets")
         if self.jump is not None and self.flush is None:
             raise ValueError("a cut that jumps flushes the window: say how many latent frames stay")
         if self.bank and self.recache and self.recache.sink == "new":

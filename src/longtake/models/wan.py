@@ -122,7 +122,7 @@ class SelfAttention(Attention):
     are what it reads all but its near span by.
     """
 
-    def __init__(self, dim: int, heads: int, reads_far: bool, features: LearnedForm | None):
+    def __init__(self, dim: int, heads: int, reads_far: bool, features: LearnedForm | None = None):
         super().__init__(dim, heads)
         self.linear_proj = _zero_linear(dim // heads) if reads_far else None
         self.features = features
