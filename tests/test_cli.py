@@ -112,6 +112,7 @@ finally:
         ["models", "list"],
         ["models", "pull"],
         ["models", "convert"],
+        ["verify"],
         ["explain"],
     ],
 )

@@ -43,6 +43,13 @@ def load_wan(
     ValueError for files that are not whole, and for leftovers, gaps and misfits, by name and shape.
     """
     checkpoint, _ = open_network(path, entries=entries, lora=lora, alpha=alpha)
+    return network_of(checkpoint, device=device, dtype=dtype)
+
+
+def network_of(
+    checkpoint: Checkpoint, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
+) -> WanTransformer:
+    """The network of an opened checkpoint in our names; otherwise as `load_wan`."""
     with torch.device("meta"):
         network = WanTransformer(network_config(checkpoint))
     fill(network, checkpoint, device, dtype)
@@ -77,15 +84,17 @@ def load_published(
 
     Otherwise as `load_wan`. ValueError, with what to do, for unknown names and for what is not in the cache.
     """
+    return network_of(open_published(name)[0], device=device, dtype=dtype)
+
+
+def open_published(name: str) -> tuple[Checkpoint, str]:
+    """As `open_network`, of a checkpoint of the registry that was pulled; errors as `load_published`."""
     checkpoint = published(name)
     folder = cached(checkpoint)
     file = folder / checkpoint.files[0]
-    entries = ENTRIES if checkpoint.entry in (None, UNKNOWN) else (checkpoint.entry,)
-    return load_wan(
+    return open_network(
         file if file.suffix in (".pt", ".pth") else folder,
-        device=device,
-        dtype=dtype,
-        entries=entries,
+        entries=ENTRIES if checkpoint.entry in (None, UNKNOWN) else (checkpoint.entry,),
         lora=folder / checkpoint.lora if checkpoint.lora else None,
     )
 
