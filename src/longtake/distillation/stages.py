@@ -365,16 +365,7 @@ def train_teacher(
     learner = Learner(model, muon_and_adam(model, stage.lr, adamw_only=ends), average=stage.average)
     compile_for(run, network)
     supply = world.clips(stage.pool, stage.seed, network.config.extent)
-
-    def turn(step: int) -> dict[str, Tensor]:
-        drawn = _drawn(supply, step, stage.batch, network.config.extent)
-        absent = torch.rand(stage.batch, 1, 1, device=run.device) < stage.no_prompt_share
-        with run.autocast():
-            text_BPLE = embed(text, drawn.tokens_BPL.masked_fill(absent, 0))
-            clips = Clips(drawn.latents_BFCHW, text_BPLE, drawn.prompt_BF, drawn.focus_BFHW)
-            loss = flow_loss(network, clips, stage.shift, stage.focus_weight)
-        return {"loss": loss.detach(), "norm": learner.step(loss)}
-
+    turn = _flow_turn(text, network, learner, supply, stage.shift, stage, run)
     look = _clip_strips(text, network, [learner], world, stage.shift, stage, run)
     spent = train(
         {"teacher": learner}, turn, _budget(stage, warmup=200), run, keep={"clips": supply}, look=look, log_every=100
@@ -551,6 +542,18 @@ def train_finetune(
     learner = _student(network, stage.lr, stage.far_lr, stage.average)
     compile_for(run, network)
     supply = world.clips(stage.pool, stage.seed, network.config.extent)
+    turn = _flow_turn(text, network, learner, supply, shift, stage, run)
+    look = _clip_strips(text, network, [learner], world, shift, stage, run)
+    spent = train({"network": learner}, turn, _budget(stage, warmup=50), run, keep={"clips": supply}, look=look)
+    learner.swap_average()
+    return spent
+
+
+def _flow_turn(
+    text: WordEncoder, network: WanTransformer, learner: Learner, supply: ClipSupply, shift: float,
+    stage: TeacherStage | FinetuneStage, run: Run,
+) -> Callable[[int], dict[str, Tensor]]:  # fmt: skip
+    """Flow matching of whole clips, a share of them without their prompt."""
 
     def turn(step: int) -> dict[str, Tensor]:
         drawn = _drawn(supply, step, stage.batch, network.config.extent)
@@ -561,10 +564,7 @@ def train_finetune(
             loss = flow_loss(network, clips, shift, stage.focus_weight)
         return {"loss": loss.detach(), "norm": learner.step(loss)}
 
-    look = _clip_strips(text, network, [learner], world, shift, stage, run)
-    spent = train({"network": learner}, turn, _budget(stage, warmup=50), run, keep={"clips": supply}, look=look)
-    learner.swap_average()
-    return spent
+    return turn
 
 
 def _clip_strips(
