@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests import tiny
 
+from longtake.generation import rolling
 from longtake.generation.script import Cue, Script, follow, read_scripts, record_of, script_from, slug
 
 ENGINE = tiny.engine()  # blocks of 3 latent frames: 9 pictures, then 12 each, 16 a second
+ROLLING = tiny.engine(tiny.rolling_recipe())  # 3 blocks in flight
 TEN_SECONDS = 160
 
 
@@ -237,6 +239,37 @@ def test_a_stream_follows_its_script(monkeypatch) -> None:
         False,
         False,
     ]
+
+
+def test_with_blocks_in_flight_a_prompt_is_shown_at_its_time(monkeypatch) -> None:
+    monkeypatch.setattr(tiny, "AnyText", ByLength)
+    engine = tiny.engine(tiny.rolling_recipe())
+    texts = script_from("a ball | 2.1s: it snows").by_block(engine, TEN_SECONDS)
+    assert texts == {0: "a ball", 4: "it snows"}
+    shown = {}
+    schedule = rolling.calls
+    monkeypatch.setattr(rolling, "calls", lambda *given, **more: watched(schedule, shown, *given, **more))
+    with engine.stream(texts[0], seed=5) as stream:
+        for _ in zip(follow(stream, texts), range(6), strict=False):
+            pass
+    first, *_ = shown.values()
+    assert [shown[block] is first for block in range(6)] == [True, True, True, True, False, False]
+    assert shown[4] is shown[5]
+
+
+def watched(schedule, shown, network, memory, prompts, *given, **more):
+    """The calls of a schedule; shown: the prompt that each block begins under."""
+    return schedule(network, memory, lambda block: shown.setdefault(block, prompts(block)), *given, **more)
+
+
+@given(block=st.integers(1, 12))
+def test_a_prompt_among_the_blocks_that_begin_together_is_refused(block) -> None:
+    script = Script((Cue(prompt="a"), Cue(prompt="b", at=block, unit="blocks")))
+    if block < ROLLING.recipe.in_flight:
+        with pytest.raises(ValueError, match="is too early: .* can begin from 2.0625 seconds or 3 blocks on"):
+            script.by_block(ROLLING, TEN_SECONDS)
+    else:
+        assert script.by_block(ROLLING, TEN_SECONDS) == {0: "a", block: "b"}
 
 
 class ByLength(tiny.AnyText):

@@ -72,11 +72,19 @@ class Script:
         """The text shown from each block on. A prompt begins with the first block that begins at its time or later.
 
         pictures: how many the video has. ValueError for a prompt that would never be seen: it begins after the end, or
-        another follows before the next block.
+        another follows before the next block; or that would be late: it begins while the blocks are shown that are
+        begun together with the first.
         """
         texts: dict[int, str] = {}
+        together = engine.recipe.in_flight
         for cue in self.cues:
             block = _block_of(cue, engine, pictures)
+            if 0 < block < together:
+                earliest = engine.pictures_in(together) / engine.frame_rate
+                raise ValueError(
+                    f"{cue} is too early: recipe {engine.recipe.name} begins {together} blocks together, "
+                    f"so another prompt can begin from {earliest:g} seconds or {together} blocks on"
+                )
             if texts and block <= max(texts):
                 raise ValueError(
                     f"{cue} begins in the same block as the prompt before it, or earlier: write times apart"
@@ -102,11 +110,15 @@ def _block_of(cue: Cue, engine: Engine, pictures: int) -> int:
 
 
 def follow(stream: Stream, texts: Mapping[int, str]) -> Iterator[Chunk]:
-    """The chunks of a stream that was opened with the first text, redirected before the blocks that have another."""
+    """The chunks of a stream that was opened with the first text, redirected before the blocks that have another begin.
+
+    Where blocks are in flight together, the last of them begins that many blocks before it is shown.
+    """
     chunks = iter(stream)
+    begun_before = stream.engine.recipe.in_flight - 1
     for block in itertools.count():
-        if block in texts and block:
-            stream.redirect(texts[block])
+        if block and block + begun_before in texts:
+            stream.redirect(texts[block + begun_before])
         yield next(chunks)
 
 
