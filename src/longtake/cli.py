@@ -163,9 +163,9 @@ def _make_one(
     engine = load()
     seconds = seconds or script.seconds or _SECONDS
     pictures = max(1, round(seconds * engine.frame_rate))
-    texts = script.by_block(engine, pictures)
-    engine.prepare([*texts.values()])
     given = None if begin is None else _opening(engine, begin)
+    texts = script.by_block(engine, pictures, 0 if given is None else len(given))
+    engine.prepare([*texts.values()])
     with (
         engine.stream(texts[0], seed=seed, pictures=given) as stream,
         Mp4Writer(

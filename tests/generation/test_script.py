@@ -199,6 +199,16 @@ def test_a_time_that_is_the_start_of_a_block_is_that_block() -> None:
         assert [*Script(cues).by_block(ENGINE, TEN_SECONDS)] == [0, block]
 
 
+@given(before=st.integers(1, 4), block=st.integers(1, 12))
+def test_times_count_from_what_follows_given_pictures(before, block) -> None:
+    def at(pictures: int) -> list[int]:
+        cues = (Cue(prompt="a"), Cue(prompt="b", at=pictures, unit="pictures"))
+        return [*Script(cues).by_block(ENGINE, TEN_SECONDS, ENGINE.pictures_in(before))]
+
+    assert at(12 * block) == [0, block]  # 12 pictures each: the block of 9 is among the given ones
+    assert at(12 * block - 11) == [0, block]
+
+
 @pytest.mark.parametrize(
     "at, unit", [(10, "seconds"), (1e12, "seconds"), (160, "pictures"), (14, "blocks"), (1e12, "blocks")]
 )
@@ -266,7 +276,7 @@ def watched(schedule, shown, network, memory, prompts, *given, **more):
 def test_a_prompt_among_the_blocks_that_begin_together_is_refused(block) -> None:
     script = Script((Cue(prompt="a"), Cue(prompt="b", at=block, unit="blocks")))
     if block < ROLLING.recipe.in_flight:
-        with pytest.raises(ValueError, match="is too early: .* can begin from 2.0625 seconds or 3 blocks on"):
+        with pytest.raises(ValueError, match=r"is too early: .* can begin from 2\.0625 seconds or 3 blocks on"):
             script.by_block(ROLLING, TEN_SECONDS)
     else:
         assert script.by_block(ROLLING, TEN_SECONDS) == {0: "a", block: "b"}

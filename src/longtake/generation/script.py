@@ -8,7 +8,7 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -68,19 +68,20 @@ class Script:
         cues = (replace(cue, rewritten=text) for cue, text in zip(self.cues, texts, strict=True))
         return replace(self, cues=tuple(cues))
 
-    def by_block(self, engine: Engine, pictures: int) -> dict[int, str]:
+    def by_block(self, engine: Engine, pictures: int, given: int = 0) -> dict[int, str]:
         """The text shown from each block on. A prompt begins with the first block that begins at its time or later.
 
-        pictures: how many the video has. ValueError for a prompt that would never be seen: it begins after the end, or
+        pictures: how many the video has. given: how many, of whole blocks, the stream goes on from; blocks and times
+        count from what follows them. ValueError for a prompt that would never be seen: it begins after the end, or
         another follows before the next block; or that would be late: it begins while the blocks are shown that are
         begun together with the first.
         """
         texts: dict[int, str] = {}
-        together = engine.recipe.in_flight
+        pictures_in, together = _pictures_after(engine, given), engine.recipe.in_flight
         for cue in self.cues:
-            block = _block_of(cue, engine, pictures)
+            block = _block_of(cue, engine, pictures, pictures_in)
             if 0 < block < together:
-                earliest = engine.pictures_in(together) / engine.frame_rate
+                earliest = pictures_in(together) / engine.frame_rate
                 raise ValueError(
                     f"{cue} is too early: recipe {engine.recipe.name} begins {together} blocks together, "
                     f"so another prompt can begin from {earliest:g} seconds or {together} blocks on"
@@ -93,7 +94,13 @@ class Script:
         return texts
 
 
-def _block_of(cue: Cue, engine: Engine, pictures: int) -> int:
+def _pictures_after(engine: Engine, given: int) -> Callable[[int], int]:
+    """How many pictures the first blocks after so many given ones are: a stream's very first block has fewer."""
+    before = next(block for block in itertools.count() if engine.pictures_in(block) >= given)
+    return lambda blocks: engine.pictures_in(before + blocks) - engine.pictures_in(before)
+
+
+def _block_of(cue: Cue, engine: Engine, pictures: int, pictures_in: Callable[[int], int]) -> int:
     if cue.at == 0:
         return 0
     if cue.unit == "blocks":
@@ -103,8 +110,8 @@ def _block_of(cue: Cue, engine: Engine, pictures: int) -> int:
     else:
         scale = {"seconds": engine.frame_rate, "pictures": 1, "of the video": pictures}[cue.unit]
         first = min(cue.at * scale, pictures) - 1e-6  # seconds are rarely whole pictures in binary
-        block = next(block for block in itertools.count() if engine.pictures_in(block) >= first)
-    if engine.pictures_in(min(block, pictures)) >= pictures:
+        block = next(block for block in itertools.count() if pictures_in(block) >= first)
+    if pictures_in(min(block, pictures)) >= pictures:
         raise ValueError(f"{cue} would begin after the last picture of {pictures / engine.frame_rate:g} seconds")
     return block
 
