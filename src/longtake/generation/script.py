@@ -281,17 +281,25 @@ def _script_of(value: Any) -> Script:
     if isinstance(value, list):
         return Script(tuple(_cue_of(one) for one in value))
     given = value if isinstance(value, dict) else {}
+    if timed := given.keys() & _TIMES.keys():
+        raise ValueError(f"{min(timed)} goes in a list of times, which is one video, got {_short(value)}")
     prompt, prompts = given.get("prompt", given.get("prompt_en")), given.get("prompts")  # prompt_en: VBench's list
+    if prompt is not None and prompts is not None:
+        raise ValueError(f"a video has a prompt or prompts, not both, got {_short(value)}")
     if isinstance(prompt, str):
+        if _SWITCHES in given:
+            raise ValueError(f"{_SWITCHES} goes with prompts, got {_short(value)}")
         return Script((Cue(prompt=prompt),))
     if not isinstance(prompts, list) or not prompts:
         raise ValueError(f"a video is a list of times, or has a prompt or prompts, got {_short(value)}")
     if all(isinstance(one, str) for one in prompts):
-        return Script(_parts_of(prompts, given.get("switch_frame_indices")))
+        _require_known(given, ["prompts", _SWITCHES], "a video of prompts in parts")
+        return Script(_parts_of(prompts, given.get(_SWITCHES)))
     spans = [_span_of(one) for one in prompts]
     return Script(tuple(cue for cue, _ in spans), spans[-1][1])
 
 
+_SWITCHES = "switch_frame_indices"
 _TIMES: dict[str, Unit] = {"at": "seconds", "chunk": "blocks", "frame": "latent frames"}
 
 
@@ -299,10 +307,9 @@ def _cue_of(entry: Any) -> Cue:
     """One time of a list."""
     if not isinstance(entry, dict):
         raise ValueError(f"a time is at, chunk or frame with its prompt, got {_short(entry)}")
-    known = [*_TIMES, "prompt", "prompts", "transition", "method"]
-    for key in entry.keys() - set(known):
-        close = get_close_matches(str(key), known, n=1)
-        raise ValueError(f"no key {key!r} in a time" + (f": did you mean {close[0]}?" if close else ""))
+    _require_known(entry, [*_TIMES, "prompt", "prompts", "transition", "method"], "a time")
+    if "prompt" in entry and "prompts" in entry:
+        raise ValueError(f"a time has a prompt or prompts, not both, got {_short(entry)}")
     times = [key for key in _TIMES if key in entry]
     if len(times) != 1:
         raise ValueError(f"a time has one of at, chunk and frame, got {_short(entry)}")
@@ -314,13 +321,19 @@ def _cue_of(entry: Any) -> Cue:
     return Cue(prompt=text, at=_number(entry[times[0]]), unit=_TIMES[times[0]])
 
 
+def _require_known(entry: Mapping[Any, Any], known: Sequence[str], what: str) -> None:
+    for key in entry.keys() - set(known):
+        close = get_close_matches(str(key), known, n=1)
+        raise ValueError(f"no key {key!r} in {what}" + (f": did you mean {close[0]}?" if close else ""))
+
+
 def _parts_of(prompts: list[str], switches: Any) -> tuple[Cue, ...]:
     """LongLive's: the latent frames at which the next prompt begins, or equal parts."""
     if switches is None:
         return _equal_parts(prompts)
     listed = switches.split(",") if isinstance(switches, str) else switches
     if not isinstance(listed, list) or len(listed) != len(prompts) - 1:
-        raise ValueError(f"{len(prompts)} prompts need {len(prompts) - 1} switch_frame_indices, got {_short(switches)}")
+        raise ValueError(f"{len(prompts)} prompts need {len(prompts) - 1} {_SWITCHES}, got {_short(switches)}")
     frames = [0.0, *(_number(frame) for frame in listed)]
     return tuple(Cue(prompt=one, at=at, unit="latent frames") for one, at in zip(prompts, frames, strict=True))
 
