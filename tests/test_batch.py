@@ -238,7 +238,7 @@ def work(rank: int, folder: str) -> None:
 
 
 def listed(scripts: list[Script], folder: Path) -> list[batch.Video]:
-    return batch.videos_of(scripts, folder, first_seed=1, seeds=1, seconds=lambda script: 0.5, names="vbench")
+    return batch.videos_of(scripts, folder, first_seed=1, seeds=1, seconds=0.5, names="vbench")
 
 
 def test_two_processes_make_each_missing_video_once(tmp_path) -> None:

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from longtake.models.hub import Published
 
 _BAD_INPUT, _INTERRUPTED = 2, 130
-_SECONDS = 10.0  # of a video, where nothing says how long it is
 
 app = SubcommandApp()
 
@@ -161,7 +160,7 @@ def _make_one(
         _say(f"seed {seed}")
     path = out or _free_name(script.prompt, seed)
     engine = load()
-    seconds = seconds or script.seconds or _SECONDS
+    seconds = script.lasts(engine.frame_rate, seconds)
     pictures = max(1, round(seconds * engine.frame_rate))
     given = None if begin is None else _opening(engine, begin)
     texts = script.by_block(engine, pictures, 0 if given is None else len(given))
@@ -216,7 +215,7 @@ def _make_many(
         out,
         first_seed=seed,
         seeds=seeds,
-        seconds=lambda script: seconds or script.seconds or _SECONDS,
+        seconds=seconds,
         names=names,
     )
     make_all(load(), videos, made=lambda path: print(path, flush=True), say=_say)

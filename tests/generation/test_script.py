@@ -29,6 +29,8 @@ def read(folder: Path, name: str, text: str) -> list[Script]:
 
 # on the command line
 
+NOT_IN_A_ROW = ["[0s:5s] a [3s:8s] b", "[0s:5s] a [10s:12s] b", "[0s:5s] a [5:9] b", "[0s:0s] a"]
+
 
 @pytest.mark.parametrize(
     "text, cues",
@@ -48,13 +50,15 @@ def test_inline_scripts(text, cues) -> None:
     assert told(script_from(text)) == cues
 
 
-def test_spans_of_seconds_tell_the_length() -> None:
-    assert script_from("[0s:5s] a [5s:9.5s] b").seconds == 9.5
-    assert script_from("[0%:50%] a [50%:100%] b").seconds is None
-    assert script_from("a | 5s: b").seconds is None
+def test_spans_tell_the_length() -> None:
+    assert script_from("[0s:5s] a [5s:9.5s] b").lasts(16) == 9.5
+    assert script_from("[0:40] a [40:84] b").lasts(16) == 5.25
+    assert script_from("[0%:50%] a [50%:100%] b").lasts(16) == 10
+    assert script_from("a | 5s: b").lasts(16) == 10
+    assert script_from("[0s:5s] a").lasts(16, 7) == 7
 
 
-@pytest.mark.parametrize("text", ["5s: a", "a | 5s: b | c", "[5s:2s] a", "[1%:5s] a", "[5s:9s] a"])
+@pytest.mark.parametrize("text", ["5s: a", "a | 5s: b | c", "[5s:2s] a", "[1%:5s] a", "[5s:9s] a", *NOT_IN_A_ROW])
 def test_inline_scripts_that_make_no_sense(text) -> None:
     with pytest.raises(ValueError):
         script_from(text)
@@ -124,6 +128,13 @@ def test_scope(tmp_path) -> None:
     ]
     (script,) = read(tmp_path, "timeline.json", json.dumps({"prompts": spans, "settings": {"seed": 3}}))
     assert (told(script), script.seconds) == ([("a", 0, "seconds"), ("b", 4, "seconds")], 9.5)
+
+
+@pytest.mark.parametrize("times", [[(0, 4), (3, 9)], [(0, 4), (5, 9)], [(0, 4), (4, 2)]])
+def test_a_timeline_has_no_gaps_overlaps_or_ends_before_it_begins(tmp_path, times) -> None:
+    spans = [{"startTime": begin, "endTime": end, "prompts": [{"text": "a"}]} for begin, end in times]
+    with pytest.raises(ValueError, match=r"a\.json: a span ends "):
+        read(tmp_path, "a.json", json.dumps({"prompts": spans}))
 
 
 def test_the_list_of_vbench(tmp_path) -> None:

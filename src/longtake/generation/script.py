@@ -22,6 +22,7 @@ from longtake.generation.stream import Chunk, Engine, Stream
 Unit = Literal["seconds", "pictures", "latent frames", "blocks", "of the video"]
 """What a time counts; the last is a share, 0 to 1, of the video's length."""
 
+SECONDS = 10.0  # of a video, where nothing says how long it is
 EXTENDED = "_extended"  # in the name of a file of rewritten prompts
 
 
@@ -44,13 +45,14 @@ class Cue:
 
 @dataclass(frozen=True)
 class Script:
-    """What one video shows. seconds: how long it is, where its source says so.
+    """What one video shows. seconds, pictures: how long it is, where its source says so in one of them.
 
     Raises: ValueError where there is no prompt, or the first does not begin with the video.
     """
 
     cues: tuple[Cue, ...]
     seconds: float | None = None
+    pictures: float | None = None
 
     def __post_init__(self) -> None:
         if not self.cues:
@@ -62,6 +64,11 @@ class Script:
     def prompt(self) -> str:
         """What the video is called by: its first prompt, as its writer gave it."""
         return self.cues[0].prompt
+
+    def lasts(self, frame_rate: int, asked: float | None = None) -> float:
+        """Seconds of video: those asked for, or else what its source says, or else 10."""
+        own = self.pictures / frame_rate if self.pictures else self.seconds
+        return asked or own or SECONDS
 
     def rewritten(self, texts: Sequence[str]) -> "Script":
         """The script that shows other texts, one for each prompt."""
@@ -179,16 +186,28 @@ def _from_spans(text: str) -> Script:
     marks = list(_MARK.finditer(text))
     shared = text[: marks[0].start()].strip()
     cues: list[Cue] = []
-    seconds = None
+    spans: list[tuple[float, float, Unit]] = []
     for mark, following in itertools.zip_longest(marks, marks[1:]):
         begin, begin_unit, end, end_unit = mark.groups()
-        if (begin_unit and begin_unit != end_unit) or float(end) <= float(begin):
+        if begin_unit and begin_unit != end_unit:
             raise ValueError(f"{mark[0]} is no span of time")
         unit, whole = _MARK_UNITS[end_unit]
         said = text[mark.end() : following.start() if following else None].strip()
         cues.append(Cue(prompt=f"{shared} {said}".strip(), at=float(begin) / whole, unit=unit))
-        seconds = float(end) if unit == "seconds" else None
-    return Script(tuple(cues), seconds)
+        spans.append((float(begin), float(end), unit))
+    _require_in_row(spans)
+    _, last, unit = spans[-1]
+    return Script(tuple(cues), last if unit == "seconds" else None, last if unit == "pictures" else None)
+
+
+def _require_in_row(spans: Sequence[tuple[float, float, Unit]]) -> None:
+    """ValueError unless spans, each with begin, end and unit, last and follow one another without gap or overlap."""
+    for begin, end, unit in spans:
+        if end <= begin:
+            raise ValueError(f"a span ends after it begins, got {begin:g} to {end:g} {unit}")
+    for (_, end, unit), (begin, _, following) in itertools.pairwise(spans):
+        if (begin, following) != (end, unit):
+            raise ValueError(f"a span ends at {end:g} {unit}, but the next begins at {begin:g} {following}")
 
 
 def _equal_parts(prompts: Sequence[str]) -> tuple[Cue, ...]:
@@ -296,6 +315,7 @@ def _script_of(value: Any) -> Script:
         _require_known(given, ["prompts", _SWITCHES], "a video of prompts in parts")
         return Script(_parts_of(prompts, given.get(_SWITCHES)))
     spans = [_span_of(one) for one in prompts]
+    _require_in_row([(cue.at, end, cue.unit) for cue, end in spans])
     return Script(tuple(cue for cue, _ in spans), spans[-1][1])
 
 
