@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch import multiprocessing
 
 import longtake.recipes
@@ -83,6 +84,22 @@ def test_what_was_made_otherwise_is_refused(folder, capsys) -> None:
         writer.write(np.zeros((1, 32, 48, 3), np.uint8))
     assert generate() == 2
     assert "0002-a-fox-42.mp4 is there, but tells nothing of how it was made" in capsys.readouterr().err
+
+
+def test_videos_of_weights_that_were_trained_on_are_refused(folder, capsys, monkeypatch) -> None:
+    assert generate() == 0
+    trained = tiny.engine()
+    with torch.no_grad():
+        trained.network.layers[1].ffn[0].weight[0, 0] += 0.1
+    monkeypatch.setattr("longtake.recipes.load", lambda model, **options: trained)
+    assert generate() == 2
+    assert "is there, but was made with other weights" in capsys.readouterr().err
+
+
+def test_weights_are_the_same_in_other_precisions() -> None:
+    engine, lower = tiny.engine(), tiny.engine()
+    lower.to(torch.bfloat16)
+    assert engine.weights == lower.weights
 
 
 def test_interrupt_keeps_finished_videos_and_pictures(folder, capsys, monkeypatch) -> None:

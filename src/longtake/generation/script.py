@@ -141,6 +141,7 @@ def record_of(engine: Engine, script: Script, seed: int, seconds: float) -> dict
     cues = [{"at": cue.at, "unit": cue.unit, "prompt": cue.prompt, "rewritten": cue.rewritten} for cue in script.cues]
     return {
         "model": engine.model_name,
+        "weights": engine.weights,
         "recipe": engine.recipe.name,
         "levels": len(engine.recipe.steps),
         "dtype": str(engine.dtype).removeprefix("torch."),
