@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -252,6 +253,38 @@ def work(rank: int, folder: str) -> None:
     )
     Path(folder, f"{rank}.json").write_text(json.dumps([made, said]))
     parallel.leave()
+
+
+def work_apart(rank: int, folder: str) -> None:
+    """The second process makes its video only when the first is through, and another run was refused."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": Path(folder, "port").read_text()}
+    parallel.join()
+    through, out = Path(folder, "through"), Path(folder, "out")
+
+    def made_alone(path: Path) -> None:
+        deadline = time.monotonic() + 20
+        while rank == 1 and not through.exists():
+            assert time.monotonic() < deadline, "the first process waits for the second"
+            time.sleep(0.05)
+        if rank == 1:
+            with (out / ".longtake.lock").open("a") as other, pytest.raises(BlockingIOError):
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    videos = listed([script_from("prompt number 0"), script_from("prompt number 1")], out)
+    batch.make_all(tiny.engine(), videos, made=made_alone, say=lambda text: None)
+    if rank == 0:
+        through.touch()
+        while not Path(folder, "1.done").exists():  # it serves the exchange of addresses
+            time.sleep(0.05)
+    Path(folder, f"{rank}.done").touch()
+    parallel.leave()
+
+
+def test_a_process_that_is_through_waits_for_no_other_and_the_folder_stays_locked(tmp_path) -> None:
+    (tmp_path / "port").write_text(str(20000 + (os.getpid() + 1) % 20000))
+    multiprocessing.spawn(work_apart, (str(tmp_path),), nprocs=2)
+    assert len(list((tmp_path / "out").glob("*.mp4"))) == 2
 
 
 def listed(scripts: list[Script], folder: Path) -> list[batch.Video]:

@@ -110,7 +110,8 @@ def make_all(
         if parallel.rank() == 0:
             say(f"{len(videos)} videos: {len(videos) - len(missing)} are there, {len(missing)} to make")
         try:
-            parallel.share_out(missing, lambda video: made(_make(engine, video)))
+            for video in own:  # nobody waits at the end: the others may take longer than an exchange is given
+                made(_make(engine, video))
         except KeyboardInterrupt:
             raise KeyboardInterrupt("stopped: the same command goes on with the videos that are missing") from None
 
@@ -165,14 +166,21 @@ def _make(engine: Engine, video: Video) -> Path:
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder; the lock goes when this run ends, however it ends."""
+    """Keep other runs out of a folder; the lock goes when the last process of this run ends, however it ends."""
     with (folder / ".longtake.lock").open("a") as lock:
-        parallel.agree(lambda: _take(lock, folder) if parallel.rank() == 0 else None)
+        parallel.agree(lambda: _first_takes(lock, folder) if parallel.rank() == 0 else None)
+        parallel.agree(lambda: _take(lock, folder, fcntl.LOCK_SH))
         yield
 
 
-def _take(lock: IO[str], folder: Path) -> None:
+def _first_takes(lock: IO[str], folder: Path) -> None:
+    """Make sure that no other run holds the lock, then let the other processes of this one share it."""
+    _take(lock, folder, fcntl.LOCK_EX)
+    _take(lock, folder, fcntl.LOCK_SH)
+
+
+def _take(lock: IO[str], folder: Path, kind: int) -> None:
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"another run is writing to {folder}: wait for it, or choose another folder") from None
