@@ -88,6 +88,9 @@ def test_no_text_at_all_is_an_error_and_is_not_kept(tmp_path) -> None:
         ('"Yes" says a sign and "no" another', '"Yes" says a sign and "no" another'),
         ('"Yes" and "no"', '"Yes" and "no"'),
         ("<think>What\nnow?</think>\nA red ball.", "A red ball."),
+        ("What\nnow?</think>\nA red ball.", "A red ball."),
+        ("<think>What now? A red", ""),
+        ("<think>What?</think> <think>Or", ""),
     ],
 )
 def test_answers_become_prompts(answer, prompt) -> None:

@@ -94,9 +94,12 @@ class Rewriter:
 
 
 def as_prompt(answer: str) -> str:
-    """An answer in one line, without thoughts in front of it and quotation marks around it."""
-    spoken = re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL)
-    line = " ".join(spoken.split())
+    """An answer in one line, without thoughts in front of it and quotation marks around it.
+
+    Empty, where thoughts do not end. They need not begin: some chat templates begin them for the model.
+    """
+    spoken = answer.rpartition("</think>")[2]
+    line = "" if "<think>" in spoken else " ".join(spoken.split())
     quoted = re.fullmatch(r"\"([^\"]*)\"|“([^”]*)”", line)
     return (quoted[1] or quoted[2] or "").strip() if quoted else line
 
