@@ -189,10 +189,10 @@ def _opening(engine: "Engine", path: Path) -> "np.ndarray":
     from longtake.media.reading import read_pictures
 
     size = {"width": engine.width, "height": engine.height, "frames_per_second": engine.frame_rate}
-    pictures = read_pictures(path, **size)
+    most = engine.network.config.extent // engine.recipe.block
+    pictures = read_pictures(path, **size, most=engine.pictures_in(most))
     if len(pictures) == 1:
         return pictures.repeat(engine.pictures_in(1), axis=0)
-    most = engine.network.config.extent // engine.recipe.block
     whole = [count for blocks in range(1, most + 1) if (count := engine.pictures_in(blocks)) <= len(pictures)]
     if not whole:
         raise ValueError(f"{path} has {len(pictures)} pictures; a stream goes on from {engine.pictures_in(1)} or more")
