@@ -3,10 +3,12 @@
 import fcntl
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from torch import multiprocessing
 
 import longtake.recipes
@@ -83,6 +85,22 @@ def test_what_was_made_otherwise_is_refused(folder, capsys) -> None:
         writer.write(np.zeros((1, 32, 48, 3), np.uint8))
     assert generate() == 2
     assert "0002-a-fox-42.mp4 is there, but tells nothing of how it was made" in capsys.readouterr().err
+
+
+def test_videos_of_weights_that_were_trained_on_are_refused(folder, capsys, monkeypatch) -> None:
+    assert generate() == 0
+    trained = tiny.engine()
+    with torch.no_grad():
+        trained.network.layers[1].ffn[0].weight[0, 0] += 0.1
+    monkeypatch.setattr("longtake.recipes.load", lambda model, **options: trained)
+    assert generate() == 2
+    assert "is there, but was made with other weights" in capsys.readouterr().err
+
+
+def test_weights_are_the_same_in_other_precisions() -> None:
+    engine, lower = tiny.engine(), tiny.engine()
+    lower.to(torch.bfloat16)
+    assert engine.weights == lower.weights
 
 
 def test_interrupt_keeps_finished_videos_and_pictures(folder, capsys, monkeypatch) -> None:
@@ -237,8 +255,40 @@ def work(rank: int, folder: str) -> None:
     parallel.leave()
 
 
+def work_apart(rank: int, folder: str) -> None:
+    """The second process makes its video only when the first is through, and another run was refused."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": Path(folder, "port").read_text()}
+    parallel.join()
+    through, out = Path(folder, "through"), Path(folder, "out")
+
+    def made_alone(path: Path) -> None:
+        deadline = time.monotonic() + 20
+        while rank == 1 and not through.exists():
+            assert time.monotonic() < deadline, "the first process waits for the second"
+            time.sleep(0.05)
+        if rank == 1:
+            with (out / ".longtake.lock").open("a") as other, pytest.raises(BlockingIOError):
+                fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    videos = listed([script_from("prompt number 0"), script_from("prompt number 1")], out)
+    batch.make_all(tiny.engine(), videos, made=made_alone, say=lambda text: None)
+    if rank == 0:
+        through.touch()
+        while not Path(folder, "1.done").exists():  # it serves the exchange of addresses
+            time.sleep(0.05)
+    Path(folder, f"{rank}.done").touch()
+    parallel.leave()
+
+
+def test_a_process_that_is_through_waits_for_no_other_and_the_folder_stays_locked(tmp_path) -> None:
+    (tmp_path / "port").write_text(str(20000 + (os.getpid() + 1) % 20000))
+    multiprocessing.spawn(work_apart, (str(tmp_path),), nprocs=2)
+    assert len(list((tmp_path / "out").glob("*.mp4"))) == 2
+
+
 def listed(scripts: list[Script], folder: Path) -> list[batch.Video]:
-    return batch.videos_of(scripts, folder, first_seed=1, seeds=1, seconds=lambda script: 0.5, names="vbench")
+    return batch.videos_of(scripts, folder, first_seed=1, seeds=1, seconds=0.5, names="vbench")
 
 
 def test_two_processes_make_each_missing_video_once(tmp_path) -> None:

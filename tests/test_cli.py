@@ -21,7 +21,8 @@ class GreyEngine:
     """An engine as the command line sees one; Ctrl-C comes in block `stops_at`."""
 
     frame_rate, height, width = 16, 32, 48
-    model_name, recipe = "toy", SimpleNamespace(name="self_forcing_sink", steps=(1000, 500), block=3)
+    model_name, weights = "toy", "0123"
+    recipe = SimpleNamespace(name="self_forcing_sink", steps=(1000, 500), block=3, in_flight=1)
     dtype, device = torch.float32, torch.device("cpu")
 
     def __init__(self, stops_at: int | None = None) -> None:
@@ -35,14 +36,14 @@ class GreyEngine:
         if not all(prompts):
             raise ValueError("the prompt is empty:\nsay what to show")
 
-    def stream(self, prompt, *, seed):
+    def stream(self, prompt, *, seed, pictures=None):
         self.opened.append((prompt, seed))
-        return GreyStream(self.stops_at)
+        return GreyStream(self, self.stops_at)
 
 
 class GreyStream:
-    def __init__(self, stops_at: int | None) -> None:
-        self.stops_at = stops_at
+    def __init__(self, engine: GreyEngine, stops_at: int | None) -> None:
+        self.engine, self.stops_at = engine, stops_at
 
     def __enter__(self):
         return self
@@ -216,7 +217,7 @@ def test_a_terminal_gets_one_line_that_rewrites_itself(engine, capsys, monkeypat
         (["generate", "3s: a | 5s: b"], "the first prompt must begin at 0, but it is 'a' at 3 seconds"),
         (["generate", "a | 12s: b"], "'b' at 12 seconds would begin after the last picture of 10 seconds"),
         (["generate", "a | 1s: b | 1.1s: c"], "'c' at 1.1 seconds begins in the same block"),
-        (["generate", "[5s:0s] a"], "[5s:0s] is no span of time"),
+        (["generate", "[5s:0s] a"], "a span ends after it begins, got 5 to 0 seconds"),
         (["generate", "--prompts", "nowhere.txt", "-o", "out"], "nowhere.txt: No such file or directory"),
         (["generate", "--prompts", "nowhere.txt"], "--prompts needs a folder for the videos: -o DIR"),
         (["generate", "--prompts", "nowhere.doc", "-o", "out"], "there are .txt, .jsonl, .json and .yaml"),

@@ -13,6 +13,7 @@ import torch
 
 import longtake
 from longtake.cli import main
+from longtake.generation.stream import Stream
 from longtake.media.mp4 import Mp4Writer, read_comment, read_frames
 
 PROMPT = "a red ball bounces over green hills"
@@ -60,6 +61,21 @@ def test_it_goes_on_from_an_image_or_from_the_end_of_a_video(given: int, most: i
     assert len(seen[0]) == most, "whole blocks, at most the 21 latent frames that the network was trained on"
     assert np.array_equal(seen[0], frames.repeat(9, axis=0) if given == 1 else frames[-most:])
     assert json.loads(read_comment(path))["image"] == "given.mp4"
+
+
+def test_after_a_given_image_prompts_come_at_their_times(tmp_path, monkeypatch) -> None:
+    given = np.zeros((1, 112, 192, 3), np.uint8)
+    monkeypatch.setattr("longtake.media.reading.read_pictures", lambda path, **size: given)
+    made, redirected = [], []
+    write, redirect = Mp4Writer.write, Stream.redirect
+    monkeypatch.setattr(Mp4Writer, "write", lambda writer, frames: made.append(len(frames)) or write(writer, frames))
+    monkeypatch.setattr(
+        Stream, "redirect", lambda stream, text: redirected.append((sum(made), text)) or redirect(stream, text)
+    )
+    timeline = f"{PROMPT} | 0.75s: it starts to snow at night"
+    arguments = ["--seconds", "1.5", "--levels", "1", "--image", "given.png", "-o", str(tmp_path / "out.mp4")]
+    assert main(["generate", timeline, *arguments]) == 0
+    assert redirected == [(12, "it starts to snow at night")], "0.75 seconds are 12 pictures"
 
 
 def test_pictures_that_cannot_begin_a_video_are_one_line(tmp_path, capsys) -> None:

@@ -24,16 +24,20 @@ _LONGEST_NAME = 255  # bytes, on all usual file systems
 
 @dataclass(frozen=True, kw_only=True)
 class Video:
-    """One video to make. unfinished: where it is until its last picture is there."""
+    """One video to make. seconds: as asked for, if so. unfinished: where it is until its last picture is there."""
 
     script: Script
     seed: int
-    seconds: float
+    seconds: float | None
     path: Path
     unfinished: Path
 
+    def lasts(self, engine: Engine) -> float:
+        """Seconds."""
+        return self.script.lasts(engine.frame_rate, self.seconds)
+
     def pictures(self, engine: Engine) -> int:
-        return max(1, round(self.seconds * engine.frame_rate))
+        return max(1, round(self.lasts(engine) * engine.frame_rate))
 
 
 def videos_of(
@@ -42,7 +46,7 @@ def videos_of(
     *,
     first_seed: int,
     seeds: int,
-    seconds: Callable[[Script], float],
+    seconds: float | None,
     names: Names,
 ) -> list[Video]:
     """Every script with every seed, the seeds of one script in a row.
@@ -57,7 +61,7 @@ def videos_of(
             seed = first_seed + repeat
             name = f"{number:04d}-{slug(script.prompt)}-{seed}" if names == "numbered" else f"{script.prompt}-{repeat}"
             path, unfinished = (folder / f"{one}.mp4" for one in (name, f"unfinished-{number:04d}-{seed}"))
-            videos.append(Video(script=script, seed=seed, seconds=seconds(script), path=path, unfinished=unfinished))
+            videos.append(Video(script=script, seed=seed, seconds=seconds, path=path, unfinished=unfinished))
     _require_names([video.path.relative_to(folder).as_posix() for video in videos])
     return videos
 
@@ -106,7 +110,8 @@ def make_all(
         if parallel.rank() == 0:
             say(f"{len(videos)} videos: {len(videos) - len(missing)} are there, {len(missing)} to make")
         try:
-            parallel.share_out(missing, lambda video: made(_make(engine, video)))
+            for video in own:  # nobody waits at the end: the others may take longer than an exchange is given
+                made(_make(engine, video))
         except KeyboardInterrupt:
             raise KeyboardInterrupt("stopped: the same command goes on with the videos that are missing") from None
 
@@ -129,7 +134,7 @@ def _is_there(engine: Engine, video: Video) -> bool:
 
 
 def _record(engine: Engine, video: Video) -> dict[str, Any]:
-    return record_of(engine, video.script, video.seed, video.seconds)
+    return record_of(engine, video.script, video.seed, video.lasts(engine))
 
 
 def _record_in(path: Path) -> dict[str, Any]:
@@ -161,14 +166,21 @@ def _make(engine: Engine, video: Video) -> Path:
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder; the lock goes when this run ends, however it ends."""
+    """Keep other runs out of a folder; the lock goes when the last process of this run ends, however it ends."""
     with (folder / ".longtake.lock").open("a") as lock:
-        parallel.agree(lambda: _take(lock, folder) if parallel.rank() == 0 else None)
+        parallel.agree(lambda: _first_takes(lock, folder) if parallel.rank() == 0 else None)
+        parallel.agree(lambda: _take(lock, folder, fcntl.LOCK_SH))
         yield
 
 
-def _take(lock: IO[str], folder: Path) -> None:
+def _first_takes(lock: IO[str], folder: Path) -> None:
+    """Make sure that no other run holds the lock, then let the other processes of this one share it."""
+    _take(lock, folder, fcntl.LOCK_EX)
+    _take(lock, folder, fcntl.LOCK_SH)
+
+
+def _take(lock: IO[str], folder: Path, kind: int) -> None:
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"another run is writing to {folder}: wait for it, or choose another folder") from None

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 _CHECK_FAILED, _BAD_INPUT, _INTERRUPTED = 1, 2, 130
 _WAN_SHIFT = 5.0  # of Wan2.1's levels, where the registry knows no other
-_SECONDS = 10.0  # of a video, where nothing says how long it is
 
 app = SubcommandApp()
 
@@ -165,11 +164,11 @@ def _make_one(
         _say(f"seed {seed}")
     path = out or _free_name(script.prompt, seed)
     engine = load()
-    seconds = seconds or script.seconds or _SECONDS
+    seconds = script.lasts(engine.frame_rate, seconds)
     pictures = max(1, round(seconds * engine.frame_rate))
-    texts = script.by_block(engine, pictures)
-    engine.prepare([*texts.values()])
     given = None if begin is None else _opening(engine, begin)
+    texts = script.by_block(engine, pictures, 0 if given is None else len(given))
+    engine.prepare([*texts.values()])
     with (
         engine.stream(texts[0], seed=seed, pictures=given) as stream,
         Mp4Writer(
@@ -194,10 +193,10 @@ def _opening(engine: "Engine", path: Path) -> "np.ndarray":
     from longtake.media.reading import read_pictures
 
     size = {"width": engine.width, "height": engine.height, "frames_per_second": engine.frame_rate}
-    pictures = read_pictures(path, **size)
+    most = engine.network.config.extent // engine.recipe.block
+    pictures = read_pictures(path, **size, most=engine.pictures_in(most))
     if len(pictures) == 1:
         return pictures.repeat(engine.pictures_in(1), axis=0)
-    most = engine.network.config.extent // engine.recipe.block
     whole = [count for blocks in range(1, most + 1) if (count := engine.pictures_in(blocks)) <= len(pictures)]
     if not whole:
         raise ValueError(f"{path} has {len(pictures)} pictures; a stream goes on from {engine.pictures_in(1)} or more")
@@ -220,7 +219,7 @@ def _make_many(
         out,
         first_seed=seed,
         seeds=seeds,
-        seconds=lambda script: seconds or script.seconds or _SECONDS,
+        seconds=seconds,
         names=names,
     )
     make_all(load(), videos, made=lambda path: print(path, flush=True), say=_say)

@@ -9,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests import tiny
 
+from longtake.generation import rolling
 from longtake.generation.script import Cue, Script, follow, read_scripts, record_of, script_from, slug
 
 ENGINE = tiny.engine()  # blocks of 3 latent frames: 9 pictures, then 12 each, 16 a second
+ROLLING = tiny.engine(tiny.rolling_recipe())  # 3 blocks in flight
 TEN_SECONDS = 160
 
 
@@ -26,6 +28,8 @@ def read(folder: Path, name: str, text: str) -> list[Script]:
 
 
 # on the command line
+
+NOT_IN_A_ROW = ["[0s:5s] a [3s:8s] b", "[0s:5s] a [10s:12s] b", "[0s:5s] a [5:9] b", "[0s:0s] a"]
 
 
 @pytest.mark.parametrize(
@@ -46,13 +50,15 @@ def test_inline_scripts(text, cues) -> None:
     assert told(script_from(text)) == cues
 
 
-def test_spans_of_seconds_tell_the_length() -> None:
-    assert script_from("[0s:5s] a [5s:9.5s] b").seconds == 9.5
-    assert script_from("[0%:50%] a [50%:100%] b").seconds is None
-    assert script_from("a | 5s: b").seconds is None
+def test_spans_tell_the_length() -> None:
+    assert script_from("[0s:5s] a [5s:9.5s] b").lasts(16) == 9.5
+    assert script_from("[0:40] a [40:84] b").lasts(16) == 5.25
+    assert script_from("[0%:50%] a [50%:100%] b").lasts(16) == 10
+    assert script_from("a | 5s: b").lasts(16) == 10
+    assert script_from("[0s:5s] a").lasts(16, 7) == 7
 
 
-@pytest.mark.parametrize("text", ["5s: a", "a | 5s: b | c", "[5s:2s] a", "[1%:5s] a", "[5s:9s] a"])
+@pytest.mark.parametrize("text", ["5s: a", "a | 5s: b | c", "[5s:2s] a", "[1%:5s] a", "[5s:9s] a", *NOT_IN_A_ROW])
 def test_inline_scripts_that_make_no_sense(text) -> None:
     with pytest.raises(ValueError):
         script_from(text)
@@ -124,6 +130,13 @@ def test_scope(tmp_path) -> None:
     assert (told(script), script.seconds) == ([("a", 0, "seconds"), ("b", 4, "seconds")], 9.5)
 
 
+@pytest.mark.parametrize("times", [[(0, 4), (3, 9)], [(0, 4), (5, 9)], [(0, 4), (4, 2)]])
+def test_a_timeline_has_no_gaps_overlaps_or_ends_before_it_begins(tmp_path, times) -> None:
+    spans = [{"startTime": begin, "endTime": end, "prompts": [{"text": "a"}]} for begin, end in times]
+    with pytest.raises(ValueError, match=r"a\.json: a span ends "):
+        read(tmp_path, "a.json", json.dumps({"prompts": spans}))
+
+
 def test_the_list_of_vbench(tmp_path) -> None:
     listed = [{"prompt_en": "a cat", "dimension": ["color"]}, {"prompt_en": "a dog", "dimension": ["scene"]}]
     scripts = read(tmp_path, "VBench_full_info.json", json.dumps(listed))
@@ -144,6 +157,11 @@ def test_vllm_omni(tmp_path) -> None:
         ("a.jsonl", '{"prompt": 3}', "a.jsonl:1: a video is a list of times, or has a prompt or prompts"),
         ("a.jsonl", '{"prompts": ["a", "b"], "switch_frame_indices": "40, 80"}', "2 prompts need 1 switch_frame_ind"),
         ("a.jsonl", '{"prompts": ["a", "b"], "switch_frame_indices": "soon"}', "a time is a number from 0, got 'soon'"),
+        ("a.jsonl", '{"at": 0, "prompt": "a"}\n{"at": 6, "prompt": "b"}', "a.jsonl:1: at goes in a list of times"),
+        ("a.jsonl", '{"prompt": "a", "prompts": ["a", "b"]}', "a video has a prompt or prompts, not both"),
+        ("a.jsonl", '{"prompt": "a", "switch_frame_indices": "40"}', "switch_frame_indices goes with prompts"),
+        ("a.jsonl", '{"prompts": ["a", "b"], "switch_frames_indices": "4"}', "did you mean switch_frame_indices?"),
+        ("a.yaml", "[{at: 0, prompt: a, prompts: [{text: b}]}]", "a time has a prompt or prompts, not both"),
         ("a.json", "7", "a.json: a video is a list of times"),
         ("a.json", '{"prompts": []}', "a.json: a video is a list of times"),
         ("a.json", '{"prompts": [{"text": "a"}]}', "an entry of a timeline has startTime, endTime and prompts"),
@@ -197,6 +215,16 @@ def test_a_time_that_is_the_start_of_a_block_is_that_block() -> None:
         assert [*Script(cues).by_block(ENGINE, TEN_SECONDS)] == [0, block]
 
 
+@given(before=st.integers(1, 4), block=st.integers(1, 12))
+def test_times_count_from_what_follows_given_pictures(before, block) -> None:
+    def at(pictures: int) -> list[int]:
+        cues = (Cue(prompt="a"), Cue(prompt="b", at=pictures, unit="pictures"))
+        return [*Script(cues).by_block(ENGINE, TEN_SECONDS, ENGINE.pictures_in(before))]
+
+    assert at(12 * block) == [0, block]  # 12 pictures each: the block of 9 is among the given ones
+    assert at(12 * block - 11) == [0, block]
+
+
 @pytest.mark.parametrize(
     "at, unit", [(10, "seconds"), (1e12, "seconds"), (160, "pictures"), (14, "blocks"), (1e12, "blocks")]
 )
@@ -237,6 +265,37 @@ def test_a_stream_follows_its_script(monkeypatch) -> None:
         False,
         False,
     ]
+
+
+def test_with_blocks_in_flight_a_prompt_is_shown_at_its_time(monkeypatch) -> None:
+    monkeypatch.setattr(tiny, "AnyText", ByLength)
+    engine = tiny.engine(tiny.rolling_recipe())
+    texts = script_from("a ball | 2.1s: it snows").by_block(engine, TEN_SECONDS)
+    assert texts == {0: "a ball", 4: "it snows"}
+    shown = {}
+    schedule = rolling.calls
+    monkeypatch.setattr(rolling, "calls", lambda *given, **more: watched(schedule, shown, *given, **more))
+    with engine.stream(texts[0], seed=5) as stream:
+        for _ in zip(follow(stream, texts), range(6), strict=False):
+            pass
+    first, *_ = shown.values()
+    assert [shown[block] is first for block in range(6)] == [True, True, True, True, False, False]
+    assert shown[4] is shown[5]
+
+
+def watched(schedule, shown, network, memory, prompts, *given, **more):
+    """The calls of a schedule; shown: the prompt that each block begins under."""
+    return schedule(network, memory, lambda block: shown.setdefault(block, prompts(block)), *given, **more)
+
+
+@given(block=st.integers(1, 12))
+def test_a_prompt_among_the_blocks_that_begin_together_is_refused(block) -> None:
+    script = Script((Cue(prompt="a"), Cue(prompt="b", at=block, unit="blocks")))
+    if block < ROLLING.recipe.in_flight:
+        with pytest.raises(ValueError, match=r"is too early: .* can begin from 2\.0625 seconds or 3 blocks on"):
+            script.by_block(ROLLING, TEN_SECONDS)
+    else:
+        assert script.by_block(ROLLING, TEN_SECONDS) == {0: "a", block: "b"}
 
 
 class ByLength(tiny.AnyText):

@@ -49,6 +49,14 @@ def test_other_rates_show_what_is_on_the_screen_at_each_time(rate: int, shown: l
     assert read[:, 0, 0, 0].tolist() == pytest.approx([greys[number] for number in shown], abs=6)
 
 
+@pytest.mark.parametrize("most", [1, 5, 7, 99])
+def test_the_last_pictures_alone_are_kept(most: int, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.mp4", [20, 90, 160, 230], 8)
+    size = {"width": 64, "height": 48, "frames_per_second": 16}
+    everything = read_pictures(path, **size)
+    assert np.array_equal(read_pictures(path, **size, most=most), everything[-most:])
+
+
 def test_what_is_no_picture_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("no picture")
     for path, error in ((tmp_path / "text.png", ValueError), (tmp_path / "absent.png", FileNotFoundError)):

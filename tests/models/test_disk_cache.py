@@ -1,5 +1,7 @@
 """Bytes that are kept on disk, whatever happens to the files."""
 
+import os
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,6 +30,16 @@ def test_a_damaged_entry_counts_as_missing(tmp_path_factory, damage, value, cut)
     assert cache.get("key") is None
     cache.put("key", value)
     assert cache.get("key") == value
+
+
+def test_no_two_writers_write_the_same_file(tmp_path, monkeypatch) -> None:
+    moved = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda beside, path: moved.append(beside) or replace(beside, path))
+    for _ in range(2):  # one process, as on two machines that share the folder and happen to have the same number
+        DiskCache(tmp_path).put("key", b"value")
+    assert len(set(moved)) == 2
+    assert [path.name for path in tmp_path.iterdir()] == [DiskCache(tmp_path).path_of("key").name]
 
 
 def test_a_folder_that_cannot_be_written_says_what_to_do(tmp_path) -> None:

@@ -1,5 +1,6 @@
 """Prompts written out by a chat model: behind a loopback endpoint, and a tiny one through transformers."""
 
+import http.client
 import socket
 from pathlib import Path
 
@@ -88,6 +89,9 @@ def test_no_text_at_all_is_an_error_and_is_not_kept(tmp_path) -> None:
         ('"Yes" says a sign and "no" another', '"Yes" says a sign and "no" another'),
         ('"Yes" and "no"', '"Yes" and "no"'),
         ("<think>What\nnow?</think>\nA red ball.", "A red ball."),
+        ("What\nnow?</think>\nA red ball.", "A red ball."),
+        ("<think>What now? A red", ""),
+        ("<think>What?</think> <think>Or", ""),
     ],
 )
 def test_answers_become_prompts(answer, prompt) -> None:
@@ -141,6 +145,18 @@ def test_an_endpoint_that_is_not_there_is_one_line() -> None:
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
         with pytest.raises(ValueError, match=f"{url} does not answer: .*refused"):
             Endpoint(url).answer([])
+
+
+def test_an_address_that_is_none_and_an_answer_that_breaks_off_are_one_line(monkeypatch) -> None:
+    with pytest.raises(ValueError, match="http://host:abc/v1 does not answer: nonnumeric port"):
+        Endpoint("http://host:abc/v1").answer([])
+
+    def broken(*_, **__):
+        raise http.client.IncompleteRead(b"{", 100)
+
+    monkeypatch.setattr("urllib.request.urlopen", broken)
+    with pytest.raises(ValueError, match="does not answer: IncompleteRead"):
+        Endpoint("http://127.0.0.1:1/v1").answer([])
 
 
 # through transformers

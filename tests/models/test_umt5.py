@@ -125,6 +125,15 @@ def test_another_encoder_or_tokenizer_has_embeddings_of_its_own(folder, encoded)
     assert len(encoded) == 4
 
 
+def test_another_kind_of_device_has_embeddings_of_its_own(folder, monkeypatch) -> None:
+    text = text_of(folder)
+    text.prepare(["a fox"])
+    monkeypatch.setattr(umt5, "encoder_of", lambda *_: (_ for _ in ()).throw(ValueError("the encoder was read")))
+    text_of(folder).prepare(["a fox"])
+    with pytest.raises(ValueError, match="the encoder was read"):
+        UMT5Text(text.files, device="cuda", length=LENGTH, cache=folder.parent / "cache").prepare(["a fox"])
+
+
 @pytest.mark.parametrize("breaks", [False, True])
 def test_the_encoder_is_on_the_device_while_it_encodes_and_never_after(folder, monkeypatch, breaks) -> None:
     text = text_of(folder)

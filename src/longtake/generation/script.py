@@ -8,7 +8,7 @@ import json
 import math
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -22,6 +22,7 @@ from longtake.generation.stream import Chunk, Engine, Stream
 Unit = Literal["seconds", "pictures", "latent frames", "blocks", "of the video"]
 """What a time counts; the last is a share, 0 to 1, of the video's length."""
 
+SECONDS = 10.0  # of a video, where nothing says how long it is
 EXTENDED = "_extended"  # in the name of a file of rewritten prompts
 
 
@@ -44,13 +45,14 @@ class Cue:
 
 @dataclass(frozen=True)
 class Script:
-    """What one video shows. seconds: how long it is, where its source says so.
+    """What one video shows. seconds, pictures: how long it is, where its source says so in one of them.
 
     Raises: ValueError where there is no prompt, or the first does not begin with the video.
     """
 
     cues: tuple[Cue, ...]
     seconds: float | None = None
+    pictures: float | None = None
 
     def __post_init__(self) -> None:
         if not self.cues:
@@ -63,20 +65,34 @@ class Script:
         """What the video is called by: its first prompt, as its writer gave it."""
         return self.cues[0].prompt
 
+    def lasts(self, frame_rate: int, asked: float | None = None) -> float:
+        """Seconds of video: those asked for, or else what its source says, or else 10."""
+        own = self.pictures / frame_rate if self.pictures else self.seconds
+        return asked or own or SECONDS
+
     def rewritten(self, texts: Sequence[str]) -> "Script":
         """The script that shows other texts, one for each prompt."""
         cues = (replace(cue, rewritten=text) for cue, text in zip(self.cues, texts, strict=True))
         return replace(self, cues=tuple(cues))
 
-    def by_block(self, engine: Engine, pictures: int) -> dict[int, str]:
+    def by_block(self, engine: Engine, pictures: int, given: int = 0) -> dict[int, str]:
         """The text shown from each block on. A prompt begins with the first block that begins at its time or later.
 
-        pictures: how many the video has. ValueError for a prompt that would never be seen: it begins after the end, or
-        another follows before the next block.
+        pictures: how many the video has. given: how many, of whole blocks, the stream goes on from; blocks and times
+        count from what follows them. ValueError for a prompt that would never be seen: it begins after the end, or
+        another follows before the next block; or that would be late: it begins while the blocks are shown that are
+        begun together with the first.
         """
         texts: dict[int, str] = {}
+        pictures_in, together = _pictures_after(engine, given), engine.recipe.in_flight
         for cue in self.cues:
-            block = _block_of(cue, engine, pictures)
+            block = _block_of(cue, engine, pictures, pictures_in)
+            if 0 < block < together:
+                earliest = pictures_in(together) / engine.frame_rate
+                raise ValueError(
+                    f"{cue} is too early: recipe {engine.recipe.name} begins {together} blocks together, "
+                    f"so another prompt can begin from {earliest:g} seconds or {together} blocks on"
+                )
             if texts and block <= max(texts):
                 raise ValueError(
                     f"{cue} begins in the same block as the prompt before it, or earlier: write times apart"
@@ -85,7 +101,13 @@ class Script:
         return texts
 
 
-def _block_of(cue: Cue, engine: Engine, pictures: int) -> int:
+def _pictures_after(engine: Engine, given: int) -> Callable[[int], int]:
+    """How many pictures the first blocks after so many given ones are: a stream's very first block has fewer."""
+    before = next(block for block in itertools.count() if engine.pictures_in(block) >= given)
+    return lambda blocks: engine.pictures_in(before + blocks) - engine.pictures_in(before)
+
+
+def _block_of(cue: Cue, engine: Engine, pictures: int, pictures_in: Callable[[int], int]) -> int:
     if cue.at == 0:
         return 0
     if cue.unit == "blocks":
@@ -95,18 +117,22 @@ def _block_of(cue: Cue, engine: Engine, pictures: int) -> int:
     else:
         scale = {"seconds": engine.frame_rate, "pictures": 1, "of the video": pictures}[cue.unit]
         first = min(cue.at * scale, pictures) - 1e-6  # seconds are rarely whole pictures in binary
-        block = next(block for block in itertools.count() if engine.pictures_in(block) >= first)
-    if engine.pictures_in(min(block, pictures)) >= pictures:
+        block = next(block for block in itertools.count() if pictures_in(block) >= first)
+    if pictures_in(min(block, pictures)) >= pictures:
         raise ValueError(f"{cue} would begin after the last picture of {pictures / engine.frame_rate:g} seconds")
     return block
 
 
 def follow(stream: Stream, texts: Mapping[int, str]) -> Iterator[Chunk]:
-    """The chunks of a stream that was opened with the first text, redirected before the blocks that have another."""
+    """The chunks of a stream that was opened with the first text, redirected before the blocks that have another begin.
+
+    Where blocks are in flight together, the last of them begins that many blocks before it is shown.
+    """
     chunks = iter(stream)
+    begun_before = stream.engine.recipe.in_flight - 1
     for block in itertools.count():
-        if block in texts and block:
-            stream.redirect(texts[block])
+        if block and block + begun_before in texts:
+            stream.redirect(texts[block + begun_before])
         yield next(chunks)
 
 
@@ -115,6 +141,7 @@ def record_of(engine: Engine, script: Script, seed: int, seconds: float) -> dict
     cues = [{"at": cue.at, "unit": cue.unit, "prompt": cue.prompt, "rewritten": cue.rewritten} for cue in script.cues]
     return {
         "model": engine.model_name,
+        "weights": engine.weights,
         "recipe": engine.recipe.name,
         "levels": len(engine.recipe.steps),
         "dtype": str(engine.dtype).removeprefix("torch."),
@@ -160,16 +187,28 @@ def _from_spans(text: str) -> Script:
     marks = list(_MARK.finditer(text))
     shared = text[: marks[0].start()].strip()
     cues: list[Cue] = []
-    seconds = None
+    spans: list[tuple[float, float, Unit]] = []
     for mark, following in itertools.zip_longest(marks, marks[1:]):
         begin, begin_unit, end, end_unit = mark.groups()
-        if (begin_unit and begin_unit != end_unit) or float(end) <= float(begin):
+        if begin_unit and begin_unit != end_unit:
             raise ValueError(f"{mark[0]} is no span of time")
         unit, whole = _MARK_UNITS[end_unit]
         said = text[mark.end() : following.start() if following else None].strip()
         cues.append(Cue(prompt=f"{shared} {said}".strip(), at=float(begin) / whole, unit=unit))
-        seconds = float(end) if unit == "seconds" else None
-    return Script(tuple(cues), seconds)
+        spans.append((float(begin), float(end), unit))
+    _require_in_row(spans)
+    _, last, unit = spans[-1]
+    return Script(tuple(cues), last if unit == "seconds" else None, last if unit == "pictures" else None)
+
+
+def _require_in_row(spans: Sequence[tuple[float, float, Unit]]) -> None:
+    """ValueError unless spans, each with begin, end and unit, last and follow one another without gap or overlap."""
+    for begin, end, unit in spans:
+        if end <= begin:
+            raise ValueError(f"a span ends after it begins, got {begin:g} to {end:g} {unit}")
+    for (_, end, unit), (begin, _, following) in itertools.pairwise(spans):
+        if (begin, following) != (end, unit):
+            raise ValueError(f"a span ends at {end:g} {unit}, but the next begins at {begin:g} {following}")
 
 
 def _equal_parts(prompts: Sequence[str]) -> tuple[Cue, ...]:
@@ -262,17 +301,26 @@ def _script_of(value: Any) -> Script:
     if isinstance(value, list):
         return Script(tuple(_cue_of(one) for one in value))
     given = value if isinstance(value, dict) else {}
+    if timed := given.keys() & _TIMES.keys():
+        raise ValueError(f"{min(timed)} goes in a list of times, which is one video, got {_short(value)}")
     prompt, prompts = given.get("prompt", given.get("prompt_en")), given.get("prompts")  # prompt_en: VBench's list
+    if prompt is not None and prompts is not None:
+        raise ValueError(f"a video has a prompt or prompts, not both, got {_short(value)}")
     if isinstance(prompt, str):
+        if _SWITCHES in given:
+            raise ValueError(f"{_SWITCHES} goes with prompts, got {_short(value)}")
         return Script((Cue(prompt=prompt),))
     if not isinstance(prompts, list) or not prompts:
         raise ValueError(f"a video is a list of times, or has a prompt or prompts, got {_short(value)}")
     if all(isinstance(one, str) for one in prompts):
-        return Script(_parts_of(prompts, given.get("switch_frame_indices")))
+        _require_known(given, ["prompts", _SWITCHES], "a video of prompts in parts")
+        return Script(_parts_of(prompts, given.get(_SWITCHES)))
     spans = [_span_of(one) for one in prompts]
+    _require_in_row([(cue.at, end, cue.unit) for cue, end in spans])
     return Script(tuple(cue for cue, _ in spans), spans[-1][1])
 
 
+_SWITCHES = "switch_frame_indices"
 _TIMES: dict[str, Unit] = {"at": "seconds", "chunk": "blocks", "frame": "latent frames"}
 
 
@@ -280,10 +328,9 @@ def _cue_of(entry: Any) -> Cue:
     """One time of a list."""
     if not isinstance(entry, dict):
         raise ValueError(f"a time is at, chunk or frame with its prompt, got {_short(entry)}")
-    known = [*_TIMES, "prompt", "prompts", "transition", "method"]
-    for key in entry.keys() - set(known):
-        close = get_close_matches(str(key), known, n=1)
-        raise ValueError(f"no key {key!r} in a time" + (f": did you mean {close[0]}?" if close else ""))
+    _require_known(entry, [*_TIMES, "prompt", "prompts", "transition", "method"], "a time")
+    if "prompt" in entry and "prompts" in entry:
+        raise ValueError(f"a time has a prompt or prompts, not both, got {_short(entry)}")
     times = [key for key in _TIMES if key in entry]
     if len(times) != 1:
         raise ValueError(f"a time has one of at, chunk and frame, got {_short(entry)}")
@@ -295,13 +342,19 @@ def _cue_of(entry: Any) -> Cue:
     return Cue(prompt=text, at=_number(entry[times[0]]), unit=_TIMES[times[0]])
 
 
+def _require_known(entry: Mapping[Any, Any], known: Sequence[str], what: str) -> None:
+    for key in entry.keys() - set(known):
+        close = get_close_matches(str(key), known, n=1)
+        raise ValueError(f"no key {key!r} in {what}" + (f": did you mean {close[0]}?" if close else ""))
+
+
 def _parts_of(prompts: list[str], switches: Any) -> tuple[Cue, ...]:
     """LongLive's: the latent frames at which the next prompt begins, or equal parts."""
     if switches is None:
         return _equal_parts(prompts)
     listed = switches.split(",") if isinstance(switches, str) else switches
     if not isinstance(listed, list) or len(listed) != len(prompts) - 1:
-        raise ValueError(f"{len(prompts)} prompts need {len(prompts) - 1} switch_frame_indices, got {_short(switches)}")
+        raise ValueError(f"{len(prompts)} prompts need {len(prompts) - 1} {_SWITCHES}, got {_short(switches)}")
     frames = [0.0, *(_number(frame) for frame in listed)]
     return tuple(Cue(prompt=one, at=at, unit="latent frames") for one, at in zip(prompts, frames, strict=True))
 

@@ -3,11 +3,13 @@
 Shapes: B streams of a batch, T pictures of a block, H W height and width.
 """
 
+import hashlib
 import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from types import TracebackType
 from typing import Literal, NamedTuple, Protocol, Self
 
@@ -92,6 +94,18 @@ class Engine:
     @property
     def device(self) -> torch.device:
         return self.network.patch_embedding.weight.device
+
+    @cached_property
+    def weights(self) -> str:
+        """Tells this network's weights from others, in any precision: a hash of what each tensor sums up to.
+
+        Summed are the bits of its values in bfloat16, as whole numbers, so that no device or order rounds the sum.
+        """
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.network.state_dict().items()):
+            whole = tensor.bfloat16().view(torch.int16) if tensor.is_floating_point() else tensor
+            digest.update(f"{name} {list(tensor.shape)} {int(whole.sum(dtype=torch.int64))}\n".encode())
+        return digest.hexdigest()[:16]
 
     def to(self, dtype: torch.dtype) -> None:
         """Compute in another precision from now on; streams already open do not go on."""

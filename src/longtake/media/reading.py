@@ -1,5 +1,6 @@
 """Pictures out of an image or a video file, in the size and at the rate of a stream."""
 
+from collections import deque
 from pathlib import Path
 
 import av
@@ -9,8 +10,10 @@ from numpy.typing import NDArray
 _SAME_TIME = 0.01  # of the time between two pictures: files round their times
 
 
-def read_pictures(path: str | Path, *, width: int, height: int, frames_per_second: int) -> NDArray[np.uint8]:
-    """All pictures of a file, uint8 [F, H, W, 3]; an image has one.
+def read_pictures(
+    path: str | Path, *, width: int, height: int, frames_per_second: int, most: int | None = None
+) -> NDArray[np.uint8]:
+    """All pictures of a file, or the last so many, uint8 [F, H, W, 3]; an image has one.
 
     Each is made as small as it can be and still cover the size, and cut to it around its middle. Of a video, those that
     are on the screen at multiples of 1 / frames_per_second seconds after its first. Raises FileNotFoundError, and
@@ -18,7 +21,8 @@ def read_pictures(path: str | Path, *, width: int, height: int, frames_per_secon
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no image or video at {path}")
-    pictures: list[NDArray[np.uint8]] = []
+    pictures: deque[NDArray[np.uint8]] = deque(maxlen=most)
+    passed = 0
     try:
         with av.open(str(path)) as container:
             shown, began, came = None, 0.0, 0.0
@@ -26,10 +30,11 @@ def read_pictures(path: str | Path, *, width: int, height: int, frames_per_secon
                 came = (frame.time or 0.0) - began
                 if shown is None:
                     began, came = came, 0.0
-                while shown is not None and len(pictures) < came * frames_per_second - _SAME_TIME:
+                while shown is not None and passed < came * frames_per_second - _SAME_TIME:
                     pictures.append(shown)
+                    passed += 1
                 shown = _fitted(frame, width, height)
-            if shown is not None and len(pictures) <= came * frames_per_second + _SAME_TIME:
+            if shown is not None and passed <= came * frames_per_second + _SAME_TIME:
                 pictures.append(shown)
     except (av.FFmpegError, IndexError) as error:
         raise ValueError(f"{path} is no image or video that can be read ({error})") from None

@@ -4,6 +4,7 @@ import hashlib
 import os
 from contextlib import suppress
 from pathlib import Path
+from uuid import uuid4
 
 _DIGEST = hashlib.sha256().digest_size
 
@@ -35,7 +36,7 @@ class DiskCache:
     def put(self, key: str, value: bytes) -> None:
         """Keep bytes under a key. OSError, with what to do, where nothing can be written."""
         path = self.path_of(key)
-        beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+        beside = path.with_name(f"{path.name}.{uuid4().hex}.part")  # machines that share the folder share process ids
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             beside.write_bytes(hashlib.sha256(value).digest() + value)

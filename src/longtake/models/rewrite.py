@@ -4,6 +4,7 @@ Details that a prompt leaves open are inferred, motion is stressed, and the resu
 (arXiv 2604.10103, supplement). The wording of the request is ours.
 """
 
+import http.client
 import json
 import os
 import re
@@ -94,9 +95,12 @@ class Rewriter:
 
 
 def as_prompt(answer: str) -> str:
-    """An answer in one line, without thoughts in front of it and quotation marks around it."""
-    spoken = re.sub(r"<think>.*?</think>", "", answer, flags=re.DOTALL)
-    line = " ".join(spoken.split())
+    """An answer in one line, without thoughts in front of it and quotation marks around it.
+
+    Empty, where thoughts do not end. They need not begin: some chat templates begin them for the model.
+    """
+    spoken = answer.rpartition("</think>")[2]
+    line = "" if "<think>" in spoken else " ".join(spoken.split())
     quoted = re.fullmatch(r"\"([^\"]*)\"|“([^”]*)”", line)
     return (quoted[1] or quoted[2] or "").strip() if quoted else line
 
@@ -155,7 +159,7 @@ class Endpoint:
         except urllib.error.HTTPError as error:
             said = " ".join(error.read().decode(errors="replace").split())[:200]
             raise ValueError(f"{self.url}/{what} answered {error.code} {error.reason}: {said}") from None
-        except (OSError, urllib.error.URLError) as error:
+        except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
             raise ValueError(f"{self.url} does not answer: {getattr(error, 'reason', error)}") from None
         except ValueError:
             raise ValueError(f"{self.url}/{what} answered, but not with JSON") from None

@@ -103,7 +103,7 @@ class UMT5Text:
         cache: Path | None = None,
     ) -> None:
         self.files, self.device, self.dtype, self.length = files, torch.device(device), dtype, length
-        self._kind = f"{files.fingerprint()} {dtype} {length}"
+        self._kind = f"{files.fingerprint()} {dtype} {length} {self.device.type}"
         self._cache = DiskCache(cache or cache_home() / "text")
 
     @torch.no_grad()
