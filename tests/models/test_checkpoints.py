@@ -6,7 +6,7 @@ import resource
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 
@@ -21,8 +21,9 @@ from torch import Tensor
 from longtake.cli import main
 from longtake.models.checkpoints import WAN_1_3B, WAN_14B, load_wan, load_wan_vae, network_config, open_network
 from longtake.models.convert import convert
+from longtake.models.features import Conversion
 from longtake.models.names import WRAPPERS, codec_name_in_diffusers, network_name_in_diffusers, without_wrappers
-from longtake.models.wan import WanTransformer, reading_far
+from longtake.models.wan import WanTransformer, converted, reading_far
 from longtake.models.wan_vae import WanVAE, WanVAEConfig
 from longtake.models.weights import Checkpoint, open_checkpoint, save_weights
 
@@ -438,6 +439,21 @@ def test_our_own_files_of_other_models_are_refused(tmp_path: Path) -> None:
     described["network"]["level_dim"] = 16
     save_weights(tmp_path / "toy.safetensors", tensors, described, int8=False)
     assert "1 not known (text.x)" in refusal(tmp_path / "toy.safetensors")
+
+
+def ours(path: Path, made: WanTransformer) -> Path:
+    """A file in our own layout, which alone tells all sizes."""
+    save_weights(path, prefixed(made.state_dict(), "network."), {"network": asdict(made.config)}, int8=False)
+    return path
+
+
+def test_our_own_files_with_converted_layers_load_and_are_copied(tmp_path: Path) -> None:
+    made = converted(network(), Conversion(layers=(1,)))
+    source = ours(tmp_path / "ours.safetensors", made)
+    convert(source, tmp_path / "again.safetensors", "longtake")
+    for path in (source, tmp_path / "again.safetensors"):
+        loaded = load_wan(path)
+        assert loaded.config == made.config and equal(loaded.state_dict(), made.state_dict())
 
 
 def test_convert_on_the_command_line(tmp_path: Path, capsys) -> None:

@@ -128,7 +128,7 @@ def network_config(checkpoint: Checkpoint) -> WanConfig:
     """
     described = (checkpoint.description or {}).get("network")
     if described is not None:
-        return WanConfig(**described)
+        return WanConfig.of(described)
     needed = ("patch_embedding", "text_embedding.0", "time_embedding.0", "blocks.0.ffn.0")
     shapes = {name: checkpoint.meta[f"{name}.weight"].shape for name in needed if f"{name}.weight" in checkpoint.meta}
     if lacking := [name for name in needed if len(shapes.get(name, ())) != (5 if name == needed[0] else 2)]:
