@@ -456,6 +456,32 @@ def test_our_own_files_with_converted_layers_load_and_are_copied(tmp_path: Path)
         assert loaded.config == made.config and equal(loaded.state_dict(), made.state_dict())
 
 
+@pytest.mark.parametrize("to", ["original", "diffusers"])
+@pytest.mark.parametrize(
+    "sizes, file_loses, folder_loses",
+    [
+        ({"heads": 4}, "heads, rotary_split", None),
+        ({"rotary_split": (32, 16, 16)}, "rotary_split", "rotary_split"),
+        ({"rotary_split": (44, 42, 42)}, None, None),  # that of every head of 128
+        ({"extent": 15}, "extent", "extent"),
+        ({"conversion": Conversion(layers=(0,))}, "conversion", "conversion"),
+    ],
+)
+def test_a_layout_that_would_lose_sizes_is_refused(to, sizes, file_loses, folder_loses, tmp_path: Path) -> None:
+    made = network(config=replace(CONFIG, **sizes))
+    source = ours(tmp_path / "ours.safetensors", made)
+    for name, lost in (("a.safetensors", file_loses), ("b.pth", file_loses), ("c", folder_loses)):
+        target = tmp_path / name
+        if lost is None:
+            convert(source, target, to)
+            assert load_wan(target).config.heads == made.config.heads
+            assert load_wan(target).config.axes == made.config.axes
+        elif to == "original" or "conversion" not in sizes:  # diffusers' layout has no names for features
+            with pytest.raises(ValueError, match=f"{name} would not tell {lost}: a file in the layout longtake does"):
+                convert(source, target, to)
+            assert not target.exists()
+
+
 def test_convert_on_the_command_line(tmp_path: Path, capsys) -> None:
     path = LAYOUTS["generator_ema under FSDP, with others (Rolling Forcing)"](tmp_path, network().state_dict())
     target = tmp_path / "out"
@@ -518,6 +544,16 @@ def test_the_vae_goes_through_every_layout_without_a_changed_bit(tmp_path: Path)
     assert equal(written(source), tensors)
     assert written(tmp_path / "vae").keys() == published_vae_names()
     assert equal(load_wan_vae(tmp_path).state_dict(), tensors)  # a folder of several: the one of the usual name
+
+
+def test_a_vae_s_layout_that_would_lose_sizes_is_refused(tmp_path: Path) -> None:
+    config = replace(VAE_CONFIG, latent_mean=(0.5,) * 16)
+    description = {"wan_vae": asdict(config)}
+    save_weights(tmp_path / "ours.safetensors", WanVAE(config).state_dict(), description, int8=False)
+    with pytest.raises(ValueError, match=r"back\.pth would not tell latent_mean"):
+        convert(tmp_path / "ours.safetensors", tmp_path / "back.pth", "original")
+    convert(tmp_path / "ours.safetensors", tmp_path / "vae", "diffusers")
+    assert torch.equal(load_wan_vae(tmp_path / "vae").latent_mean, WanVAE(config).latent_mean)
 
 
 @torch.no_grad()

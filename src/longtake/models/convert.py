@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from longtake.models.checkpoints import DIFFUSERS_CODEC, holds_codec, network_config, open_codec, open_network
+from longtake.models.checkpoints import (
+    DIFFUSERS_CODEC,
+    codec_config,
+    holds_codec,
+    network_config,
+    open_codec,
+    open_network,
+)
 from longtake.models.names import OURS, codec_name_in_diffusers, network_name_in_diffusers
 from longtake.models.wan import WanConfig, WanTransformer
 from longtake.models.wan_vae import WanVAE, WanVAEConfig
@@ -22,6 +29,7 @@ from longtake.models.weights import ENTRIES, Checkpoint, require_fit, save_weigh
 
 LAYOUTS = ("original", "diffusers", "longtake")
 SHARD_BYTES = 5 * 10**9
+_FILES = (".pth", ".safetensors")  # what a target that is one file may end in
 _WEIGHTS = "diffusion_pytorch_model"
 
 
@@ -39,7 +47,8 @@ def convert(
 
     target: a `.safetensors` file, or a folder that is made: with a config.json, and weights in files of at most
     `shard_bytes` (the original VAE's is one `.pth`). Our layout is a file. Nothing that is there is overwritten, and a
-    target that exists is whole. ValueError for a source that does not load, or a layout that has no place for it.
+    target that exists is whole. ValueError for a source that does not load, or a layout that has no place for it or
+    its sizes: files but ours tell them by shapes, and folders by their config.json too.
     """
     target = Path(target)
     if layout not in LAYOUTS:
@@ -70,10 +79,12 @@ def _convert_network(checkpoint: Checkpoint, target: Path, layout: str, shard_by
     if layout == "longtake":
         _save_ours(target, checkpoint.renamed({OURS + name: name for name in checkpoint.meta}), "network", config)
         return
-    if layout == "diffusers":
-        checkpoint = checkpoint.renamed({network_name_in_diffusers(name): name for name in checkpoint.meta})
     written = _diffusers_network(config) if layout == "diffusers" else _original_network(config)
-    _save_theirs(target, checkpoint, written, shard_bytes)
+    in_theirs = checkpoint
+    if layout == "diffusers":
+        in_theirs = checkpoint.renamed({network_name_in_diffusers(name): name for name in checkpoint.meta})
+    _require_told(target, config, network_config(_as_read_back(checkpoint, target, written)))
+    _save_theirs(target, in_theirs, written, shard_bytes)
 
 
 def _convert_codec(checkpoint: Checkpoint, config: WanVAEConfig, target: Path, layout: str, shard_bytes: int) -> None:
@@ -83,11 +94,32 @@ def _convert_codec(checkpoint: Checkpoint, config: WanVAEConfig, target: Path, l
         _save_ours(target, checkpoint, "wan_vae", config)
     elif layout == "diffusers":
         renamed = checkpoint.renamed({codec_name_in_diffusers(name, config): name for name in checkpoint.meta})
-        _save_theirs(target, renamed, _diffusers_codec(config), shard_bytes)
-    elif target.suffix in (".pth", ".safetensors"):
+        written = _diffusers_codec(config)
+        _require_told(target, config, codec_config(_as_read_back(checkpoint, target, written)))
+        _save_theirs(target, renamed, written, shard_bytes)
+    elif target.suffix in _FILES:
+        _require_told(target, config, codec_config(_as_read_back(checkpoint, target, {})))
         _save_theirs(target, checkpoint, {}, shard_bytes)
     else:
         raise ValueError(f"{target}: the original Wan VAE is one file, NAME.pth or NAME.safetensors")
+
+
+def _as_read_back(checkpoint: Checkpoint, target: Path, written: Mapping[str, Any]) -> Checkpoint:
+    """What would be found of a checkpoint in another layout than ours, in our names: a single file has no config."""
+    return replace(checkpoint, source=target, description=None, config={} if target.suffix in _FILES else written)
+
+
+def _require_told(target: Path, config: WanConfig | WanVAEConfig, found: WanConfig | WanVAEConfig) -> None:
+    """ValueError unless the sizes that would be read back are those that there are."""
+    sizes, read_back = _sizes(config), _sizes(found)
+    if lost := [name for name in sizes if sizes[name] != read_back[name]]:
+        raise ValueError(f"{target} would not tell {', '.join(lost)}: a file in the layout longtake does")
+
+
+def _sizes(config: WanConfig | WanVAEConfig) -> dict[str, Any]:
+    """As JSON holds them; a rotary split that goes without saying is said."""
+    said = replace(config, rotary_split=config.axes.split) if isinstance(config, WanConfig) else config
+    return dict(json.loads(json.dumps(asdict(said))))
 
 
 def _save_ours(target: Path, checkpoint: Checkpoint, part: str, config: WanConfig | WanVAEConfig) -> None:
