@@ -435,7 +435,7 @@ def load_wan(
         latent_size=(codec.latent_channels, height // codec.spatial_factor, width // codec.spatial_factor),
         frame_rate=known.frame_rate or WAN_RATE,
         shift=shift or (known.shift if isinstance(known.shift, int | float) else WAN_SHIFT),
-        encode=lambda frames_BFCHW: codec.encode(frames_BFCHW.to(dtype))[0],
+        encode=lambda frames_BFCHW: codec.encode(frames_BFCHW.to(network.patch_embedding.weight.dtype))[0],
     )
 
 

@@ -55,6 +55,8 @@ def test_a_whole_model_streams_and_follows_its_prompts(whole: Path) -> None:
         assert not np.array_equal(next(stream).frames, pictures[:9]), "what is said reaches the network"
     given = torch.zeros(1, 9, *SIZE, 3, dtype=torch.uint8)
     assert engine.latents_of(given).shape == (1, 3, 16, 4, 6), "it goes on from pictures too"
+    engine.to(torch.bfloat16)
+    assert engine.latents_of(given).dtype == torch.bfloat16, "in whichever precision it computes by now"
 
 
 def test_a_student_alone_takes_the_rest_from_its_base(whole: Path) -> None:
