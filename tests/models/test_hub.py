@@ -244,6 +244,21 @@ def test_what_arrives_damaged_is_thrown_away(server: Hub, tmp_path: Path, checkp
     assert (Path(done.stdout.strip()) / FILE).read_bytes() == checkpoint
 
 
+def test_every_damaged_file_is_thrown_away_however_it_came(tmp_path: Path) -> None:
+    """Both of two, at once; and one that an earlier run fetched, which broke off before it was checked."""
+    name, files = "longlive", {"models/longlive_base.pt": os.urandom(100), "models/lora.pt": os.urandom(99)}
+    with serving(published(name).repo, files) as server:
+        server.damage = True
+        assert "longlive_base.pt, lora.pt arrived damaged" in complaint(pull(server, tmp_path, name))
+        server.damage = False
+        folder = Path(pull(server, tmp_path, name).stdout.strip())
+        assert {file: (folder / file).read_bytes() for file in files} == files
+        (folder / "models/lora.pt").resolve().write_bytes(bytes(99))
+        assert "lora.pt arrived damaged" in complaint(pull(server, tmp_path, name))
+        assert pull(server, tmp_path, name).returncode == 0
+        assert (folder / "models/lora.pt").read_bytes() == files["models/lora.pt"]
+
+
 def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
     assert "not all of it is in the cache, and the hub cannot be reached" in complaint(
         pull("http://127.0.0.1:9", tmp_path)
@@ -262,7 +277,7 @@ def test_a_cache_without_space_is_told_of_before_anything_is_fetched(tmp_path: P
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10**9})())
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "not" / "there"))
     with pytest.raises(ValueError, match=r"has 1\.0 GB free, and 5\.7 GB are to be fetched"):
-        hub.fetch(published(NAME), Download(bytes=5_680_000_000, missing_bytes=5_680_000_000, missing=[FILE]))
+        hub.fetch(published(NAME), Download(bytes=5_680_000_000, missing_bytes=5_680_000_000))
     assert not list(tmp_path.iterdir())
 
 

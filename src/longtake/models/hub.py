@@ -63,7 +63,6 @@ class Download(NamedTuple):
 
     bytes: int
     missing_bytes: int
-    missing: list[str]
 
 
 @cache
@@ -100,19 +99,18 @@ def look_up(checkpoint: Published) -> Download | None:
     for pattern in checkpoint.files:
         if not any(fnmatch(file.filename, pattern) for file in found):
             raise ValueError(f"{checkpoint.repo} holds nothing called {pattern}")
-    missing = [file for file in found if file.will_download]
     return Download(
         bytes=sum(file.file_size or 0 for file in found),
-        missing_bytes=sum(file.file_size or 0 for file in missing),
-        missing=[file.filename for file in missing],
+        missing_bytes=sum(file.file_size or 0 for file in found if file.will_download),
     )
 
 
 def fetch(checkpoint: Published, download: Download | None) -> Path:
     """The folder of the checkpoint's files in the cache, after what is missing of them was fetched.
 
-    download: what `look_up` said; None takes the cache as it is. Files come into the cache whole or not at all; a
-    fetched one whose SHA-256 is not the hub's is thrown away. ValueError, in one line, for whatever prevents it.
+    download: what `look_up` said; None takes the cache as it is. Files come into the cache whole or not at all. Of a
+    fetch, all files are checked, also those that were there: one whose SHA-256 is not the hub's is thrown away.
+    ValueError, in one line, for whatever prevents it.
     """
     hub = _hub()
     patterns = list(checkpoint.files)
@@ -126,8 +124,8 @@ def fetch(checkpoint: Published, download: Download | None) -> Path:
         raise _in_words(hub, checkpoint, error) from None
     if not any(path.is_file() for pattern in patterns for path in folder.glob(pattern)):
         raise ValueError(f"{checkpoint.name} is not in the cache, and the hub cannot be reached")
-    for file in download.missing if download else ():
-        _require_intact(folder / file)
+    if download is not None:
+        _require_intact(_files_of(checkpoint, folder))
     return folder
 
 
@@ -141,19 +139,34 @@ def cached(checkpoint: Published) -> Path:
         raise ValueError(f"{error}: longtake models pull {checkpoint.name}") from None
 
 
-def _require_intact(file: Path) -> None:
-    """Throw away a file whose content is not what its name in the cache says; large files are named by SHA-256."""
-    blob = file.resolve()
+def _files_of(checkpoint: Published, folder: Path) -> list[Path]:
+    """Those files of a folder that its patterns name, which match across folders, as the hub's do."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [
+        file for file in files if any(fnmatch(file.relative_to(folder).as_posix(), one) for one in checkpoint.files)
+    ]
+
+
+def _require_intact(files: Sequence[Path]) -> None:
+    """Throw away all files whose content is not what their names in the cache say, and say so in a ValueError."""
+    damaged = [file for file in files if not _is_intact(file.resolve())]
+    for file in damaged:
+        blob = file.resolve()
+        file.unlink()
+        blob.unlink(missing_ok=True)
+    if damaged:
+        raise ValueError(f"{', '.join(file.name for file in damaged)} arrived damaged and was thrown away: fetch again")
+
+
+def _is_intact(blob: Path) -> bool:
+    """Whether a file of the cache has the SHA-256 that is its name; small files have other names and pass."""
     if not _SHA256.fullmatch(blob.name):
-        return
+        return True
     digest = hashlib.sha256()
     with blob.open("rb") as content:
         while piece := content.read(_AT_ONCE):
             digest.update(piece)
-    if digest.hexdigest() != blob.name:
-        file.unlink()
-        blob.unlink(missing_ok=True)
-        raise ValueError(f"{file.name} arrived damaged and was thrown away: fetch it again")
+    return digest.hexdigest() == blob.name
 
 
 def _require_space(cache_folder: Path, needed: int) -> None:
