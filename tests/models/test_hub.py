@@ -152,9 +152,27 @@ def test_a_base_and_its_low_rank_updates_load_as_one(cache: Path, tmp_path: Path
 def test_a_base_of_shards_loads_from_its_folder(cache: Path, tmp_path: Path) -> None:
     folder = shards(tmp_path / "shards", network().state_dict())
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    cache_of(cache, "wan2.1-14b", files | {"Wan2.1_VAE.pth": b"", "models_t5_umt5-xxl-enc-bf16.pth": b""})
+    others = ("Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/spiece.model")
+    cache_of(cache, "wan2.1-14b", files | {"config.json": b"{}"} | dict.fromkeys(others, b""))
     loaded = load_published("wan2.1-14b").state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in network().state_dict().items())
+
+
+def test_a_pull_that_broke_off_is_not_taken_for_whole(cache: Path, tmp_path: Path) -> None:
+    """One file of several patterns; then a file for each, but a shard that an index names is not there."""
+    cache_of(cache, "longlive", {"models/longlive_base.pt": b""})
+    with pytest.raises(ValueError, match=r"longlive: models/lora\.pt not in the cache.*longtake models pull longlive"):
+        load_published("longlive")
+    folder = shards(tmp_path / "shards", network().state_dict())
+    parts = dict.fromkeys(("vae/x.json", "text_encoder/x.json", "tokenizer/x.json"), b"{}")
+    files = {f"transformer/{path.name}": path.read_bytes() for path in folder.iterdir()}
+    lacking = "transformer/diffusion_pytorch_model-00002-of-00003.safetensors"
+    content = files.pop(lacking)
+    cache_of(cache, "wan2.1-1.3b-diffusers", files | parts)
+    with pytest.raises(ValueError, match=f"wan2.1-1.3b-diffusers: {lacking} not in the cache"):
+        load_published("wan2.1-1.3b-diffusers")
+    cache_of(cache, "wan2.1-1.3b-diffusers", {lacking: content})
+    assert load_published("wan2.1-1.3b-diffusers").config == CONFIG
 
 
 def test_what_does_not_load_for_a_recipe_says_why(cache: Path, checkpoint: bytes) -> None:

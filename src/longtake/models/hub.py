@@ -19,6 +19,8 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
+from longtake.models.weights import json_object
+
 UNKNOWN = "unknown"
 _SHA256 = re.compile("[0-9a-f]{64}")
 _AT_ONCE = 2**24  # bytes hashed at a time
@@ -122,10 +124,11 @@ def fetch(checkpoint: Published, download: Download | None) -> Path:
         )
     except Exception as error:
         raise _in_words(hub, checkpoint, error) from None
-    if not any(path.is_file() for pattern in patterns for path in folder.glob(pattern)):
-        raise ValueError(f"{checkpoint.name} is not in the cache, and the hub cannot be reached")
+    files = _files_of(checkpoint, folder)
+    if missing := _missing(checkpoint, folder, files):
+        raise ValueError(f"{checkpoint.name}: {', '.join(missing)} not in the cache, and the hub cannot be reached")
     if download is not None:
-        _require_intact(_files_of(checkpoint, folder))
+        _require_intact(files)
     return folder
 
 
@@ -144,6 +147,20 @@ def _files_of(checkpoint: Published, folder: Path) -> list[Path]:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return [
         file for file in files if any(fnmatch(file.relative_to(folder).as_posix(), one) for one in checkpoint.files)
+    ]
+
+
+def _missing(checkpoint: Published, folder: Path, files: Sequence[Path]) -> list[str]:
+    """What a pull that broke off left out: patterns without a file, and shards that an index names."""
+    names = [file.relative_to(folder).as_posix() for file in files]
+    shards = [
+        (file.parent / shard).relative_to(folder).as_posix()
+        for file in files
+        if file.name.endswith(".index.json")
+        for shard in sorted(set(json_object(file).get("weight_map", {}).values()))
+    ]
+    return [one for one in checkpoint.files if not any(fnmatch(name, one) for name in names)] + [
+        shard for shard in shards if shard not in names
     ]
 
 

@@ -133,7 +133,7 @@ def open_checkpoint(path: str | Path, *, entries: Sequence[str] = ENTRIES) -> Ch
         opened = _open_pickle(path, entries)
     beside = path.with_name("config.json")
     if path.name.startswith("diffusion_pytorch_model") and beside.is_file():
-        return replace(opened, config=_json_object(beside))
+        return replace(opened, config=json_object(beside))
     return opened
 
 
@@ -180,7 +180,7 @@ def _open_safetensors(path: Path) -> Checkpoint:
 
 
 def _open_shards(index: Path) -> Checkpoint:
-    file_of = _json_object(index).get("weight_map")
+    file_of = json_object(index).get("weight_map")
     if not isinstance(file_of, dict) or not all(isinstance(x, str) and Path(x).name == x for x in file_of.values()):
         raise ValueError(f"{index} does not say which of the files beside it holds what")
     shards = {}
@@ -249,7 +249,8 @@ def _complete(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); fetch it again") from None
 
 
-def _json_object(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
+    """What a JSON file holds. ValueError, in one line, unless that is one object."""
     try:
         read = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
