@@ -433,6 +433,15 @@ def test_a_write_that_fails_leaves_nothing(to: str, name: str, tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
 
 
+def test_what_stands_beside_the_target_stays(tmp_path: Path) -> None:
+    source = LAYOUTS["bare"](tmp_path, network().state_dict())
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part" / "notes").write_text("mine")
+    convert(source, tmp_path / "out", "diffusers")
+    assert (tmp_path / "out.part" / "notes").read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"model.pt", "out", "out.part"}
+
+
 def test_our_own_files_of_other_models_are_refused(tmp_path: Path) -> None:
     tensors = prefixed(network().state_dict(), "network.") | {"text.x": torch.ones(1)}
     described = {"network": {"dim": 256, "heads": 2, "ffn_dim": 32, "layers": 2, "text_dim": 8, "channels": 4}}

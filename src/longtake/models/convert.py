@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -143,22 +144,12 @@ def _save_theirs(target: Path, checkpoint: Checkpoint, config: Mapping[str, Any]
 @contextmanager
 def _written_whole(target: Path) -> Iterator[Path]:
     """Where to write a file or a folder that is renamed when it is whole, and removed when writing fails."""
-    beside = target.with_name(target.name + ".part")
-    _remove(beside)  # of an attempt that was killed
     try:
-        yield beside
-        os.replace(beside, target)
+        with TemporaryDirectory(prefix=f"{target.name}.", suffix=".part", dir=target.parent) as beside:
+            yield Path(beside) / target.name
+            os.replace(Path(beside) / target.name, target)
     except (SafetensorError, RuntimeError, OSError) as error:  # the first two are how a full disk is told of
         raise ValueError(f"{target} could not be written: {error}") from error
-    finally:
-        _remove(beside)
-        _remove(beside.with_name(beside.name + ".part"))
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)
 
 
 def _require_space(folder: Path, checkpoint: Checkpoint) -> None:
