@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from longtake.attention.block_sparse import block_sparse
 from longtake.attention.linear import WIDTHS
+from longtake.distillation.trainer import STATE_FILE
 from longtake.flow import even_levels
 from longtake.generation.blockwise import blockwise
 from longtake.generation.clip import sample_clip
@@ -445,17 +446,22 @@ def _is_wan(model: str | Path) -> bool:
     if str(model) in registry():
         return True
     if path.is_dir():
-        ours = (path / NETWORK_FILE).is_file()
-        return not ours and any(path.glob(usual) for usual in ("transformer", "diffusion_pytorch_model*", "*.pt*"))
+        ours = (NETWORK_FILE, TEACHER_FILE, CONVERTED_FILE, CODEC_FILE, STATE_FILE)
+        theirs = ("transformer", "*.safetensors", "*.pt", "*.pth")
+        return not any((path / file).is_file() for file in ours) and _holds(path, theirs)
     if path.suffix == ".safetensors":
         return path.is_file() and "text" not in described(path)
     return path.is_file() and path.suffix in (".pt", ".pth", ".json")
 
 
+def _holds(folder: Path, patterns: Sequence[str]) -> bool:
+    return any(True for pattern in patterns for _ in folder.glob(pattern))
+
+
 def _wan_base(model: str | Path, base: str | Path | None) -> Path:
     """The folder that holds text encoder, tokenizer and VAE. ValueError if the default one was never pulled."""
     own = Path(model)
-    if base is None and own.is_dir() and any(own.glob(usual) for usual in ("text_encoder", "models_t5_umt5*")):
+    if base is None and own.is_dir() and _holds(own, ("text_encoder", "models_t5_umt5*")):
         return own
     name = str(base or WAN_BASE)
     return cached(published(name)) if name in registry() else Path(name)

@@ -76,6 +76,21 @@ def test_load_knows_a_wan_model_by_what_is_there(whole: Path) -> None:
         longtake.load("self-forcing", recipe="self_forcing", device="cpu")
 
 
+def test_a_folder_is_wan_s_only_if_something_of_it_is_there(whole: Path, tmp_path: Path) -> None:
+    """A run that was stopped, and a folder without weights, lack a student of ours, not a text encoder."""
+    for files in ((), ("state.pt",), ("codec_decoder.safetensors", "teacher.safetensors")):
+        folder = tmp_path / f"run{len(files)}"
+        folder.mkdir()
+        for file in files:
+            (folder / file).touch()
+        with pytest.raises(ValueError, match=r"no weights at .*student\.safetensors"):
+            longtake.load(folder, recipe=RECIPE, device="cpu")
+    alone = tmp_path / "alone"
+    shutil.copytree(whole / "transformer", alone)
+    with pytest.raises(ValueError, match=r"longtake models pull wan2\.1-1\.3b"):  # the base, for all that it lacks
+        longtake.load(alone, recipe=RECIPE, device="cpu")
+
+
 def test_what_is_missing_or_does_not_fit_is_one_line(whole: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="multiples of 16 high and wide, not 40 x 48"):
         recipes.load_wan(whole, recipe=RECIPE, size=(40, 48), device="cpu")
