@@ -555,6 +555,15 @@ def test_the_vae_goes_through_every_layout_without_a_changed_bit(tmp_path: Path)
     assert equal(load_wan_vae(tmp_path).state_dict(), tensors)  # a folder of several: the one of the usual name
 
 
+def test_a_vae_is_read_from_the_entry_that_is_named_and_takes_no_alpha(tmp_path: Path) -> None:
+    tensors = vae().state_dict()
+    torch.save({"model": {name: x + 1 for name, x in tensors.items()}, "ema": tensors}, tmp_path / "vae.pt")
+    convert(tmp_path / "vae.pt", tmp_path / "out.pth", "original", entries=("ema",))
+    assert equal(written(tmp_path / "out.pth"), tensors)
+    with pytest.raises(ValueError, match="is a Wan VAE, which takes no LoRA and no alpha"):
+        convert(tmp_path / "vae.pt", tmp_path / "other.pth", "original", entries=("ema",), alpha=2.0)
+
+
 def test_a_vae_s_layout_that_would_lose_sizes_is_refused(tmp_path: Path) -> None:
     config = replace(VAE_CONFIG, latent_mean=(0.5,) * 16)
     description = {"wan_vae": asdict(config)}

@@ -110,9 +110,11 @@ def open_network(
     return checkpoint, layout
 
 
-def open_codec(path: str | Path, *, config: WanVAEConfig | None = None) -> tuple[Checkpoint, WanVAEConfig, str]:
+def open_codec(
+    path: str | Path, *, config: WanVAEConfig | None = None, entries: Sequence[str] = ENTRIES
+) -> tuple[Checkpoint, WanVAEConfig, str]:
     """A Wan VAE's checkpoint in our names, its sizes and the layout it had; nothing is read yet."""
-    checkpoint = unwrapped(open_checkpoint(_inside(Path(path), "vae", CODEC_FILE)))
+    checkpoint = unwrapped(open_checkpoint(_inside(Path(path), "vae", CODEC_FILE), entries=entries))
     config = config or codec_config(checkpoint)
     with torch.device("meta"):
         names = WanVAE(config).state_dict()

@@ -61,9 +61,9 @@ def convert(
     if not target.parent.is_dir():
         raise ValueError(f"{target}: there is no folder {target.parent}")
     if holds_codec(source, entries):
-        if lora is not None:
-            raise ValueError(f"{source} is a Wan VAE, which takes no LoRA")
-        checkpoint, config, _ = open_codec(source)
+        if lora is not None or alpha is not None:
+            raise ValueError(f"{source} is a Wan VAE, which takes no LoRA and no alpha")
+        checkpoint, config, _ = open_codec(source, entries=entries)
         _require_space(target.parent, checkpoint)
         _convert_codec(checkpoint, config, target, layout, shard_bytes)
     else:
