@@ -32,7 +32,7 @@ from longtake.generation.stream import Engine, to_uint8
 from longtake.memory.far import RULES, Decay, Delta, FarShape, Keep, MassCap, rule_named
 from longtake.memory.policies import Absolute, BackAndForth, BankShape, EndToEnd, Policy, Recache
 from longtake.models import checkpoints
-from longtake.models.hub import cached, published, registry
+from longtake.models.hub import UNKNOWN, cached, published, registry
 from longtake.models.light_codec import LightCodec, LightCodecConfig
 from longtake.models.text import WordEncoder, WordEncoderConfig, WordText
 from longtake.models.umt5 import UMT5Files, UMT5Text
@@ -384,7 +384,7 @@ def load_wan_network(
     known = registry().get(str(model))
     if known and known.recipe is None:
         raise ValueError(f"{model} is no student of any method, and cannot stream: name one that is")
-    if known and known.block not in (None, chosen.block):
+    if known and known.block not in (None, UNKNOWN, chosen.block):
         raise ValueError(f"{model} makes blocks of {known.block} latent frames, and {chosen.name} of {chosen.block}")
     load_named = checkpoints.load_wan if known is None else checkpoints.load_published
     network = load_named(str(model), device=device_named(device), dtype=dtype)

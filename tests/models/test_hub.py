@@ -82,6 +82,16 @@ def test_the_field_s_checkpoints_are_there() -> None:
     assert registry()["rolling-forcing"].commercial == registry()["self-forcing"].commercial == "no"
 
 
+def test_nothing_is_inherited_that_nobody_has_established() -> None:
+    salt, krea = registry()["salt"], registry()["krea-realtime-14b"]
+    assert {salt.block, salt.steps, salt.shift} == {krea.block, krea.extent, krea.steps, krea.shift} == {"unknown"}
+
+
+def test_levels_in_the_registry_are_the_recipe_s_before_the_shift() -> None:
+    for name in ("self-forcing", "causvid", "causal-forcing", "rolling-forcing", "longlive"):
+        assert tuple(registry()[name].steps) == recipe_named(registry()[name].recipe).steps, name
+
+
 def test_an_unknown_name_gets_the_nearest(capsys) -> None:
     assert main(["models", "pull", "self_forcing"]) == 2
     assert "no published checkpoint 'self_forcing': did you mean self-forcing" in capsys.readouterr().err
@@ -181,6 +191,7 @@ def test_what_does_not_load_for_a_recipe_says_why(cache: Path, checkpoint: bytes
         (NAME, "hybrid_forcing", "was not trained to read the far state of hybrid_forcing"),
         ("causal-forcing-framewise", "self_forcing", "blocks of 1 latent frames, and self_forcing of 3"),
         ("causvid", "self_forcing", "longtake models pull causvid"),
+        ("salt", "self_forcing", "longtake models pull salt"),
         ("wan2.1-1.3b", "self_forcing", "is no student of any method, and cannot stream"),
         ("absent.pt", "self_forcing", "no checkpoint at absent.pt"),
     ):

@@ -50,8 +50,8 @@ class Published:
     height: int | None = None
     width: int | None = None
     frame_rate: int | None = None
-    extent: int | None = None
-    block: int | None = None
+    extent: int | str | None = None
+    block: int | str | None = None
     entry: str | None = None
     lora: str | None = None
     recipe: str | None = None
