@@ -30,7 +30,8 @@ LORA_ENTRIES = ("generator_lora",)
 def save_weights(path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any], *, int8: bool) -> None:
     """Write tensors and a JSON description. int8: matrices and kernels per row, the rest bf16; otherwise unchanged.
 
-    What has one row, such as a layer's modulation, is of the rest: one scale for all of it would drown its small parts.
+    What has one row, such as a layer's modulation, and every bias is of the rest: one scale for all of it, or for a
+    head's biases, would drown its small parts.
     """
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     if int8:
@@ -267,7 +268,7 @@ def _size(tensor: Tensor) -> str:
 def _quantized(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if tensor.ndim < 2 or len(tensor) == 1 or not tensor.is_floating_point():
+        if tensor.ndim < 2 or len(tensor) == 1 or name.endswith("bias") or not tensor.is_floating_point():
             stored[name] = tensor.bfloat16() if tensor.is_floating_point() else tensor
             continue
         rows = tensor.float().flatten(1)
