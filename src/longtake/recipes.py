@@ -32,7 +32,7 @@ from longtake.generation.stream import Engine, to_uint8
 from longtake.memory.far import RULES, Decay, Delta, FarShape, Keep, MassCap, rule_named
 from longtake.memory.policies import Absolute, BackAndForth, BankShape, EndToEnd, Policy, Recache
 from longtake.models import checkpoints
-from longtake.models.hub import cached, published, registry
+from longtake.models.hub import UNKNOWN, cached, published, registry
 from longtake.models.light_codec import LightCodec, LightCodecConfig
 from longtake.models.text import WordEncoder, WordEncoderConfig, WordText
 from longtake.models.umt5 import UMT5Files, UMT5Text
@@ -384,7 +384,7 @@ def load_wan_network(
     known = registry().get(str(model))
     if known and known.recipe is None:
         raise ValueError(f"{model} is no student of any method, and cannot stream: name one that is")
-    if known and known.block not in (None, chosen.block):
+    if known and known.block not in (None, UNKNOWN, chosen.block):
         raise ValueError(f"{model} makes blocks of {known.block} latent frames, and {chosen.name} of {chosen.block}")
     load_named = checkpoints.load_wan if known is None else checkpoints.load_published
     network = load_named(str(model), device=device_named(device), dtype=dtype)
@@ -436,7 +436,7 @@ def load_wan(
         latent_size=(codec.latent_channels, height // codec.spatial_factor, width // codec.spatial_factor),
         frame_rate=known.frame_rate or WAN_RATE,
         shift=shift or (known.shift if isinstance(known.shift, int | float) else WAN_SHIFT),
-        encode=lambda frames_BFCHW: codec.encode(frames_BFCHW.to(dtype))[0],
+        encode=lambda frames_BFCHW: codec.encode(frames_BFCHW.to(network.patch_embedding.weight.dtype))[0],
     )
 
 
@@ -446,8 +446,9 @@ def _is_wan(model: str | Path) -> bool:
     if str(model) in registry() or str(model) in _model_names():  # names come first
         return str(model) in registry()
     if path.is_dir():
-        theirs = _there(path, "transformer", "diffusion_pytorch_model*", "*.pt", "*.pth") - {STATE_FILE}
-        return bool(theirs) and not (path / NETWORK_FILE).is_file()
+        ours = (NETWORK_FILE, TEACHER_FILE, CONVERTED_FILE, CODEC_FILE, STATE_FILE)
+        theirs = ("transformer", "*.safetensors", "*.pt", "*.pth")
+        return not any((path / file).is_file() for file in ours) and _holds(path, theirs)
     if path.suffix == ".safetensors":
         if not path.is_file():
             return False
@@ -456,17 +457,17 @@ def _is_wan(model: str | Path) -> bool:
     return path.is_file() and path.suffix in (".pt", ".pth", ".json")
 
 
+def _holds(folder: Path, patterns: Sequence[str]) -> bool:
+    return any(True for pattern in patterns for _ in folder.glob(pattern))
+
+
 def _wan_base(model: str | Path, base: str | Path | None) -> Path:
     """The folder that holds text encoder, tokenizer and VAE. ValueError if the default one was never pulled."""
     own = Path(model)
-    if base is None and own.is_dir() and _there(own, "text_encoder", "models_t5_umt5*"):
+    if base is None and own.is_dir() and _holds(own, ("text_encoder", "models_t5_umt5*")):
         return own
     name = str(base or WAN_BASE)
     return cached(published(name)) if name in registry() else Path(name)
-
-
-def _there(folder: Path, *patterns: str) -> set[str]:
-    return {path.name for pattern in patterns for path in folder.glob(pattern)}
 
 
 def _require_taught(chosen: Recipe, taught: Sequence[str], path: Path) -> None:

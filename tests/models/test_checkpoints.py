@@ -6,7 +6,7 @@ import resource
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
 
@@ -21,8 +21,9 @@ from torch import Tensor
 from longtake.cli import main
 from longtake.models.checkpoints import WAN_1_3B, WAN_14B, load_wan, load_wan_vae, network_config, open_network
 from longtake.models.convert import convert
+from longtake.models.features import Conversion
 from longtake.models.names import WRAPPERS, codec_name_in_diffusers, network_name_in_diffusers, without_wrappers
-from longtake.models.wan import WanTransformer, reading_far
+from longtake.models.wan import WanTransformer, converted, reading_far
 from longtake.models.wan_vae import WanVAE, WanVAEConfig
 from longtake.models.weights import Checkpoint, open_checkpoint, save_weights
 
@@ -432,12 +433,62 @@ def test_a_write_that_fails_leaves_nothing(to: str, name: str, tmp_path: Path) -
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
 
 
+def test_what_stands_beside_the_target_stays(tmp_path: Path) -> None:
+    source = LAYOUTS["bare"](tmp_path, network().state_dict())
+    (tmp_path / "out.part").mkdir()
+    (tmp_path / "out.part" / "notes").write_text("mine")
+    convert(source, tmp_path / "out", "diffusers")
+    assert (tmp_path / "out.part" / "notes").read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"model.pt", "out", "out.part"}
+
+
 def test_our_own_files_of_other_models_are_refused(tmp_path: Path) -> None:
     tensors = prefixed(network().state_dict(), "network.") | {"text.x": torch.ones(1)}
     described = {"network": {"dim": 256, "heads": 2, "ffn_dim": 32, "layers": 2, "text_dim": 8, "channels": 4}}
     described["network"]["level_dim"] = 16
     save_weights(tmp_path / "toy.safetensors", tensors, described, int8=False)
     assert "1 not known (text.x)" in refusal(tmp_path / "toy.safetensors")
+
+
+def ours(path: Path, made: WanTransformer) -> Path:
+    """A file in our own layout, which alone tells all sizes."""
+    save_weights(path, prefixed(made.state_dict(), "network."), {"network": asdict(made.config)}, int8=False)
+    return path
+
+
+def test_our_own_files_with_converted_layers_load_and_are_copied(tmp_path: Path) -> None:
+    made = converted(network(), Conversion(layers=(1,)))
+    source = ours(tmp_path / "ours.safetensors", made)
+    convert(source, tmp_path / "again.safetensors", "longtake")
+    for path in (source, tmp_path / "again.safetensors"):
+        loaded = load_wan(path)
+        assert loaded.config == made.config and equal(loaded.state_dict(), made.state_dict())
+
+
+@pytest.mark.parametrize("to", ["original", "diffusers"])
+@pytest.mark.parametrize(
+    "sizes, file_loses, folder_loses",
+    [
+        ({"heads": 4}, "heads, rotary_split", None),
+        ({"rotary_split": (32, 16, 16)}, "rotary_split", "rotary_split"),
+        ({"rotary_split": (44, 42, 42)}, None, None),  # that of every head of 128
+        ({"extent": 15}, "extent", "extent"),
+        ({"conversion": Conversion(layers=(0,))}, "conversion", "conversion"),
+    ],
+)
+def test_a_layout_that_would_lose_sizes_is_refused(to, sizes, file_loses, folder_loses, tmp_path: Path) -> None:
+    made = network(config=replace(CONFIG, **sizes))
+    source = ours(tmp_path / "ours.safetensors", made)
+    for name, lost in (("a.safetensors", file_loses), ("b.pth", file_loses), ("c", folder_loses)):
+        target = tmp_path / name
+        if lost is None:
+            convert(source, target, to)
+            assert load_wan(target).config.heads == made.config.heads
+            assert load_wan(target).config.axes == made.config.axes
+        elif to == "original" or "conversion" not in sizes:  # diffusers' layout has no names for features
+            with pytest.raises(ValueError, match=f"{name} would not tell {lost}: a file in the layout longtake does"):
+                convert(source, target, to)
+            assert not target.exists()
 
 
 def test_convert_on_the_command_line(tmp_path: Path, capsys) -> None:
@@ -502,6 +553,25 @@ def test_the_vae_goes_through_every_layout_without_a_changed_bit(tmp_path: Path)
     assert equal(written(source), tensors)
     assert written(tmp_path / "vae").keys() == published_vae_names()
     assert equal(load_wan_vae(tmp_path).state_dict(), tensors)  # a folder of several: the one of the usual name
+
+
+def test_a_vae_is_read_from_the_entry_that_is_named_and_takes_no_alpha(tmp_path: Path) -> None:
+    tensors = vae().state_dict()
+    torch.save({"model": {name: x + 1 for name, x in tensors.items()}, "ema": tensors}, tmp_path / "vae.pt")
+    convert(tmp_path / "vae.pt", tmp_path / "out.pth", "original", entries=("ema",))
+    assert equal(written(tmp_path / "out.pth"), tensors)
+    with pytest.raises(ValueError, match="is a Wan VAE, which takes no LoRA and no alpha"):
+        convert(tmp_path / "vae.pt", tmp_path / "other.pth", "original", entries=("ema",), alpha=2.0)
+
+
+def test_a_vae_s_layout_that_would_lose_sizes_is_refused(tmp_path: Path) -> None:
+    config = replace(VAE_CONFIG, latent_mean=(0.5,) * 16)
+    description = {"wan_vae": asdict(config)}
+    save_weights(tmp_path / "ours.safetensors", WanVAE(config).state_dict(), description, int8=False)
+    with pytest.raises(ValueError, match=r"back\.pth would not tell latent_mean"):
+        convert(tmp_path / "ours.safetensors", tmp_path / "back.pth", "original")
+    convert(tmp_path / "ours.safetensors", tmp_path / "vae", "diffusers")
+    assert torch.equal(load_wan_vae(tmp_path / "vae").latent_mean, WanVAE(config).latent_mean)
 
 
 @torch.no_grad()

@@ -66,7 +66,11 @@ def test_packed_maps_make_nearly_the_same_features(tmp_path: Path) -> None:
     made = student().float()
     loaded = saved(tmp_path / "student.safetensors", made, int8=True)
     with safe_open(tmp_path / "student.safetensors", "pt") as file:
-        assert file.get_tensor("network.blocks.0.self_attn.features.keys.out_weight").dtype == torch.int8
+        kept = {
+            end: file.get_tensor(f"network.blocks.0.self_attn.features.keys.out_{end}") for end in ("weight", "bias")
+        }
+    assert kept["weight"].dtype == torch.int8
+    assert torch.equal(kept["bias"], made.features[0].keys.out_bias.bfloat16())
     x = torch.randn(1, 40, 2, 12)
     for layer in (0, 2):
         exact, packed = (network.features[layer].keys(x) for network in (made, loaded))

@@ -82,6 +82,16 @@ def test_the_field_s_checkpoints_are_there() -> None:
     assert registry()["rolling-forcing"].commercial == registry()["self-forcing"].commercial == "no"
 
 
+def test_nothing_is_inherited_that_nobody_has_established() -> None:
+    salt, krea = registry()["salt"], registry()["krea-realtime-14b"]
+    assert {salt.block, salt.steps, salt.shift} == {krea.block, krea.extent, krea.steps, krea.shift} == {"unknown"}
+
+
+def test_levels_in_the_registry_are_the_recipe_s_before_the_shift() -> None:
+    for name in ("self-forcing", "causvid", "causal-forcing", "rolling-forcing", "longlive"):
+        assert tuple(registry()[name].steps) == recipe_named(registry()[name].recipe).steps, name
+
+
 def test_an_unknown_name_gets_the_nearest(capsys) -> None:
     assert main(["models", "pull", "self_forcing"]) == 2
     assert "no published checkpoint 'self_forcing': did you mean self-forcing" in capsys.readouterr().err
@@ -152,9 +162,27 @@ def test_a_base_and_its_low_rank_updates_load_as_one(cache: Path, tmp_path: Path
 def test_a_base_of_shards_loads_from_its_folder(cache: Path, tmp_path: Path) -> None:
     folder = shards(tmp_path / "shards", network().state_dict())
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    cache_of(cache, "wan2.1-14b", files | {"Wan2.1_VAE.pth": b"", "models_t5_umt5-xxl-enc-bf16.pth": b""})
+    others = ("Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/spiece.model")
+    cache_of(cache, "wan2.1-14b", files | {"config.json": b"{}"} | dict.fromkeys(others, b""))
     loaded = load_published("wan2.1-14b").state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in network().state_dict().items())
+
+
+def test_a_pull_that_broke_off_is_not_taken_for_whole(cache: Path, tmp_path: Path) -> None:
+    """One file of several patterns; then a file for each, but a shard that an index names is not there."""
+    cache_of(cache, "longlive", {"models/longlive_base.pt": b""})
+    with pytest.raises(ValueError, match=r"longlive: models/lora\.pt not in the cache.*longtake models pull longlive"):
+        load_published("longlive")
+    folder = shards(tmp_path / "shards", network().state_dict())
+    parts = dict.fromkeys(("vae/x.json", "text_encoder/x.json", "tokenizer/x.json"), b"{}")
+    files = {f"transformer/{path.name}": path.read_bytes() for path in folder.iterdir()}
+    lacking = "transformer/diffusion_pytorch_model-00002-of-00003.safetensors"
+    content = files.pop(lacking)
+    cache_of(cache, "wan2.1-1.3b-diffusers", files | parts)
+    with pytest.raises(ValueError, match=f"wan2.1-1.3b-diffusers: {lacking} not in the cache"):
+        load_published("wan2.1-1.3b-diffusers")
+    cache_of(cache, "wan2.1-1.3b-diffusers", {lacking: content})
+    assert load_published("wan2.1-1.3b-diffusers").config == CONFIG
 
 
 def test_what_does_not_load_for_a_recipe_says_why(cache: Path, checkpoint: bytes) -> None:
@@ -163,6 +191,7 @@ def test_what_does_not_load_for_a_recipe_says_why(cache: Path, checkpoint: bytes
         (NAME, "hybrid_forcing", "was not trained to read the far state of hybrid_forcing"),
         ("causal-forcing-framewise", "self_forcing", "blocks of 1 latent frames, and self_forcing of 3"),
         ("causvid", "self_forcing", "longtake models pull causvid"),
+        ("salt", "self_forcing", "longtake models pull salt"),
         ("wan2.1-1.3b", "self_forcing", "is no student of any method, and cannot stream"),
         ("absent.pt", "self_forcing", "no checkpoint at absent.pt"),
     ):
@@ -244,6 +273,21 @@ def test_what_arrives_damaged_is_thrown_away(server: Hub, tmp_path: Path, checkp
     assert (Path(done.stdout.strip()) / FILE).read_bytes() == checkpoint
 
 
+def test_every_damaged_file_is_thrown_away_however_it_came(tmp_path: Path) -> None:
+    """Both of two, at once; and one that an earlier run fetched, which broke off before it was checked."""
+    name, files = "longlive", {"models/longlive_base.pt": os.urandom(100), "models/lora.pt": os.urandom(99)}
+    with serving(published(name).repo, files) as server:
+        server.damage = True
+        assert "longlive_base.pt, lora.pt arrived damaged" in complaint(pull(server, tmp_path, name))
+        server.damage = False
+        folder = Path(pull(server, tmp_path, name).stdout.strip())
+        assert {file: (folder / file).read_bytes() for file in files} == files
+        (folder / "models/lora.pt").resolve().write_bytes(bytes(99))
+        assert "lora.pt arrived damaged" in complaint(pull(server, tmp_path, name))
+        assert pull(server, tmp_path, name).returncode == 0
+        assert (folder / "models/lora.pt").read_bytes() == files["models/lora.pt"]
+
+
 def test_a_hub_that_cannot_be_reached(tmp_path: Path) -> None:
     assert "not all of it is in the cache, and the hub cannot be reached" in complaint(
         pull("http://127.0.0.1:9", tmp_path)
@@ -262,7 +306,7 @@ def test_a_cache_without_space_is_told_of_before_anything_is_fetched(tmp_path: P
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10**9})())
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "not" / "there"))
     with pytest.raises(ValueError, match=r"has 1\.0 GB free, and 5\.7 GB are to be fetched"):
-        hub.fetch(published(NAME), Download(bytes=5_680_000_000, missing_bytes=5_680_000_000, missing=[FILE]))
+        hub.fetch(published(NAME), Download(bytes=5_680_000_000, missing_bytes=5_680_000_000))
     assert not list(tmp_path.iterdir())
 
 

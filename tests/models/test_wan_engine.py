@@ -55,6 +55,8 @@ def test_a_whole_model_streams_and_follows_its_prompts(whole: Path) -> None:
         assert not np.array_equal(next(stream).frames, pictures[:9]), "what is said reaches the network"
     given = torch.zeros(1, 9, *SIZE, 3, dtype=torch.uint8)
     assert engine.latents_of(given).shape == (1, 3, 16, 4, 6), "it goes on from pictures too"
+    engine.to(torch.bfloat16)
+    assert engine.latents_of(given).dtype == torch.bfloat16, "in whichever precision it computes by now"
 
 
 def test_a_student_alone_takes_the_rest_from_its_base(whole: Path) -> None:
@@ -80,6 +82,21 @@ def test_a_folder_of_our_own_training_is_no_wan_model(tmp_path: Path) -> None:
     (tmp_path / "state.pt").touch()
     with pytest.raises(ValueError, match="no weights at"):
         longtake.load(tmp_path, recipe=RECIPE, device="cpu")
+
+
+def test_a_folder_is_wan_s_only_if_something_of_it_is_there(whole: Path, tmp_path: Path) -> None:
+    """A run that was stopped, and a folder without weights, lack a student of ours, not a text encoder."""
+    for files in ((), ("state.pt",), ("codec_decoder.safetensors", "teacher.safetensors")):
+        folder = tmp_path / f"run{len(files)}"
+        folder.mkdir()
+        for file in files:
+            (folder / file).touch()
+        with pytest.raises(ValueError, match=r"no weights at .*student\.safetensors"):
+            longtake.load(folder, recipe=RECIPE, device="cpu")
+    alone = tmp_path / "alone"
+    shutil.copytree(whole / "transformer", alone)
+    with pytest.raises(ValueError, match=r"longtake models pull wan2\.1-1\.3b"):  # the base, for all that it lacks
+        longtake.load(alone, recipe=RECIPE, device="cpu")
 
 
 def test_what_is_missing_or_does_not_fit_is_one_line(whole: Path, tmp_path: Path) -> None:

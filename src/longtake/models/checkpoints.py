@@ -119,9 +119,11 @@ def open_network(
     return checkpoint, layout
 
 
-def open_codec(path: str | Path, *, config: WanVAEConfig | None = None) -> tuple[Checkpoint, WanVAEConfig, str]:
+def open_codec(
+    path: str | Path, *, config: WanVAEConfig | None = None, entries: Sequence[str] = ENTRIES
+) -> tuple[Checkpoint, WanVAEConfig, str]:
     """A Wan VAE's checkpoint in our names, its sizes and the layout it had; nothing is read yet."""
-    checkpoint = unwrapped(open_checkpoint(_inside(Path(path), "vae", CODEC_FILE)))
+    checkpoint = unwrapped(open_checkpoint(_inside(Path(path), "vae", CODEC_FILE), entries=entries))
     config = config or codec_config(checkpoint)
     with torch.device("meta"):
         names = WanVAE(config).state_dict()
@@ -137,7 +139,7 @@ def network_config(checkpoint: Checkpoint) -> WanConfig:
     """
     described = (checkpoint.description or {}).get("network")
     if described is not None:
-        return WanConfig(**described)
+        return WanConfig.of(described)
     needed = ("patch_embedding", "text_embedding.0", "time_embedding.0", "blocks.0.ffn.0")
     shapes = {name: checkpoint.meta[f"{name}.weight"].shape for name in needed if f"{name}.weight" in checkpoint.meta}
     if lacking := [name for name in needed if len(shapes.get(name, ())) != (5 if name == needed[0] else 2)]:

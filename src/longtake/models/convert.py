@@ -5,8 +5,9 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -14,7 +15,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from longtake.models.checkpoints import DIFFUSERS_CODEC, holds_codec, network_config, open_codec, open_network
+from longtake.models.checkpoints import (
+    DIFFUSERS_CODEC,
+    codec_config,
+    holds_codec,
+    network_config,
+    open_codec,
+    open_network,
+)
 from longtake.models.names import OURS, codec_name_in_diffusers, network_name_in_diffusers
 from longtake.models.wan import WanConfig, WanTransformer
 from longtake.models.wan_vae import WanVAE, WanVAEConfig
@@ -22,6 +30,7 @@ from longtake.models.weights import ENTRIES, Checkpoint, require_fit, save_weigh
 
 LAYOUTS = ("original", "diffusers", "longtake")
 SHARD_BYTES = 5 * 10**9
+_FILES = (".pth", ".safetensors")  # what a target that is one file may end in
 _WEIGHTS = "diffusion_pytorch_model"
 
 
@@ -39,7 +48,8 @@ def convert(
 
     target: a `.safetensors` file, or a folder that is made: with a config.json, and weights in files of at most
     `shard_bytes` (the original VAE's is one `.pth`). Our layout is a file. Nothing that is there is overwritten, and a
-    target that exists is whole. ValueError for a source that does not load, or a layout that has no place for it.
+    target that exists is whole. ValueError for a source that does not load, or a layout that has no place for it or
+    its sizes: files but ours tell them by shapes, and folders by their config.json too.
     """
     target = Path(target)
     if layout not in LAYOUTS:
@@ -51,9 +61,9 @@ def convert(
     if not target.parent.is_dir():
         raise ValueError(f"{target}: there is no folder {target.parent}")
     if holds_codec(source, entries):
-        if lora is not None:
-            raise ValueError(f"{source} is a Wan VAE, which takes no LoRA")
-        checkpoint, config, _ = open_codec(source)
+        if lora is not None or alpha is not None:
+            raise ValueError(f"{source} is a Wan VAE, which takes no LoRA and no alpha")
+        checkpoint, config, _ = open_codec(source, entries=entries)
         _require_space(target.parent, checkpoint)
         _convert_codec(checkpoint, config, target, layout, shard_bytes)
     else:
@@ -70,10 +80,12 @@ def _convert_network(checkpoint: Checkpoint, target: Path, layout: str, shard_by
     if layout == "longtake":
         _save_ours(target, checkpoint.renamed({OURS + name: name for name in checkpoint.meta}), "network", config)
         return
-    if layout == "diffusers":
-        checkpoint = checkpoint.renamed({network_name_in_diffusers(name): name for name in checkpoint.meta})
     written = _diffusers_network(config) if layout == "diffusers" else _original_network(config)
-    _save_theirs(target, checkpoint, written, shard_bytes)
+    in_theirs = checkpoint
+    if layout == "diffusers":
+        in_theirs = checkpoint.renamed({network_name_in_diffusers(name): name for name in checkpoint.meta})
+    _require_told(target, config, network_config(_as_read_back(checkpoint, target, written)))
+    _save_theirs(target, in_theirs, written, shard_bytes)
 
 
 def _convert_codec(checkpoint: Checkpoint, config: WanVAEConfig, target: Path, layout: str, shard_bytes: int) -> None:
@@ -83,11 +95,32 @@ def _convert_codec(checkpoint: Checkpoint, config: WanVAEConfig, target: Path, l
         _save_ours(target, checkpoint, "wan_vae", config)
     elif layout == "diffusers":
         renamed = checkpoint.renamed({codec_name_in_diffusers(name, config): name for name in checkpoint.meta})
-        _save_theirs(target, renamed, _diffusers_codec(config), shard_bytes)
-    elif target.suffix in (".pth", ".safetensors"):
+        written = _diffusers_codec(config)
+        _require_told(target, config, codec_config(_as_read_back(checkpoint, target, written)))
+        _save_theirs(target, renamed, written, shard_bytes)
+    elif target.suffix in _FILES:
+        _require_told(target, config, codec_config(_as_read_back(checkpoint, target, {})))
         _save_theirs(target, checkpoint, {}, shard_bytes)
     else:
         raise ValueError(f"{target}: the original Wan VAE is one file, NAME.pth or NAME.safetensors")
+
+
+def _as_read_back(checkpoint: Checkpoint, target: Path, written: Mapping[str, Any]) -> Checkpoint:
+    """What would be found of a checkpoint in another layout than ours, in our names: a single file has no config."""
+    return replace(checkpoint, source=target, description=None, config={} if target.suffix in _FILES else written)
+
+
+def _require_told(target: Path, config: WanConfig | WanVAEConfig, found: WanConfig | WanVAEConfig) -> None:
+    """ValueError unless the sizes that would be read back are those that there are."""
+    sizes, read_back = _sizes(config), _sizes(found)
+    if lost := [name for name in sizes if sizes[name] != read_back[name]]:
+        raise ValueError(f"{target} would not tell {', '.join(lost)}: a file in the layout longtake does")
+
+
+def _sizes(config: WanConfig | WanVAEConfig) -> dict[str, Any]:
+    """As JSON holds them; a rotary split that goes without saying is said."""
+    said = replace(config, rotary_split=config.axes.split) if isinstance(config, WanConfig) else config
+    return dict(json.loads(json.dumps(asdict(said))))
 
 
 def _save_ours(target: Path, checkpoint: Checkpoint, part: str, config: WanConfig | WanVAEConfig) -> None:
@@ -111,22 +144,12 @@ def _save_theirs(target: Path, checkpoint: Checkpoint, config: Mapping[str, Any]
 @contextmanager
 def _written_whole(target: Path) -> Iterator[Path]:
     """Where to write a file or a folder that is renamed when it is whole, and removed when writing fails."""
-    beside = target.with_name(target.name + ".part")
-    _remove(beside)  # of an attempt that was killed
     try:
-        yield beside
-        os.replace(beside, target)
+        with TemporaryDirectory(prefix=f"{target.name}.", suffix=".part", dir=target.parent) as beside:
+            yield Path(beside) / target.name
+            os.replace(Path(beside) / target.name, target)
     except (SafetensorError, RuntimeError, OSError) as error:  # the first two are how a full disk is told of
         raise ValueError(f"{target} could not be written: {error}") from error
-    finally:
-        _remove(beside)
-        _remove(beside.with_name(beside.name + ".part"))
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)
 
 
 def _require_space(folder: Path, checkpoint: Checkpoint) -> None:

@@ -19,6 +19,8 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
+from longtake.models.weights import json_object
+
 UNKNOWN = "unknown"
 _SHA256 = re.compile("[0-9a-f]{64}")
 _AT_ONCE = 2**24  # bytes hashed at a time
@@ -48,8 +50,8 @@ class Published:
     height: int | None = None
     width: int | None = None
     frame_rate: int | None = None
-    extent: int | None = None
-    block: int | None = None
+    extent: int | str | None = None
+    block: int | str | None = None
     entry: str | None = None
     lora: str | None = None
     recipe: str | None = None
@@ -63,7 +65,6 @@ class Download(NamedTuple):
 
     bytes: int
     missing_bytes: int
-    missing: list[str]
 
 
 @cache
@@ -100,19 +101,18 @@ def look_up(checkpoint: Published) -> Download | None:
     for pattern in checkpoint.files:
         if not any(fnmatch(file.filename, pattern) for file in found):
             raise ValueError(f"{checkpoint.repo} holds nothing called {pattern}")
-    missing = [file for file in found if file.will_download]
     return Download(
         bytes=sum(file.file_size or 0 for file in found),
-        missing_bytes=sum(file.file_size or 0 for file in missing),
-        missing=[file.filename for file in missing],
+        missing_bytes=sum(file.file_size or 0 for file in found if file.will_download),
     )
 
 
 def fetch(checkpoint: Published, download: Download | None) -> Path:
     """The folder of the checkpoint's files in the cache, after what is missing of them was fetched.
 
-    download: what `look_up` said; None takes the cache as it is. Files come into the cache whole or not at all; a
-    fetched one whose SHA-256 is not the hub's is thrown away. ValueError, in one line, for whatever prevents it.
+    download: what `look_up` said; None takes the cache as it is. Files come into the cache whole or not at all. Of a
+    fetch, all files are checked, also those that were there: one whose SHA-256 is not the hub's is thrown away.
+    ValueError, in one line, for whatever prevents it.
     """
     hub = _hub()
     patterns = list(checkpoint.files)
@@ -124,10 +124,11 @@ def fetch(checkpoint: Published, download: Download | None) -> Path:
         )
     except Exception as error:
         raise _in_words(hub, checkpoint, error) from None
-    if not any(path.is_file() for pattern in patterns for path in folder.glob(pattern)):
-        raise ValueError(f"{checkpoint.name} is not in the cache, and the hub cannot be reached")
-    for file in download.missing if download else ():
-        _require_intact(folder / file)
+    files = _files_of(checkpoint, folder)
+    if missing := _missing(checkpoint, folder, files):
+        raise ValueError(f"{checkpoint.name}: {', '.join(missing)} not in the cache, and the hub cannot be reached")
+    if download is not None:
+        _require_intact(files)
     return folder
 
 
@@ -141,19 +142,48 @@ def cached(checkpoint: Published) -> Path:
         raise ValueError(f"{error}: longtake models pull {checkpoint.name}") from None
 
 
-def _require_intact(file: Path) -> None:
-    """Throw away a file whose content is not what its name in the cache says; large files are named by SHA-256."""
-    blob = file.resolve()
+def _files_of(checkpoint: Published, folder: Path) -> list[Path]:
+    """Those files of a folder that its patterns name, which match across folders, as the hub's do."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [
+        file for file in files if any(fnmatch(file.relative_to(folder).as_posix(), one) for one in checkpoint.files)
+    ]
+
+
+def _missing(checkpoint: Published, folder: Path, files: Sequence[Path]) -> list[str]:
+    """What a pull that broke off left out: patterns without a file, and shards that an index names."""
+    names = [file.relative_to(folder).as_posix() for file in files]
+    shards = [
+        (file.parent / shard).relative_to(folder).as_posix()
+        for file in files
+        if file.name.endswith(".index.json")
+        for shard in sorted(set(json_object(file).get("weight_map", {}).values()))
+    ]
+    return [one for one in checkpoint.files if not any(fnmatch(name, one) for name in names)] + [
+        shard for shard in shards if shard not in names
+    ]
+
+
+def _require_intact(files: Sequence[Path]) -> None:
+    """Throw away all files whose content is not what their names in the cache say, and say so in a ValueError."""
+    damaged = [file for file in files if not _is_intact(file.resolve())]
+    for file in damaged:
+        blob = file.resolve()
+        file.unlink()
+        blob.unlink(missing_ok=True)
+    if damaged:
+        raise ValueError(f"{', '.join(file.name for file in damaged)} arrived damaged and was thrown away: fetch again")
+
+
+def _is_intact(blob: Path) -> bool:
+    """Whether a file of the cache has the SHA-256 that is its name; small files have other names and pass."""
     if not _SHA256.fullmatch(blob.name):
-        return
+        return True
     digest = hashlib.sha256()
     with blob.open("rb") as content:
         while piece := content.read(_AT_ONCE):
             digest.update(piece)
-    if digest.hexdigest() != blob.name:
-        file.unlink()
-        blob.unlink(missing_ok=True)
-        raise ValueError(f"{file.name} arrived damaged and was thrown away: fetch it again")
+    return digest.hexdigest() == blob.name
 
 
 def _require_space(cache_folder: Path, needed: int) -> None:

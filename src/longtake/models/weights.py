@@ -30,7 +30,8 @@ LORA_ENTRIES = ("generator_lora",)
 def save_weights(path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any], *, int8: bool) -> None:
     """Write tensors and a JSON description. int8: matrices and kernels per row, the rest bf16; otherwise unchanged.
 
-    What has one row, such as a layer's modulation, is of the rest: one scale for all of it would drown its small parts.
+    What has one row, such as a layer's modulation, and every bias is of the rest: one scale for all of it, or for a
+    head's biases, would drown its small parts.
     """
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     if int8:
@@ -133,7 +134,7 @@ def open_checkpoint(path: str | Path, *, entries: Sequence[str] = ENTRIES) -> Ch
         opened = _open_pickle(path, entries)
     beside = path.with_name("config.json")
     if path.name.startswith("diffusion_pytorch_model") and beside.is_file():
-        return replace(opened, config=_json_object(beside))
+        return replace(opened, config=json_object(beside))
     return opened
 
 
@@ -180,7 +181,7 @@ def _open_safetensors(path: Path) -> Checkpoint:
 
 
 def _open_shards(index: Path) -> Checkpoint:
-    file_of = _json_object(index).get("weight_map")
+    file_of = json_object(index).get("weight_map")
     if not isinstance(file_of, dict) or not all(isinstance(x, str) and Path(x).name == x for x in file_of.values()):
         raise ValueError(f"{index} does not say which of the files beside it holds what")
     shards = {}
@@ -249,7 +250,8 @@ def _complete(path: Path) -> Iterator[None]:
         raise ValueError(f"{path} is not a whole safetensors file ({error}); fetch it again") from None
 
 
-def _json_object(path: Path) -> dict[str, Any]:
+def json_object(path: Path) -> dict[str, Any]:
+    """What a JSON file holds. ValueError, in one line, unless that is one object."""
     try:
         read = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -266,7 +268,7 @@ def _size(tensor: Tensor) -> str:
 def _quantized(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     stored: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
-        if tensor.ndim < 2 or len(tensor) == 1 or not tensor.is_floating_point():
+        if tensor.ndim < 2 or len(tensor) == 1 or name.endswith("bias") or not tensor.is_floating_point():
             stored[name] = tensor.bfloat16() if tensor.is_floating_point() else tensor
             continue
         rows = tensor.float().flatten(1)
