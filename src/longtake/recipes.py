@@ -450,10 +450,7 @@ def _is_wan(model: str | Path) -> bool:
         theirs = ("transformer", "*.safetensors", "*.pt", "*.pth")
         return not any((path / file).is_file() for file in ours) and _holds(path, theirs)
     if path.suffix == ".safetensors":
-        if not path.is_file():
-            return False
-        found = described(path)
-        return not found or ("network" in found and "text" not in found)
+        return path.is_file() and described(path).keys() <= {"network"}  # of our networks, one that was converted
     return path.is_file() and path.suffix in (".pt", ".pth", ".json")
 
 
