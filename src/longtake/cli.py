@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from longtake.models.hub import Published
 
 _CHECK_FAILED, _BAD_INPUT, _INTERRUPTED = 1, 2, 130
-_WAN_SHIFT = 5.0  # of Wan2.1's levels, where the registry knows no other
 
 app = SubcommandApp()
 
@@ -660,17 +659,15 @@ def verify(
 def _recipe_to_verify(checkpoint: str, recipe: str | None, blocks: int) -> "tuple[Recipe, float]":
     """The recipe of a checkpoint's clip and the shift of its levels, the registry's for names that it knows."""
     from longtake.models.hub import registry
-    from longtake.recipes import recipe_named
+    from longtake.recipes import WAN_SHIFT, recipe_named, require_block
 
     known = registry().get(checkpoint)
     if known and known.recipe is None and blocks:
         raise ValueError(f"{checkpoint} is no student of any method, and cannot stream: verify it with --blocks 0")
     chosen = recipe_named(recipe or (known and known.recipe) or "self_forcing")
-    if known and known.block not in (None, chosen.block):
-        raise ValueError(
-            f"{checkpoint} makes blocks of {known.block} latent frames, and {chosen.name} of {chosen.block}"
-        )
-    return chosen, float(known.shift) if known and isinstance(known.shift, float | int) else _WAN_SHIFT
+    if known:
+        require_block(known, chosen)
+    return chosen, float(known.shift) if known and isinstance(known.shift, float | int) else WAN_SHIFT
 
 
 def _latent_size(size: str) -> tuple[int, int]:

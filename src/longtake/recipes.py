@@ -32,7 +32,7 @@ from longtake.generation.stream import Engine, to_uint8
 from longtake.memory.far import RULES, Decay, Delta, FarShape, Keep, MassCap, rule_named
 from longtake.memory.policies import Absolute, BackAndForth, BankShape, EndToEnd, Policy, Recache
 from longtake.models import checkpoints
-from longtake.models.hub import UNKNOWN, cached, published, registry
+from longtake.models.hub import UNKNOWN, Published, cached, published, registry
 from longtake.models.light_codec import LightCodec, LightCodecConfig
 from longtake.models.text import WordEncoder, WordEncoderConfig, WordText
 from longtake.models.umt5 import UMT5Files, UMT5Text
@@ -384,8 +384,8 @@ def load_wan_network(
     known = registry().get(str(model))
     if known and known.recipe is None:
         raise ValueError(f"{model} is no student of any method, and cannot stream: name one that is")
-    if known and known.block not in (None, UNKNOWN, chosen.block):
-        raise ValueError(f"{model} makes blocks of {known.block} latent frames, and {chosen.name} of {chosen.block}")
+    if known:
+        require_block(known, chosen)
     load_named = checkpoints.load_wan if known is None else checkpoints.load_published
     network = load_named(str(model), device=device_named(device), dtype=dtype)
     if chosen.far and not network.config.reads_far:
@@ -438,6 +438,14 @@ def load_wan(
         shift=shift or (known.shift if isinstance(known.shift, int | float) else WAN_SHIFT),
         encode=lambda frames_BFCHW: codec.encode(frames_BFCHW.to(network.patch_embedding.weight.dtype))[0],
     )
+
+
+def require_block(known: Published, chosen: Recipe) -> None:
+    """ValueError where a published checkpoint is known to make blocks of another size than a recipe's."""
+    if known.block not in (None, UNKNOWN, chosen.block):
+        raise ValueError(
+            f"{known.name} makes blocks of {known.block} latent frames, and {chosen.name} of {chosen.block}"
+        )
 
 
 def _is_wan(model: str | Path) -> bool:

@@ -18,11 +18,11 @@ from tests.models.layouts import CONFIG, LAYOUTS, network, shards
 from tests.models.test_hub import cache, cache_of  # noqa: F401 (a fixture)
 from torch import Tensor
 
-from longtake.cli import main
+from longtake.cli import _recipe_to_verify, main
 from longtake.evaluation import verify
 from longtake.evaluation.verify import Check, latent_colour_checks, latents_checks, motion, neighbours_alike
 from longtake.models.wan_vae import WanVAE, WanVAEConfig
-from longtake.recipes import load_network, packaged
+from longtake.recipes import WAN_SHIFT, load_network, packaged
 
 BLOCK, PATCH = 3, 2
 SHORT = ["--size", "192x112", "--blocks", "2", "--device", "cpu"]
@@ -294,3 +294,9 @@ def test_what_is_drawn_shows_the_latents() -> None:
     assert pictures.shape == (2, 4, 4, 3)
     assert (pictures[0] == np.array([255, 128, 128], np.uint8)).all()
     assert (pictures[1, :2, :2, 1] == 0).all() and (pictures[1, 2:] == 128).all()
+
+
+def test_a_name_of_which_little_is_known_goes_with_any_recipe_and_others_with_theirs() -> None:
+    assert _recipe_to_verify("salt", "self_forcing", 3)[1] == WAN_SHIFT
+    with pytest.raises(ValueError, match="blocks of 1 latent frames, and self_forcing of 3"):
+        _recipe_to_verify("causal-forcing-framewise", "self_forcing", 3)
