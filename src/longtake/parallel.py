@@ -1,8 +1,10 @@
-"""Many processes, layers compiled or checkpointed: applied from outside, so that no model or loss knows of it."""
+"""Many processes, layers compiled or checkpointed, calls recorded: applied from outside, so that no model or loss knows
+of it."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cache, partial
 from itertools import product
 from typing import Any, TypeVar
 
@@ -134,6 +136,107 @@ def checkpoint_layers(layers: Iterable[nn.Module], methods: Iterable[str]) -> No
     """
     for layer, method in product(layers, tuple(methods)):
         setattr(layer, method, partial(checkpoint, getattr(layer, method), use_reentrant=False))
+
+
+def record_calls(modules: Iterable[nn.Module], methods: Iterable[str]) -> None:
+    """Replay calls of the named methods without gradients as recorded kernels, see `Recorded`.
+
+    Parameters must keep their storage. Goes around compiled methods: compile first.
+    """
+    for module, method in product(modules, tuple(methods)):
+        setattr(module, method, Recorded(getattr(module, method)))
+
+
+@dataclass(frozen=True)
+class _Record:
+    """Kernels that read `inputs` and write `output`, which the next replay writes again."""
+
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Tensor]
+    output: Any
+
+
+class Recorded:
+    """A function whose calls on a GPU in no_grad are recorded as a graph of kernels (CUDA graphs) and then replayed.
+
+    Small networks keep the host busier than the device; a replay costs it one call. Each kind of arguments is recorded
+    once: their tree, and the shapes of the tensors in it. The function must do the same for all arguments of a kind,
+    without a look at values on the host; it may draw random numbers on the device. Elsewhere, and with gradients, calls
+    are as they were.
+    """
+
+    def __init__(self, call: Callable[..., Any]):
+        self._call = call
+        self._records: dict[Hashable, _Record] = {}
+
+    def __call__(self, *arguments: Any) -> Any:
+        tensors: list[Tensor] = []
+        mapped_tensors(arguments, tensors.append)
+        if torch.is_grad_enabled() or not all(x.is_cuda for x in tensors):
+            return self._call(*arguments)
+        kind = kind_of(arguments)
+        if kind not in self._records:
+            self._records[kind] = self._record(arguments)
+        record = self._records[kind]
+        torch._foreach_copy_(record.inputs, tensors)
+        record.graph.replay()
+        return mapped_tensors(record.output, Tensor.clone)
+
+    def _record(self, arguments: tuple[Any, ...]) -> _Record:
+        inputs: list[Tensor] = []
+
+        def held(x: Tensor) -> Tensor:
+            inputs.append(x.clone())
+            return inputs[-1]
+
+        own = mapped_tensors(arguments, held)
+        dice = torch.cuda.get_rng_state()
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):  # what is compiled or chosen at a first call must not be recorded
+            for _ in range(2):
+                self._call(*own)
+        torch.cuda.current_stream().wait_stream(aside)
+        torch.cuda.set_rng_state(dice)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads (NCCL's) may ask the device for news meanwhile.
+        with torch.cuda.graph(graph, _common_pool(), capture_error_mode="thread_local"):
+            output = self._call(*own)
+        return _Record(graph, inputs, output)
+
+
+@cache
+def _common_pool() -> Any:
+    """The memory in which all records work: they are replayed one after the other, and what they give is copied."""
+    return torch.cuda.graph_pool_handle()
+
+
+def mapped_tensors(tree: Any, change: Callable[[Tensor], Any]) -> Any:
+    """The same tree of tuples, lists, mappings and dataclasses with every tensor changed, in a fixed order."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(mapped_tensors(part, change) for part in tree))
+    if isinstance(tree, list | tuple):
+        return type(tree)(mapped_tensors(part, change) for part in tree)
+    if isinstance(tree, Mapping):
+        return {key: mapped_tensors(part, change) for key, part in tree.items()}
+    if is_dataclass(tree) and not isinstance(tree, type):
+        return replace(tree, **{f.name: mapped_tensors(getattr(tree, f.name), change) for f in fields(tree)})
+    return tree
+
+
+def kind_of(tree: Any) -> Hashable:
+    """Equal for trees that differ in the values of their tensors alone. What holds no tensor is compared as it is."""
+    if isinstance(tree, Tensor):
+        return tree.shape, tree.stride(), tree.dtype, tree.device
+    if isinstance(tree, list | tuple):
+        return type(tree), *map(kind_of, tree)
+    if isinstance(tree, Mapping):
+        return tuple((key, kind_of(part)) for key, part in tree.items())
+    if is_dataclass(tree) and not isinstance(tree, type):
+        return type(tree), *(kind_of(getattr(tree, f.name)) for f in fields(tree))
+    return tree if isinstance(tree, Hashable) else id(tree)
 
 
 def mean_over_processes(value: Tensor) -> Tensor:

@@ -54,6 +54,21 @@ def test_the_true_velocity_has_no_loss() -> None:
     assert loss < 1e-4
 
 
+def test_chosen_levels_are_the_only_ones() -> None:
+    seen = []
+
+    def forward(noisy, level, prompts, view, prompt_BF):
+        seen.append(level[:, 6:])
+        return noisy
+
+    made = tiny.network()
+    made.forward = forward
+    for levels in ((1.0, 0.9), (0.5,), ()):
+        teacher_forcing_loss(made, clips(batch=32), 3.0, 0.0, block=3, memory=SHAPE, levels=levels)
+    assert seen[0].unique().tolist() == pytest.approx([0.9, 1.0]) and (seen[1] == 0.5).all()
+    assert seen[2].unique().numel() == 64, "one a block, from anywhere"
+
+
 def test_every_parameter_learns_from_both_losses() -> None:
     for loss_of in (
         lambda made: flow_loss(made, clips(), 3.0, 5.0),

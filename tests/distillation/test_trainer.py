@@ -69,6 +69,19 @@ def test_learning_lowers_a_loss_and_the_average_lags_behind() -> None:
     assert torch.equal(student.module.weight, now)
 
 
+def test_lessons_add_to_the_gradients_of_a_step() -> None:
+    one, other, x = learner(), learner(), torch.randn(8, 4)
+    lessons = [other.taught_by(lambda x, power=power: other.module(x).pow(power).mean()) for power in (2, 4)]
+    for _ in range(3):
+        loss = one.module(x).pow(2).mean() + one.module(x).pow(4).mean() + one.module(x).mean()
+        values = [lesson(x) for lesson in lessons]
+        assert not any(value.requires_grad for value in values)
+        rest = other.module(x).mean()
+        assert torch.allclose(loss, sum(values) + rest)
+        assert torch.allclose(one.step(loss), other.step(rest))
+        assert torch.allclose(one.module.weight, other.module.weight, atol=1e-6)
+
+
 def test_a_short_run_forgets_where_it_began() -> None:
     student = learner(average=0.999)
     with torch.no_grad():

@@ -1,5 +1,6 @@
 """Losses on clips: the codec's, the teacher's flow matching, and the same under the causal memory (teacher forcing)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,23 +71,32 @@ def teacher_forcing_loss(
     memory: MemoryShape,
     by_block: bool = False,
     context_noise: float = 0.02,
+    levels: Sequence[float] = (),
 ) -> Tensor:
     """Velocity error of noisy blocks, each at its own level and in front of the clean past that streaming would hold.
 
     The clean past carries a little noise, so that a stream's own small errors are not new to the network. What reads
     the past teaches what wrote it: keys learn to be found, in the window and in the far state. by_block: whether clips
-    are walked block by block, which is slower and gives the same.
+    are walked block by block, which is slower and gives the same. levels: those that are drawn from; none given: all
+    from 0 to 1, shifted.
     """
     clean = clips.latents_BFCHW
     blocks = clean.shape[1] // block
     draw = torch.rand(clean.shape[0], blocks, device=clean.device)
-    level_BF = shift_level(draw, shift).repeat_interleave(block, dim=1)
+    level = _one_of(levels, draw) if levels else shift_level(draw, shift)
+    level_BF = level.repeat_interleave(block, dim=1)
     noise = torch.randn_like(clean)
     past = clean + context_noise * torch.randn_like(clean)
     forced = forced_by_block if by_block else forced_in_one_pass
     noisy, prompts = add_noise(clean, noise, level_BF), network.prompt_keys(clips.text_BPLE)
     velocity = forced(network, past, noisy, level_BF, prompts, clips.prompt_BF, block, memory)
     return _focused_mse(velocity, noise - clean, clips.focus_BFHW, level_BF, focus_weight)
+
+
+def _one_of(levels: Sequence[float], draw: Tensor) -> Tensor:
+    """The level that each draw in [0, 1) stands for, all alike likely; none has to travel to the device."""
+    number = (draw * len(levels)).long()
+    return torch.stack([(number == i) * level for i, level in enumerate(levels)]).sum(0)
 
 
 def forced_in_one_pass(

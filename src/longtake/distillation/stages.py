@@ -17,6 +17,7 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import islice
 from typing import Any, NamedTuple, Protocol
 
@@ -288,9 +289,9 @@ class DmdStage(Stage):
     about its rate a step. pull: weight of the pull to the teacher's own sample from the rollout's noise (published:
     0.05), made in `pull_steps` steps under `pull_guidance`; of rollouts that exit at the first step, begin with nothing
     and are as long as the teacher's clip. last_exits: exit steps are drawn from so many last ones (0: from all, as
-    published); earlier estimates are then taught by what is real alone. real_weight: weight of teacher forcing on whole
-    clips (with its `focus_weight`) beside the matching loss, which drops what is rare and sudden, such as a camera that
-    begins to turn.
+    published). real_weight: weight of teacher forcing on whole clips (with its `focus_weight`) beside the matching
+    loss, which drops what is rare and sudden, such as a camera that begins to turn. It is at the levels of the steps
+    that `last_exits` leaves out, where such things are decided, or at any level where it leaves none out.
     """
 
     seconds: float = 330.0
@@ -555,14 +556,18 @@ def _flow_turn(
 ) -> Callable[[int], dict[str, Tensor]]:  # fmt: skip
     """Flow matching of whole clips, a share of them without their prompt."""
 
-    def turn(step: int) -> dict[str, Tensor]:
-        drawn = _drawn(supply, step, stage.batch, network.config.extent)
+    def loss(latents_BFCHW: Tensor, tokens_BPL: Tensor, prompt_BF: Tensor, focus_BFHW: Tensor) -> Tensor:
         absent = torch.rand(stage.batch, 1, 1, device=run.device) < stage.no_prompt_share
         with run.autocast():
-            text_BPLE = embed(text, drawn.tokens_BPL.masked_fill(absent, 0))
-            clips = Clips(drawn.latents_BFCHW, text_BPLE, drawn.prompt_BF, drawn.focus_BFHW)
-            loss = flow_loss(network, clips, shift, stage.focus_weight)
-        return {"loss": loss.detach(), "norm": learner.step(loss)}
+            text_BPLE = embed(text, tokens_BPL.masked_fill(absent, 0))
+            clips = Clips(latents_BFCHW, text_BPLE, prompt_BF, focus_BFHW)
+            return flow_loss(network, clips, shift, stage.focus_weight)
+
+    teach = learner.taught_by(loss)
+
+    def turn(step: int) -> dict[str, Tensor]:
+        value = teach(*_parts(_drawn(supply, step, stage.batch, network.config.extent)))
+        return {"loss": value, "norm": learner.step()}
 
     return turn
 
@@ -603,12 +608,14 @@ def train_teacher_forcing(
         parallel.checkpoint_layers([network], ("forward", "keys_to_commit"))
     supply = world.clips(stage.pool, stage.seed, stage.frames, stage.memory_share)
 
+    teach = [
+        _forced_lesson(learner, text, network, recipe, shift, stage.focus_weight, run, by_block=stage.recompute)
+        for recipe in recipes
+    ]
+
     def turn(step: int) -> dict[str, Tensor]:
-        recipe = recipes[step % len(recipes)]
-        drawn = _drawn(supply, step, stage.batch, stage.frames)
-        with run.autocast():
-            loss = _forced_loss(text, network, drawn, recipe, shift, stage.focus_weight, by_block=stage.recompute)
-        return {"loss": loss.detach(), "norm": learner.step(loss), **_far_weights(network)}
+        value = teach[step % len(recipes)](*_parts(_drawn(supply, step, stage.batch, stage.frames)))
+        return {"loss": value, "norm": learner.step(), **_far_weights(network)}
 
     look = _student_strips(text, network, learner, world, recipes, shift, run)
     spent = train({"student": learner}, turn, _budget(stage, warmup=50), run, keep={"clips": supply}, look=look)
@@ -616,16 +623,30 @@ def train_teacher_forcing(
     return spent
 
 
-def _forced_loss(
-    text: WordEncoder, network: WanTransformer, drawn: LatentClips, recipe: Recipe, shift: float,
-    focus_weight: float, *, by_block: bool = False,
-) -> Tensor:  # fmt: skip
-    """Teacher forcing of drawn clips under a recipe's memory."""
-    clips = Clips(drawn.latents_BFCHW, embed(text, drawn.tokens_BPL), drawn.prompt_BF, drawn.focus_BFHW)
+def _forced_lesson(
+    learner: Learner, text: WordEncoder, network: WanTransformer, recipe: Recipe, shift: float, focus_weight: float,
+    run: Run, *, weight: float = 1.0, by_block: bool = False, levels: Sequence[float] = (),
+) -> Callable[..., Tensor]:  # fmt: skip
+    """Teacher forcing under a recipe's memory, of the `_parts` of clips; of its weight for the learner.
+
+    levels: see `teacher_forcing_loss`.
+    """
     memory = recipe.memory(network)
-    return teacher_forcing_loss(
-        network, clips, shift, focus_weight, block=recipe.block, memory=memory, by_block=by_block
-    )
+
+    def loss(latents_BFCHW: Tensor, tokens_BPL: Tensor, prompt_BF: Tensor, focus_BFHW: Tensor) -> Tensor:
+        with run.autocast():
+            clips = Clips(latents_BFCHW, embed(text, tokens_BPL), prompt_BF, focus_BFHW)
+            found = teacher_forcing_loss(
+                network, clips, shift, focus_weight, block=recipe.block, memory=memory, by_block=by_block, levels=levels
+            )  # fmt: skip
+        return weight * found
+
+    recorded = not (by_block or memory.far or memory.converted)  # what is far may be solved for on the host
+    return learner.taught_by(loss, recorded=recorded)
+
+
+def _parts(clips: LatentClips) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return clips.latents_BFCHW, clips.tokens_BPL, clips.prompt_BF, clips.focus_BFHW
 
 
 def train_ode(
@@ -703,11 +724,27 @@ def train_dmd(
     student = Learner(network, [_dmd_adam(network, stage.lr, stage.far_lr)], average=stage.average)
     judge = Learner(critic, [_dmd_adam(critic, stage.critic_lr, stage.critic_lr)], average=None)
     compile_for(run, network, teacher, critic)
+    parallel.record_calls([network, teacher, critic], ("forward", "keys_to_commit"))  # most of what rollouts do
     shared = Dice(stage.seed)
     uses_clips = stage.most_given or stage.real_weight
     supply = world.clips(stage.pool, stage.seed, network.config.extent) if uses_clips else None
     with torch.no_grad():
         nothing_BPLE = embed(text, text.no_prompt(stage.batch)[:, None])
+
+    @cache
+    def real_lesson(number: int, count: int) -> Callable[..., Tensor]:
+        recipe = recipes[number].with_levels(count)
+        early = recipe.levels(shift)[: max(0, count - stage.last_exits)] if stage.last_exits else ()
+        return _forced_lesson(
+            student, text, network, recipe, shift, stage.focus_weight, run,
+            weight=stage.real_weight, by_block=not recipe.policy.in_one_pass, levels=early,
+        )  # fmt: skip
+
+    def critic_loss_of(sample: Tensor, text_BPLE: Tensor, prompt_BF: Tensor) -> Tensor:
+        with run.autocast():
+            return dmd.critic_loss(sample, critic, text_BPLE, prompt_BF, shift)
+
+    criticised = judge.taught_by(critic_loss_of)
 
     def turn(step: int) -> dict[str, Tensor]:
         recipe = recipes[step % len(recipes)]
@@ -718,6 +755,11 @@ def train_dmd(
         )  # fmt: skip
         if supply is not None and step % RENEW_EVERY == 0:
             supply.renew()
+        taught = {}
+        if supply is not None and stage.real_weight:  # first: nothing can be recorded beside a rollout's graph
+            whole = supply.draw(stage.batch, supply.frames - supply.frames % recipe.block)
+            value = real_lesson(step % len(recipes), plan.levels[0])(*_parts(whole))
+            taught = {"real": value / stage.real_weight}
         script = _script(text, world, supply, plan, stage, step)
         text_BPLE, prompt_BF, _ = script
         fresh = FreshNoise((stage.batch, recipe.block, *world.latent_size), run.device)
@@ -736,20 +778,12 @@ def train_dmd(
                 guided = dmd.guided_estimate(said, unsaid, stage.pull_guidance)
                 target = teacher_sample(guided, torch.cat(first, dim=1), even_levels(stage.pull_steps, shift))
                 losses = regularized_loss(matching, sample, target, stage.pull)
-            if supply is not None and stage.real_weight:
-                whole = supply.draw(stage.batch, supply.frames - supply.frames % recipe.block)
-                at_its_levels, walked = recipe.with_levels(plan.levels[0]), not recipe.policy.in_one_pass
-                real = _forced_loss(
-                    text, network, whole, at_its_levels, shift, stage.focus_weight, by_block=walked
-                )  # fmt: skip
-                losses = losses | {"loss": losses["loss"] + stage.real_weight * real, "real": real}
         norm = student.step(losses.pop("loss"))
         for _ in range(stage.critic_turns):
-            with run.autocast():
-                critic_loss = dmd.critic_loss(sample, critic, text_BPLE, prompt_BF, shift)
-            judge.step(critic_loss)
+            critic_loss = criticised(sample.detach(), text_BPLE, prompt_BF)
+            judge.step()
         learned = sample.detach()[:, plan.given * plan.block :]
-        values = losses | {"critic": critic_loss, "norm": norm, "motion": learned.diff(dim=1).abs().mean()}
+        values = losses | taught | {"critic": critic_loss, "norm": norm, "motion": learned.diff(dim=1).abs().mean()}
         return {name: value.detach() for name, value in values.items()} | _far_weights(network)
 
     shown = [recipe.with_levels(stage.levels_of(recipe)[0]) for recipe in recipes]

@@ -91,9 +91,36 @@ class Learner:
         self._steps = 0
         self._average = [p.detach().clone() for p in self._parameters] if average is not None else []
 
-    def step(self, loss: Tensor) -> Tensor:
-        """Backward and one step; returns the gradient norm. A step whose gradient is not finite changes nothing."""
-        loss.backward()
+    def taught_by(self, loss: Callable[..., Tensor], *, recorded: bool = True) -> Callable[..., Tensor]:
+        """The loss as a function that adds its gradients to those of the next step, and returns its value alone.
+
+        recorded: whether it is replayed on a GPU, see `parallel.Recorded`. The loss turns autocast on by itself.
+        """
+
+        def gradients(*arguments: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+            with torch.enable_grad():
+                value = loss(*arguments)
+                return value.detach(), torch.autograd.grad(value, self._parameters, allow_unused=True)
+
+        found_by = parallel.Recorded(gradients) if recorded else gradients
+
+        @torch.no_grad()
+        def teach(*arguments: Any) -> Tensor:
+            value, found = found_by(*arguments)
+            for parameter, gradient in zip(self._parameters, found, strict=True):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            return value
+
+        return teach
+
+    def step(self, loss: Tensor | None = None) -> Tensor:
+        """Backward of a loss, where there is one, and one step; returns the gradient norm.
+
+        A step whose gradient is not finite changes nothing.
+        """
+        if loss is not None:
+            loss.backward()
         parallel.average_gradients(self._parameters)
         norm = nn.utils.clip_grad_norm_(self._parameters, self._clip)
         if torch.isfinite(norm):

@@ -6,7 +6,8 @@ and calls `view.attend`, so every backbone can read through every view.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -122,8 +123,8 @@ class TeacherForcedView:
         self.rotation = axes.rotation(positions + positions, rows, columns, device)
         self._groups = [
             _Group(
-                blocks=torch.tensor(group, device=device),
-                held=torch.tensor([held[b] for b in group], dtype=torch.long, device=device),
+                blocks=_numbers(tuple(group), device),
+                held=_numbers(tuple(tuple(held[b]) for b in group), device),
                 rotation=_stack([axes.rotation(places[b].held, rows, columns, device) for b in group]),
             )
             for group in _equally_long(held)
@@ -266,6 +267,12 @@ def _equally_long(held: list[list[int]]) -> list[list[int]]:
     for index, frames in enumerate(held):
         groups.setdefault(len(frames), []).append(index)
     return list(groups.values())
+
+
+@lru_cache(maxsize=256)
+def _numbers(numbers: tuple[Any, ...], device: torch.device | str) -> Tensor:
+    """Whole numbers on a device. Remembered, as the rotations are: a trip from the host waits for the device."""
+    return torch.tensor(numbers, dtype=torch.long, device=device)
 
 
 def _stack(rotations: list[Rotation]) -> Rotation:

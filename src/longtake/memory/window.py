@@ -6,6 +6,7 @@ writes into fixed buffers (serving: nothing is allocated). Both hand back what s
 
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple, Self
 
 import torch
@@ -37,7 +38,7 @@ class Keys(NamedTuple):
 
     def select(self, chosen: list[int]) -> "Keys":
         """The chosen frames (indices into `frames`), as copies."""
-        k_BTND, v_BTND = (_by_frame(x, len(self.frames))[:, chosen].flatten(1, 2) for x in self[:2])
+        k_BTND, v_BTND = (_taken(_by_frame(x, len(self.frames)), chosen).flatten(1, 2) for x in self[:2])
         return Keys(k_BTND, v_BTND, tuple(self.frames[i] for i in chosen))
 
     def seen(self, frames: Sequence[int]) -> "Keys":
@@ -155,3 +156,10 @@ def _leaving(frames: tuple[int, ...], shape: WindowShape) -> list[int]:
 
 def _by_frame(x_BTND: Tensor, frames: int) -> Tensor:
     return x_BTND.unflatten(1, (frames, -1))
+
+
+def _taken(x_BFTND: Tensor, chosen: list[int]) -> Tensor:
+    """Copies of the chosen frames, run by run: an index would have to travel to the device."""
+    ends = [i + 1 for i, (one, following) in enumerate(pairwise(chosen)) if following != one + 1]
+    runs = [chosen[start:end] for start, end in pairwise([0, *ends, len(chosen)])]
+    return torch.cat([x_BFTND[:, run[0] : run[-1] + 1] for run in runs if run] or [x_BFTND[:, :0]], dim=1)

@@ -16,8 +16,8 @@ FADE_SECONDS = 1.25  # the time a change of time, weather, colour or place takes
 def picture_seconds(scenes: Scenes, pictures: int, first: int | Tensor) -> Tensor:
     """The time of every picture: [B, F] in float64, which tells neighbouring pictures apart for centuries."""
     device = scenes.subject.device
-    start = torch.as_tensor(first, device=device).expand(len(scenes))
-    return (start[:, None] + torch.arange(pictures, device=device)).double() / RATE
+    numbers = torch.arange(pictures, device=device).expand(len(scenes), -1)
+    return (numbers + (first[:, None] if isinstance(first, Tensor) else first)).double() / RATE
 
 
 def cycle(seconds: Tensor, period: Tensor | float, offset: Tensor | float = 0.0) -> Tensor:

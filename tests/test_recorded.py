@@ -1,0 +1,73 @@
+"""Calls that are recorded and replayed equal plain ones. What replays needs a GPU; what tells calls apart does not."""
+
+import copy
+
+import pytest
+import torch
+
+from longtake import parallel
+from longtake.attention.rope import Rotation
+from longtake.distillation.rollout import rollout
+from longtake.generation.noise import SeededNoise
+from longtake.memory.view import ClipView
+from longtake.models.wan import WanTransformer
+from longtake.recipes import hybrid_forcing, self_forcing_sink
+from tests import tiny
+
+
+def test_trees_are_of_a_kind_if_only_values_differ() -> None:
+    def view(angle: float, tokens: int) -> ClipView:
+        return ClipView(Rotation(torch.full((tokens, 2), angle), torch.zeros(tokens, 2)))
+
+    one = parallel.kind_of((view(0.0, 3), [1, {"far": None}]))
+    assert one == parallel.kind_of((view(1.0, 3), [1, {"far": None}]))
+    others = [(view(0.0, 4), [1, {"far": None}]), (view(0.0, 3), [2, {"far": None}]), (view(0.0, 3), [1, {}])]
+    assert all(one != parallel.kind_of(other) for other in others)
+
+
+def test_mapped_trees_keep_their_form() -> None:
+    tree = (ClipView(Rotation(torch.zeros(3, 2), torch.ones(3, 2))), [None, {"mask": torch.ones(1)}])
+    view, (nothing, mapping) = parallel.mapped_tensors(tree, lambda x: x + 1)
+    assert isinstance(view, ClipView) and isinstance(view.rotation, Rotation) and nothing is None
+    assert view.rotation.sin_TA.eq(2).all() and mapping["mask"].item() == 2
+
+
+def test_on_the_host_calls_are_as_they_were() -> None:
+    layer = torch.nn.Linear(2, 2)
+    x = torch.ones(1, 2)
+    plain = layer(x)
+    parallel.record_calls([layer], ["forward"])
+    with torch.no_grad():
+        assert torch.equal(layer(x), plain)
+
+
+def rolled_out(network: WanTransformer, name: str) -> torch.Tensor:
+    """Ten blocks of two streams, the last three with their graph."""
+    recipe = {"self_forcing_sink": self_forcing_sink(), "hybrid_forcing": hybrid_forcing()}[name]
+    keys = network.prompt_keys(tiny.text(batch=2).float().cuda())
+    noise = SeededNoise((0, 1), tiny.LATENTS, torch.device("cuda"), torch.float32)
+    memory = recipe.memory(network)
+    return rollout(
+        recipe.schedule, network, memory, lambda block: keys, noise, tiny.LEVELS, blocks=10, learning=3
+    )  # fmt: skip
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels are recorded on a GPU alone")
+@pytest.mark.parametrize("name", ["self_forcing_sink", "hybrid_forcing"])
+def test_rollouts_are_the_same_when_passes_are_replayed(name: str) -> None:
+    plain = tiny.network(extent=15, reads_far=name == "hybrid_forcing").float().cuda()
+    recorded = copy.deepcopy(plain)
+    parallel.record_calls([recorded], ("forward", "keys_to_commit"))
+    for _ in range(2):  # the second time with other weights, in the same storage
+        made, replayed = rolled_out(plain, name), rolled_out(recorded, name)
+        assert torch.allclose(made, replayed, atol=1e-5)
+        for network, latents in ((plain, made), (recorded, replayed)):
+            network.zero_grad()
+            latents.square().sum().backward()
+        for one, other in zip(plain.parameters(), recorded.parameters(), strict=True):
+            assert (one.grad is None) == (other.grad is None)
+            assert one.grad is None or torch.allclose(one.grad, other.grad, atol=1e-4, rtol=1e-3)
+        with torch.no_grad():
+            for network in (plain, recorded):
+                for number, parameter in enumerate(network.parameters()):
+                    parameter.mul_(1.1).add_(0.01 * (number % 3))
