@@ -11,13 +11,13 @@ from longtake import parallel
 from longtake.distillation import attention_matching
 from longtake.distillation.attention_matching import Asked, AskingView, Match
 from longtake.distillation.stages import strips
+from longtake.distillation.stages.guided_clips import start_of
 from longtake.distillation.stages.learners import compile_for
 from longtake.distillation.stages.settings import AttentionMatchingStage
 from longtake.distillation.stages.world import World, embed
 from longtake.distillation.trainer import Learner, Run, train
 from longtake.flow import even_levels
 from longtake.generation.clip import sample_clip
-from longtake.generation.noise import SeededNoise
 from longtake.memory.far import FarShape
 from longtake.memory.view import ClipView
 from longtake.models.features import Conversion
@@ -134,18 +134,17 @@ class _Samples:
 
     @torch.no_grad()
     def _made(self, tokens_BPL: Tensor, prompt_BF: Tensor, seeds: range) -> _Sample:
-        network, text, device = self._network, self._text, self._run.device
+        network, text = self._network, self._text
         states: list[Tensor] = []
         with self._run.autocast():
-            noise = SeededNoise(seeds, (network.config.extent, *self._world.latent_size), device, torch.float32)(0, 0)
-            said = network.prompt_keys(embed(text, tokens_BPL))
-            nothing = network.prompt_keys(embed(text, text.no_prompt(len(tokens_BPL))[:, None]))
-            everything = ClipView(network.grid(noise).rotation(range(noise.shape[1]), device))
+            start = start_of(text, network, embed(text, tokens_BPL), seeds, self._world)
+            noise = start.noise_BFCHW
+            everything = ClipView(network.grid(noise).rotation(range(noise.shape[1]), noise.device))
             sample_clip(
-                network, noise, said, nothing, self._levels, self._stage.guidance, prompt_BF,
+                network, *start, self._levels, self._stage.guidance, prompt_BF,
                 on_step=lambda step, latents: states.append(latents), view=everything,
             )  # fmt: skip
-        return _Sample(torch.stack(states), self._levels, said, prompt_BF)
+        return _Sample(torch.stack(states), self._levels, start.said, prompt_BF)
 
 
 def _ask(

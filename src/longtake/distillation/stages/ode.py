@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from longtake.distillation import ode_init
+from longtake.distillation.stages.guided_clips import start_of
 from longtake.distillation.stages.learners import compile_for, learner_of
 from longtake.distillation.stages.settings import OdeStage
 from longtake.distillation.stages.strips import stream_strips
 from longtake.distillation.stages.world import World, embed
 from longtake.distillation.trainer import Run, train
-from longtake.generation.noise import SeededNoise
 from longtake.generation.recipe import Recipe
 from longtake.models.text import WordEncoder
 from longtake.models.wan import WanTransformer
@@ -57,13 +57,11 @@ def _trajectories(
         said = world.prompts(stage.batch, stage.seed * 1_000_000 + number)
         frames = teacher.config.extent
         first = stage.seed * 1_000_000_000 + (run.rank * batches + number) * stage.batch
-        seeds = range(first, first + stage.batch)
-        noise = SeededNoise(seeds, (frames, *world.latent_size), run.device, torch.float32)
         with run.autocast():
             text_BPLE = embed(text, said.tokens_BPL)
-            nothing = teacher.prompt_keys(embed(text, text.no_prompt(stage.batch)[:, None]))
+            start = start_of(text, teacher, text_BPLE, range(first, first + stage.batch), world)
             states.append(ode_init.trajectories(
-                teacher, noise(0, 0), teacher.prompt_keys(text_BPLE), nothing, said.prompt_BF[:, :frames],
+                teacher, *start, said.prompt_BF[:, :frames],
                 steps=stage.sampling_steps, stops=stage.levels, shift=shift, guidance=stage.guidance,
             ).bfloat16())  # fmt: skip
         texts.append(text_BPLE.float())

@@ -7,6 +7,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from longtake.distillation.stages.guided_clips import start_of
 from longtake.distillation.stages.learners import resting
 from longtake.distillation.stages.settings import AttentionMatchingStage, FinetuneStage, TeacherStage
 from longtake.distillation.stages.world import World, embed
@@ -33,12 +34,10 @@ def clip_strips(
         with ExitStack() as at_rest, run.autocast():
             for learner in learners:
                 at_rest.enter_context(resting(learner))
-            size = (network.config.extent, *world.latent_size)
-            noise = SeededNoise(range(LOOKED_AT), size, run.device, torch.float32)
-            said = network.prompt_keys(embed(text, world.held_out(LOOKED_AT)[:, None]))
-            nothing = network.prompt_keys(embed(text, text.no_prompt(LOOKED_AT)[:, None]))
+            text_BPLE = embed(text, world.held_out(LOOKED_AT)[:, None])
+            start = start_of(text, network, text_BPLE, range(LOOKED_AT), world)
             levels = even_levels(stage.sampling_steps, shift)
-            world.show(name, sample_clip(network, noise(0, 0), said, nothing, levels, stage.guidance))
+            world.show(name, sample_clip(network, *start, levels, stage.guidance))
 
     return look
 
