@@ -7,13 +7,13 @@ numbers are in its record.json: see `stages.train_attention_matching`.
 """
 
 import argparse
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from longtake import training
-from longtake.distillation import stages
+from longtake.distillation import trainer
+from longtake.distillation.stages import strips
 
 HELD_OUT = 2  # clips
 
@@ -25,8 +25,8 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    stages.LOOKED_AT = HELD_OUT
-    stages.train = partial(stages.train, look_seconds=float("inf"))
+    strips.LOOKED_AT = HELD_OUT
+    trainer.train.__kwdefaults__["look_seconds"] = float("inf")
     few = ["seconds=1e9", "batch=1", "updates=10", "sampling_steps=8", f"steps={options.steps}"]
     training.train("attention_matching", start="toy", out=options.out, settings=[*few, *options.set])
 

@@ -12,8 +12,9 @@ import argparse
 
 import torch
 
-from longtake.distillation import pretrain, stages
+from longtake.distillation import pretrain
 from longtake.distillation.pretrain import Clips, forced_by_block, teacher_forcing_loss
+from longtake.distillation.stages.learners import learner_of
 from longtake.flow import add_noise
 from longtake.memory.stream_memory import MemoryShape, StreamMemory
 from longtake.models.wan import WanConfig, WanTransformer
@@ -58,7 +59,7 @@ def learn(
     torch.manual_seed(0)
     dice, made, recipe = torch.Generator().manual_seed(1), network(), recipe_named(name)
     memory = recipe.memory(made)
-    learner = stages._student(made, 5e-3, far_lr, 0.9)
+    learner = learner_of(made, 5e-3, far_lr, 0.9)
     for step in range(1, steps + 1):
         learner.set_rate(min(1.0, step / 20, 2 - 2 * step / (steps + 1)))
         loss = teacher_forcing_loss(

@@ -48,6 +48,7 @@ from longtake.distillation.stages import (
     OdeStage,
     TeacherForcingStage,
     TeacherStage,
+    strips,
 )
 from longtake.distillation.trainer import STATE_FILE, Dice, Run, read_metrics
 from longtake.generation.recipe import Recipe
@@ -493,7 +494,7 @@ def _film(out: Path, recipe: str) -> Path:
     path = _samples(out) / f"{engine.recipe.file_name}.mp4"
     columns = 2
     with engine.stream_batch([captions.decode(row.tolist()) for row in tokens], seeds=range(FILMED)) as streams:
-        pictures = torch.cat(list(islice(streams, stages.LOOKED_AT_BLOCKS)), dim=1)
+        pictures = torch.cat(list(islice(streams, strips.LOOKED_AT_BLOCKS)), dim=1)
     frames = [contact_sheet(moment.cpu().numpy(), columns) for moment in pictures.unbind(1)]
     height, width = (size // 2 * 2 for size in frames[0].shape[:2])
     part_of(path).unlink(missing_ok=True)  # of a writer that was killed

@@ -11,6 +11,8 @@ from longtake.distillation import dmd, stages
 from longtake.distillation.plan import Plan, Script, draw_plan, rolled_out
 from longtake.distillation.rollout import FreshNoise, rollout, windows
 from longtake.distillation.stages import DmdStage, TeacherForcingStage
+from longtake.distillation.stages.dmd import script_of
+from longtake.distillation.stages.learners import dmd_adam, learner_of
 from longtake.distillation.trainer import Dice, Learner, Run, read_metrics
 from longtake.generation.blockwise import blockwise
 from longtake.generation.recipe import Recipe
@@ -116,7 +118,7 @@ def test_what_is_given_comes_with_the_prompts_of_its_clip() -> None:
         return tokens_BL[..., None].expand(-1, -1, 8).float()
 
     def script(plan: Plan, step: int) -> Script:
-        return stages._script(words, source, source, plan, stage, step)  # type: ignore[arg-type]
+        return script_of(words, source, source, plan, stage, step)  # type: ignore[arg-type]
 
     given = script(Plan((4, 4), blocks=3, learned=1, block=3, given=2), step=1)
     assert torch.equal(torch.cat(given.given, dim=1), source.latents_BFCHW[:, :6]) and len(given.given) == 2
@@ -184,7 +186,7 @@ def steps(monkeypatch, out: Path, recipe: Recipe = RECIPE, reads_far: bool = Fal
 
         return rollout(schedule, network, memory, prompts, heard, *more, **named)
 
-    monkeypatch.setattr(stages, "teacher_sample", sampled)
+    monkeypatch.setattr("longtake.distillation.stages.dmd.teacher_sample", sampled)
     monkeypatch.setattr("longtake.distillation.plan.rollout", rolled)
     said = SimpleNamespace(tokens_BPL=Source.tokens_BPL, prompt_BF=torch.zeros(2, 12, dtype=torch.long))
     world = SimpleNamespace(
@@ -347,14 +349,14 @@ def test_a_first_step_moves_each_weight_by_its_rate(monkeypatch, tmp_path: Path)
 
 def test_projections_have_a_rate_of_their_own_and_do_not_decay() -> None:
     made = tiny.network(reads_far=True)
-    adam = stages._dmd_adam(made, lr=1e-4, far_lr=1e-2)
+    adam = dmd_adam(made, lr=1e-4, far_lr=1e-2)
     student = Learner(made, [adam], average=None)
     student.set_rate(0.5)
     rates = [(len(group["params"]), group["lr"], group["weight_decay"]) for group in adam.param_groups]
     count = len(list(tiny.network().parameters()))
     assert rates == [(count, 5e-5, 0.01), (2 * made.config.layers, 5e-3, 0.0)]
-    assert len(stages._dmd_adam(tiny.network(), lr=1e-4, far_lr=1e-2).param_groups) == 1
-    muon, adam = stages._student(made, 1e-4, 1e-2, 0.9)._optimizers
+    assert len(dmd_adam(tiny.network(), lr=1e-4, far_lr=1e-2).param_groups) == 1
+    muon, adam = learner_of(made, 1e-4, 1e-2, 0.9)._optimizers
     assert [(group["lr"], group["weight_decay"]) for group in adam.param_groups] == [(1e-4, 0.01), (1e-2, 0.0)]
     own = {parameter for projection in made.projections for parameter in projection.parameters()}
     assert set(adam.param_groups[1]["params"]) == own

@@ -2,12 +2,13 @@
 
 import os
 import sys
-from functools import partial
 
 import torch
 
 from longtake import cli, training
-from longtake.distillation import stages
+from longtake.distillation import stages, trainer
+from longtake.distillation.rollout import FreshNoise
+from longtake.distillation.stages import dmd, strips
 from longtake.toy import clips, world
 
 
@@ -22,8 +23,8 @@ def render(scenes, pictures, first=0, painter=None) -> world.Rendering:
 def main(arguments: list[str]) -> int:
     torch.set_num_threads(1)
     world.render = clips.render = render
-    stages.train = partial(stages.train, save_seconds=float(os.environ.get("SAVE_SECONDS", "0")))
-    stages.LOOKED_AT, stages.LOOKED_AT_BLOCKS, training.FILMED, stages.RENEW_EVERY = 2, 2, 1, 2
+    trainer.train.__kwdefaults__["save_seconds"] = float(os.environ.get("SAVE_SECONDS", "0"))
+    strips.LOOKED_AT, strips.LOOKED_AT_BLOCKS, training.FILMED, stages.world.RENEW_EVERY = 2, 2, 1, 2
     if "SEEN" in os.environ:
         _record_what_processes_draw(os.environ["SEEN"])
     return cli.main(["train", *arguments])
@@ -52,10 +53,10 @@ def _record_what_processes_draw(folder: str) -> None:
 
     stages_train_dmd = stages.train_dmd
     stages.train_dmd = train_dmd
-    stages.draw_plan = recorded("plans", stages.draw_plan)
+    dmd.draw_plan = recorded("plans", dmd.draw_plan)
     training.sample_prompts = recorded("prompts", training.sample_prompts)
     clips.ClipPool.draw = recorded("clips", clips.ClipPool.draw)
-    stages.FreshNoise.__call__ = recorded("noise", stages.FreshNoise.__call__)
+    FreshNoise.__call__ = recorded("noise", FreshNoise.__call__)
 
 
 if __name__ == "__main__":

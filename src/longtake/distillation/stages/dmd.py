@@ -1,0 +1,131 @@
+"""The stage `dmd`: teacher + student + prompts + clips -> few-step student, by distribution matching on its own
+rollouts."""
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from longtake import parallel
+from longtake.distillation import dmd
+from longtake.distillation.plan import Plan, Script, draw_plan, rolled_out
+from longtake.distillation.regularized import regularized_loss, teacher_sample
+from longtake.distillation.rollout import FirstNoise, FreshNoise
+from longtake.distillation.stages.learners import compile_for, dmd_adam, far_weights
+from longtake.distillation.stages.settings import DmdStage
+from longtake.distillation.stages.strips import stream_strips
+from longtake.distillation.stages.teacher_forcing import forced_lesson
+from longtake.distillation.stages.world import ClipSupply, Prompts, World, embed, parts_of, renew
+from longtake.distillation.trainer import Dice, Learner, Run, train
+from longtake.flow import even_levels
+from longtake.generation.recipe import Recipe
+from longtake.models.text import WordEncoder
+from longtake.models.wan import WanTransformer
+
+
+def train_dmd(
+    text: WordEncoder, network: WanTransformer, teacher: WanTransformer, world: World, recipes: Sequence[Recipe],
+    shift: float, stage: DmdStage, run: Run,
+) -> dict[str, float]:  # fmt: skip
+    for recipe in recipes:
+        if network.config.extent % recipe.block or stage.most_blocks * recipe.block < network.config.extent:
+            raise ValueError(
+                f"rollouts of up to {stage.most_blocks} blocks of {recipe.block} latent frames must hold the teacher's "
+                f"clip, {network.config.extent} frames, in whole blocks"
+            )
+        for count in stage.levels_of(recipe):
+            recipe.with_levels(count).memory(network)  # refused before work begins
+    if stage.pull and stage.last_exits and min(min(stage.levels_of(recipe)) for recipe in recipes) > stage.last_exits:
+        raise ValueError(
+            "only rollouts that exit at the first step are pulled, and last_exits leaves that out: drop one"
+        )
+    critic = copy.deepcopy(teacher).requires_grad_(True).train()
+    network.requires_grad_(True).train()
+    student = Learner(network, [dmd_adam(network, stage.lr, stage.far_lr)], average=stage.average)
+    judge = Learner(critic, [dmd_adam(critic, stage.critic_lr, stage.critic_lr)], average=None)
+    compile_for(run, network, teacher, critic)
+    parallel.record_calls([network, teacher, critic], ("forward", "keys_to_commit"))  # most of what rollouts do
+    shared = Dice(stage.seed)
+    uses_clips = stage.most_given or stage.real_weight
+    supply = world.clips(stage.pool, stage.seed, network.config.extent) if uses_clips else None
+    with torch.no_grad():
+        nothing_BPLE = embed(text, text.no_prompt(stage.batch)[:, None])
+
+    @cache
+    def real_lesson(number: int, count: int) -> Callable[..., Tensor]:
+        recipe = recipes[number].with_levels(count)
+        early = recipe.levels(shift)[: max(0, count - stage.last_exits)] if stage.last_exits else ()
+        return forced_lesson(
+            student, text, network, recipe, shift, stage.focus_weight, run,
+            weight=stage.real_weight, by_block=not recipe.policy.in_one_pass, levels=early,
+        )  # fmt: skip
+
+    def critic_loss_of(sample: Tensor, text_BPLE: Tensor, prompt_BF: Tensor) -> Tensor:
+        with run.autocast():
+            return dmd.critic_loss(sample, critic, text_BPLE, prompt_BF, shift)
+
+    criticised = judge.taught_by(critic_loss_of)
+
+    def turn(step: int) -> dict[str, Tensor]:
+        recipe = recipes[step % len(recipes)]
+        plan = draw_plan(
+            shared, recipe, network.config.extent,
+            levels=stage.levels_of(recipe), most_blocks=stage.most_blocks, most_given=stage.most_given,
+            self_forcing_share=stage.self_forcing_share, last_exits=stage.last_exits,
+        )  # fmt: skip
+        if supply is not None:
+            renew(supply, step)
+        taught = {}
+        if supply is not None and stage.real_weight:  # first: nothing can be recorded beside a rollout's graph
+            whole = supply.draw(stage.batch, supply.frames - supply.frames % recipe.block)
+            value = real_lesson(step % len(recipes), plan.levels[0])(*parts_of(whole))
+            taught = {"real": value / stage.real_weight}
+        script = script_of(text, world, supply, plan, stage, step)
+        text_BPLE, prompt_BF, _ = script
+        fresh = FreshNoise((stage.batch, recipe.block, *world.latent_size), run.device)
+        pulled = stage.pull > 0 and plan.can_be_pulled
+        first = [fresh(block, 0) for block in range(plan.blocks)] if pulled else []
+        said = dmd.estimate_by(teacher, text_BPLE, prompt_BF)
+        unsaid = dmd.estimate_by(teacher, nothing_BPLE, None)
+        with run.autocast():
+            noise = FirstNoise(first) if pulled else fresh
+            sample = rolled_out(network, script, noise, recipe, plan, shift).float()
+            guided = dmd.guided_estimate(said, unsaid, stage.guidance)
+            by_critic = dmd.estimate_by(critic, text_BPLE, prompt_BF)
+            matching = dmd.matching_loss(sample, guided, by_critic, shift, plan.learned_frames(run.device))
+            losses = {"loss": matching, "matching": matching}
+            if pulled:
+                guided = dmd.guided_estimate(said, unsaid, stage.pull_guidance)
+                target = teacher_sample(guided, torch.cat(first, dim=1), even_levels(stage.pull_steps, shift))
+                losses = regularized_loss(matching, sample, target, stage.pull)
+        norm = student.step(losses.pop("loss"))
+        for _ in range(stage.critic_turns):
+            critic_loss = criticised(sample.detach(), text_BPLE, prompt_BF)
+            judge.step()
+        learned = sample.detach()[:, plan.given * plan.block :]
+        values = losses | taught | {"critic": critic_loss, "norm": norm, "motion": learned.diff(dim=1).abs().mean()}
+        return {name: value.detach() for name, value in values.items()} | far_weights(network)
+
+    shown = [recipe.with_levels(stage.levels_of(recipe)[0]) for recipe in recipes]
+    look = stream_strips(text, network, student, world, shown, shift, run)
+    learners = {"student": student, "critic": judge}
+    keep = {"shared": shared} | ({"clips": supply} if supply is not None else {})
+    spent = train(learners, turn, stage.budget(warmup=20), run, keep=keep, look=look, log_every=25, rare=("pull",))
+    student.swap_average()
+    return spent
+
+
+@torch.no_grad()
+def script_of(
+    text: WordEncoder, world: World, supply: ClipSupply | None, plan: Plan, stage: DmdStage, step: int
+) -> Script:
+    """Real clips with their prompts, where blocks are given; else prompts alone."""
+    said: Prompts
+    if supply is not None and plan.given:
+        said = clips = supply.draw(stage.batch, plan.judged * plan.block)
+        given = clips.latents_BFCHW.split(plan.block, dim=1)[: plan.given]
+    else:
+        said, given = world.prompts(stage.batch, stage.seed * 1_000_000 + step), ()
+    return Script(embed(text, said.tokens_BPL), plan.prompts_of_judged(said.prompt_BF), given)

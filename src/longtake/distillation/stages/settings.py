@@ -1,0 +1,215 @@
+"""What each stage can be told: dataclasses of numbers, with what they are by default."""
+
+from dataclasses import dataclass, field
+
+from longtake.distillation.trainer import Budget
+from longtake.generation.recipe import Recipe
+from longtake.models.wan import WanConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What all stages have: they end after `steps`, or after `seconds` if that comes first.
+
+    ValueError for numbers that no stage can work with.
+    """
+
+    steps: int = 100_000
+    seconds: float = 300.0
+    seed: int = 42
+    batch: int = 16
+    lr: float = 1e-3
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            least = "0 or more" if name in _MAY_BE_0 else "above 0"
+            for number in value if isinstance(value, tuple) else (value,):
+                if isinstance(number, int | float) and (number < 0 or (number == 0 and least == "above 0")):
+                    raise ValueError(f"{name} must be {least}, got {value}")
+                if name.endswith("_share") and number > 1:
+                    raise ValueError(f"{name} must be at most 1, got {value}")
+
+    def budget(self, warmup: int) -> Budget:
+        """When it ends; its rates rise over the first `warmup` steps."""
+        return Budget(steps=self.steps, seconds=self.seconds, warmup=warmup)
+
+
+_MAY_BE_0 = {
+    "seed", "kl_weight", "focus_weight", "no_prompt_share", "encoder_blocks", "decoder_blocks", "most_given", "pull",
+    "self_forcing_share", "memory_share", "recompute", "real_weight", "last_exits", "layers", "overlap",
+    "turns_with_frames", "both_ways", "softmax",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecStage(Stage):
+    """The codec from nothing, on clips of `pictures`, in one process."""
+
+    seconds: float = 285.0
+    seed: int = 42
+    batch: int = 16
+    pictures: int = 17
+    lr: float = 1.5e-3
+    kl_weight: float = 1.5e-3
+    decoder_widths: tuple[int, ...] = (160, 96, 48)
+    decoder_blocks: tuple[int, ...] = (3, 3, 1)
+    encoder_widths: tuple[int, ...] = (48, 96, 160)
+    encoder_blocks: tuple[int, ...] = (2, 2, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherStage(Stage):
+    """The bidirectional teacher and its text encoder, from nothing or from an earlier one."""
+
+    seconds: float = 480.0
+    seed: int = 42
+    batch: int = 32
+    lr: float = 2e-3
+    average: float = 0.999
+    shift: float = 3.0
+    focus_weight: float = 1.0
+    no_prompt_share: float = 0.1
+    pool: int = 2048
+    guidance: float = 3.0
+    sampling_steps: int = 32
+    network: WanConfig = field(
+        default_factory=lambda: WanConfig(dim=256, heads=4, ffn_dim=1024, layers=10, text_dim=192, extent=21)
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionMatchingStage(Stage):
+    """Features for layers of the teacher, each taught by itself to answer as its softmax does (`attention_matching`).
+
+    What is asked are the teacher's own samples, of prompts alone: of each, made in `sampling_steps` under `guidance`,
+    every layer is taught `updates` times, at steps drawn anew. layers: which are taught; none given: all. Of them,
+    `converted_share` are converted in the end: those with the smallest error on held-out prompts.
+
+    current, overlap, degree, turns_with_frames: see `Conversion`. both_ways: whether answers shall be those of the
+    whole clip, and not of what came before alone; see `attention_matching.match`. lr: of AdamW, without decay.
+    """
+
+    seconds: float = 180.0
+    seed: int = 47
+    batch: int = 8
+    lr: float = 3e-3
+    average: float = 0.995
+    current: int = 3
+    overlap: int = 1
+    degree: int = 2
+    turns_with_frames: bool = False
+    both_ways: bool = False
+    layers: tuple[int, ...] = ()
+    converted_share: float = 0.5
+    updates: int = 32
+    sampling_steps: int = 32
+    guidance: float = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneStage(Stage):
+    """The whole converted teacher on clips, by flow matching: mends what layers that learned apart do to each other.
+
+    softmax: the control: the teacher itself, with no layer converted, on the same clips in the same order. far_lr: rate
+    of the features. Published: about a thousand steps (2601.04342).
+    """
+
+    steps: int = 1000
+    seconds: float = 240.0
+    seed: int = 48
+    batch: int = 32
+    lr: float = 1e-4
+    far_lr: float = 1e-3
+    average: float = 0.995
+    focus_weight: float = 1.0
+    no_prompt_share: float = 0.1
+    pool: int = 1024
+    guidance: float = 3.0
+    sampling_steps: int = 32
+    softmax: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherForcingStage(Stage):
+    """The causal student, from the teacher or from a student, on clips of `frames` latent frames: longer than the
+    teacher's, so that the sink comes to lie far behind.
+
+    far_lr: rate of the projections of what is read from far states, see `DmdStage`. memory_share: of clips made for
+    memory, which begin out of sight of what they show, and look away from it until neither sink nor recent frames
+    show it, under captions that do not say what it was; they take some length (8.5 seconds in the toy world).
+    recompute: whether clips are walked block by block, and of each pass only what went in and what came out is kept:
+    the rest is computed again for its gradient. The same in more time and a small part of the memory.
+    """
+
+    seconds: float = 80.0
+    seed: int = 43
+    batch: int = 24
+    frames: int = 33
+    lr: float = 1e-3
+    far_lr: float = 5e-3
+    average: float = 0.995
+    focus_weight: float = 1.0
+    pool: int = 1024
+    memory_share: float = 0.0
+    recompute: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class OdeStage(Stage):
+    """The causal student, from the teacher or from a student, on `pairs` trajectories a process, in whole batches."""
+
+    seconds: float = 80.0
+    seed: int = 46
+    batch: int = 24
+    lr: float = 5e-4
+    average: float = 0.995
+    pairs: int = 1536
+    levels: int = 4
+    sampling_steps: int = 32
+    guidance: float = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DmdStage(Stage):
+    """Distribution matching under every recipe and every number of levels in turn.
+
+    Half of the rollouts go on from 1 to `most_given` blocks of a real clip (at most all but one; 0: none do), out of
+    `pool`, to the length of the teacher's clip: a student learns to go on from any moment. The others begin with
+    nothing; they are as long as the teacher's clip, or up to `most_blocks` and learn on their last part.
+
+    levels: how many there may be, drawn for each rollout; none given: as many as the recipe has. self_forcing_share: of
+    a recipe that rolls, the share of rollouts that go block by block over the same memory, 0 to 1 (published: half,
+    arXiv 2509.25161); the others go by windows, see `rollout.windows`. Recipes that do not roll have no use for it.
+    far_lr: rate of the projections of what is read from far states. They begin at zero, and Adam moves a weight by
+    about its rate a step. pull: weight of the pull to the teacher's own sample from the rollout's noise (published:
+    0.05), made in `pull_steps` steps under `pull_guidance`; of rollouts that exit at the first step, begin with nothing
+    and are as long as the teacher's clip. last_exits: exit steps are drawn from so many last ones (0: from all, as
+    published). real_weight: weight of teacher forcing on whole clips (with its `focus_weight`) beside the matching
+    loss, which drops what is rare and sudden, such as a camera that begins to turn. It is at the levels of the steps
+    that `last_exits` leaves out, where such things are decided, or at any level where it leaves none out.
+    """
+
+    seconds: float = 330.0
+    seed: int = 44
+    batch: int = 32
+    lr: float = 1e-4
+    far_lr: float = 1e-3
+    critic_lr: float = 2e-4
+    critic_turns: int = 3
+    average: float = 0.98
+    guidance: float = 3.0
+    most_blocks: int = 11
+    most_given: int = 6
+    pool: int = 64
+    levels: tuple[int, ...] = ()
+    self_forcing_share: float = 0.5
+    pull: float = 0.0
+    pull_steps: int = 25
+    pull_guidance: float = 3.5
+    last_exits: int = 0
+    real_weight: float = 0.0
+    focus_weight: float = 1.0
+
+    def levels_of(self, recipe: Recipe) -> tuple[int, ...]:
+        """The numbers of levels that a recipe is trained with."""
+        return self.levels or (len(recipe.steps),)

@@ -1,0 +1,70 @@
+"""The stage `teacher_forcing`: teacher or student + clips -> causal student, by flow matching in front of the clean
+past."""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from longtake import parallel
+from longtake.distillation.pretrain import Clips, require_one_pass, teacher_forcing_loss
+from longtake.distillation.stages.learners import compile_for, far_weights, learner_of
+from longtake.distillation.stages.settings import TeacherForcingStage
+from longtake.distillation.stages.strips import stream_strips
+from longtake.distillation.stages.world import World, drawn, embed, parts_of
+from longtake.distillation.trainer import Learner, Run, train
+from longtake.generation.recipe import Recipe
+from longtake.models.text import WordEncoder
+from longtake.models.wan import WanTransformer
+
+
+def train_teacher_forcing(
+    text: WordEncoder, network: WanTransformer, world: World, recipes: Sequence[Recipe], shift: float,
+    stage: TeacherForcingStage, run: Run,
+) -> dict[str, float]:  # fmt: skip
+    for recipe in recipes:
+        if stage.frames % recipe.block:
+            raise ValueError(f"frames ({stage.frames}) must be whole blocks of {recipe.block}")
+        memory = recipe.memory(network)  # refused before work begins
+        if not stage.recompute:
+            require_one_pass(memory)
+    learner = learner_of(network, stage.lr, stage.far_lr, stage.average)
+    compile_for(run, network)
+    if stage.recompute:
+        parallel.checkpoint_layers([network], ("forward", "keys_to_commit"))
+    supply = world.clips(stage.pool, stage.seed, stage.frames, stage.memory_share)
+
+    teach = [
+        forced_lesson(learner, text, network, recipe, shift, stage.focus_weight, run, by_block=stage.recompute)
+        for recipe in recipes
+    ]
+
+    def turn(step: int) -> dict[str, Tensor]:
+        value = teach[step % len(recipes)](*parts_of(drawn(supply, step, stage.batch, stage.frames)))
+        return {"loss": value, "norm": learner.step(), **far_weights(network)}
+
+    look = stream_strips(text, network, learner, world, recipes, shift, run)
+    spent = train({"student": learner}, turn, stage.budget(warmup=50), run, keep={"clips": supply}, look=look)
+    learner.swap_average()
+    return spent
+
+
+def forced_lesson(
+    learner: Learner, text: WordEncoder, network: WanTransformer, recipe: Recipe, shift: float, focus_weight: float,
+    run: Run, *, weight: float = 1.0, by_block: bool = False, levels: Sequence[float] = (),
+) -> Callable[..., Tensor]:  # fmt: skip
+    """Teacher forcing under a recipe's memory, of the `parts_of` of clips; of its weight for the learner.
+
+    levels: see `teacher_forcing_loss`.
+    """
+    memory = recipe.memory(network)
+
+    def loss(latents_BFCHW: Tensor, tokens_BPL: Tensor, prompt_BF: Tensor, focus_BFHW: Tensor) -> Tensor:
+        with run.autocast():
+            clips = Clips(latents_BFCHW, embed(text, tokens_BPL), prompt_BF, focus_BFHW)
+            found = teacher_forcing_loss(
+                network, clips, shift, focus_weight, block=recipe.block, memory=memory, by_block=by_block, levels=levels
+            )  # fmt: skip
+        return weight * found
+
+    recorded = not (by_block or memory.far or memory.converted)  # what is far may be solved for on the host
+    return learner.taught_by(loss, recorded=recorded)

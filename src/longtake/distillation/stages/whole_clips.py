@@ -1,0 +1,70 @@
+"""The stages `teacher` and `finetune`: networks that make whole clips, by flow matching."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from longtake import parallel
+from longtake.distillation.optim import muon_and_adam
+from longtake.distillation.pretrain import Clips, flow_loss
+from longtake.distillation.stages.learners import NETWORK_ENDS, compile_for, learner_of
+from longtake.distillation.stages.settings import FinetuneStage, TeacherStage
+from longtake.distillation.stages.strips import clip_strips
+from longtake.distillation.stages.world import ClipSupply, World, drawn, embed, parts_of
+from longtake.distillation.trainer import Learner, Run, train
+from longtake.models.text import WordEncoder
+from longtake.models.wan import WanTransformer
+
+
+def train_teacher(
+    text: WordEncoder, network: WanTransformer, world: World, stage: TeacherStage, run: Run
+) -> dict[str, float]:
+    model = torch.nn.ModuleDict({"text": text, "network": network}).requires_grad_(True).train()
+    parallel.share_parameters(model)
+    ends = ("text.words", "text.places", *(f"network.{name}" for name in NETWORK_ENDS))
+    learner = Learner(model, muon_and_adam(model, stage.lr, adamw_only=ends), average=stage.average)
+    compile_for(run, network)
+    supply = world.clips(stage.pool, stage.seed, network.config.extent)
+    turn = _flow_turn(text, network, learner, supply, stage.shift, stage, run)
+    look = clip_strips(text, network, [learner], world, stage.shift, stage, run)
+    spent = train(
+        {"teacher": learner}, turn, stage.budget(warmup=200), run, keep={"clips": supply}, look=look, log_every=100
+    )
+    learner.swap_average()
+    return spent
+
+
+def train_finetune(
+    text: WordEncoder, network: WanTransformer, world: World, shift: float, stage: FinetuneStage, run: Run
+) -> dict[str, float]:
+    learner = learner_of(network, stage.lr, stage.far_lr, stage.average)
+    compile_for(run, network)
+    supply = world.clips(stage.pool, stage.seed, network.config.extent)
+    turn = _flow_turn(text, network, learner, supply, shift, stage, run)
+    look = clip_strips(text, network, [learner], world, shift, stage, run)
+    spent = train({"network": learner}, turn, stage.budget(warmup=50), run, keep={"clips": supply}, look=look)
+    learner.swap_average()
+    return spent
+
+
+def _flow_turn(
+    text: WordEncoder, network: WanTransformer, learner: Learner, supply: ClipSupply, shift: float,
+    stage: TeacherStage | FinetuneStage, run: Run,
+) -> Callable[[int], dict[str, Tensor]]:  # fmt: skip
+    """Flow matching of whole clips, a share of them without their prompt."""
+
+    def loss(latents_BFCHW: Tensor, tokens_BPL: Tensor, prompt_BF: Tensor, focus_BFHW: Tensor) -> Tensor:
+        absent = torch.rand(stage.batch, 1, 1, device=run.device) < stage.no_prompt_share
+        with run.autocast():
+            text_BPLE = embed(text, tokens_BPL.masked_fill(absent, 0))
+            clips = Clips(latents_BFCHW, text_BPLE, prompt_BF, focus_BFHW)
+            return flow_loss(network, clips, shift, stage.focus_weight)
+
+    teach = learner.taught_by(loss)
+
+    def turn(step: int) -> dict[str, Tensor]:
+        value = teach(*parts_of(drawn(supply, step, stage.batch, network.config.extent)))
+        return {"loss": value, "norm": learner.step()}
+
+    return turn
