@@ -14,6 +14,7 @@ from longtake.toy.detect import Detections, detect, detector_fingerprint, frozen
 from longtake.toy.palettes import look
 from longtake.toy.poses import Pose, pose
 from longtake.toy.scenes import (
+    CAMERAS,
     COLOURS,
     HEIGHT,
     MOTIONS,
@@ -166,6 +167,20 @@ def test_a_blurred_subject_is_not_accepted() -> None:
 def test_a_frozen_video_shows_no_motion(motion: str) -> None:
     frames, _ = drawn(planted_scenes(motion), pictures=1)
     assert (detect(to_uint8(frames.expand(-1, 32, -1, -1, -1))).motion == -1).all()
+
+
+@pytest.mark.parametrize("camera", ["looks away", "still"])
+def test_a_camera_is_read_behind_snow_where_the_landscape_is_a_blur(camera: str) -> None:
+    scenes = [
+        make_scene(
+            camera=camera, place=place, seed=number, weather="snow", away_start=0.5, away_seconds=1.0, away_every=9.0
+        )
+        for number, place in enumerate(("forest", "hills", "desert"))
+    ]
+    together = Scenes(**{name: torch.cat([getattr(scene, name) for scene in scenes]) for name in vars(scenes[0])})
+    frames = render(together, 48).frames_BFCHW
+    found = detect(to_uint8(torch.lerp(frames, blurred(frames, 2.0), 0.8)))
+    assert (found.camera == CAMERAS.index(camera)).all()
 
 
 def test_two_subjects_are_counted() -> None:

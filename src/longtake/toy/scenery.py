@@ -107,7 +107,9 @@ FAST = torch.arange(-40.0, 41.0, 2.0)  # pixels from one picture to the next tha
 STEADY = torch.arange(-28.0, 29.0, 2.0)  # pixels per second that are tried
 SLOWEST_PAN = 6.0  # pixels per second
 LEAST_SWEEP, LEAST_TURN = 6.0, 40.0  # pixels from one picture to the next, and in all, of a camera that turns away
-LEAST_GAIN = 0.14  # by which part a fast shift must explain a picture better than none
+LEAST_PAIRS = 5  # of neighbouring pictures, in which it turns one way
+LEAST_GAIN = 0.05  # by which part fast shifts must explain all of these better than none
+UNSTEADY = 0.0005  # what it costs a shift to differ from the one before, for every step of `FAST`
 PAN_GAIN = 0.05  # by which part a steady shift must explain pictures better than none, to be a pan
 FLAT = 0.01  # where no shift is worse than the best one by more than this part, there is no landscape to tell by
 
@@ -134,13 +136,37 @@ def read_camera(pictures_BSHWC: Tensor, rate: float) -> Camera:
 
 
 def _turns(bands: Tensor) -> Tensor:
-    """Fast shifts from each picture to the next, 0 where there is none beyond doubt: [B, S], the first 0."""
-    shifts = FAST.to(bands.device)
+    """Fast shifts from each picture to the next, 0 where there is none beyond doubt: [B, S], the first 0.
+
+    A turn is judged as a whole: while it lasts, the landscape may be blurred or behind snow, and no two pictures tell.
+    """
     cost = torch.stack([_mismatch(bands[:, :-1], bands[:, 1:], shift) for shift in FAST.tolist()], -1)
-    least, index = cost.min(-1)
-    unmoved = cost[..., len(FAST) // 2]
-    fast = (unmoved - least > LEAST_GAIN * unmoved) & (shifts[index].abs() > LEAST_SWEEP)
-    return nn.pad(shifts[index] * fast, (1, 0))
+    index = _steadiest(cost)
+    shift, unmoved = FAST.to(bands.device)[index], cost[..., len(FAST) // 2]
+    gained = unmoved - cost.gather(2, index[..., None])[..., 0]
+    way = shift.sign() * (shift.abs() >= LEAST_SWEEP)
+    run = nn.pad(way.diff(dim=1).ne(0).cumsum(1), (1, 0))  # pairs of pictures that turn the same way, or not at all
+    alike = (run[:, :, None] == run[:, None]).to(shift.dtype)
+    turned, explained, all_of_it = (alike @ x[..., None] for x in (shift, gained, unmoved))
+    sure = (
+        (turned.abs() > LEAST_TURN) & (explained > LEAST_GAIN * all_of_it) & (alike.sum(2, keepdim=True) >= LEAST_PAIRS)
+    )
+    return nn.pad(shift * way.abs() * sure[..., 0], (1, 0))
+
+
+def _steadiest(cost_BPK: Tensor) -> Tensor:
+    """Of K shifts for each of P pairs of pictures, those that cost least in all if changes cost too: [B, P]."""
+    steps = torch.arange(cost_BPK.shape[-1], device=cost_BPK.device)
+    change = UNSTEADY * (steps[:, None] - steps).abs()
+    total, best_before = cost_BPK[:, 0], []
+    for cost in cost_BPK[:, 1:].unbind(1):
+        least, index = (total[:, None] + change).min(-1)
+        best_before.append(index)
+        total = least + cost
+    path = [total.argmin(-1, keepdim=True)]
+    for index in reversed(best_before):
+        path.append(index.gather(1, path[-1]))
+    return torch.cat(path[::-1], 1)
 
 
 def _drift(bands: Tensor, rate: float) -> tuple[Tensor, Tensor]:
