@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from longtake import parallel
-from longtake.attention.rope import Rotation
+from longtake.attention.rope import Grid, RotaryAxes, Rotation, rotate
 from longtake.distillation.rollout import rollout
 from longtake.generation.noise import SeededNoise
 from longtake.memory.view import ClipView
@@ -71,3 +71,19 @@ def test_rollouts_are_the_same_when_passes_are_replayed(name: str) -> None:
             for network in (plain, recorded):
                 for number, parameter in enumerate(network.parameters()):
                     parameter.mul_(1.1).add_(0.01 * (number % 3))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels are recorded on a GPU alone")
+def test_what_caches_forget_stays_where_a_recorded_graph_reads_it() -> None:
+    grid, x = Grid(RotaryAxes(split=(4, 2, 2)), 2, 3), torch.randn(1, 6, 1, 8, device="cuda")
+
+    def turned(x: torch.Tensor) -> torch.Tensor:
+        return rotate(x, grid.rotation([7], "cuda"))
+
+    replayed = parallel.Recorded(turned)
+    with torch.no_grad():
+        replayed(x)
+        for position in range(1000):  # more than any cache holds
+            grid.rotation([position + 0.5], "cuda")
+        torch.cuda.empty_cache()
+        assert torch.equal(replayed(x), turned(x))

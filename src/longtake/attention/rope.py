@@ -44,7 +44,7 @@ class RotaryAxes:
 
         Capped positions repeat for ever, so the latest answers are remembered: do not write to them.
         """
-        return _rotation(self, tuple(frames), rows, columns, torch.device(device))
+        return Rotation(*map(lasting, _rotation(self, tuple(frames), rows, columns, torch.device(device))))
 
     def _frequencies(self, size: int) -> Tensor:
         return self.theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
@@ -67,6 +67,16 @@ class Grid:
 def _rotation(axes: RotaryAxes, frames: tuple[float, ...], rows: int, columns: int, device: torch.device) -> Rotation:
     angles = axes.angles(frames, rows, columns)
     return Rotation(angles.cos().float().to(device), angles.sin().float().to(device))
+
+
+_recorded: list[Tensor] = []
+
+
+def lasting(remembered: Tensor) -> Tensor:
+    """The same tensor, which no cache may drop any more if a graph of kernels is being recorded: that will read it."""
+    if remembered.is_cuda and torch.cuda.is_current_stream_capturing():
+        _recorded.append(remembered)
+    return remembered
 
 
 def split_like_wan(head_dim: int) -> tuple[int, int, int]:

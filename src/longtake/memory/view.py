@@ -14,7 +14,7 @@ from torch import Tensor
 
 from longtake.attention.dense import dense
 from longtake.attention.join import added, under_one_bar
-from longtake.attention.rope import Grid, RotaryAxes, Rotation, rotate
+from longtake.attention.rope import Grid, RotaryAxes, Rotation, lasting, rotate
 from longtake.memory.far import FarShape, FarState, SinkInFar
 from longtake.memory.window import Keys, WindowShape
 
@@ -123,8 +123,8 @@ class TeacherForcedView:
         self.rotation = axes.rotation(positions + positions, rows, columns, device)
         self._groups = [
             _Group(
-                blocks=_numbers(tuple(group), device),
-                held=_numbers(tuple(tuple(held[b]) for b in group), device),
+                blocks=lasting(_numbers(tuple(group), device)),
+                held=lasting(_numbers(tuple(tuple(held[b]) for b in group), device)),
                 rotation=_stack([axes.rotation(places[b].held, rows, columns, device) for b in group]),
             )
             for group in _equally_long(held)
