@@ -1,6 +1,7 @@
 """Calls that are recorded and replayed equal plain ones. What replays needs a GPU; what tells calls apart does not."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from longtake import parallel
 from longtake.attention.rope import Grid, RotaryAxes, Rotation, rotate
 from longtake.distillation.rollout import rollout
+from longtake.distillation.trainer import Learner
 from longtake.generation.noise import SeededNoise
 from longtake.memory.view import ClipView
 from longtake.models.wan import WanTransformer
@@ -87,3 +89,36 @@ def test_what_caches_forget_stays_where_a_recorded_graph_reads_it() -> None:
             grid.rotation([position + 0.5], "cuda")
         torch.cuda.empty_cache()
         assert torch.equal(replayed(x), turned(x))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels are recorded on a GPU alone")
+def test_replayed_lessons_have_the_gradients_of_plain_ones() -> None:
+    def lesson_of(network: WanTransformer, recorded: bool) -> tuple[Learner, Callable[..., torch.Tensor]]:
+        text = tiny.text(batch=2).float().cuda()
+
+        def loss(clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+            level = torch.full(clean.shape[:2], 0.5, device=clean.device)
+            velocity = network(clean + noise, level, network.prompt_keys(text), network.clip_view(clean))
+            return (velocity - noise).square().mean()
+
+        learner = Learner(network, [torch.optim.SGD(network.parameters(), lr=0.1)], average=None)
+        return learner, learner.taught_by(loss, recorded=recorded)
+
+    one = tiny.network(extent=6).float().cuda()
+    (plain, taught), (other, replayed) = lesson_of(one, False), lesson_of(copy.deepcopy(one), True)
+    for _ in range(3):
+        clean, noise = torch.randn(2, 2, 6, *tiny.LATENTS[1:], device="cuda")
+        before = torch.cuda.get_rng_state()
+        assert torch.allclose(taught(clean, noise), replayed(clean, noise))
+        assert torch.equal(before, torch.cuda.get_rng_state()), "to record draws nothing"
+        assert torch.allclose(plain.step(), other.step(), rtol=1e-4)
+    for a, b in zip(plain.module.parameters(), other.module.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels are recorded on a GPU alone")
+def test_a_replay_draws_anew() -> None:
+    draw = parallel.Recorded(lambda x: x + torch.rand_like(x))
+    with torch.no_grad():
+        first, second = (draw(torch.zeros(100, device="cuda")) for _ in range(2))
+    assert not torch.equal(first, second)

@@ -159,10 +159,11 @@ class _Record:
 class Recorded:
     """A function whose calls on a GPU in no_grad are recorded as a graph of kernels (CUDA graphs) and then replayed.
 
-    Small networks keep the host busier than the device; a replay costs it one call. Each kind of arguments is recorded
-    once: their tree, and the shapes of the tensors in it. The function must do the same for all arguments of a kind,
-    without a look at values on the host; it may draw random numbers on the device. Elsewhere, and with gradients, calls
-    are as they were.
+    Small networks keep the host busier than the device; a replay costs it one call. Each kind of arguments (in order,
+    none by name) is recorded once, and its record kept for good, with a copy of the tensors: their tree, and the shapes
+    of the tensors in it. The function must do the same for all arguments of a kind, without a look at values on the
+    host; it may draw random numbers on the device. What it reads beside its arguments must live as long as the records
+    (see `rope.lasting`). Elsewhere, and with gradients, calls are as they were.
     """
 
     def __init__(self, call: Callable[..., Any]):
@@ -172,7 +173,7 @@ class Recorded:
     def __call__(self, *arguments: Any) -> Any:
         tensors: list[Tensor] = []
         mapped_tensors(arguments, tensors.append)
-        if torch.is_grad_enabled() or not all(x.is_cuda for x in tensors):
+        if torch.is_grad_enabled() or not tensors or not all(x.is_cuda for x in tensors):
             return self._call(*arguments)
         kind = kind_of(arguments)
         if kind not in self._records:
@@ -227,7 +228,7 @@ def mapped_tensors(tree: Any, change: Callable[[Tensor], Any]) -> Any:
 
 
 def kind_of(tree: Any) -> Hashable:
-    """Equal for trees that differ in the values of their tensors alone. What holds no tensor is compared as it is."""
+    """Equal for trees that differ in the values of their tensors alone. What is no tree is compared as it is."""
     if isinstance(tree, Tensor):
         return tree.shape, tree.stride(), tree.dtype, tree.device
     if isinstance(tree, list | tuple):
@@ -236,7 +237,8 @@ def kind_of(tree: Any) -> Hashable:
         return tuple((key, kind_of(part)) for key, part in tree.items())
     if is_dataclass(tree) and not isinstance(tree, type):
         return type(tree), *(kind_of(getattr(tree, f.name)) for f in fields(tree))
-    return tree if isinstance(tree, Hashable) else id(tree)
+    hashed: Hashable = tree
+    return hashed
 
 
 def mean_over_processes(value: Tensor) -> Tensor:

@@ -100,7 +100,9 @@ class Learner:
         def gradients(*arguments: Any) -> tuple[Tensor, tuple[Tensor | None, ...]]:
             with torch.enable_grad():
                 value = loss(*arguments)
-                return value.detach(), torch.autograd.grad(value, self._parameters, allow_unused=True)
+                found = torch.autograd.grad(value, self._parameters, allow_unused=True)
+            # Copied: parameters may share one, which what follows writes to.
+            return value.detach(), tuple(None if gradient is None else gradient.clone() for gradient in found)
 
         found_by = parallel.Recorded(gradients) if recorded else gradients
 

@@ -146,12 +146,12 @@ def _turns(bands: Tensor) -> Tensor:
     gained = unmoved - cost.gather(2, index[..., None])[..., 0]
     way = shift.sign() * (shift.abs() >= LEAST_SWEEP)
     run = nn.pad(way.diff(dim=1).ne(0).cumsum(1), (1, 0))  # pairs of pictures that turn the same way, or not at all
-    alike = (run[:, :, None] == run[:, None]).to(shift.dtype)
-    turned, explained, all_of_it = (alike @ x[..., None] for x in (shift, gained, unmoved))
-    sure = (
-        (turned.abs() > LEAST_TURN) & (explained > LEAST_GAIN * all_of_it) & (alike.sum(2, keepdim=True) >= LEAST_PAIRS)
+    same_run = (run[:, :, None] == run[:, None]).to(shift.dtype)
+    turned, gained, unmoved, pairs = (
+        (same_run @ x[..., None])[..., 0] for x in (shift, gained, unmoved, torch.ones_like(shift))
     )
-    return nn.pad(shift * way.abs() * sure[..., 0], (1, 0))
+    sure = (turned.abs() > LEAST_TURN) & (gained > LEAST_GAIN * unmoved) & (pairs >= LEAST_PAIRS)
+    return nn.pad(shift * way.abs() * sure, (1, 0))
 
 
 def _steadiest(cost_BPK: Tensor) -> Tensor:

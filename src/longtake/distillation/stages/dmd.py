@@ -53,10 +53,13 @@ def train_dmd(
     with torch.no_grad():
         nothing_BPLE = embed(text, text.no_prompt(stage.batch)[:, None])
 
+    by_name = {recipe.name: recipe for recipe in recipes}
+
     @cache
-    def real_lesson(number: int, count: int) -> Callable[..., Tensor]:
-        recipe = recipes[number].with_levels(count)
-        early = recipe.levels(shift)[: max(0, count - stage.last_exits)] if stage.last_exits else ()
+    def real_lesson(name: str, count: int) -> Callable[..., Tensor]:
+        recipe = by_name[name].with_levels(count)
+        left_out = max(0, count - stage.last_exits) if stage.last_exits and not recipe.rolls else 0
+        early = recipe.levels(shift)[:left_out]
         return forced_lesson(
             student, text, network, recipe, shift, stage.focus_weight, run,
             weight=stage.real_weight, by_block=not recipe.policy.in_one_pass, levels=early,
@@ -78,9 +81,10 @@ def train_dmd(
         if supply is not None:
             renew(supply, step)
         taught = {}
-        if supply is not None and stage.real_weight:  # first: nothing can be recorded beside a rollout's graph
+        # First: while a rollout's graph holds the parameters, no lesson of theirs can be recorded.
+        if supply is not None and stage.real_weight:
             whole = supply.draw(stage.batch, supply.frames - supply.frames % recipe.block)
-            value = real_lesson(step % len(recipes), plan.levels[0])(*parts_of(whole))
+            value = real_lesson(recipe.name, plan.levels[0])(*parts_of(whole))
             taught = {"real": value / stage.real_weight}
         script = script_of(text, world, supply, plan, stage, step)
         text_BPLE, prompt_BF, _ = script

@@ -33,13 +33,13 @@ def train_teacher_forcing(
         parallel.checkpoint_layers([network], ("forward", "keys_to_commit"))
     supply = world.clips(stage.pool, stage.seed, stage.frames, stage.memory_share)
 
-    teach = [
-        forced_lesson(learner, text, network, recipe, shift, stage.focus_weight, run, by_block=stage.recompute)
-        for recipe in recipes
-    ]
+    teach = {
+        name: forced_lesson(learner, text, network, recipe, shift, stage.focus_weight, run, by_block=stage.recompute)
+        for name, recipe in {recipe.name: recipe for recipe in recipes}.items()
+    }
 
     def turn(step: int) -> dict[str, Tensor]:
-        value = teach[step % len(recipes)](*parts_of(drawn(supply, step, stage.batch, stage.frames)))
+        value = teach[recipes[step % len(recipes)].name](*parts_of(drawn(supply, step, stage.batch, stage.frames)))
         return {"loss": value, "norm": learner.step(), **far_weights(network)}
 
     look = stream_strips(text, network, learner, world, recipes, shift, run)
