@@ -104,9 +104,7 @@ def test_nothing_grows_over_thousands_of_frames(name: str, blocks: int) -> None:
         held = live_tensors()
         frames = take_chunks(old, blocks)
         assert held == live_tensors()
-        seconds = [
-            [seconds_of(stream) for stream in (old, young)] for _ in range(100)
-        ]  # on a busy machine too
+        seconds = [[seconds_of(stream) for stream in (old, young)] for _ in range(100)]  # on a busy machine too
     assert len(frames) == 12 and frames.std() > 0
     late, early = (statistics.median(each) for each in zip(*seconds, strict=True))
     assert late < 1.5 * early
