@@ -29,9 +29,10 @@ MAY_IMPORT = {
     "training": "flow media parallel attention memory models generation toy distillation evaluation recipes",
     "batch": "media parallel models generation",
     "explain": "memory models generation evaluation recipes",
+    "plan": "attention memory models generation toy recipes",
     "cli": (
         "flow media parallel attention memory models generation toy distillation evaluation serving training explain "
-        "batch recipes"
+        "plan batch recipes"
     ),
 }
 ENGINE_AND_TRAINING = "flow attention memory models generation distillation parallel recipes toy training"

@@ -114,6 +114,7 @@ finally:
         ["models", "pull"],
         ["models", "convert"],
         ["verify"],
+        ["plan"],
         ["explain"],
     ],
 )
@@ -228,6 +229,10 @@ def test_a_terminal_gets_one_line_that_rewrites_itself(engine, capsys, monkeypat
         (["generate", "a red ball", "-o", "nowhere/out.mp4"], "there is no folder nowhere"),
         (["bench", "stream", "--repeats", "0"], "at least one repeat"),
         (["bench", "stream", "--seconds", "0.1"], "at least two blocks"),
+        (["plan", "--model", "self-forsing"], "no model 'self-forsing': did you mean self-forcing"),
+        (["plan", "--size", "832"], "such as 832x480, not '832'"),
+        (["plan", "--size", "100x100"], "pictures are multiples of 16 high and wide, 4096 at most, not 100x100"),
+        (["plan", "--vram", "much"], "a number with G or M, such as 24G, not 'much'"),
         (["explain", "hybrid_forsing"], "no recipe 'hybrid_forsing': did you mean hybrid_forcing"),
         (["explain", "self_forcing", "--blocks", "0"], "a table has at least one block, got 0"),
         (["evaluate", "toy", "--prompt-file", "nowhere.txt"], "nowhere.txt: No such file or directory"),

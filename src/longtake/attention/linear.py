@@ -11,6 +11,7 @@ Shapes: B batch, T tokens, N heads, D per head, R features per head.
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple, Protocol
@@ -201,9 +202,9 @@ def _cosines(size: int, device: torch.device) -> Tensor:
     return cosines.float().to(device)
 
 
-def _unrounded(x: Tensor) -> torch.autocast:
-    """Products in the type that goes in: autocast would round them to bfloat16."""
-    return torch.autocast(x.device.type, enabled=False)
+def _unrounded(x: Tensor) -> AbstractContextManager[None]:
+    """Products in the type that goes in: autocast, which the meta device has not, would round them to bfloat16."""
+    return nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def _unit(x: Tensor) -> Tensor:

@@ -1,0 +1,335 @@
+"""How much memory a stream takes, without weights and without a GPU: its own code runs on torch's meta device.
+
+There tensors have shapes and types but no numbers. Every storage that the code makes is counted for as long as it is
+alive, so parameters, keys, values and far states are exact, and the working memory of a pass is what its tensors come
+to, in the order in which our code makes them and lets them go. The largest of these are told by shape.
+
+Attention counts as its fused kernels have it: the answer and a log-sum-exp, no scores; a block-sparse window counts as
+a dense one. On top come, uncounted: the device's context, scratch memory of convolutions and matrix products, what the
+allocator loses between blocks of memory, rotations kept for positions that come later, and the numbers that the text
+encoder works with. Nothing here was measured on a GPU. On a CPU, tiny streams that really run have the same peaks,
+within 2 %; Self Forcing's own code at 1.3B was measured at 7.5 GiB where this says 6.2 of ours (docs/checkpoints.md).
+"""
+
+import re
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from longtake.attention.dense import dense
+from longtake.generation.blockwise import redirect
+from longtake.generation.recipe import Recipe
+from longtake.generation.stream import to_uint8
+from longtake.memory.stream_memory import MemoryShape, StreamMemory
+from longtake.models.checkpoints import WAN_1_3B, WAN_14B
+from longtake.models.codec import Codec, CodecState
+from longtake.models.hub import registry
+from longtake.models.light_codec import LightCodec, LightCodecConfig
+from longtake.models.text import WordEncoder, WordEncoderConfig
+from longtake.models.umt5 import LENGTH
+from longtake.models.wan import PromptKeys, WanConfig, WanTransformer
+from longtake.models.wan_vae import WanVAE, WanVAEConfig
+from longtake.models.weights import described
+from longtake.recipes import CODEC_FILE, NETWORK_FILE, RECIPES, WAN_SHIFT, packaged, recipe_named, require_block
+from longtake.toy.scenes import HEIGHT, WIDTH
+
+NETWORKS = {"wan2.1-1.3b": WAN_1_3B, "wan2.1-14b": WAN_14B}
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+META = torch.device("meta")
+MOST_SIDE = 4096  # pixels
+GIB = 2**30
+UMT5_XXL = {"words": 256384, "dim": 4096, "inner": 4096, "ffn": 10240, "layers": 24, "heads": 64, "buckets": 32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """All of a stream's parts on one device. text_bytes: of its encoder; `text_leaves`: it is there only to encode."""
+
+    network: WanTransformer
+    codec: Codec
+    text_bytes: int
+    text_rows: int
+    text_leaves: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Working:
+    """Bytes that a stream keeps from block to block, by part, and all that is alive, what is kept included, at the peak
+    of each moment. largest: of the tensors alive at a moment's peak, (shape and type, how many, bytes)."""
+
+    kept: Mapping[str, int]
+    peaks: Mapping[str, int]
+    largest: Mapping[str, Sequence[tuple[str, int, int]]]
+
+
+class Alive(TorchDispatchMode):
+    """Counts bytes of the storages on a device that are made or first seen while it is on, until they are let go."""
+
+    def __init__(self, device: torch.device, known: Sequence[Tensor]):
+        super().__init__()
+        self.device, self.now = device, 0
+        self.peaks: dict[str, int] = {}
+        self.largest: dict[str, list[tuple[str, int, int]]] = {}
+        self._held: dict[int, tuple[str, int]] = {}
+        self._known = {tensor.untyped_storage()._cdata for tensor in known}
+        self._mark()
+
+    @contextmanager
+    def moment(self, name: str) -> Iterator[None]:
+        """Note the peak of what runs inside, if it is higher than any before of that name."""
+        self._mark()
+        yield
+        if self._peak >= self.peaks.get(name, 0):
+            self.peaks[name], self.largest[name] = self._peak, _largest(self._at_peak)
+
+    def _mark(self) -> None:
+        self._peak, self._at_peak = self.now, dict(self._held)
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs, made)):
+            if isinstance(tensor, Tensor) and tensor.device == self.device:
+                self._see(tensor)
+        if self.now > self._peak:
+            self._mark()
+        return made
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key not in self._known and key not in self._held:
+            self._held[key] = f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}", storage.nbytes()
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self._let_go, key)
+
+    def _let_go(self, key: int) -> None:
+        self.now -= self._held.pop(key)[1]
+
+
+class Fused(TorchFunctionMode):
+    """Stands in, on the meta device, for what needs a real one: fused attention, and choices by numbers."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if function is scaled_dot_product_attention:
+            q, v = args[0], args[2]
+            q.new_empty(q.shape[:-1], dtype=torch.float32)  # a log-sum-exp beside the answer
+            return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
+        if function is Tensor.tolist:  # a bank's choice: any frames are as large as any others
+            return list(range(len(args[0])))
+        return function(*args, **(kwargs or {}))
+
+
+def plan(
+    model: str, *, size: tuple[int, int] | None = None, recipe: str | None = None, dtype: str = "bfloat16"
+) -> dict[str, Any]:
+    """Bytes of a stream by part, its moments and its peak, ready for JSON; nothing is loaded.
+
+    model: toy, or a name of `longtake models`. size: width and height of pictures. recipe: by default the one that the
+    model was trained under, else self_forcing_sink. `moments` are what is there at the same time. ValueError for
+    unknown names, with the nearest, and for sizes and recipes that cannot be.
+    """
+    known = _known(model)
+    name = recipe or (known["recipe"] if known["recipe"] in RECIPES else "self_forcing_sink")
+    chosen = recipe_named(name)
+    if model in registry():
+        require_block(registry()[model], chosen)
+    config = replace(known["network"], reads_far=known["network"].reads_far or chosen.far is not None)
+    with META:
+        network, codec = WanTransformer(config), known["codec"]()
+    for part in (network, codec):
+        part.requires_grad_(False).to(META).to(TYPES[dtype])
+    made = Stream(network=network, codec=codec, **{key: known[key] for key in known if key.startswith("text_")})
+    width, height = size or known["size"]
+    step = codec.spatial_factor * config.patch
+    if not all(0 < side <= MOST_SIDE and side % step == 0 for side in (width, height)):
+        raise ValueError(f"pictures are multiples of {step} high and wide, {MOST_SIDE} at most, not {width}x{height}")
+    with Fused():
+        working = streamed(made, replace(chosen, near=dense), (width, height))
+    weights = {"network": nbytes(network), "codec": nbytes(codec)}
+    text = {"text encoder": made.text_bytes}
+    always = weights if made.text_leaves else text | weights
+    kept, base = dict(working.kept), sum(working.kept.values())
+    moments = {
+        "first prompt": text | weights,
+        **{moment: always | kept | {"working memory": peak - base} for moment, peak in working.peaks.items()},
+    }
+    moments["new prompt read"] |= text
+    totals = {moment: sum(parts.values()) for moment, parts in moments.items()}
+    return {
+        "model": model, "recipe": name, "size": [width, height], "dtype": dtype, "moments": moments, "totals": totals,
+        "peak": max(totals.values()), "peak_at": max(totals, key=lambda moment: totals[moment]),
+        "largest": {key: [list(one) for one in rows] for key, rows in working.largest.items()},
+    }  # fmt: skip
+
+
+@torch.no_grad()
+def streamed(made: Stream, recipe: Recipe, size: tuple[int, int]) -> Working:
+    """Stream until the memory is full, then change the prompt, and count what is alive.
+
+    A schedule that finishes block by block takes two steps instead of its own: they are all alike.
+    """
+    network, codec = made.network, made.codec
+    weight = network.patch_embedding.weight
+    text = weight.new_zeros(1, 1, made.text_rows, network.config.text_dim)
+    latents = (1, recipe.block, codec.latent_channels, size[1] // codec.spatial_factor, size[0] // codec.spatial_factor)
+    levels = recipe.levels(WAN_SHIFT)
+    shape, prompt = recipe.memory(network), network.prompt_keys(text)
+    alive = Alive(weight.device, [*network.parameters(), *codec.parameters(), *codec.buffers()])
+    memory = StreamMemory(shape, network.config.layers, ring=True)
+    blocks = recipe.schedule(
+        network, memory, lambda block: prompt, lambda block, step: torch.zeros(latents, device=weight.device),
+        levels if recipe.rolls else levels[:2],
+    )  # fmt: skip
+    state: CodecState | None = None
+    most: dict[str, int] = {}
+    with alive:
+        for _ in range(_blocks_until_full(shape, recipe.block)):
+            with alive.moment("network pass"):
+                block = next(blocks)
+            with alive.moment("decoding"):
+                pictures, state = codec.decode(block.to(weight.dtype), state)
+                shown = to_uint8(pictures)
+            del block, pictures, shown
+            kept = _kept(memory, prompt, state)
+            most = kept if sum(kept.values()) > sum(most.values()) else most
+        with alive.moment("new prompt read"):
+            new = network.prompt_keys(text)
+        with alive.moment("new prompt taken"):
+            redirect(network, memory, new)
+    return Working(kept=most, peaks=alive.peaks, largest=alive.largest)
+
+
+def _blocks_until_full(shape: MemoryShape, block: int) -> int:
+    """The last of them finds all full, and something far."""
+    bank = shape.policy.bank
+    return -(-shape.window.frames // block) + 2 + (bank.frames * bank.every if bank else 0)
+
+
+def _kept(memory: StreamMemory, prompt: PromptKeys, state: CodecState) -> dict[str, int]:
+    far = sum(memory.far(layer).nbytes() for layer in range(memory.layers) if memory.shape.far_of(layer))
+    return {
+        "keys and values": memory.nbytes() - far,
+        "far state": far,
+        "keys and values of the prompt": sum(tensor.nbytes for layer in prompt.layers for tensor in layer),
+        "codec state": state.nbytes,
+    }
+
+
+def nbytes(module: nn.Module) -> int:
+    """Of all parameters and buffers."""
+    return sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+
+
+def umt5_parameters() -> int:
+    """Of the encoder of UMT5-XXL: embedding, and in each layer four projections, a gated feed-forward part, a bias of
+    its own for each distance, and two norms."""
+    sizes = UMT5_XXL
+    layer = 4 * sizes["dim"] * sizes["inner"] + 3 * sizes["dim"] * sizes["ffn"] + sizes["buckets"] * sizes["heads"]
+    return sizes["words"] * sizes["dim"] + sizes["layers"] * (layer + 2 * sizes["dim"]) + sizes["dim"]
+
+
+def vram(text: str) -> int:
+    """Bytes of a size such as 24G or 24000M, in GiB and MiB, as graphics cards are sold. ValueError for others."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([GM])(?:i?B)?", text.strip(), re.IGNORECASE)
+    if found is None or not float(found[1]):
+        raise ValueError(f"memory is a number with G or M, such as 24G, not {text!r}")
+    return int(float(found[1]) * {"G": GIB, "M": 2**20}[found[2].upper()])
+
+
+def pixels(text: str) -> tuple[int, int]:
+    """Width and height of a size such as 832x480. ValueError for others."""
+    found = re.fullmatch(r"(\d+)x(\d+)", text)
+    if found is None:
+        raise ValueError(f"a size is a width and a height, such as 832x480, not {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def ways_to_fit(told: Mapping[str, Any]) -> dict[str, int]:
+    """What could be changed, one thing at a time, in the words of the command line, and the peak that each gives."""
+    width, height = told["size"]
+    function = told["recipe"].partition(":")[0]
+    recipe = recipe_named(told["recipe"])
+    changes: dict[str, dict[str, Any]] = {}
+    if told["dtype"] == "float32":
+        changes["--dtype bfloat16"] = {"dtype": "bfloat16"}
+    for share in (0.75, 0.5):
+        smaller = [max(16, int(side * share) // 16 * 16) for side in (width, height)]
+        changes[f"--size {smaller[0]}x{smaller[1]}"] = {"size": tuple(smaller)}
+    has_past = "past" in signature(RECIPES[function]).parameters and ":" not in told["recipe"]
+    if has_past and recipe.past > recipe.block and recipe.sink % recipe.block == 0:
+        smallest = f"{function}:past={recipe.block}"
+        changes[f"--recipe {smallest}"] = {"recipe": smallest}
+    if told["model"] in registry() and registry()[told["model"]].network == "wan2.1-14b":
+        changes["--model wan2.1-1.3b"] = {"model": "wan2.1-1.3b"}
+    asked = {"model": told["model"], "size": (width, height), "recipe": told["recipe"], "dtype": told["dtype"]}
+    return {words: plan(**(asked | change))["peak"] for words, change in changes.items()}
+
+
+def in_words(told: Mapping[str, Any]) -> str:
+    """What `plan` gives, as text."""
+    lines = [f"{told['model']}, {told['recipe']}, {told['size'][0]}x{told['size'][1]}, {told['dtype']}; predicted:"]
+    for moment, parts in told["moments"].items():
+        lines.append(f"\n{moment:32}{gib(told['totals'][moment]):>12}")
+        lines += [f"  {part:30}{gib(size):>12}" for part, size in parts.items() if size]
+        lines += [f"    {what} x {count}: {gib(size)}" for what, count, size in told["largest"].get(moment, [])]
+    lines.append(f"\npeak {gib(told['peak'])} ({told['peak_at']}); context, scratch memory and gaps come on top")
+    if ways := told.get("ways_to_fit"):
+        lines.append("instead, one thing at a time:")
+        lines += [f"  {words:32}{gib(peak)}{', fits' * (peak <= told['vram'])}" for words, peak in ways.items()]
+    return "\n".join(lines)
+
+
+def gib(size: int) -> str:
+    """As text, in GiB or MiB."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.2f} MiB"
+
+
+def _largest(held: Mapping[int, tuple[str, int]]) -> list[tuple[str, int, int]]:
+    """The three kinds of tensors that come to most."""
+    counts = Counter(what for what, _ in held.values())
+    sums: Counter[str] = Counter()
+    for what, size in held.values():
+        sums[what] += size
+    return [(what, counts[what], size) for what, size in sums.most_common(3)]
+
+
+def _known(model: str) -> dict[str, Any]:
+    """Sizes of a model's parts. ValueError for names of none, with the nearest."""
+    if model == "toy":
+        network, codec = described(packaged(NETWORK_FILE)), described(packaged(CODEC_FILE))
+        words = WordEncoderConfig(**network["text"])
+        with META:
+            text = WordEncoder(words)  # in float32 whatever the network is in
+        return {
+            "network": WanConfig.of(network["network"]), "recipe": None, "size": (WIDTH, HEIGHT),
+            "codec": lambda: LightCodec(LightCodecConfig(**codec["codec"]), encoder=False),
+            "text_bytes": nbytes(text), "text_rows": words.length, "text_leaves": False,
+        }  # fmt: skip
+    networks = {name: one for name, one in registry().items() if one.network in NETWORKS}
+    if model not in networks:
+        close = get_close_matches(model, ["toy", *networks], n=2, cutoff=0.4)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"there are toy, {', '.join(networks)}"
+        raise ValueError(f"no model {model!r}: {hint}")
+    one = networks[model]
+    return {
+        "network": NETWORKS[str(one.network)], "recipe": one.recipe, "size": (one.width, one.height),
+        "codec": lambda: WanVAE(WanVAEConfig()),
+        "text_bytes": 2 * umt5_parameters(),  # in bfloat16 whatever the network is in
+        "text_rows": LENGTH, "text_leaves": True,
+    }  # fmt: skip

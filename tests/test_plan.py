@@ -1,0 +1,145 @@
+"""Predicted memory, against what real streams hold and what their tensors come to."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from longtake import plan as planning
+from longtake.attention.dense import dense
+from longtake.cli import main
+from longtake.generation.recipe import Recipe
+from longtake.generation.stream import Engine
+from longtake.memory.stream_memory import StreamMemory
+from longtake.models.light_codec import LightCodec
+from longtake.models.wan import WanTransformer
+from longtake.plan import GIB, META, Alive, Stream, in_words, plan, streamed, umt5_parameters, vram, ways_to_fit
+from longtake.recipes import hybrid_forcing, longlive, memflow, rehyat, rolling_forcing, self_forcing_sink
+from tests import tiny
+
+SIZE = (48, 32)
+RECIPES = [self_forcing_sink(), hybrid_forcing(), rolling_forcing().with_levels(3), longlive(), memflow(), rehyat()]
+by_name = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+
+
+def on_meta(engine: Engine) -> Stream:
+    """The same network and codec without numbers."""
+    with META:
+        network, codec = WanTransformer(engine.network.config), LightCodec(engine.codec.config)
+    return stream_of(network.requires_grad_(False), codec.requires_grad_(False))
+
+
+def stream_of(network: WanTransformer, codec: LightCodec) -> Stream:
+    return Stream(network=network, codec=codec, text_bytes=0, text_rows=5, text_leaves=False)
+
+
+def predicted(recipe: Recipe) -> planning.Working:
+    with planning.Fused():
+        return streamed(on_meta(tiny.engine(recipe)), replace(recipe, near=dense), SIZE)
+
+
+@by_name
+def test_keys_and_far_states_are_those_of_a_real_stream(recipe: Recipe) -> None:
+    engine = tiny.engine(recipe)
+    kept = predicted(recipe).kept
+    with engine.stream("any", seed=1) as stream:
+        memory: StreamMemory = stream._batch._memory
+        most = 0
+        for _ in range(14):
+            next(stream)
+            most = max(most, memory.nbytes())
+    assert kept["keys and values"] + kept["far state"] == most
+    assert bool(kept["far state"]) == (recipe.name in ("hybrid_forcing", "rehyat"))
+    assert kept["codec state"] == stream_state_bytes(engine)
+
+
+def stream_state_bytes(engine: Engine) -> int:
+    _, state = engine.codec.decode(torch.zeros(1, 6, *engine.latent_size))
+    return state.nbytes
+
+
+@by_name
+def test_peaks_are_those_of_real_tensors(recipe: Recipe) -> None:
+    """The same count over a stream that really runs, with the CPU's own fused attention."""
+    engine = tiny.engine(recipe)
+    real = streamed(stream_of(engine.network, engine.codec), replace(recipe, near=dense), SIZE)
+    assert predicted(recipe).peaks == pytest.approx(real.peaks, rel=0.03)
+
+
+def test_the_count_sees_what_is_alive_at_once() -> None:
+    known = torch.zeros(1000)
+    alive = Alive(torch.device("cpu"), [known])
+    with alive, alive.moment("two"):
+        one = known + 1
+        two = one.view(10, 100) * 2
+        del one
+        two = two[0] + known[:100]
+        assert alive.now == 4 * 100
+    assert alive.peaks == {"two": 4 * 2000} and two.numel() == 100
+    assert alive.largest["two"] == [("[1000] float32", 1, 4000), ("[10, 100] float32", 1, 4000)]
+
+
+def test_parameters_are_those_of_the_networks() -> None:
+    told = plan("toy", size=(32, 32), dtype="float32")
+    engine = planning_engine()
+    assert told["moments"]["first prompt"] == {
+        "text encoder": planning.nbytes(engine.text.encoder),
+        "network": planning.nbytes(engine.network),
+        "codec": planning.nbytes(engine.codec),
+    }
+
+
+def planning_engine() -> Engine:
+    from longtake.recipes import load
+
+    return load("toy", recipe="self_forcing_sink", device="cpu", dtype=torch.float32)
+
+
+def test_the_text_encoder_has_as_many_parameters_as_that_of_transformers() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = planning.UMT5_XXL
+    config = transformers.UMT5Config(
+        vocab_size=sizes["words"], d_model=sizes["dim"], d_kv=sizes["inner"] // sizes["heads"], d_ff=sizes["ffn"],
+        num_layers=sizes["layers"], num_heads=sizes["heads"], relative_attention_num_buckets=sizes["buckets"],
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    with META:
+        assert umt5_parameters() == sum(p.numel() for p in transformers.UMT5EncoderModel(config).parameters())
+
+
+def test_sizes_of_memory() -> None:
+    assert [vram(text) for text in ("24G", "1.5GiB", "512 m")] == [24 * GIB, 3 * GIB // 2, 2**29]
+    for text in ("", "24", "0G", "-1G", "24T"):
+        with pytest.raises(ValueError, match="a number with G or M"):
+            vram(text)
+
+
+def test_what_does_not_fit_is_told_with_ways_that_do(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["plan", "--size", "64x64", "--recipe", "infinity_rope", "--dtype", "float32"]
+    assert main([*arguments, "--vram", "1G"]) == 0
+    assert "\npeak " in capsys.readouterr().out
+    assert main([*arguments, "--vram", "45M", "--json"]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith("longtake: this does not fit 45M: it takes") and said.err.count("\n") == 1
+    told = json.loads(said.out)
+    ways = told["ways_to_fit"]
+    assert all(peak < told["peak"] for peak in ways.values())
+    assert ways["--dtype bfloat16"] < 45 * 2**20 < ways["--size 48x48"]
+    assert "--dtype bfloat16" in in_words(told) and ", fits" in in_words(told)
+
+
+def test_a_smaller_window_and_a_smaller_model_are_ways_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "plan", lambda **asked: {"peak": str(asked)})
+    told = {"model": "krea-realtime-14b", "recipe": "self_forcing", "size": [832, 480], "dtype": "bfloat16"}
+    assert list(ways_to_fit(told)) == [
+        "--size 624x352", "--size 416x240", "--recipe self_forcing:past=3", "--model wan2.1-1.3b",
+    ]  # fmt: skip
+
+
+def test_memory_is_near_what_another_implementation_was_measured_at() -> None:
+    """Self Forcing's own code on an H200, 832x480, bfloat16, 9 latent frames: 7.5 GiB without text and codec."""
+    told = plan("wan2.1-1.3b", recipe="self_forcing")
+    parts = told["moments"]["network pass"]
+    assert sum(parts.values()) - parts["codec"] - parts["codec state"] == pytest.approx(7.5 * GIB, rel=0.25)
+    assert parts["keys and values"] == 2 * 30 * 6 * 1560 * 1536 * 2  # keys and values, layers, frames, tokens, width
