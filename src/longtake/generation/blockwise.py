@@ -40,6 +40,7 @@ def blockwise(
         with torch.set_grad_enabled(learns(block)):
             clean = clean_estimate(network, noisy, levels[-1], prompt, view)
         commit(network, memory, clean, prompt, view)
+        del view  # its rotated keys would live on beside those of the next
         yield clean
 
 
