@@ -201,15 +201,21 @@ class Recorded:
         torch.cuda.set_rng_state(dice)
         graph = torch.cuda.CUDAGraph()
         # Other threads (NCCL's) may ask the device for news meanwhile.
-        with torch.cuda.graph(graph, _common_pool(), capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, _common().pool(), capture_error_mode="thread_local"):
             output = self._call(*own)
         return _Record(graph, inputs, output)
 
 
 @cache
-def _common_pool() -> Any:
-    """The memory in which all records work: they are replayed one after the other, and what they give is copied."""
-    return torch.cuda.graph_pool_handle()
+def _common() -> torch.cuda.CUDAGraph:
+    """A graph whose memory all records work in: they are replayed one after the other, and what they give is copied.
+
+    It lives for good, since memory that no graph uses any more cannot be taken up again.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        torch.zeros(1, device="cuda")
+    return graph
 
 
 def mapped_tensors(tree: Any, change: Callable[[Tensor], Any]) -> Any:
