@@ -110,7 +110,7 @@ LEAST_SWEEP, LEAST_TURN = 6.0, 40.0  # pixels from one picture to the next, and 
 LEAST_PAIRS = 5  # of neighbouring pictures, in which it turns one way
 LEAST_GAIN = 0.05  # by which part fast shifts must explain all of these better than none
 UNSTEADY = 0.0005  # what it costs a shift to differ from the one before, for every step of `FAST`
-PAN_GAIN = 0.05  # by which part a steady shift must explain pictures better than none, to be a pan
+PAN_GAIN = 0.03  # by which part a steady shift must explain pictures better than none, to be a pan
 FLAT = 0.01  # where no shift is worse than the best one by more than this part, there is no landscape to tell by
 
 
@@ -125,7 +125,8 @@ class Camera(NamedTuple):
 def read_camera(pictures_BSHWC: Tensor, rate: float) -> Camera:
     """How the landscape shifts between pictures, of which there are `rate` a second."""
     bands = _bands(pictures_BSHWC)
-    turned = _turns(bands).cumsum(1)
+    turned, turned_behind_snow = _turns(bands), _turns(_bands(_without_flakes(pictures_BSHWC)))
+    turned = torch.where(turned.any(1, keepdim=True), turned, turned_behind_snow).cumsum(1)
     away = (turned.amax(1) - turned.amin(1)) > LEAST_TURN
     drift, flat = _drift(bands, rate)
     still, left, right, looks_away = range(len(CAMERAS))
@@ -190,7 +191,16 @@ def _drift(bands: Tensor, rate: float) -> tuple[Tensor, Tensor]:
 BAND = 4  # rows that are averaged
 TOP = 48  # above this is mostly sky, which the camera does not move
 NEAR = (88 - TOP) // BAND  # the band where the ground begins
+FLAKE = 5  # snow is smaller: it hides a landscape that goes by in a blur
 CUT = 0.1  # differences beyond this count no more: else a subject's outline would outweigh the hills
+
+
+def _without_flakes(pictures_BSHWC: Tensor) -> Tensor:
+    """The pictures without what is bright and smaller than `FLAKE` pixels, such as snow (a grey opening)."""
+    images = pictures_BSHWC.flatten(0, 1).movedim(-1, 1)
+    darkest = -nn.max_pool2d(-images, FLAKE, 1, FLAKE // 2)
+    opened = nn.max_pool2d(darkest, FLAKE, 1, FLAKE // 2)
+    return opened.movedim(1, -1).unflatten(0, pictures_BSHWC.shape[:2])
 
 
 def _bands(pictures_BSHWC: Tensor) -> Tensor:
