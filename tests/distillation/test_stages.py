@@ -9,11 +9,13 @@ from tests import tiny
 
 from longtake.distillation import dmd, stages
 from longtake.distillation.plan import Plan, Script, draw_plan, rolled_out
+from longtake.distillation.pretrain import teacher_forcing_loss
 from longtake.distillation.rollout import FreshNoise, rollout, windows
 from longtake.distillation.stages import DmdStage, TeacherForcingStage
 from longtake.distillation.stages.dmd import script_of
 from longtake.distillation.stages.learners import dmd_adam, learner_of
-from longtake.distillation.trainer import Dice, Learner, Run, read_metrics
+from longtake.distillation.stages.world import renew
+from longtake.distillation.trainer import STATE_FILE, Dice, Learner, Run, read_metrics, train
 from longtake.generation.blockwise import blockwise
 from longtake.generation.recipe import Recipe
 from longtake.models.text import WordEncoder, WordEncoderConfig
@@ -148,26 +150,39 @@ def test_only_what_the_teacher_could_have_made_of_the_same_noise_is_pulled_to_it
     )
 
 
-class Clips(SimpleNamespace):
-    """A supply of one pair of clips, as long as the teacher's, with what is said of them."""
+class Clips:
+    """A supply whose clips are other ones whenever it is renewed, with what was drawn from it."""
 
-    latents_BFCHW = torch.randn(2, 12, *tiny.LATENTS[1:], generator=torch.Generator().manual_seed(6))
-    focus_BFHW = torch.zeros(2, 12, *tiny.LATENTS[2:])
-    frames = 12
+    def __init__(self, frames: int, memory_share: float):
+        self.frames, self.memory_share = frames, memory_share
+        self.made, self.drawn = 0, []
 
-    def renew(self) -> None: ...
+    def renew(self) -> None:
+        self.made += 1
 
-    def draw(self, count: int, frames: int) -> "Clips":
-        return self
+    def draw(self, count: int, frames: int) -> SimpleNamespace:
+        dice = torch.Generator().manual_seed(self.made)
+        latents = torch.randn(count, frames, *tiny.LATENTS[1:], generator=dice)
+        self.drawn.append(latents)
+        return SimpleNamespace(
+            latents_BFCHW=latents,
+            tokens_BPL=torch.ones(count, 2, 5, dtype=torch.long),
+            prompt_BF=torch.zeros(count, frames, dtype=torch.long),
+            focus_BFHW=torch.zeros(count, frames, *tiny.LATENTS[2:]),
+        )
 
-    def state_dict(self) -> dict[str, object]:
-        return {}
+    def state_dict(self) -> dict[str, int]:
+        return {"made": self.made}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.made = state["made"]
 
 
 def steps(monkeypatch, out: Path, recipe: Recipe = RECIPE, reads_far: bool = False, **settings) -> SimpleNamespace:
     """Two steps of distribution matching: what the teacher sampled from, what rollouts began with, and the student."""
     seen = SimpleNamespace(targets=[], began=[], student=tiny.network(extent=12, reads_far=reads_far).float())
     seen.samplers, seen.given, seen.schedules, seen.memories = [], [], [], []
+    seen.supplies, seen.lessons, seen.given_blocks = [], [], []
 
     def sampled(teacher, noise, levels):
         seen.samplers.append(teacher)
@@ -176,6 +191,7 @@ def steps(monkeypatch, out: Path, recipe: Recipe = RECIPE, reads_far: bool = Fal
 
     def rolled(schedule, network, memory, prompts, noise, *more, **named):
         seen.given.append(len(named["given"]))
+        seen.given_blocks.append(named["given"])
         seen.schedules.append(schedule)
         seen.memories.append(memory)
         seen.began.append([])
@@ -186,13 +202,22 @@ def steps(monkeypatch, out: Path, recipe: Recipe = RECIPE, reads_far: bool = Fal
 
         return rollout(schedule, network, memory, prompts, heard, *more, **named)
 
+    def forced(network, clips, *more, **named):
+        seen.lessons.append(clips.latents_BFCHW)
+        return teacher_forcing_loss(network, clips, *more, **named)
+
+    def clips(count, seed, frames, memory_share=0.0):
+        seen.supplies.append(Clips(frames, memory_share))
+        return seen.supplies[-1]
+
     monkeypatch.setattr("longtake.distillation.stages.dmd.teacher_sample", sampled)
+    monkeypatch.setattr("longtake.distillation.stages.teacher_forcing.teacher_forcing_loss", forced)
     monkeypatch.setattr("longtake.distillation.plan.rollout", rolled)
     said = SimpleNamespace(tokens_BPL=Source.tokens_BPL, prompt_BF=torch.zeros(2, 12, dtype=torch.long))
     world = SimpleNamespace(
         latent_size=tiny.LATENTS[1:],
         prompts=lambda count, seed: said,
-        clips=lambda count, seed, frames: Clips(**vars(said)),
+        clips=clips,
         held_out=lambda count: torch.ones(count, 5, dtype=torch.long),
         show=lambda name, latents: None,
     )
@@ -278,6 +303,94 @@ def test_what_is_real_teaches_beside_the_matching_loss(monkeypatch, tmp_path: Pa
 def test_what_is_real_is_walked_through_where_a_memory_has_to_be(monkeypatch, tmp_path: Path) -> None:
     steps(monkeypatch, tmp_path, recipe_named("reward_forcing"), steps=1, real_weight=1.0)
     assert read_metrics(tmp_path)[0]["real"] > 0
+
+
+OWN = {"real_frames": 15, "real_batch": 3, "memory_share": 0.5}
+
+
+def same(some: list[torch.Tensor], others: list[torch.Tensor]) -> bool:
+    return len(some) == len(others) > 0 and all(map(torch.equal, some, others))
+
+
+def test_whole_clips_of_those_that_blocks_are_given_from_are_what_is_real(monkeypatch, tmp_path: Path) -> None:
+    seen = steps(monkeypatch, tmp_path, seed=2, most_given=3, steps=6, real_weight=1.0)
+    (clips,) = seen.supplies
+    assert (clips.frames, clips.memory_share) == (12, 0)
+    assert {x.shape[:2] for x in clips.drawn} == {(2, 12)} and len(clips.drawn) == 6 + sum(map(bool, seen.given))
+    assert len(seen.lessons) == 6 and same(seen.lessons[:1], clips.drawn[:1])
+
+
+@pytest.mark.parametrize(
+    "name, own", [("hybrid_forcing", OWN), ("reward_forcing", {"real_frames": 6}), (RECIPE.name, {"memory_share": 1.0})]
+)
+def test_clips_of_their_own_teach_beside_rollouts_of_the_teachers_length(
+    name: str, own: dict, monkeypatch, tmp_path: Path
+) -> None:
+    settings = {"seed": 2, "most_given": 3, "steps": 6, "real_weight": 1.0}
+    seen = steps(monkeypatch, tmp_path, recipe_named(name), True, **settings, **own)
+    real, given = seen.supplies
+    frames = own.get("real_frames", 12)
+    assert (given.frames, given.memory_share) == (12, 0)
+    assert (real.frames, real.memory_share) == (frames, own.get("memory_share", 0))
+    assert same(seen.lessons, real.drawn) and len(seen.lessons) == 6
+    assert {x.shape[:2] for x in seen.lessons} == {(own.get("real_batch", 2), frames)}
+    went_on = [torch.cat(blocks, dim=1) for blocks in seen.given_blocks if blocks]
+    assert same(went_on, [x[:, : y.shape[1]] for x, y in zip(given.drawn, went_on, strict=True)])
+    assert {x.shape[:2] for x in given.drawn} == {(2, 12)}
+
+
+def test_no_clips_are_made_that_nothing_is_given_from(monkeypatch, tmp_path: Path) -> None:
+    assert not steps(monkeypatch, tmp_path / "neither", steps=1).supplies
+    (real,) = steps(monkeypatch, tmp_path / "real", steps=1, real_weight=1.0, **OWN).supplies
+    assert real.memory_share == 0.5
+
+
+def test_more_real_clips_leave_the_rollouts_as_they_are(monkeypatch, tmp_path: Path) -> None:
+    """Plans, prompts and given blocks come from dice and clips that lessons do not touch."""
+    settings = {"seed": 2, "most_given": 3, "steps": 6}
+    plain = steps(monkeypatch, tmp_path / "plain", **settings)
+    taught = steps(monkeypatch, tmp_path / "taught", **settings, real_weight=1.0, **OWN)
+    assert plain.given == taught.given and same(plain.supplies[0].drawn, taught.supplies[-1].drawn)
+
+
+@pytest.mark.parametrize("own", [{}, OWN])
+def test_a_run_that_crashes_goes_on_with_the_clips_that_it_would_have_had(
+    own: dict, monkeypatch, tmp_path: Path
+) -> None:
+    class Crash(Exception): ...
+
+    def crashing(supply: Clips, step: int) -> None:
+        if step == 3:
+            raise Crash
+        renew(supply, step)
+
+    settings = {"seed": 2, "most_given": 3, "steps": 6, "real_weight": 1.0, **own}
+    monkeypatch.setitem(train.__kwdefaults__, "save_seconds", 0.0)
+    monkeypatch.setattr("longtake.distillation.stages.world.RENEW_EVERY", 2)
+    whole = steps(monkeypatch, tmp_path / "whole", **settings)
+    with monkeypatch.context() as patched, pytest.raises(Crash):
+        patched.setattr("longtake.distillation.stages.dmd.renew", crashing)
+        steps(monkeypatch, tmp_path / "crashed", **settings)
+    assert {clips.made for clips in whole.supplies} == {3}, "new ones came every other step"
+    assert torch.load(tmp_path / "crashed" / STATE_FILE)["step"] == 3
+    resumed = steps(monkeypatch, tmp_path / "crashed", **settings)
+    assert same(resumed.lessons, whole.lessons[3:])
+    assert same([*resumed.student.state_dict().values()], [*whole.student.state_dict().values()])
+
+
+@pytest.mark.parametrize("name, value", OWN.items())
+def test_settings_of_real_clips_are_refused_where_nothing_learns_from_them(
+    name: str, value: float, monkeypatch, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=f"{name} is for teacher forcing on real clips: set real_weight"):
+        steps(monkeypatch, tmp_path, **{name: value})
+
+
+def test_real_clips_are_whole_blocks_of_every_recipe(monkeypatch, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"real_frames \(16\) must be whole blocks of 3"):
+        steps(monkeypatch, tmp_path, real_weight=1.0, real_frames=16)
+    with pytest.raises(ValueError, match=r"memory_share must be at most 1, got 1\.5"):
+        DmdStage(real_weight=1.0, memory_share=1.5)
 
 
 @pytest.mark.parametrize("name", ["rolling_forcing", "rolling_forcing:sink=0"])

@@ -40,7 +40,7 @@ SETTINGS = {
     "ode": ["batch=2", "pairs=4", "sampling_steps=4"],
     "dmd": [
         "batch=2", "most_blocks=5", "most_given=2", "pool=2", "levels=[2,1]", "pull=0.05", "pull_steps=2",
-        "real_weight=0.5",
+        "real_weight=0.5", "real_frames=36", "real_batch=1", "memory_share=0.5",
         "seed=13451",  # rollouts of every kind: by windows in the second step, pulled in the first and in the last
     ],
 }  # fmt: skip
@@ -237,6 +237,9 @@ def test_every_stage_is_a_verb() -> None:
         ("codec", ["--set", "steps=0.5"], "a whole number"),
         ("dmd", ["--from", "{ode}", "--set", "levels=[0]"], "levels must be above 0"),
         ("dmd", ["--from", "{ode}", "--set", "most_blocks=2"], "must hold the teacher's clip"),
+        ("dmd", ["--from", "{ode}", "--set", "memory_share=0.5"], "set real_weight above 0, too"),
+        ("dmd", ["--from", "{ode}", "--set", "real_frames=32", "real_weight=1"], "whole blocks"),
+        ("dmd", ["--from", "{ode}", "--set", "memory_share=0.5", "real_weight=1"], "take more frames"),
         ("teacher_forcing", ["--from", "{ode}", "--set", "frames=32"], "whole blocks"),
         ("teacher_forcing", ["--from", "{ode}", "--set", "memory_share=0.5"], "take more frames"),
         ("teacher", ["--from", "{ode}"], "another shape"),

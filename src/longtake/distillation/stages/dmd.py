@@ -29,18 +29,7 @@ def train_dmd(
     text: WordEncoder, network: WanTransformer, teacher: WanTransformer, world: World, recipes: Sequence[Recipe],
     shift: float, stage: DmdStage, run: Run,
 ) -> dict[str, float]:  # fmt: skip
-    for recipe in recipes:
-        if network.config.extent % recipe.block or stage.most_blocks * recipe.block < network.config.extent:
-            raise ValueError(
-                f"rollouts of up to {stage.most_blocks} blocks of {recipe.block} latent frames must hold the teacher's "
-                f"clip, {network.config.extent} frames, in whole blocks"
-            )
-        for count in stage.levels_of(recipe):
-            recipe.with_levels(count).memory(network)  # refused before work begins
-    if stage.pull and stage.last_exits and min(min(stage.levels_of(recipe)) for recipe in recipes) > stage.last_exits:
-        raise ValueError(
-            "only rollouts that exit at the first step are pulled, and last_exits leaves that out: drop one"
-        )
+    _require_sense(stage, network, recipes)
     critic = copy.deepcopy(teacher).requires_grad_(True).train()
     network.requires_grad_(True).train()
     student = Learner(network, [dmd_adam(network, stage.lr, stage.far_lr)], average=stage.average)
@@ -48,8 +37,9 @@ def train_dmd(
     compile_for(run, network, teacher, critic)
     parallel.record_calls([network, teacher, critic], ("forward", "keys_to_commit"))  # most of what rollouts do
     shared = Dice(stage.seed)
-    uses_clips = stage.most_given or stage.real_weight
-    supply = world.clips(stage.pool, stage.seed, network.config.extent) if uses_clips else None
+    supplies = supplies_for(stage, world, network.config.extent)
+    clips = supplies.get("clips")
+    real = supplies.get("real", clips) if stage.real_weight else None
     with torch.no_grad():
         nothing_BPLE = embed(text, text.no_prompt(stage.batch)[:, None])
 
@@ -78,15 +68,16 @@ def train_dmd(
             levels=stage.levels_of(recipe), most_blocks=stage.most_blocks, most_given=stage.most_given,
             self_forcing_share=stage.self_forcing_share, last_exits=stage.last_exits,
         )  # fmt: skip
-        if supply is not None:
+        for supply in supplies.values():
             renew(supply, step)
         taught = {}
         # First: while a rollout's graph holds the parameters, no lesson of theirs can be recorded.
-        if supply is not None and stage.real_weight:
-            whole = supply.draw(stage.batch, supply.frames - supply.frames % recipe.block)
-            value = real_lesson(recipe.name, plan.levels[0])(*parts_of(whole))
+        if real is not None:
+            frames = stage.real_frames or real.frames - real.frames % recipe.block
+            drawn = real.draw(stage.real_batch or stage.batch, frames)
+            value = real_lesson(recipe.name, plan.levels[0])(*parts_of(drawn))
             taught = {"real": value / stage.real_weight}
-        script = script_of(text, world, supply, plan, stage, step)
+        script = script_of(text, world, clips, plan, stage, step)
         text_BPLE, prompt_BF, _ = script
         fresh = FreshNoise((stage.batch, recipe.block, *world.latent_size), run.device)
         pulled = stage.pull > 0 and plan.can_be_pulled
@@ -115,10 +106,43 @@ def train_dmd(
     shown = [recipe.with_levels(stage.levels_of(recipe)[0]) for recipe in recipes]
     look = stream_strips(text, network, student, world, shown, shift, run)
     learners = {"student": student, "critic": judge}
-    keep = {"shared": shared} | ({"clips": supply} if supply is not None else {})
+    keep = {"shared": shared, **supplies}
     spent = train(learners, turn, stage.budget(warmup=20), run, keep=keep, look=look, log_every=25, rare=("pull",))
     student.swap_average()
     return spent
+
+
+def _require_sense(stage: DmdStage, network: WanTransformer, recipes: Sequence[Recipe]) -> None:
+    """ValueError, before work begins, for settings that do not go together or with what is trained."""
+    for recipe in recipes:
+        if network.config.extent % recipe.block or stage.most_blocks * recipe.block < network.config.extent:
+            raise ValueError(
+                f"rollouts of up to {stage.most_blocks} blocks of {recipe.block} latent frames must hold the teacher's "
+                f"clip, {network.config.extent} frames, in whole blocks"
+            )
+        if stage.real_frames % recipe.block:
+            raise ValueError(f"real_frames ({stage.real_frames}) must be whole blocks of {recipe.block}")
+        for count in stage.levels_of(recipe):
+            recipe.with_levels(count).memory(network)  # refused before work begins
+    if stage.pull and stage.last_exits and min(min(stage.levels_of(recipe)) for recipe in recipes) > stage.last_exits:
+        raise ValueError(
+            "only rollouts that exit at the first step are pulled, and last_exits leaves that out: drop one"
+        )
+    of_real_clips = [name for name in ("real_frames", "real_batch", "memory_share") if getattr(stage, name)]
+    if of_real_clips and not stage.real_weight:
+        raise ValueError(f"{of_real_clips[0]} is for teacher forcing on real clips: set real_weight above 0, too")
+
+
+def supplies_for(stage: DmdStage, world: World, clip: int) -> dict[str, ClipSupply]:
+    """By the names that they are saved under: "clips", which blocks are given from, and "real", the clips of teacher
+    forcing where the former will not do. clip: latent frames of the teacher's."""
+    own = bool(stage.real_frames or stage.memory_share)
+    supplies = {}
+    if own:  # first, for these may be refused as too short
+        supplies["real"] = world.clips(stage.pool, stage.seed, stage.real_frames or clip, stage.memory_share)
+    if stage.most_given or (stage.real_weight and not own):
+        supplies["clips"] = world.clips(stage.pool, stage.seed, clip)
+    return supplies
 
 
 @torch.no_grad()

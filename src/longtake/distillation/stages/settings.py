@@ -36,8 +36,8 @@ class Stage:
 
 _MAY_BE_0 = {
     "seed", "kl_weight", "focus_weight", "no_prompt_share", "encoder_blocks", "decoder_blocks", "most_given", "pull",
-    "self_forcing_share", "memory_share", "recompute", "real_weight", "last_exits", "layers", "overlap",
-    "turns_with_frames", "both_ways", "softmax",
+    "self_forcing_share", "memory_share", "recompute", "real_weight", "real_frames", "real_batch",
+    "last_exits", "layers", "overlap", "turns_with_frames", "both_ways", "softmax",
 }  # fmt: skip
 
 
@@ -184,9 +184,15 @@ class DmdStage(Stage):
     about its rate a step. pull: weight of the pull to the teacher's own sample from the rollout's noise (published:
     0.05), made in `pull_steps` steps under `pull_guidance`; of rollouts that exit at the first step, begin with nothing
     and are as long as the teacher's clip. last_exits: exit steps are drawn from so many last ones (0: from all, as
-    published). real_weight: weight of teacher forcing on whole clips (with its `focus_weight`) beside the matching
+    published). real_weight: weight of teacher forcing on real clips (with its `focus_weight`) beside the matching
     loss, which drops what is rare and sudden, such as a camera that begins to turn. It is at the levels of the steps
     that `last_exits` leaves out, where such things are decided, or at any level where it leaves none out.
+
+    In rollouts keys are cut from their graph, so what is to be remembered is learned from real clips alone.
+    real_frames: latent frames of these, whole blocks (0: whole clips, as the world has them to give blocks from).
+    real_batch: how many of them a step (0: `batch`), for long ones take much memory. memory_share: of those made for
+    memory, see `TeacherForcingStage`. Where they are to be other than the clips that blocks are given from, they come
+    from a pool of their own, of the same size and seed. Any of the three is refused without a real_weight.
     """
 
     seconds: float = 330.0
@@ -208,6 +214,9 @@ class DmdStage(Stage):
     pull_guidance: float = 3.5
     last_exits: int = 0
     real_weight: float = 0.0
+    real_frames: int = 0
+    real_batch: int = 0
+    memory_share: float = 0.0
     focus_weight: float = 1.0
 
     def levels_of(self, recipe: Recipe) -> tuple[int, ...]:
