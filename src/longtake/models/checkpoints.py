@@ -159,7 +159,12 @@ def open_codec(
     path: str | Path, *, config: WanVAEConfig | None = None, entries: Sequence[str] = ENTRIES
 ) -> tuple[Checkpoint, WanVAEConfig, str]:
     """A Wan VAE's checkpoint in our names, its sizes and the layout it had; nothing is read yet."""
-    checkpoint = unwrapped(open_checkpoint(_inside(Path(path), "vae", CODEC_FILE), entries=entries))
+    return codec_opened(open_checkpoint(_inside(Path(path), "vae", CODEC_FILE), entries=entries), config)
+
+
+def codec_opened(checkpoint: Checkpoint, config: WanVAEConfig | None = None) -> tuple[Checkpoint, WanVAEConfig, str]:
+    """As `open_codec`, of what is opened already."""
+    checkpoint = unwrapped(checkpoint)
     config = config or codec_config(checkpoint)
     with torch.device("meta"):
         names = WanVAE(config).state_dict()
