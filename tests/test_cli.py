@@ -21,7 +21,7 @@ class GreyEngine:
     """An engine as the command line sees one; Ctrl-C comes in block `stops_at`."""
 
     frame_rate, height, width = 16, 32, 48
-    model_name, weights = "toy", "0123"
+    model_name, weights, codec_name = "toy", "0123", None
     recipe = SimpleNamespace(name="self_forcing_sink", steps=(1000, 500), block=3, in_flight=1)
     dtype, device = torch.float32, torch.device("cpu")
 
@@ -137,16 +137,16 @@ def test_a_video_has_the_length_asked_for(engine, capsys, seconds, pictures):
 
 
 def test_generate_asks_for_what_it_was_told(engine):
-    arguments = "--seed 7 --recipe self_forcing --model folder --levels 2 --device cpu --dtype bfloat16 --seconds 1"
-    main(["generate", "a red ball", *arguments.split(), "--out", "out.mp4"])
-    options = {"recipe": "self_forcing", "levels": 2, "device": "cpu", "dtype": torch.bfloat16}
+    arguments = "--seed 7 --recipe self_forcing --model folder --codec taew2_1.pth --levels 2 --device cpu --seconds 1"
+    main(["generate", "a red ball", *arguments.split(), "--dtype", "bfloat16", "--out", "out.mp4"])
+    options = {"recipe": "self_forcing", "levels": 2, "device": "cpu", "dtype": torch.bfloat16, "codec": "taew2_1.pth"}
     assert engine.asked_for == [("folder", options)]
     assert engine.opened == [("a red ball", 7)]
 
 
 def test_generate_by_default(engine):
     main(["generate", "a red ball", "--seconds", "1"])
-    options = {"recipe": "self_forcing_sink", "levels": None, "device": None, "dtype": None}
+    options = {"recipe": "self_forcing_sink", "levels": None, "device": None, "dtype": None, "codec": None}
     assert engine.asked_for == [("toy", options)]
     assert engine.opened == [("a red ball", 42)]
 
@@ -326,7 +326,7 @@ def test_evaluate_gives_one_object_a_recipe(scorer, engine, capsys):
     assert json.loads(capsys.readouterr().out) == [SCORES, SCORES]
     assert scorer == [(("truth", "codec"), 3, None, 4, (5, 60), ["codec"], "cpu")]
     assert engine.asked_for == [
-        ("toy", {"recipe": "self_forcing", "levels": 2, "device": torch.device("cpu"), "dtype": None}),
+        ("toy", {"recipe": "self_forcing", "levels": 2, "device": torch.device("cpu"), "dtype": None, "codec": None}),
     ]
 
 

@@ -72,6 +72,7 @@ def generate(
     image: Annotated[Path | None, arg(aliases=["--video"], metavar="FILE")] = None,
     recipe: str = "self_forcing_sink",
     model: str = "toy",
+    codec: Annotated[str | None, arg(metavar="NAME|PATH")] = None,
     levels: Annotated[int | None, arg(metavar="N")] = None,
     out: Annotated[Path | None, arg(aliases=["-o"], metavar="PATH")] = None,
     device: Annotated[str | None, arg(metavar="NAME")] = None,
@@ -93,6 +94,7 @@ def generate(
         image: An image or a video to go on from; what is made follows it.
         recipe: The method that makes it; `longtake models` lists them.
         model: The weights that make it; `longtake models` lists them.
+        codec: What makes pictures of a Wan model's latents in place of its VAE: taew2_1.pth, say, for quick previews.
         levels: Denoising steps of a block; unless given, as many as the recipe has.
         out: The mp4 to write; unless given, a free name made of prompt and seed. For a file, the folder.
         device: cpu, cuda, cuda:1, ...; unless given, the best there is.
@@ -102,6 +104,10 @@ def generate(
         raise ValueError("give one PROMPT, or a file of them with --prompts")
     if seconds is not None and not 0 < seconds < math.inf:
         raise ValueError(f"a video lasts more than 0 seconds, got {seconds:g}")
+
+    def load(place: "str | torch.device | None") -> "Engine":
+        return _load(model, recipe, levels, place, dtype, codec)
+
     if prompts is not None:
         if image is not None:
             raise ValueError("--image goes with one PROMPT, not with --prompts")
@@ -109,12 +115,12 @@ def generate(
             raise ValueError("--prompts needs a folder for the videos: -o DIR")
         with _together(device) as (_, place):
             scripts = _scripts_in(prompts, rewrite, place)
-            _make_many(scripts, seconds, seed, seeds, names, out, lambda: _load(model, recipe, levels, place, dtype))
+            _make_many(scripts, seconds, seed, seeds, names, out, lambda: load(place))
         return 0
     if (seeds, names) != (1, "numbered"):
         raise ValueError("--seeds and --names go with --prompts")
     script = _script_of(prompt or "", rewrite, device)
-    return _make_one(script, seconds, seed, out, image, lambda: _load(model, recipe, levels, device, dtype))
+    return _make_one(script, seconds, seed, out, image, lambda: load(device))
 
 
 def _script_of(text: str, chat: str | None, device: str | None) -> "Script":
@@ -231,6 +237,7 @@ bench = app.command(SubcommandApp(), name="bench", help="Measure speed on this m
 def bench_stream(
     recipe: str = "self_forcing_sink",
     model: str = "toy",
+    codec: Annotated[str | None, arg(metavar="NAME|PATH")] = None,
     levels: Annotated[int | None, arg(metavar="N")] = None,
     seconds: float = 10.0,
     repeats: int = 5,
@@ -244,6 +251,7 @@ def bench_stream(
     Args:
         recipe: The method to time.
         model: The weights to time.
+        codec: What makes pictures in place of a Wan model's VAE, such as taew2_1.pth.
         levels: Denoising steps of a block; unless given, as many as the recipe has.
         seconds: Length of each repeat, in seconds of video.
         repeats: How often; the fastest is the headline.
@@ -254,7 +262,7 @@ def bench_stream(
     """
     from longtake.evaluation import speed
 
-    result = speed.bench_stream(_load(model, recipe, levels, device, dtype), prompt, seconds, repeats)
+    result = speed.bench_stream(_load(model, recipe, levels, device, dtype, codec), prompt, seconds, repeats)
     print(dumps(result, indent=2) if json else _speed_in_words(result))
     return 0
 
@@ -588,7 +596,7 @@ def models_convert(
 def verify(
     checkpoint: Annotated[Positional[str], arg(metavar="CHECKPOINT")],
     recipe: Annotated[str | None, arg(metavar="RECIPE")] = None,
-    codec: Annotated[Path | None, arg(metavar="PATH")] = None,
+    codec: Annotated[str | None, arg(metavar="NAME|PATH")] = None,
     text: Annotated[Path | None, arg(metavar="DIR")] = None,
     prompt: str = "a red fox walks through fresh snow in a pine forest, in warm morning light",
     size: Annotated[str, arg(metavar="WxH")] = "832x480",
@@ -604,7 +612,7 @@ def verify(
     Args:
         checkpoint: A file, an index of shards, a folder, or the name of one that was pulled.
         recipe: The method that makes the clip; unless given, the one a name was trained under, else self_forcing.
-        codec: A Wan VAE, which makes pictures of the clip; without one, latents are checked and drawn.
+        codec: A Wan VAE or light decoder, which makes pictures of the clip; without one, latents are checked and drawn.
         text: Folder of a Wan model with its text encoder and tokenizer; without one, random numbers stand in for text.
         prompt: What the clip shows, where there is a text encoder.
         size: Of the pictures.
@@ -618,7 +626,7 @@ def verify(
     import torch
 
     from longtake.evaluation import verify as checks
-    from longtake.models.checkpoints import load_wan_vae, network_of, open_network, open_published
+    from longtake.models.checkpoints import load_codec, network_of, open_network, open_published
     from longtake.models.hub import registry
     from longtake.recipes import device_named
 
@@ -638,14 +646,14 @@ def verify(
         "blocks": blocks,
         "seed": seed,
         "text": f"a stand-in: numbers from seed {seed}, no words" if text is None else prompt,
-        "pictures": "three channels of the latents" if codec is None else f"decoded by {codec.name}",
+        "pictures": "three channels of the latents" if codec is None else f"decoded by {Path(codec).name}",
     }
     if results[0].passed:
-        vae = None if codec is None else load_wan_vae(codec, device=place, dtype=precision)
+        decoder = None if codec is None else load_codec(codec, device=place, dtype=precision)
         network = network_of(opened, device=place, dtype=precision)
         embedding = checks.standin_text(network, seed) if text is None else _embedded(text, prompt, place)
         more, pictures = checks.verify(
-            network, chosen, shift=shift, text_BLE=embedding, size=latent_size, blocks=blocks, seed=seed, codec=vae
+            network, chosen, shift=shift, text_BLE=embedding, size=latent_size, blocks=blocks, seed=seed, codec=decoder
         )
         results += more
     passed = all(check.passed for check in results)
@@ -796,10 +804,13 @@ def _converted_source(model: str, device: "torch.device", dtype: str) -> "Source
 _MARKS = {"codec": _codec_source, "teacher": _teacher_source, "converted": _converted_source}  # not recipes
 
 
-def _load(model: str, recipe: str, levels: int | None, device: "str | torch.device | None", dtype: str) -> "Engine":
+def _load(
+    model: str, recipe: str, levels: int | None, device: "str | torch.device | None", dtype: str,
+    codec: str | None = None,
+) -> "Engine":  # fmt: skip
     from longtake.recipes import load
 
-    return load(model, recipe=recipe, levels=levels, device=device, dtype=_precision(dtype))
+    return load(model, recipe=recipe, levels=levels, device=device, dtype=_precision(dtype), codec=codec)
 
 
 def _precision(name: str) -> "torch.dtype | None":

@@ -32,11 +32,13 @@ from longtake.generation.stream import Engine, to_uint8
 from longtake.memory.far import RULES, Decay, Delta, FarShape, Keep, MassCap, rule_named
 from longtake.memory.policies import Absolute, BackAndForth, BankShape, EndToEnd, Policy, Recache
 from longtake.models import checkpoints
-from longtake.models.hub import UNKNOWN, Published, cached, published, registry
+from longtake.models.codec import Codec
+from longtake.models.hub import UNKNOWN, Published, located, registry
 from longtake.models.light_codec import LightCodec, LightCodecConfig
 from longtake.models.text import WordEncoder, WordEncoderConfig, WordText
 from longtake.models.umt5 import UMT5Files, UMT5Text
 from longtake.models.wan import WanConfig, WanTransformer
+from longtake.models.wan_vae import WanVAE
 from longtake.models.weights import described, load_into, load_weights, save_weights
 from longtake.toy import captions
 from longtake.toy.scenes import HEIGHT, RATE, WIDTH
@@ -315,6 +317,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     levels: int | None = None,
+    codec: str | Path | None = None,
 ) -> Engine:
     """Put text encoder, network and codec together under a recipe, with options if any follow its name.
 
@@ -322,14 +325,16 @@ def load(
     weight file (its codec is looked for beside it, then in the package); whatever else there is goes to `load_wan`,
     with its defaults. device: the GPU if there is one. dtype: by default bfloat16 on a GPU; on a CPU whichever of
     float32 and bfloat16 a short trial finds faster. levels: the number of denoising steps, 1 to 1000; by default the
-    recipe's own. Streams that go on from pictures need codec_encoder.safetensors beside the codec; it is loaded when
-    first needed.
+    recipe's own. codec: for `load_wan` alone. Streams that go on from pictures need codec_encoder.safetensors beside
+    the codec; it is loaded when first needed.
     Raises ValueError, with what to do, for unknown names, for files that are not whole or do not fit, for a recipe that
     the network cannot be streamed under, and for one whose far state is not one that the weights learned to read, where
     their file says under which they were trained.
     """
     if _is_wan(model):
-        return load_wan(model, recipe=recipe, device=device, dtype=dtype, levels=levels)
+        return load_wan(model, recipe=recipe, device=device, dtype=dtype, levels=levels, codec=codec)
+    if codec is not None:
+        raise ValueError(f"model {model} has a codec of its own: others make pictures for networks of Wan's shape")
     chosen = recipe_named(recipe) if levels is None else recipe_named(recipe).with_levels(levels)
     network_file, codec_file = _weight_files(model, recipe)
     device = device_named(device)
@@ -338,14 +343,14 @@ def load(
         raise ValueError(f"{network_file} holds a {description['role']}, which cannot stream: name a student's weights")
     _require_taught(chosen, description.get("recipes", ()), network_file)
     chosen.memory(network)  # refuses what the network cannot read
-    codec = load_codec([codec_file], device)
+    own_codec = load_codec([codec_file], device)
     engine = Engine(
         model_name=str(model),
         recipe=chosen,
         text=WordText(text, captions.encode),
         network=network,
-        codec=codec,
-        latent_size=latent_size(codec),
+        codec=own_codec,
+        latent_size=latent_size(own_codec),
         frame_rate=RATE,
         shift=description["shift"],
         encode=_encoding(codec_file, device),
@@ -403,6 +408,7 @@ def load_wan(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     levels: int | None = None,
+    codec: str | Path | None = None,
 ) -> Engine:
     """Put a network of Wan's shape together with Wan's text encoder and VAE, under a recipe.
 
@@ -411,7 +417,9 @@ def load_wan(
     that of diffusers; by default the model's own folder if it is one, else wan2.1-1.3b as pulled: all sizes share them.
     size: height and width of pictures, by default those of the registry (480 x 832). shift: of the levels; by default
     the registry's, and for a path 5, that of Self Forcing and most students. dtype: by default bfloat16 on a GPU and
-    float32 on a CPU. levels: as for `load`.
+    float32 on a CPU. levels: as for `load`. codec: what makes pictures in place of the base's VAE, as
+    `models.checkpoints.load_codec` takes it: a light decoder, for previews. Given pictures are encoded by Wan's VAE all
+    the same, which is then loaded when first needed.
     ValueError, with what to do, for what is missing, does not fit or cannot be streamed.
     """
     chosen = recipe_named(recipe) if levels is None else recipe_named(recipe).with_levels(levels)
@@ -420,11 +428,11 @@ def load_wan(
     dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
     folder = _wan_base(model, base)
     files = UMT5Files.in_folder(folder)
+    decoder = checkpoints.load_codec(codec or folder, device=place, dtype=dtype)
     network = load_wan_network(model, recipe=recipe, device=place, dtype=dtype)
     chosen.memory(network)  # refuses what the network cannot read
-    codec = checkpoints.load_wan_vae(folder, device=place, dtype=dtype)
     height, width = size or (known.height, known.width)
-    step = codec.spatial_factor * network.config.patch
+    step = decoder.spatial_factor * network.config.patch
     if not height or not width or height % step or width % step:
         raise ValueError(f"pictures must be multiples of {step} high and wide, not {height} x {width}")
     return Engine(
@@ -432,11 +440,12 @@ def load_wan(
         recipe=chosen,
         text=UMT5Text(files, device=place),
         network=network,
-        codec=codec,
-        latent_size=(codec.latent_channels, height // codec.spatial_factor, width // codec.spatial_factor),
+        codec=decoder,
+        latent_size=(decoder.latent_channels, height // decoder.spatial_factor, width // decoder.spatial_factor),
         frame_rate=known.frame_rate or WAN_RATE,
         shift=shift or (known.shift if isinstance(known.shift, int | float) else WAN_SHIFT),
-        encode=lambda frames_BFCHW: codec.encode(frames_BFCHW.to(network.patch_embedding.weight.dtype))[0],
+        encode=_wan_encoding(network, decoder, folder),
+        codec_name=None if codec is None else str(codec),
     )
 
 
@@ -471,8 +480,7 @@ def _wan_base(model: str | Path, base: str | Path | None) -> Path:
     own = Path(model)
     if base is None and own.is_dir() and _holds(own, ("text_encoder", "models_t5_umt5*")):
         return own
-    name = str(base or WAN_BASE)
-    return cached(published(name)) if name in registry() else Path(name)
+    return located(base or WAN_BASE)
 
 
 def _require_taught(chosen: Recipe, taught: Sequence[str], path: Path) -> None:
@@ -595,6 +603,24 @@ def _encoding(codec_file: Path, device: torch.device) -> Callable[[Tensor], Tens
         return load_codec([codec_file, encoder_file], device, span=ENCODED_AT_ONCE)
 
     return lambda frames_BFCHW: codec().encode(frames_BFCHW)[0]
+
+
+def _wan_encoding(network: WanTransformer, decoder: Codec, folder: Path) -> Callable[[Tensor], Tensor]:
+    """From pictures in -1..1 to latents, by Wan's VAE, in whichever precision the network computes by now.
+
+    If the decoder is none, the VAE in the folder is loaded at the first call.
+    """
+
+    @cache
+    def vae() -> Codec:
+        place = network.patch_embedding.weight.device
+        return decoder if isinstance(decoder, WanVAE) else checkpoints.load_wan_vae(folder, device=place)
+
+    def encode(frames_BFCHW: Tensor) -> Tensor:
+        dtype = network.patch_embedding.weight.dtype
+        return vae().to(dtype).encode(frames_BFCHW.to(dtype))[0]
+
+    return encode
 
 
 def _file_of(model: str | Path, name: str) -> Path:

@@ -21,6 +21,7 @@ from torch import Tensor
 from longtake.cli import main
 from longtake.models.checkpoints import WAN_1_3B, WAN_14B, load_wan, load_wan_vae, network_config, open_network
 from longtake.models.convert import convert
+from longtake.models.diffusers import from_transformer, to_transformer
 from longtake.models.features import Conversion
 from longtake.models.names import WRAPPERS, codec_name_in_diffusers, network_name_in_diffusers, without_wrappers
 from longtake.models.wan import WanTransformer, converted, reading_far
@@ -592,3 +593,10 @@ def test_a_network_opened_for_its_names_reads_nothing(tmp_path: Path) -> None:
     checkpoint, layout = open_network(LAYOUTS["diffusers, one file"](tmp_path, network().state_dict()))
     assert layout == "diffusers"
     assert {tensor.device.type for tensor in checkpoint.meta.values()} == {"meta"}
+
+
+def test_without_diffusers_one_line_says_what_to_install(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "diffusers", None)
+    for hand_over in (lambda: to_transformer(network()), lambda: from_transformer(object())):
+        with pytest.raises(ValueError, match=r'pip install "longtake\[diffusers\]"'):
+            hand_over()

@@ -8,10 +8,15 @@ import numpy as np
 import pytest
 import torch
 from tests.models.layouts import CONFIG, LAYOUTS, network
+from tests.models.test_taehv import published
 from tests.models.test_umt5 import DIM, wan_tensors, write_tokenizer
 
 import longtake
 from longtake import recipes
+from longtake.cli import main
+from longtake.generation.script import record_of, script_from
+from longtake.generation.stream import to_uint8
+from longtake.models.taehv import TAEHV
 from longtake.models.wan_vae import WanVAE, WanVAEConfig
 
 RECIPE = "self_forcing_sink"
@@ -67,6 +72,37 @@ def test_a_student_alone_takes_the_rest_from_its_base(whole: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"longtake models pull wan2\.1-1\.3b"):
         recipes.load_wan(student, recipe=RECIPE, device="cpu")
+
+
+def test_a_light_decoder_shows_the_same_latents(whole: Path, tmp_path: Path) -> None:
+    """In place of the VAE, which encodes given pictures all the same."""
+    light = tmp_path / "taew2_1.pth"
+    torch.save(published(), light)
+    fully, quickly = (
+        recipes.load_wan(whole, recipe=RECIPE, size=SIZE, device="cpu", codec=codec) for codec in (None, light)
+    )
+    assert isinstance(quickly.codec, TAEHV)
+    seen: list[torch.Tensor] = []
+    decode = quickly.codec.decode
+    quickly.codec.decode = lambda latents, state: seen.append(latents) or decode(latents, state)
+    pictures = first_pictures(quickly)
+    assert pictures.shape == (9 + 12 + 12, *SIZE, 3)
+    at_once = to_uint8(decode(torch.cat(seen, 1))[0])[0].numpy()
+    assert np.abs(pictures.astype(int) - at_once).max() <= 1, "block by block as all at once, but for rounding"
+    assert not np.array_equal(pictures, first_pictures(fully))
+    given = torch.randint(256, (1, 9, *SIZE, 3), dtype=torch.uint8)
+    assert torch.equal(quickly.latents_of(given), fully.latents_of(given))
+    quickly.to(torch.bfloat16)
+    assert quickly.latents_of(given).dtype == torch.bfloat16
+    said = [record_of(engine, script_from("a red ball"), 1, 2.0).get("codec") for engine in (fully, quickly)]
+    assert said == [None, str(light)], "a video that is there was made with the same codec, or is refused"
+
+
+def test_a_light_decoder_in_verify(whole: Path, tmp_path: Path, capsys) -> None:
+    torch.save(published(), tmp_path / "taew2_1.pth")
+    arguments = ["--size", "48x32", "--blocks", "1", "--device", "cpu", "--json", "--codec"]
+    main(["verify", str(whole), *arguments, str(tmp_path / "taew2_1.pth")])
+    assert '"decoded by taew2_1.pth"' in capsys.readouterr().out
 
 
 def test_load_knows_a_wan_model_by_what_is_there(whole: Path) -> None:

@@ -42,6 +42,7 @@ def bench_stream(engine: Engine, prompt: str, seconds: float, repeats: int) -> d
         **asdict(best),
         "peak_memory_mib": peak_memory_mib(engine.device),
         "model": engine.model_name,
+        "codec": engine.codec_name,
         "recipe": engine.recipe.name,
         "levels": len(engine.recipe.steps),
         "precision": str(engine.dtype).removeprefix("torch."),

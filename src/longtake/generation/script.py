@@ -142,6 +142,7 @@ def record_of(engine: Engine, script: Script, seed: int, seconds: float) -> dict
     return {
         "model": engine.model_name,
         "weights": engine.weights,
+        **({} if engine.codec_name is None else {"codec": engine.codec_name}),
         "recipe": engine.recipe.name,
         "levels": len(engine.recipe.steps),
         "dtype": str(engine.dtype).removeprefix("torch."),

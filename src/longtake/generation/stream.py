@@ -67,6 +67,7 @@ class Engine:
 
     latent_size: [C, H, W] of a latent frame. shift: of the levels the network was trained with. encode: from pictures
     [B, T, C, H, W] in -1..1 to latents, for streams that go on from given pictures; None if the codec only decodes.
+    codec_name: of a codec that was chosen in place of the model's own.
     """
 
     model_name: str
@@ -78,6 +79,7 @@ class Engine:
     frame_rate: int
     shift: float
     encode: Callable[[Tensor], Tensor] | None = None
+    codec_name: str | None = None
 
     @property
     def height(self) -> int:

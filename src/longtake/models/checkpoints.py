@@ -1,12 +1,14 @@
-"""Published checkpoints of Wan2.1 and its causal students, as our networks."""
+"""Published checkpoints of Wan2.1, its causal students and a light decoder, as our networks."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from longtake.models.hub import UNKNOWN, cached, published
+from longtake.models.codec import Codec
+from longtake.models.hub import UNKNOWN, cached, located, published
 from longtake.models.names import codec_in_ours, merged, network_in_ours, unwrapped
+from longtake.models.taehv import TAEHV, TAEHVConfig
 from longtake.models.wan import WanConfig, WanTransformer
 from longtake.models.wan_vae import WanVAE, WanVAEConfig
 from longtake.models.weights import ENTRIES, LORA_ENTRIES, Checkpoint, fill, open_checkpoint
@@ -77,6 +79,40 @@ def load_wan_vae(
     return codec.to(device=device, dtype=dtype).requires_grad_(False).eval()
 
 
+def load_codec(
+    codec: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None, span: int | None = 1
+) -> Codec:
+    """Whatever makes pictures of Wan2.1's latents, frozen: its VAE, or a light decoder in TAEHV's layout.
+
+    codec: a name of the registry that was pulled, or a path as `load_wan_vae` takes it, or `load_taehv`. Otherwise as
+    these two.
+    """
+    path = located(codec)
+    load = load_taehv if holds_taehv(path) else load_wan_vae
+    return load(path, device=device, dtype=dtype, span=span)
+
+
+def load_taehv(
+    path: str | Path,
+    *,
+    config: TAEHVConfig | None = None,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | None = None,
+    span: int | None = 1,
+) -> TAEHV:
+    """A light decoder in TAEHV's layout, frozen, straight to a device and a type; the encoder in its file is left.
+
+    path: a file, or a folder that holds it alone. config: by default the sizes of the published `taew2_1`. span: latent
+    frames that go through it at once. ValueError as in `load_wan`.
+    """
+    checkpoint = unwrapped(open_checkpoint(path))
+    decoding = checkpoint.renamed({name: name for name in checkpoint.meta if not name.startswith("encoder.")})
+    with torch.device("meta"):
+        codec = TAEHV(config or TAEHVConfig(), span)
+    fill(codec, decoding, device, dtype)
+    return codec.to(device=device, dtype=dtype).requires_grad_(False).eval()
+
+
 def load_published(
     name: str, *, device: str | torch.device = "cpu", dtype: torch.dtype | None = None
 ) -> WanTransformer:
@@ -123,7 +159,12 @@ def open_codec(
     path: str | Path, *, config: WanVAEConfig | None = None, entries: Sequence[str] = ENTRIES
 ) -> tuple[Checkpoint, WanVAEConfig, str]:
     """A Wan VAE's checkpoint in our names, its sizes and the layout it had; nothing is read yet."""
-    checkpoint = unwrapped(open_checkpoint(_inside(Path(path), "vae", CODEC_FILE), entries=entries))
+    return codec_opened(open_checkpoint(_inside(Path(path), "vae", CODEC_FILE), entries=entries), config)
+
+
+def codec_opened(checkpoint: Checkpoint, config: WanVAEConfig | None = None) -> tuple[Checkpoint, WanVAEConfig, str]:
+    """As `open_codec`, of what is opened already."""
+    checkpoint = unwrapped(checkpoint)
     config = config or codec_config(checkpoint)
     with torch.device("meta"):
         names = WanVAE(config).state_dict()
@@ -183,6 +224,12 @@ def holds_codec(path: str | Path, entries: Sequence[str]) -> bool:
     """Whether a checkpoint holds a Wan VAE rather than a network; of a whole repository, the network counts."""
     meta = open_checkpoint(_inside(Path(path), "transformer"), entries=entries).meta
     return any("decoder.middle." in name or "decoder.mid_block." in name for name in meta)
+
+
+def holds_taehv(path: str | Path) -> bool:
+    """Whether a checkpoint is a light decoder in TAEHV's layout, rather than a Wan VAE in any."""
+    checkpoint = unwrapped(open_checkpoint(_inside(Path(path), "vae", CODEC_FILE)))
+    return "decoder.1.weight" in checkpoint.meta
 
 
 def _inside(path: Path, *parts: str) -> Path:

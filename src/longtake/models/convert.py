@@ -80,11 +80,11 @@ def _convert_network(checkpoint: Checkpoint, target: Path, layout: str, shard_by
     if layout == "longtake":
         _save_ours(target, checkpoint.renamed({OURS + name: name for name in checkpoint.meta}), "network", config)
         return
-    written = _diffusers_network(config) if layout == "diffusers" else _original_network(config)
+    written = diffusers_network(config) if layout == "diffusers" else _original_network(config)
     in_theirs = checkpoint
     if layout == "diffusers":
         in_theirs = checkpoint.renamed({network_name_in_diffusers(name): name for name in checkpoint.meta})
-    _require_told(target, config, network_config(_as_read_back(checkpoint, target, written)))
+    require_told(target, config, network_config(_as_read_back(checkpoint, target, written)))
     _save_theirs(target, in_theirs, written, shard_bytes)
 
 
@@ -95,11 +95,11 @@ def _convert_codec(checkpoint: Checkpoint, config: WanVAEConfig, target: Path, l
         _save_ours(target, checkpoint, "wan_vae", config)
     elif layout == "diffusers":
         renamed = checkpoint.renamed({codec_name_in_diffusers(name, config): name for name in checkpoint.meta})
-        written = _diffusers_codec(config)
-        _require_told(target, config, codec_config(_as_read_back(checkpoint, target, written)))
+        written = diffusers_codec(config)
+        require_told(target, config, codec_config(_as_read_back(checkpoint, target, written)))
         _save_theirs(target, renamed, written, shard_bytes)
     elif target.suffix in _FILES:
-        _require_told(target, config, codec_config(_as_read_back(checkpoint, target, {})))
+        require_told(target, config, codec_config(_as_read_back(checkpoint, target, {})))
         _save_theirs(target, checkpoint, {}, shard_bytes)
     else:
         raise ValueError(f"{target}: the original Wan VAE is one file, NAME.pth or NAME.safetensors")
@@ -110,7 +110,7 @@ def _as_read_back(checkpoint: Checkpoint, target: Path, written: Mapping[str, An
     return replace(checkpoint, source=target, description=None, config={} if target.suffix in _FILES else written)
 
 
-def _require_told(target: Path, config: WanConfig | WanVAEConfig, found: WanConfig | WanVAEConfig) -> None:
+def require_told(target: Path | str, config: WanConfig | WanVAEConfig, found: WanConfig | WanVAEConfig) -> None:
     """ValueError unless the sizes that would be read back are those that there are."""
     sizes, read_back = _sizes(config), _sizes(found)
     if lost := [name for name in sizes if sizes[name] != read_back[name]]:
@@ -191,7 +191,8 @@ def _read(checkpoint: Checkpoint, names: Sequence[str] | Mapping[str, Tensor]) -
     return {name: checkpoint.read(name).contiguous() for name in names}
 
 
-def _diffusers_codec(config: WanVAEConfig) -> dict[str, Any]:
+def diffusers_codec(config: WanVAEConfig) -> dict[str, Any]:
+    """A Wan VAE's sizes as diffusers' config.json has them."""
     sizes = {field.name: getattr(config, field.name) for field in fields(config)}
     return {"_class_name": "AutoencoderKLWan", "attn_scales": [], "dropout": 0.0} | {
         theirs: list(sizes[ours]) if isinstance(sizes[ours], Sequence) else sizes[ours]
@@ -199,7 +200,8 @@ def _diffusers_codec(config: WanVAEConfig) -> dict[str, Any]:
     }
 
 
-def _diffusers_network(config: WanConfig) -> dict[str, Any]:
+def diffusers_network(config: WanConfig) -> dict[str, Any]:
+    """A network's sizes as diffusers' config.json has them."""
     return {
         "_class_name": "WanTransformer3DModel",
         "attention_head_dim": config.dim // config.heads,

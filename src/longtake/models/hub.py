@@ -142,6 +142,11 @@ def cached(checkpoint: Published) -> Path:
         raise ValueError(f"{error}: longtake models pull {checkpoint.name}") from None
 
 
+def located(name: str | Path) -> Path:
+    """The folder of a checkpoint of that name, errors as `cached`; what is no name of the registry is a path."""
+    return cached(published(str(name))) if str(name) in registry() else Path(name)
+
+
 def _files_of(checkpoint: Published, folder: Path) -> list[Path]:
     """Those files of a folder that its patterns name, which match across folders, as the hub's do."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
