@@ -148,25 +148,25 @@ def test_a_walk_that_computes_passes_again_learns_the_same() -> None:
     assert all(torch.equal(learned[name], learned_again[name]) for name in learned)
 
 
-def test_the_subject_changes_the_weights_and_without_one_they_are_even() -> None:
+def test_only_how_cells_compare_changes_what_they_count() -> None:
     given = clips()
-    everywhere = _with_subject(given, 1.0)
-    torch.manual_seed(5)
-    unweighted = flow_loss(_constant(tiny.network()), given, 3.0, 0.0)
-    torch.manual_seed(5)
-    weighted = flow_loss(_constant(tiny.network()), everywhere, 3.0, 5.0)
-    assert not torch.isclose(weighted, unweighted)
-    torch.manual_seed(5)
-    torch.testing.assert_close(flow_loss(_constant(tiny.network()), given, 3.0, 5.0), unweighted)
 
+    def loss(focus: torch.Tensor, weight: float) -> torch.Tensor:
+        made = tiny.network()
+        made.forward = lambda noisy, *rest: torch.zeros_like(noisy)
+        torch.manual_seed(5)
+        focused = Clips(given.latents_BFCHW, given.text_BPLE, given.prompt_BF, focus.expand_as(given.focus_BFHW))
+        return flow_loss(made, focused, 3.0, weight)
 
-def _constant(made):
-    made.forward = lambda noisy, *rest: torch.zeros_like(noisy)
-    return made
-
-
-def _with_subject(given: Clips, share: float) -> Clips:
-    return Clips(given.latents_BFCHW, given.text_BPLE, given.prompt_BF, torch.full_like(given.focus_BFHW, share))
+    nowhere, everywhere = torch.zeros(()), torch.ones(())
+    early = (torch.arange(given.focus_BFHW.shape[1]) < 2).float()[:, None, None]
+    even = loss(nowhere, 5.0)
+    torch.testing.assert_close(loss(everywhere, 5.0), even)
+    torch.testing.assert_close(loss(early, 0.0), even)
+    early_alone, late_alone, share = loss(early, 1e9), loss(1 - early, 1e9), early.mean()
+    assert not torch.isclose(early_alone, late_alone)
+    expected = (6 * share * early_alone + (1 - share) * late_alone) / (6 * share + 1 - share)
+    torch.testing.assert_close(loss(early, 5.0), expected, rtol=1e-5, atol=0)
 
 
 def test_a_perfect_codec_pays_for_its_latents_only() -> None:

@@ -8,14 +8,15 @@ from longtake.models.light_codec import LightCodec, LightCodecConfig
 from longtake.toy.captions import TEXT_LENGTH, decode, parse
 from longtake.toy.clips import (
     HARDER,
-    SWEEPING,
+    STRESS,
     ClipPool,
     _own_words,
     memory_scenes,
+    moving,
     prompt_of_frames,
+    returned,
     sample_prompts,
     subject_share,
-    sweep_speed,
     training_scenes,
 )
 from longtake.toy.poses import pose
@@ -45,7 +46,7 @@ def test_a_pool_hands_out_clips_and_renews_them() -> None:
     assert drawn.latents_BFCHW.shape == (5, 9, 16, 14, 24)
     assert drawn.tokens_BPL.shape == (5, 2, TEXT_LENGTH)
     assert drawn.prompt_BF.shape == (5, 9) and drawn.focus_BFHW.shape == (5, 9, 14, 24)
-    assert drawn.focus_BFHW.min() >= 0 and 0.3 < drawn.focus_BFHW.max() <= 1 + SWEEPING
+    assert drawn.focus_BFHW.min() >= 0 and 0.3 < drawn.focus_BFHW.max() <= 1 + STRESS
     whole = pool.draw(20, 33).latents_BFCHW
     assert len({round(x.double().sum().item(), 3) for x in whole}) == 2
     pool.renew()
@@ -81,14 +82,24 @@ def test_the_share_of_a_cell_is_averaged_over_a_latent_frames_pictures() -> None
     assert share[0, 0, 0, 0] == 0.5 and share[0, 1, 1, 1] == 0.5 and share.sum() == 1
 
 
-def test_a_sweep_matters_while_it_lasts_and_a_pan_hardly() -> None:
+def test_frames_matter_more_while_the_camera_moves() -> None:
     away = make_scene(camera="looks away", away_start=1.0, away_seconds=1.0, away_every=9.0)
-    speed = sweep_speed(away, 97, 0, 4)[0]  # frame 5 holds pictures 17 to 20: it turns from picture 16 on, until 40
+    speed = moving(away, 97, 0, 4)[0]  # frame 5 holds pictures 17 to 20: it turns from picture 16 on, until 40
     assert speed.shape == (25,) and speed[:5].max() == 0
-    assert speed[6:10].min() > 0.5 and speed[7] == 1
-    assert speed[11:15].max() == 0 and speed[16:20].min() > 0.5 and speed[21:].max() == 0
-    assert torch.equal(sweep_speed(away, 65, torch.tensor([32]), 4)[0, 1:], speed[9:]), "from any moment on"
-    assert 0 < sweep_speed(make_scene(camera="pans left"), 65, 0, 4).max() < 0.15
+    assert speed[6:10].min() == 1
+    assert speed[11:15].max() == 0 and speed[16:20].min() == 1 and speed[21:].max() == 0
+    assert torch.equal(moving(away, 65, torch.tensor([32]), 4)[0, 1:], speed[9:]), "from any moment on"
+    pan = moving(make_scene(camera="pans left"), 65, 0, 4)[0]
+    assert pan[0] == 0 and pan[1:].min() > 0.5 and pan.max() <= 1
+    assert moving(make_scene(camera="still"), 65, 0, 4).max() == 0
+
+
+def test_frames_matter_more_that_show_again_what_was_out_of_sight() -> None:
+    away = make_scene(camera="looks away", away_start=1.0, away_seconds=1.0, away_every=9.0)
+    back = returned(away, 97, 0, 4)[0]  # it is back from picture 80 on, and turns away again after picture 160
+    assert back[:20].max() == 0 and back[21:].min() == 1
+    assert returned(away, 41, torch.tensor([40]), 4)[0].max() == 0, "what a clip did not show before has not returned"
+    assert returned(make_scene(camera="pans left"), 65, 0, 4).max() == 0
 
 
 def test_what_is_harder_comes_up_more_often_where_captions_say_it_and_held_out_scenes_never_do() -> None:

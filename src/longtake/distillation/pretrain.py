@@ -58,7 +58,7 @@ def flow_loss(network: WanTransformer, clips: Clips, shift: float, focus_weight:
     noise = torch.randn_like(clean)
     prompts = network.prompt_keys(clips.text_BPLE)
     velocity = network(add_noise(clean, noise, level_BF), level_BF, prompts, network.clip_view(clean), clips.prompt_BF)
-    return _focused_mse(velocity, noise - clean, clips.focus_BFHW, level_BF, focus_weight)
+    return _focused_mse(velocity, noise - clean, clips.focus_BFHW, focus_weight)
 
 
 def teacher_forcing_loss(
@@ -90,7 +90,7 @@ def teacher_forcing_loss(
     forced = forced_by_block if by_block else forced_in_one_pass
     noisy, prompts = add_noise(clean, noise, level_BF), network.prompt_keys(clips.text_BPLE)
     velocity = forced(network, past, noisy, level_BF, prompts, clips.prompt_BF, block, memory)
-    return _focused_mse(velocity, noise - clean, clips.focus_BFHW, level_BF, focus_weight)
+    return _focused_mse(velocity, noise - clean, clips.focus_BFHW, focus_weight)
 
 
 def _one_of(levels: Sequence[float], draw: Tensor) -> Tensor:
@@ -146,8 +146,7 @@ def forced_by_block(
     return torch.cat(velocities, dim=1)
 
 
-def _focused_mse(velocity: Tensor, target: Tensor, focus_BFHW: Tensor, level_BF: Tensor, focus_weight: float) -> Tensor:
-    """Squared error in which the cells that matter count more, the more the less noise hides what they show."""
-    visible = (1 - level_BF)[:, :, None, None] * focus_BFHW
-    weight = (1 + focus_weight * visible).unsqueeze(2)
+def _focused_mse(velocity: Tensor, target: Tensor, focus_BFHW: Tensor, focus_weight: float) -> Tensor:
+    """Squared error in which the cells that matter count more, at any level: how a camera moves is decided in noise."""
+    weight = (1 + focus_weight * focus_BFHW).unsqueeze(2)
     return (weight * functional.mse_loss(velocity.float(), target.float(), reduction="none")).mean() / weight.mean()

@@ -12,7 +12,7 @@ from torch.nn import functional
 from longtake.models.codec import Codec
 from longtake.toy.captions import LANDMARK_WAYS, PHRASES, VOCABULARY, caption_tokens
 from longtake.toy.landscape import PERIOD
-from longtake.toy.poses import GLANCE, pose
+from longtake.toy.poses import pose
 from longtake.toy.scenes import (
     ATTRIBUTES,
     CAMERAS,
@@ -38,8 +38,11 @@ COLOURLESS = 0.35
 # three latent frames; then subject and landmark are, then they are not, then they are again, for the last of these.
 LEAD, SHOWN, AWAY, BACK = (0.6, 1.0), (1.0, 4.0), (1.0, 6.0), 1.0
 
-SWEEPING = 4.0
-"""How much a latent frame in which the camera sweeps matters, where what matters of others, the subject, has 1."""
+STRESS = 4.0
+"""How much more a latent frame matters in which the camera moves, or is back from looking away. A subject has 1."""
+
+QUICK_PAN = 20.0
+"""Pixels per second at which a camera moves as fast as matters."""
 
 FROM_THE_BEGINNING = 0.75
 """The share of shorter clips that are cut out of the beginning of a whole one."""
@@ -270,18 +273,34 @@ def prompt_of_frames(scenes: Scenes, frames: int, pictures_a_frame: int) -> Tens
 
 
 def focus(scenes: Scenes, rendered: Rendering, first: int | Tensor, codec: Codec) -> Tensor:
-    """How much each latent cell matters, [B, F, H, W]: the share of it that the subject covers, 0 to 1, and up to
-    `SWEEPING` where the camera sweeps, in which little time the whole landscape goes by."""
-    swept_BF = sweep_speed(scenes, rendered.mask_BFHW.shape[1], first, codec.temporal_factor)
-    return subject_share(rendered, codec) + SWEEPING * swept_BF[:, :, None, None]
+    """How much more each latent cell matters than it would by itself, [B, F, H, W]: by the share of it that the subject
+    covers, 0 to 1, and by up to `STRESS` in frames that show how the camera moves or what a memory has to know."""
+    pictures, pace = rendered.mask_BFHW.shape[1], codec.temporal_factor
+    stressed_BF = torch.maximum(moving(scenes, pictures, first, pace), returned(scenes, pictures, first, pace))
+    return subject_share(rendered, codec) + STRESS * stressed_BF[:, :, None, None]
 
 
-def sweep_speed(scenes: Scenes, pictures: int, first: int | Tensor, pictures_a_frame: int) -> Tensor:
-    """How fast the landscape goes by in each latent frame, [B, F], as a share of a sweep's mean speed, at most 1."""
-    seen = pose(scenes, pictures, first).camera_x
-    way = torch.remainder(seen.diff(dim=1) + PERIOD / 2, PERIOD) - PERIOD / 2  # the landscape comes round
-    speed = way.abs().unflatten(1, (-1, pictures_a_frame)).mean(2) / (GLANCE / (SWEEP_SECONDS * RATE))
-    return functional.pad(speed.clamp(max=1), (1, 0)).float()
+def moving(scenes: Scenes, pictures: int, first: int | Tensor, pictures_a_frame: int) -> Tensor:
+    """How fast the camera moves in each latent frame, [B, F], as a share of `QUICK_PAN`, at most 1."""
+    way = _turned(scenes, pictures, first).diff(dim=1)
+    way = torch.remainder(way + PERIOD / 2, PERIOD) - PERIOD / 2  # the landscape comes round
+    speed = RATE * way.abs().unflatten(1, (-1, pictures_a_frame)).mean(2)
+    return functional.pad((speed / QUICK_PAN).clamp(max=1), (1, 0))
+
+
+def returned(scenes: Scenes, pictures: int, first: int | Tensor, pictures_a_frame: int) -> Tensor:
+    """1 for each latent frame, [B, F], that shows again what the clip showed before its camera looked away, else 0."""
+    turned = _turned(scenes, pictures, first)
+    level = torch.minimum(turned, PERIOD - turned) < 1  # less than a pixel from where it began
+    looks_away = (scenes.camera == CAMERAS.index("looks away"))[:, None]
+    left = (~level & (level.cumsum(1) > 0)).cumsum(1) > 0
+    back = (level & left & looks_away).float()
+    return functional.pad(back[:, 1:].unflatten(1, (-1, pictures_a_frame)).amin(2), (1, 0))
+
+
+def _turned(scenes: Scenes, pictures: int, first: int | Tensor) -> Tensor:
+    """How far the camera has turned in each picture, in pixels from 0 to `PERIOD`, [B, pictures]."""
+    return pose(scenes, pictures, first).camera_x
 
 
 def subject_share(rendered: Rendering, codec: Codec) -> Tensor:
