@@ -13,6 +13,7 @@ from longtake.recipes import toy_codec
 from longtake.toy.detect import Detections, detect, detector_fingerprint, frozen_fingerprint, window_truth
 from longtake.toy.palettes import look
 from longtake.toy.poses import Pose, pose
+from longtake.toy.scenery import FLAKE, _without_flakes
 from longtake.toy.scenes import (
     CAMERAS,
     COLOURS,
@@ -181,6 +182,17 @@ def test_a_camera_is_read_behind_snow_where_the_landscape_is_a_blur(camera: str)
     frames = render(together, 48).frames_BFCHW
     found = detect(to_uint8(torch.lerp(frames, blurred(frames, 2.0), 0.8)))
     assert (found.camera == CAMERAS.index(camera)).all()
+
+
+def test_flakes_are_taken_off_pictures_and_what_is_larger_stays() -> None:
+    clean = torch.full((1, 1, 112, 192, 3), 0.3)
+    clean[:, :, 60:90, 40:80] = 0.9  # a house
+    clean[:, :, 90:] = 0.2
+    snowed = clean.clone()
+    for y, x in ((20, 30), (75, 60), (58, 100), (100, 150), (0, 0)):
+        snowed[:, :, y : y + FLAKE - 1, x : x + FLAKE - 1] = 1.0
+    assert not torch.equal(snowed, clean)
+    assert torch.equal(_without_flakes(snowed), clean)
 
 
 def test_two_subjects_are_counted() -> None:
