@@ -643,13 +643,14 @@ def _weight_files(model: str | Path, recipe: str) -> tuple[Path, Path]:
     if (name, function) in MODELS:  # names come first: ./toy is a folder of that name
         return packaged(MODELS[name, function]), packaged(CODEC_FILE)
     if name in _model_names():
-        raise ValueError(f"model {name} has no weights for recipe {function}")
+        there = ", ".join(other for model, other in MODELS if model == name)
+        raise ValueError(f"model {name} has no weights for recipe {function}: there are some for {there}")
     if path.is_dir():
         return path / NETWORK_FILE, path / CODEC_FILE
     if path.is_file():
         beside = path.with_name(CODEC_FILE)
         return path, beside if beside.is_file() else packaged(CODEC_FILE)
-    raise ValueError(f"no model, folder or file {name!r}{_nearest(name, _model_names())}")
+    raise ValueError(f"no model, folder or file {name!r}{_nearest(name, _model_names() | registry().keys())}")
 
 
 @torch.no_grad()
