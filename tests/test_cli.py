@@ -305,6 +305,7 @@ def test_a_terminal_gets_one_line_that_rewrites_itself(engine, capsys, monkeypat
         (["generate", "a red ball", "-o", "nowhere/out.mp4"], "there is no folder nowhere"),
         (["bench", "stream", "--repeats", "0"], "at least one repeat"),
         (["bench", "stream", "--seconds", "0.1"], "at least two blocks"),
+        (["bench", "stream", "--seconds", "nan"], "a benchmark comes to an end, got nan seconds"),
         (["plan", "--model", "self-forsing"], "no model 'self-forsing': did you mean self-forcing"),
         (["plan", "--size", "832"], "such as 832x480, not '832'"),
         (["plan", "--size", "100x100"], "pictures are multiples of 16 high and wide, 4096 at most, not 100x100"),

@@ -304,10 +304,19 @@ def recipe_named(name: str) -> Recipe:
         there = ", ".join(f"{key}={value}" for key, value in known.items()) or "none"
         raise ValueError(f"recipe {function} has no option {key!r}: there are {there}")
     try:
-        recipe = RECIPES[function](**{key: type(known[key])(value) for key, value in options.items()})
+        recipe = RECIPES[function](**{key: _as(known[key], key, value) for key, value in options.items()})
     except ValueError as error:
         raise ValueError(f"recipe {name!r} does not work: {error}") from None
     return replace(recipe, name=name)
+
+
+def _as(default: Any, key: str, value: str) -> Any:
+    """An option's value, of the kind that its default is."""
+    try:
+        return type(default)(value)
+    except ValueError:
+        kind = "whole number" if isinstance(default, int) else "number"
+        raise ValueError(f"{key} is a {kind}, such as {default}, not {value!r}") from None
 
 
 def load(

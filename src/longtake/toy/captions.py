@@ -186,7 +186,7 @@ def _words(text: str) -> list[str]:
 
 def _with_neighbours(word: str) -> str:
     near = difflib.get_close_matches(word, VOCABULARY[2:], n=3)
-    return repr(word) + (f" (did you mean {' or '.join(near)}?)" if near else "")
+    return repr(word[:30]) + (f" (did you mean {' or '.join(near)}?)" if near else "")
 
 
 def _all_values() -> str:
