@@ -30,9 +30,10 @@ MAY_IMPORT = {
     "batch": "media parallel models generation",
     "explain": "memory models generation evaluation recipes",
     "plan": "attention memory models generation toy recipes",
+    "doctor": "media models evaluation recipes",
     "cli": (
         "flow media parallel attention memory models generation toy distillation evaluation serving training explain "
-        "plan batch recipes"
+        "plan batch doctor recipes"
     ),
 }
 ENGINE_AND_TRAINING = "flow attention memory models generation distillation parallel recipes toy training"

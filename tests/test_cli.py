@@ -13,8 +13,9 @@ import torch
 
 import longtake.evaluation
 from longtake.cli import main
-from longtake.media.mp4 import read_frames
-from longtake.recipes import RECIPES
+from longtake.media.mp4 import Mp4Writer, read_frames
+from longtake.models.hub import registry
+from longtake.recipes import MODELS, RECIPES
 
 
 class GreyEngine:
@@ -49,6 +50,9 @@ class GreyStream:
         return self
 
     def __exit__(self, *error):
+        pass
+
+    def redirect(self, prompt):
         pass
 
     def __iter__(self):
@@ -116,6 +120,7 @@ finally:
         ["verify"],
         ["plan"],
         ["explain"],
+        ["doctor"],
     ],
 )
 def test_every_verb_explains_itself(verb, capsys):
@@ -169,7 +174,77 @@ def test_a_file_that_is_there_stays(engine, capsys):
     Path("out.mp4").write_text("precious")
     assert main(["generate", "a red ball", "-o", "out.mp4"]) == 2
     assert Path("out.mp4").read_text() == "precious"
-    assert "out.mp4 exists already" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == (
+        "",
+        "longtake: out.mp4 exists already: choose another name, or replace it with --force\n",
+    )
+    assert engine.asked_for == [], "it is said before anything is loaded"
+
+
+def test_a_file_is_replaced_if_asked_for(engine, capsys):
+    Path("out.mp4").write_text("old")
+    assert main(["generate", "a red ball", "--seconds", "1", "-o", "out.mp4", "--force"]) == 0
+    assert len(read_frames("out.mp4")) == 16 and files() == ["out.mp4"]
+    engine.stops_at = 0
+    assert main(["generate", "a red ball", "--seconds", "1", "-o", "out.mp4", "--force"]) == 130
+    assert len(read_frames("out.mp4")) == 16, "nothing was made in its place"
+
+
+def test_a_folder_is_not_replaced(engine, capsys):
+    Path("out").mkdir()
+    assert main(["generate", "a red ball", "-o", "out", "--force"]) == 2
+    assert capsys.readouterr().err == "longtake: out is a folder: name the mp4 to write in it\n"
+
+
+def test_generate_tells_one_json_object(engine, capsys):
+    assert main(["generate", "a | 1s: b", "--seconds", "2", "--seed", "7", "-o", "out.mp4", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "path": "out.mp4", "pictures": 32, "seconds": 2, "fps": 16, "seed": 7, "recipe": "self_forcing_sink",
+        "levels": 2, "model": "toy", "weights": "0123", "dtype": "float32",
+        "prompts": [
+            {"at": 0, "unit": "seconds", "prompt": "a"},
+            {"at": 1, "unit": "seconds", "prompt": "b"},
+        ],
+    }  # fmt: skip
+
+
+def test_json_of_a_video_that_was_stopped_tells_what_there_is(engine, capsys):
+    engine.stops_at = 2
+    assert main(["generate", "a red ball", "--seconds", "60", "-o", "out.mp4", "--json"]) == 130
+    told = json.loads(capsys.readouterr().out)
+    assert (told["pictures"], told["seconds"]) == (21, 21 / 16) and len(read_frames("out.mp4")) == 21
+    engine.stops_at = 0
+    assert main(["generate", "a red ball", "-o", "other.mp4", "--json"]) == 130
+    assert capsys.readouterr().out == ""
+
+
+def test_of_a_file_of_prompts_each_video_is_one_line_of_json(engine, capsys):
+    Path("prompts.txt").write_text("a red ball\na blue cube\n")
+    assert main(["generate", "--prompts", "prompts.txt", "--seconds", "1", "--seeds", "2", "-o", "out", "--json"]) == 0
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [(one["prompts"][0]["prompt"], one["seed"]) for one in told] == [
+        ("a red ball", 42), ("a red ball", 43), ("a blue cube", 42), ("a blue cube", 43),
+    ]  # fmt: skip
+    assert all(len(read_frames(one["path"])) == one["pictures"] == 16 for one in told)
+
+
+@pytest.mark.parametrize("stops_after, kept", [(2, True), (0, False)])
+def test_what_a_full_disk_leaves_is_told(engine, capsys, monkeypatch, stops_after, kept):
+    write = Mp4Writer.write
+
+    def full(writer, frames):
+        if writer.frames_written >= 12 * stops_after:
+            raise OSError(28, "No space left on device", "out.part.mp4")
+        write(writer, frames)
+
+    monkeypatch.setattr(Mp4Writer, "write", full)
+    assert main(["generate", "a red ball", "-o", "out.mp4"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    added = "; out.mp4 keeps what was made until then" if kept else ""
+    assert last == f"longtake: out.part.mp4: No space left on device{added}"
+    assert files() == ["out.mp4"] * kept
+    assert not kept or len(read_frames("out.mp4")) == 9 + 12 + 12
 
 
 def test_interrupt_keeps_what_is_made(engine, capsys):
@@ -212,6 +287,7 @@ def test_a_terminal_gets_one_line_that_rewrites_itself(engine, capsys, monkeypat
     [
         (["generate", ""], "the prompt is empty: say what to show"),
         (["generate"], "give one PROMPT, or a file of them with --prompts"),
+        (["generate", "--prompts", "y.txt", "-o", "z", "--force"], "--force goes with one PROMPT"),
         (["generate", "x", "--prompts", "y.txt"], "give one PROMPT, or a file of them with --prompts"),
         (["generate", "x", "--seeds", "2"], "--seeds and --names go with --prompts"),
         (["generate", "a | 5s: b | c"], "'c' has no time, such as 5s: in front"),
@@ -229,6 +305,7 @@ def test_a_terminal_gets_one_line_that_rewrites_itself(engine, capsys, monkeypat
         (["generate", "a red ball", "-o", "nowhere/out.mp4"], "there is no folder nowhere"),
         (["bench", "stream", "--repeats", "0"], "at least one repeat"),
         (["bench", "stream", "--seconds", "0.1"], "at least two blocks"),
+        (["bench", "stream", "--seconds", "nan"], "a benchmark comes to an end, got nan seconds"),
         (["plan", "--model", "self-forsing"], "no model 'self-forsing': did you mean self-forcing"),
         (["plan", "--size", "832"], "such as 832x480, not '832'"),
         (["plan", "--size", "100x100"], "pictures are multiples of 16 high and wide, 4096 at most, not 100x100"),
@@ -249,7 +326,14 @@ def test_bad_input_is_one_clear_line(engine, capsys, arguments, says):
 
 
 @pytest.mark.parametrize(
-    "option, nearest", [(["--recipe", "self_forcing_sing"], "self_forcing_sink"), (["--model", "toi"], "toy")]
+    "option, nearest",
+    [
+        (["--recipe", "self_forcing_sing"], "did you mean self_forcing_sink"),
+        (["--recipe", "self_forcing:pasd=3"], "there are past=6"),
+        (["--recipe", "rehyat"], "model toy has no weights for recipe rehyat: there are some for self_forcing, "),
+        (["--model", "toi"], "did you mean toy"),
+        (["--model", "self-forsing"], "did you mean self-forcing"),
+    ],
 )
 def test_unknown_names_are_answered_with_the_nearest(capsys, option, nearest):
     assert main(["generate", "a red ball", *option]) == 2
@@ -406,7 +490,31 @@ def test_recall_in_words_and_json(engine, capsys, monkeypatch):
 
 def test_models_lists_what_runs(capsys):
     assert main(["models"]) == 0
-    assert "--model toy --recipe self_forcing_sink\n" in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert [f"--model {model} --recipe {recipe}" for model, recipe in MODELS] == lines[: len(MODELS)]
+    published = {line.split()[0]: line for line in lines[len(MODELS) + 2 :]}
+    assert published.keys() == registry().keys()
+    assert all("licence" in line and "commercial use" in line for line in published.values())
+
+
+def test_models_in_json(capsys):
+    assert main(["models", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [(one["model"], one["recipe"]) for one in told["runs"]] == list(MODELS)
+    assert {one["name"] for one in told["published"]} == registry().keys()
+    here = {one["name"]: one["recipe_is_here"] for one in told["published"]}
+    assert here["self-forcing"] and not here["wan2.1-1.3b"], "a teacher has no recipe"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_explain_tells_of_every_recipe(name, capsys):
+    assert main(["explain", name]) == 0
+    words = capsys.readouterr().out
+    assert main(["explain", name, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert name in words.splitlines()[0] and len(told["blocks"]) >= 2
+    assert main(["explain", name, "--blocks", "1", "--json"]) == 0
+    assert [row["block"] for row in json.loads(capsys.readouterr().out)["blocks"]] == [0]
 
 
 def test_explain_lists_the_recipes(capsys):

@@ -1,10 +1,16 @@
 """The main job with the embedded model: a prompt goes in, a video that plays comes out."""
 
+import itertools
 import json
+import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -15,13 +21,14 @@ import longtake
 from longtake.cli import main
 from longtake.generation.stream import Stream
 from longtake.media.mp4 import Mp4Writer, read_comment, read_frames
+from longtake.recipes import MODELS, packaged
 
 PROMPT = "a red ball bounces over green hills"
 LONGTAKE = [sys.executable, "-c", "import sys; from longtake.cli import main; sys.exit(main())"]
 
 
-def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*LONGTAKE, *arguments], cwd=folder, capture_output=True, text=True, check=False)
+def run(*arguments: str, folder: Path, **more: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*LONGTAKE, *arguments], cwd=folder, capture_output=True, text=True, check=False, **more)
 
 
 def test_a_video_that_plays(tmp_path):
@@ -110,13 +117,71 @@ def test_a_timeline_redirects_the_stream_at_its_times(tmp_path, monkeypatch):
     assert prompts == [(0, PROMPT), (0.5, "it starts to snow at night")]
 
 
+def says_in_one_line(done: subprocess.CompletedProcess[str], said: str) -> None:
+    """The last line, after what was told of progress if anything was, and nothing on stdout."""
+    assert done.returncode == 2
+    assert done.stdout == ""
+    *progress, last = done.stderr.splitlines()
+    assert all(" s made" in line for line in progress)
+    assert last.startswith("longtake: ") and said in last
+
+
 @pytest.mark.parametrize("prompt", ["", "   ", "a zorblax quuxes", f"{PROMPT} | a zorblax quuxes"])
 def test_a_prompt_that_cannot_be_shown_is_one_clear_line(tmp_path, prompt):
     done = run("generate", prompt, "--dtype", "float32", folder=tmp_path)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.startswith("longtake: ") and done.stderr.count("\n") == 1
+    says_in_one_line(done, "does not know: 'zorblax'" if prompt.strip() else "empty")
+    assert done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def limited(size: int) -> dict[str, Callable[[], None]]:
+    """A process whose files cannot grow beyond so many bytes, as on a disk that is full."""
+    return {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))}
+
+
+def test_a_full_disk_keeps_what_is_made(tmp_path):
+    done = run("generate", PROMPT, "--seconds", "60", "-o", "out.mp4", folder=tmp_path, **limited(60_000))
+    says_in_one_line(done, "out.part.mp4: File too large; out.mp4 keeps what was made until then")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        assert len(list(itertools.islice(container.decode(video=0), 16))) == 16
+
+
+def test_a_disk_on_which_nothing_fits(tmp_path):
+    done = run("generate", PROMPT, "--seconds", "1", "-o", "out.mp4", folder=tmp_path, **limited(100))
+    says_in_one_line(done, "out.part.mp4: File too large")
+    assert "keeps" not in done.stderr
+
+
+@pytest.mark.skipif(not Path("/sys").is_dir(), reason="a folder that nobody can write to, root included")
+def test_a_folder_that_cannot_be_written(tmp_path):
+    says_in_one_line(run("generate", PROMPT, "--seconds", "1", folder=Path("/sys")), "a-red-ball-bounces-over-green-")
+
+
+def test_weights_that_are_cut_off(tmp_path):
+    for name in ("student.safetensors", "codec_decoder.safetensors"):
+        shutil.copy(packaged(name), tmp_path)
+    student = tmp_path / "student.safetensors"
+    os.truncate(student, student.stat().st_size // 2)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    done = run("generate", PROMPT, "--model", str(tmp_path), folder=tmp_path)
+    says_in_one_line(done, "student.safetensors is not a whole safetensors file")
+    assert "fetch it again" in done.stderr and before == sorted(path.name for path in tmp_path.iterdir())
+
+
+def test_a_length_below_nothing(tmp_path):
+    done = run("generate", PROMPT, "--seconds", "-1", folder=tmp_path)
+    says_in_one_line(done, "a video lasts more than 0 seconds, got -1")
+
+
+@pytest.mark.parametrize("recipe", [recipe for model, recipe in MODELS if model == "toy"])
+def test_every_recipe_that_is_listed_makes_a_video(recipe, tmp_path, capsys):
+    path = tmp_path / "out.mp4"
+    options = ["--recipe", recipe, "--levels", "1", "--seconds", "1.3", "--dtype", "float32", "-o", str(path), "--json"]
+    assert main(["generate", PROMPT, *options]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["recipe"], told["pictures"], told["path"]) == (recipe, 21, str(path))
+    assert len(read_frames(path)) == 21
 
 
 def test_interrupt_keeps_what_is_made(tmp_path):

@@ -1,4 +1,4 @@
-"""The command line: `longtake generate | bench | evaluate | train | models | verify | plan | explain`.
+"""The command line: `longtake generate | bench | evaluate | train | models | verify | plan | explain | doctor`.
 
 Results go to stdout, progress and complaints to stderr. Verbs import the parts of longtake that they use when they
 run: torch takes seconds to import, and `longtake --help` should not wait for it.
@@ -37,8 +37,8 @@ app = SubcommandApp()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb and return its exit code: 0 done, 1 a check failed (`verify`), 2 bad input (one line on stderr), 130
-    stopped by Ctrl-C.
+    """Run one verb and return its exit code: 0 done, 1 a check failed (`verify`, `doctor`), 2 bad input (one line on
+    stderr), 130 stopped by Ctrl-C.
     """
     # Before torch is imported: by default its threads spin long for work, which beside one other busy process makes a
     # block take minutes; not spinning at all costs an idle machine almost half its speed.
@@ -75,8 +75,10 @@ def generate(
     codec: Annotated[str | None, arg(metavar="NAME|PATH")] = None,
     levels: Annotated[int | None, arg(metavar="N")] = None,
     out: Annotated[Path | None, arg(aliases=["-o"], metavar="PATH")] = None,
+    force: bool = False,
     device: Annotated[str | None, arg(metavar="NAME")] = None,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    json: bool = False,
 ) -> int:
     """Make a video from a text, or one for each text in a file, and print where it is. Ctrl-C keeps what is made.
 
@@ -97,8 +99,10 @@ def generate(
         codec: What makes pictures of a Wan model's latents in place of its VAE: taew2_1.pth, say, for quick previews.
         levels: Denoising steps of a block; unless given, as many as the recipe has.
         out: The mp4 to write; unless given, a free name made of prompt and seed. For a file, the folder.
+        force: Replace the mp4 that is there.
         device: cpu, cuda, cuda:1, ...; unless given, the best there is.
         dtype: Precision; auto takes the fastest that is safe.
+        json: Print one JSON object for each video in place of its name.
     """
     if (prompt is None) == (prompts is None):
         raise ValueError("give one PROMPT, or a file of them with --prompts")
@@ -113,14 +117,25 @@ def generate(
             raise ValueError("--image goes with one PROMPT, not with --prompts")
         if out is None:
             raise ValueError("--prompts needs a folder for the videos: -o DIR")
+        if force:
+            raise ValueError("--force goes with one PROMPT: of a file, the videos that are missing are made")
         with _together(device) as (_, place):
             scripts = _scripts_in(prompts, rewrite, place)
-            _make_many(scripts, seconds, seed, seeds, names, out, lambda: load(place))
+            _make_many(scripts, seconds, seed, seeds, names, out, json, lambda: load(place))
         return 0
     if (seeds, names) != (1, "numbered"):
         raise ValueError("--seeds and --names go with --prompts")
+    if out is not None:
+        _require_free(out, force)
     script = _script_of(prompt or "", rewrite, device)
-    return _make_one(script, seconds, seed, out, image, lambda: load(device))
+    return _make_one(script, seconds, seed, out, force, image, json, lambda: load(device))
+
+
+def _require_free(path: Path, force: bool) -> None:
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: name the mp4 to write in it")
+    if path.exists() and not force:
+        raise FileExistsError(f"{path} exists already: choose another name, or replace it with --force")
 
 
 def _script_of(text: str, chat: str | None, device: str | None) -> "Script":
@@ -158,7 +173,7 @@ def _written_out(scripts: "Sequence[Script]", chat: str, device: "torch.device")
 
 
 def _make_one(
-    script: "Script", seconds: float | None, seed: int, out: Path | None, begin: Path | None,
+    script: "Script", seconds: float | None, seed: int, out: Path | None, force: bool, begin: Path | None, json: bool,
     load: "Callable[[], Engine]",
 ) -> int:  # fmt: skip
     from longtake.generation.script import follow, record_of
@@ -175,19 +190,44 @@ def _make_one(
     texts = script.by_block(engine, pictures, 0 if given is None else len(given))
     engine.prepare([*texts.values()])
     with (
+        _told_what_is_kept(path),
         engine.stream(texts[0], seed=seed, pictures=given) as stream,
         Mp4Writer(
             path,
             engine.width,
             engine.height,
             engine.frame_rate,
+            overwrite=force,
             comment=dumps(record_of(engine, script, seed, seconds) | ({"image": begin.name} if begin else {})),
         ) as writer,
     ):
         complete = _film(follow(stream, texts), writer, pictures)
     if writer.frames_written:
-        print(path)
+        print(dumps(_made(engine, script, seed, path, writer.frames_written)) if json else path)
     return 0 if complete else _INTERRUPTED
+
+
+def _made(engine: "Engine", script: "Script", seed: int, path: Path, pictures: int) -> dict[str, Any]:
+    """What `generate --json` says of a video: what went into it, where it is and how long it came to be."""
+    from longtake.generation.script import record_of
+
+    record = record_of(engine, script, seed, pictures / engine.frame_rate)
+    return {"path": str(path), "pictures": pictures, "fps": engine.frame_rate, **record}
+
+
+@contextmanager
+def _told_what_is_kept(path: Path) -> "Iterator[None]":
+    """Adds to what went wrong while a video was written, say on a full disk, that its first pictures are there."""
+    from longtake.media.reading import plays
+
+    before = path.stat() if path.exists() else None
+    try:
+        yield
+    except OSError as error:
+        is_new = path.exists() and not (before and os.path.samestat(before, path.stat()))
+        if is_new and plays(path):
+            raise OSError(f"{_in_one_line(error)}; {path} keeps what was made until then") from None
+        raise
 
 
 def _opening(engine: "Engine", path: Path) -> "np.ndarray":
@@ -215,6 +255,7 @@ def _make_many(
     seeds: int,
     names: Literal["numbered", "vbench"],
     out: Path,
+    json: bool,
     load: "Callable[[], Engine]",
 ) -> None:
     from longtake.batch import make_all, videos_of
@@ -227,7 +268,15 @@ def _make_many(
         seconds=seconds,
         names=names,
     )
-    make_all(load(), videos, made=lambda path: print(path, flush=True), say=_say)
+    engine = load()
+
+    def told(path: Path) -> str:
+        if not json:
+            return str(path)
+        video = next(video for video in videos if video.path == path)
+        return dumps(_made(engine, video.script, video.seed, path, video.pictures(engine)))
+
+    make_all(engine, videos, made=lambda path: print(told(path), flush=True), say=_say)
 
 
 bench = app.command(SubcommandApp(), name="bench", help="Measure speed on this machine.")
@@ -754,6 +803,28 @@ def explain(
         told = words.explain(recipe, blocks)
         print(dumps(told, indent=2) if json else words.in_words(told))
     return 0
+
+
+@app.command
+def doctor(json: bool = False) -> int:
+    """Try what this machine can do, and say what to do about each problem. Exits 1 if there is one.
+
+    Args:
+        json: Print one JSON object, with every number.
+    """
+    from longtake.doctor import examine
+
+    findings = []
+    for finding in examine(_say):
+        findings.append(finding)
+        if not json:
+            print(finding.in_words(), flush=True)
+    problems = sum(finding.state == "problem" for finding in findings)
+    if json:
+        print(dumps({"healthy": not problems, "findings": [asdict(finding) for finding in findings]}, indent=2))
+    elif not problems:
+        print("all that longtake needs works here")
+    return _CHECK_FAILED if problems else 0
 
 
 def _with_default_verb(arguments: Sequence[str]) -> Sequence[str]:

@@ -304,10 +304,19 @@ def recipe_named(name: str) -> Recipe:
         there = ", ".join(f"{key}={value}" for key, value in known.items()) or "none"
         raise ValueError(f"recipe {function} has no option {key!r}: there are {there}")
     try:
-        recipe = RECIPES[function](**{key: type(known[key])(value) for key, value in options.items()})
+        recipe = RECIPES[function](**{key: _as(known[key], key, value) for key, value in options.items()})
     except ValueError as error:
         raise ValueError(f"recipe {name!r} does not work: {error}") from None
     return replace(recipe, name=name)
+
+
+def _as(default: Any, key: str, value: str) -> Any:
+    """An option's value, of the kind that its default is."""
+    try:
+        return type(default)(value)
+    except ValueError:
+        kind = "whole number" if isinstance(default, int) else "number"
+        raise ValueError(f"{key} is a {kind}, such as {default}, not {value!r}") from None
 
 
 def load(
@@ -643,13 +652,14 @@ def _weight_files(model: str | Path, recipe: str) -> tuple[Path, Path]:
     if (name, function) in MODELS:  # names come first: ./toy is a folder of that name
         return packaged(MODELS[name, function]), packaged(CODEC_FILE)
     if name in _model_names():
-        raise ValueError(f"model {name} has no weights for recipe {function}")
+        there = ", ".join(other for model, other in MODELS if model == name)
+        raise ValueError(f"model {name} has no weights for recipe {function}: there are some for {there}")
     if path.is_dir():
         return path / NETWORK_FILE, path / CODEC_FILE
     if path.is_file():
         beside = path.with_name(CODEC_FILE)
         return path, beside if beside.is_file() else packaged(CODEC_FILE)
-    raise ValueError(f"no model, folder or file {name!r}{_nearest(name, _model_names())}")
+    raise ValueError(f"no model, folder or file {name!r}{_nearest(name, _model_names() | registry().keys())}")
 
 
 @torch.no_grad()

@@ -139,6 +139,13 @@ def test_training_captions_never_name_a_held_out_combination() -> None:
 def test_unknown_words_are_named_and_neighbours_offered() -> None:
     with pytest.raises(ValueError, match=r"'bal'.*ball.*'mountain'.*mountains"):
         encode("a red bal in the mountain")
+    with pytest.raises(ValueError, match=r"subject \(ball, .*place \(hills, .*landmark \(house"):
+        encode("a red zorblax")
+    with pytest.raises(
+        ValueError, match=r"^'alfa bravo .* \.\.\.' has words .*: 'alfa', 'bravo', .*\.\.\.; it knows"
+    ) as many:
+        encode("alfa bravo charlie delta echo foxtrot golf hotel india juliett kilo lima mike november")
+    assert "golf" not in str(many.value).partition(" has ")[2]
     with pytest.raises(ValueError, match=r"no words"):
         encode(" ... ")
     with pytest.raises(ValueError, match=r"at most 39"):

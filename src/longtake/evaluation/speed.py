@@ -1,5 +1,6 @@
 """How fast a stream is on this machine, codec included, files and players left out."""
 
+import math
 import platform
 import resource
 import sys
@@ -31,10 +32,12 @@ def bench_stream(engine: Engine, prompt: str, seconds: float, repeats: int) -> d
         A table ready for JSON: the fields of `Timing`, what ran, on what, and every repeat.
 
     Raises:
-        ValueError: no repeats, or seconds too few for two blocks.
+        ValueError: no repeats, or seconds without end or too few for two blocks.
     """
     if repeats < 1:
         raise ValueError(f"a benchmark needs at least one repeat, got {repeats}")
+    if not math.isfinite(seconds):
+        raise ValueError(f"a benchmark comes to an end, got {seconds:g} seconds")
     _forget_peak_memory(engine.device)
     timings = [time_stream(engine, prompt, seconds) for _ in range(repeats)]
     best = max(timings, key=lambda timing: timing.frames_per_second)

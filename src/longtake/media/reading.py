@@ -43,6 +43,15 @@ def read_pictures(
     return np.stack(pictures)
 
 
+def plays(path: str | Path) -> bool:
+    """Whether there is at least one picture that can be read in a file, which may have been cut off."""
+    try:
+        with av.open(str(path)) as container:
+            return any(True for _ in container.decode(video=0))
+    except (av.FFmpegError, IndexError, OSError):
+        return False
+
+
 def _fitted(frame: av.VideoFrame, width: int, height: int) -> NDArray[np.uint8]:
     scale = max(width / frame.width, height / frame.height)
     wide, high = max(width, round(frame.width * scale)), max(height, round(frame.height * scale))

@@ -191,9 +191,20 @@ def _is_intact(blob: Path) -> bool:
     return digest.hexdigest() == blob.name
 
 
+def cache_space() -> tuple[Path, int]:
+    """The folder that checkpoints are fetched to, and bytes free on its disk. ValueError without huggingface_hub."""
+    folder = Path(_hub().constants.HF_HUB_CACHE)
+    return folder, _free_bytes(folder)
+
+
+def _free_bytes(folder: Path) -> int:
+    """Free on the disk of a folder that need not be there yet."""
+    there = next(above for above in (folder, *folder.parents) if above.exists())
+    return shutil.disk_usage(there).free
+
+
 def _require_space(cache_folder: Path, needed: int) -> None:
-    there = next(folder for folder in (cache_folder, *cache_folder.parents) if folder.exists())
-    free = shutil.disk_usage(there).free
+    free = _free_bytes(cache_folder)
     if needed > free:
         raise ValueError(f"{cache_folder} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are to be fetched")
 

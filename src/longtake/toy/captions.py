@@ -10,6 +10,7 @@ Shapes: B captions, L tokens.
 import difflib
 import random
 import re
+import textwrap
 from collections.abc import Iterable
 from functools import cache
 
@@ -149,6 +150,7 @@ LITTLE = 0.1  # how often the subject is called little
 
 PADDING, END = 0, 1
 TEXT_LENGTH = 40
+_NAMED = 5  # unknown words, in a message
 
 
 def _all_phrases() -> Iterable[str]:
@@ -174,15 +176,23 @@ def _words(text: str) -> list[str]:
     words = re.findall(r"[^\W_]+", text.lower())
     if not words:
         raise ValueError("the text has no words; say what to show, such as 'a red ball bounces over green hills'")
-    unknown = dict.fromkeys(word for word in words if word not in _NUMBER)
+    unknown = list(dict.fromkeys(word for word in words if word not in _NUMBER))
     if unknown:
-        raise ValueError("; ".join(map(_unknown, unknown)))
+        named = ", ".join(map(_with_neighbours, unknown[:_NAMED])) + ", ..." * (len(unknown) > _NAMED)
+        said = textwrap.shorten(text, 60, placeholder=" ...")
+        raise ValueError(f"{said!r} has words that the toy world does not know: {named}; it knows {_all_values()}")
     return words
 
 
-def _unknown(word: str) -> str:
+def _with_neighbours(word: str) -> str:
     near = difflib.get_close_matches(word, VOCABULARY[2:], n=3)
-    return f"unknown word {word!r}" + (f" (did you mean {' or '.join(near)}?)" if near else "")
+    return repr(word[:30]) + (f" (did you mean {' or '.join(near)}?)" if near else "")
+
+
+def _all_values() -> str:
+    """What can be said; there are other words for most of it, which `_with_neighbours` finds."""
+    kinds = {**PHRASES, "landmark": LANDMARKS}
+    return ", ".join(f"{kind} ({', '.join(values)})" for kind, values in kinds.items())
 
 
 def encode(text: str) -> list[int]:
