@@ -182,7 +182,7 @@ def test_even_a_device_slower_than_real_time_serves_one():
 
 
 def test_commands_do_not_keep_others_from_their_pictures(worker, engine):
-    first, other = opened(worker), opened(worker)
+    first, _ = opened(worker), opened(worker)
     for number in range(40):
         worker.redirect(first, f"words {number}", str(number))
     for _ in range(12):
@@ -191,7 +191,7 @@ def test_commands_do_not_keep_others_from_their_pictures(worker, engine):
 
 
 def test_limits_that_cannot_hold_are_refused(engine):
-    with pytest.raises(ValueError, match="two blocks ahead, 1.5 s"):
+    with pytest.raises(ValueError, match=r"two blocks ahead, 1\.5 s"):
         Worker(engine, Limits(ahead=1.0))
 
 

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 
 from longtake.media.mp4 import describe, require_even, to_yuv
 
-# Each fragment is muxed alone and closed at once: a muxer that goes on keeps a fragment back until the next one begins,
-# or its last picture. "disabled" and "frag_discont": times are kept as given, though every muxer thinks it is the first.
+# Each fragment is muxed alone and closed at once: a muxer that goes on keeps back a fragment, or its last picture,
+# until the next one begins. "disabled" and "frag_discont": times stay as given, though every muxer thinks it is the
+# first.
 _FLAGS = "empty_moov+default_base_moof+frag_keyframe+frag_discont+skip_trailer"
 _ENCODER = {"preset": "veryfast", "tune": "zerolatency", "crf": "20", "profile": "baseline"}
 
@@ -26,9 +27,9 @@ class _Sink(bytearray):
 
 
 class FragmentWriter:
-    """Turns chunks of pictures into fragments, each of which begins with a key picture and needs nothing but the header.
+    """Turns chunks of pictures into fragments; each begins with a key picture and needs nothing but the header.
 
-    header: what a player is fed first. codec: of the pictures, as browsers name it ("avc1.42c00a"), read off the header.
+    header: what a player is fed first. codec: as browsers name it ("avc1.42c00a"), read off the header.
     pictures: how many were written; times go on from one fragment to the next without a gap.
 
     Raises: ValueError where width or height is odd.
