@@ -43,7 +43,9 @@ class FakeStream:
         self.engine.clock.now += self.engine.block_seconds
         count = BLOCK if self.blocks else BLOCK - 3
         frames = np.full((count, HEIGHT, WIDTH, 3), 40 * (len(self.prompt) % 6), np.uint8)
-        chunk = Chunk(frames, self.blocks, 0.0, Timings(0.1, 0.1, self.engine.block_seconds))
+        chunk = Chunk(
+            frames, self.blocks, max(0, BLOCK * self.blocks - 3) / RATE, Timings(0.1, 0.1, self.engine.block_seconds)
+        )
         self.engine.words[id(frames)] = self.prompt
         self.engine.kept.append(frames)
         self.blocks += 1

@@ -223,6 +223,7 @@ class Conversation:
             "kind": "media",
             "transport_chunk_index": self._chunks,
             "generation_chunk_index": piece.number,
+            "start_seconds": piece.start_seconds,
             "num_frames": len(piece.frames),
             "byte_length": len(data),
             "started_event_ids": events,

@@ -35,11 +35,13 @@ def require_safe(host: str, key: str | None, insecure: bool) -> None:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens; port 0 takes a free one. OSError, in one line, where that cannot be."""
+    """A socket that listens; port 0 takes a free one. OSError or ValueError, in one line, where that cannot be."""
+    if not 0 <= port < 2**16:
+        raise ValueError(f"a port is 0 to {2**16 - 1}, got {port}")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise OSError(f"cannot listen on {host} port {port}: {error}") from None
 
 

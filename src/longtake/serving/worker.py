@@ -52,13 +52,14 @@ class Limits:
 
 
 class Piece(NamedTuple):
-    """A chunk for one viewer: pictures uint8 [T, H, W, 3], its number among those made, and its cost.
+    """A chunk for one viewer: pictures uint8 [T, H, W, 3], its number and start among all made, and its cost.
 
     events: the changes that it is the first to show.
     """
 
     frames: NDArray[np.uint8]
     number: int
+    start_seconds: float
     timings: Timings
     events: tuple[str, ...]
 
@@ -313,7 +314,7 @@ class Worker:
                 events, session._events = tuple(session._events), []
             if not session._made:
                 session._touched = self.clock()  # from here on it is the viewer who is waited for
-            session._made.append(Piece(chunk.frames[:left], chunk.index, chunk.timings, events))
+            session._made.append(Piece(chunk.frames[:left], chunk.index, chunk.start_seconds, chunk.timings, events))
         session.changed()
 
     def _measure(self, seconds: float, pictures: int) -> None:

@@ -23,9 +23,9 @@ EXAMPLES = (
     "a white duck walks right in the forest at dusk",
     "a blue fish flies over the city at night",
     "a yellow car bounces on the beach in the rain",
-    "it starts to snow",
+    "a red ball bounces over green hills in the snow",
 )
-"""Words to begin with; the last one changes only what it names."""
+"""Words to begin with."""
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The grammar

@@ -5,11 +5,13 @@ import { Timeline } from "./timeline.js";
 const $ = (id) => document.getElementById(id);
 const video = $("video");
 const player = new Player(video);
-const timeline = new Timeline($("timeline"), $("track"), $("from"), $("to"));
+const timeline = new Timeline($("timeline"), $("track"), { from: $("from"), now: $("now"), to: $("to") });
 
 let model = null; // what /v1/models tells
 let key = sessionStorage.getItem("longtake-key");
-let stream = null; // { socket, seed, prompts: [{at, prompt, cut}], asked: Map(id -> {prompt, cut, time}) }
+let stream = null;
+// { socket, seed, prompts: [{at, prompt, cut}], asked: Map(id -> {prompt, cut, time}), shown: pictures, made: seconds }
+// Seconds of prompts are those of all that was made, dropped pictures included, so that a command line can repeat them.
 
 // What is served
 
@@ -89,7 +91,7 @@ async function start() {
   address.protocol = location.protocol === "https:" ? "wss:" : "ws:";
   const socket = new WebSocket(address);
   socket.binaryType = "arraybuffer";
-  const own = (stream = { socket, seed: null, prompts: [], asked: new Map(), shown: 0, error: "" });
+  const own = (stream = { socket, seed: null, prompts: [], asked: new Map(), shown: 0, made: 0, error: "" });
   const message = { type: "session.start", model: model.id, prompt, seed: Number($("seed").value), num_frames: null };
   socket.onopen = () => socket.send(JSON.stringify(message));
   socket.onmessage = ({ data }) => stream === own && hear(data, prompt);
@@ -128,12 +130,13 @@ function take(bytes) {
   for (const id of about.started_event_ids) {
     const change = stream.asked.get(id);
     if (!change) continue;
-    stream.prompts.push({ at, prompt: change.prompt, cut: change.cut });
+    stream.prompts.push({ at: about.start_seconds, prompt: change.prompt, cut: change.cut });
     timeline.activate(id, at);
     player.whenAt(at, () => ($("n-change").textContent = seconds((performance.now() - change.time) / 1000)));
     stream.asked.delete(id);
   }
   stream.shown += about.num_frames;
+  stream.made = about.start_seconds + about.num_frames / model.fps;
   player.feed(bytes);
 }
 
@@ -197,17 +200,19 @@ function rest(text, invitation) {
 }
 function numbers(told) {
   $("n-first").textContent = seconds(told.ttfc_seconds);
-  $("n-speed").textContent = told.realtime_factor ? `${told.realtime_factor.toFixed(1)}× real time` : "–";
-  $("n-chunk").textContent = `${Math.round(told.chunk_p95_seconds * 1000)} of ${Math.round(told.chunk_budget_seconds * 1000)} ms`;
+  $("n-speed").textContent = told.realtime_factor ? `${told.realtime_factor.toFixed(1)}×` : "–";
+  $("n-chunk").textContent = `${Math.round(told.chunk_p95_seconds * 1000)} / ${Math.round(told.chunk_budget_seconds * 1000)} ms`;
   $("n-buffer").textContent = seconds(player.buffered());
   $("n-waits").textContent = told.underruns ? `${told.underruns}, ${seconds(told.underrun_seconds)}` : "none";
 }
 
+function down(value) { return Math.floor(value * 1e4) / 1e4; } // never past the block that it begins with
+
 function commandLine() {
   const shown = stream?.prompts.length ? stream : last;
   const prompts = shown?.prompts ?? [{ at: 0, prompt: words() }];
-  const text = prompts.map(({ at, prompt }, number) => (number ? `${Number(at.toFixed(2))}s: ${prompt}` : prompt)).join(" | ");
-  const length = shown ? ` --seconds ${Number((shown.shown / model.fps).toFixed(2))}` : "";
+  const text = prompts.map(({ at, prompt }, number) => (number ? `${down(at)}s: ${prompt}` : prompt)).join(" | ");
+  const length = shown ? ` --seconds ${down(shown.made)}` : "";
   const quoted = `'${text.replaceAll("'", `'\\''`)}'`;
   return `longtake generate ${quoted} --model ${model.id} --recipe ${model.recipe} --seed ${shown?.seed ?? $("seed").value}${length}`;
 }
@@ -216,8 +221,9 @@ $("copy").onclick = async () => {
   const text = commandLine();
   const done = await navigator.clipboard?.writeText(text).then(() => true, () => false);
   if (!done) window.prompt("The command line", text);
-  $("copy").textContent = "Copied";
-  setTimeout(() => ($("copy").textContent = "Copy as command line"), 1500);
+  const cuts = (stream ?? last)?.prompts.some((one) => one.cut);
+  $("copy").textContent = cuts ? "Copied; cuts became changes" : "Copied";
+  setTimeout(() => ($("copy").textContent = "Copy as command line"), 2000);
 };
 
 // Hands

@@ -3,8 +3,8 @@
 const SPAN = 30; // seconds in sight
 
 export class Timeline {
-  constructor(whole, track, from, to) {
-    Object.assign(this, { whole, track, from, to });
+  constructor(whole, track, labels) {
+    Object.assign(this, { whole, track, labels });
     this.parts = [];
   }
 
@@ -35,8 +35,9 @@ export class Timeline {
       items.push(item(part.words, place(made), place(end), part.state === "accepted" ? "accepted" : "asked", "asked"));
     });
     this.track.replaceChildren(...items.filter(Boolean), needle(place(Math.max(now, begin))));
-    this.from.textContent = clock(begin);
-    this.to.textContent = clock(now);
+    this.labels.from.textContent = clock(begin);
+    this.labels.now.textContent = clock(now);
+    this.labels.to.textContent = clock(end);
   }
 }
 
