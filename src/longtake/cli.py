@@ -264,7 +264,8 @@ def serve(
     """
     if find_spec("fastapi") is None or find_spec("uvicorn") is None:
         raise ValueError("serving needs more than is installed: pip install 'longtake[serve]'")
-    from longtake import __version__
+    from importlib.metadata import version
+
     from longtake.models.hub import registry
     from longtake.serving.access import Access
     from longtake.serving.app import Served, create_app
@@ -280,7 +281,7 @@ def serve(
         known = registry().get(model)
         served = Served(
             licence=known.licence if known else "Apache-2.0" if model == "toy" else "unknown",
-            version=__version__,
+            version=version("longtake"),
             weights=engine.weights,
             examples=_words_to_try(engine),
         )

@@ -1,3 +1,5 @@
+import itertools
+import math
 import threading
 
 import numpy as np
@@ -6,6 +8,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
+from longtake.generation.script import follow, script_from
 from longtake.serving.worker import Busy, Limits, Worker
 from tests import tiny
 from tests.serving.fake import BLOCK, RATE, Clock, FakeEngine
@@ -130,6 +133,9 @@ def test_refused_words_change_nothing(worker, engine):
 
 def test_a_paused_viewer_gets_and_costs_nothing_and_goes_on_where_it_was(worker, engine):
     session = opened(worker)
+    worker.pause(session)
+    assert not worker.step() and not engine.kept
+    worker.resume(session)
     before = watch(worker, engine.clock, [session], 5)[session]
     worker.pause(session)
     made = len(engine.kept)
@@ -193,6 +199,26 @@ def test_commands_do_not_keep_others_from_their_pictures(worker, engine):
 def test_limits_that_cannot_hold_are_refused(engine):
     with pytest.raises(ValueError, match=r"two blocks ahead, 1\.5 s"):
         Worker(engine, Limits(ahead=1.0))
+
+
+def test_what_was_watched_can_be_made_again_by_a_script():
+    """The page's "copy as command line": words at the start of the first piece that shows them, rounded down."""
+    made, clock = tiny.engine(), Clock()
+    worker = Worker(made, clock=clock)
+    session = opened(worker, seed=3)
+    pieces = watch(worker, clock, [session], 4)[session]
+    asked(worker, worker.redirect(session, "a duck", "duck"))
+    pieces += watch(worker, clock, [session], 3)[session]
+    (at,) = (piece.start_seconds for piece in pieces if piece.events)
+    script = script_from(f"a ball | {math.floor(at * 1e4) / 1e4}s: a duck")
+    texts = script.by_block(made, 1000)
+    with made.stream(texts[0], seed=3) as stream:
+        again = dict(
+            enumerate(chunk.frames for chunk in itertools.islice(follow(stream, texts), pieces[-1].number + 1))
+        )
+    assert [piece.number for piece in pieces] != list(range(len(pieces)))  # some were dropped
+    for piece in pieces:
+        np.testing.assert_array_equal(piece.frames, again[piece.number])
 
 
 def test_its_thread_serves_real_streams_bit_for_bit():
