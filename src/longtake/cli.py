@@ -285,7 +285,7 @@ def serve(
             weights=engine.weights,
             examples=_words_to_try(engine),
         )
-        access = Access(key=key, origins=origin, loopback=is_loopback(host) and not insecure)
+        access = Access(key=key, origins=origin, loopback=is_loopback(host))
         where = listening.getsockname()
         print(f"http://{f'[{where[0]}]' if ':' in where[0] else where[0]}:{where[1]}", flush=True)
         run(create_app(Worker(engine, Limits(sessions=sessions)), access, served), listening)

@@ -174,7 +174,7 @@ function ended() {
   if (ran) last = stream;
   stream = null;
   player.end();
-  rest(why ? "Stopped" : "Ready", ran ? "The take is over. Start another?" : "Press start, or Enter");
+  rest(why && ran ? "Stopped" : "Ready", ran ? "The take is over. Start another?" : "Press start, or Enter");
 }
 
 // What is shown
