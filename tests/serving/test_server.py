@@ -96,15 +96,15 @@ def test_a_video_plays_whoever_else_misbehaves(served):
 
 def test_sigterm_ends_streams_with_whole_fragments(served):
     process, address = served
-    with client(address) as watching:
+    with client(address), client(address) as watching:  # the first has started nothing
         assert started(watching)["type"] == "video.start"
         process.send_signal(signal.SIGTERM)
         done, video = rest_of(watching)
+        assert process.wait(20) == 0
     assert done["type"] == "session.done" and done["stopped"]
     if video:
         with av.open(io.BytesIO(video)) as container:
             assert len(list(container.decode(video=0))) >= 9
-    assert process.wait(20) == 0
     assert process.stderr.read() == ""
 
 

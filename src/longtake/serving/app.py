@@ -66,7 +66,7 @@ class House:
         self.first_words = served.examples[0]
         self.ready = self.leaving = False
         self.trouble = ""
-        self._here: set[asyncio.Task[None]] = set()
+        self._here: dict[asyncio.Task[None], Conversation] = {}
 
     @asynccontextmanager
     async def open(self, app: FastAPI) -> AsyncIterator[None]:
@@ -93,18 +93,19 @@ class House:
         self.leaving = True
         for session in self.worker.sessions():
             self.worker.close(session)
-        if self._here:
-            await asyncio.wait(self._here, timeout=patience)
+        watching = [task for task, conversation in self._here.items() if conversation.session is not None]
+        if watching:
+            await asyncio.wait(watching, timeout=patience)
 
     async def talk(self, socket: WebSocket) -> None:
         task = asyncio.current_task()
         assert task is not None
-        self._here.add(task)
         config = {"model": self.model["id"], **{key: self.model[key] for key in ("recipe", "width", "height", "fps")}}
+        self._here[task] = conversation = Conversation(socket, self.worker, self.metrics, config)
         try:
-            await Conversation(socket, self.worker, self.metrics, config).run()
+            await conversation.run()
         finally:
-            self._here.discard(task)
+            del self._here[task]
 
 
 def create_app(worker: Worker, access: Access, served: Served) -> FastAPI:

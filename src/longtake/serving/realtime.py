@@ -25,11 +25,12 @@ log = logging.getLogger(__name__)
 class Conversation:
     """With one client, from the accepted socket until either side goes.
 
-    config: what is told of the model, with its width, height and fps.
+    config: what is told of the model, with its width, height and fps. session: once a stream was started.
     """
 
     def __init__(self, socket: WebSocket, worker: Worker, metrics: Metrics, config: dict[str, Any]) -> None:
         self._socket, self._worker, self._metrics, self._config = socket, worker, metrics, config
+        self.session: Session | None = None
         self._sending = asyncio.Lock()  # a chunk's description and its bytes are not parted
         self._news, self._over = asyncio.Event(), asyncio.Event()
         self._asked: dict[str, float] = {}
@@ -99,12 +100,12 @@ class Conversation:
                 pictures=start.num_frames,
                 changed=lambda: _from_any_thread(loop, self._look),
             )
-            self._session: Session = await asyncio.wrap_future(opening)
+            self.session = await asyncio.wrap_future(opening)
         except Busy as busy:
             raise Refused("busy", str(busy), retry_after=busy.retry_seconds) from None
         except ValueError as error:
             raise Refused("invalid_prompt", " ".join(str(error).split())) from None
-        return self._session
+        return self.session
 
     async def _listen(self, session: Session) -> None:
         """Follow the client until it stops or has gone."""
@@ -285,7 +286,7 @@ class Conversation:
 
     def _look(self) -> None:
         self._news.set()
-        if (session := getattr(self, "_session", None)) is not None and session.end:
+        if self.session is not None and self.session.end:
             self._over.set()
 
 
