@@ -28,6 +28,7 @@ def test_the_wheel_carries_what_generate_needs_and_no_more(wheel):
     weights = {name.removeprefix(WEIGHTS) for name in names if name.startswith(WEIGHTS) and "safetensors" in name}
     assert weights == {"codec_decoder.safetensors", "student.safetensors"}
     assert "longtake/models/hub.yaml" in names
+    assert "longtake/serving/static/index.html" in names
     assert all(name.startswith("longtake") for name in names)
     assert wheel.stat().st_size < 30 * MIB
 

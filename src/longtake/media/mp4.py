@@ -54,14 +54,14 @@ class Mp4Writer:
         self.width, self.height = width, height
         self.frames_per_second = frames_per_second
         self.frames_written = 0
-        _require_even(width, height)
+        require_even(width, height)
         _require_free(self.path, overwrite)
         self._part = part_of(self.path)
         _claim(self._part)  # a folder that refuses it says so now, not after the first block
         self._container = av.open(str(self._part), "w", format="mp4", options=_CONTAINER)
         self._container.metadata["comment"] = comment
         self._stream: Any = self._container.add_stream("libx264", rate=frames_per_second, options=_ENCODER)
-        _describe(self._stream, width, height)
+        describe(self._stream, width, height)
         self._closed = False
 
     def write(self, frames_FHWC: NDArray[np.uint8]) -> None:
@@ -72,7 +72,7 @@ class Mp4Writer:
                 f"got {frames_FHWC.dtype} {list(frames_FHWC.shape)}"
             )
         for picture_HWC in frames_FHWC:
-            frame = _to_yuv(picture_HWC)
+            frame = to_yuv(picture_HWC)
             frame.pts = self.frames_written
             self._container.mux(self._stream.encode(frame))
             self.frames_written += 1
@@ -115,7 +115,7 @@ def read_comment(path: str | Path) -> str:
         return container.metadata.get("comment", "")
 
 
-def _require_even(width: int, height: int) -> None:
+def require_even(width: int, height: int) -> None:
     if width <= 0 or height <= 0 or width % 2 or height % 2:
         raise ValueError(f"an mp4 needs an even width and height, got {width} x {height}")
 
@@ -141,7 +141,7 @@ def _claim(part: Path) -> None:
         ) from None
 
 
-def _describe(stream: Any, width: int, height: int) -> None:
+def describe(stream: Any, width: int, height: int) -> None:
     """Size, and the colour standard: a player that has to guess it gets small videos slightly wrong."""
     context = stream.codec_context
     context.width, context.height, context.pix_fmt = width, height, "yuv420p"
@@ -151,6 +151,6 @@ def _describe(stream: Any, width: int, height: int) -> None:
     context.color_primaries = context.color_trc = 1  # BT.709
 
 
-def _to_yuv(picture_HWC: NDArray[np.uint8]) -> av.VideoFrame:
+def to_yuv(picture_HWC: NDArray[np.uint8]) -> av.VideoFrame:
     frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture_HWC), format="rgb24")
     return frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)

@@ -19,6 +19,15 @@ from torch import Tensor
 
 from longtake.toy.scenes import ATTRIBUTES, CHANGEABLE, LANDMARK_COLOURS, LANDMARKS, TIMES, Scenes
 
+EXAMPLES = (
+    "a red ball bounces over green hills",
+    "a white duck walks right in the forest at dusk",
+    "a blue fish flies over the city at night",
+    "a yellow car bounces on the beach in the rain",
+    "a red ball bounces over green hills in the snow",
+)
+"""Words to begin with."""
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The grammar
 # ---------------------------------------------------------------------------------------------------------------------

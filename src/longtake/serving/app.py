@@ -1,0 +1,242 @@
+"""The HTTP side: the page, the socket, and what tools ask a server for."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from html import escape
+from importlib import resources
+from typing import Any
+
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response, WebSocket
+from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.staticfiles import StaticFiles
+from starlette.middleware.base import RequestResponseEndpoint
+
+from longtake.generation.stream import Engine
+from longtake.serving.access import TOKEN_SECONDS, Access
+from longtake.serving.metrics import Metrics
+from longtake.serving.protocol import CAPABILITIES, LONGEST_PROMPT, MESSAGES
+from longtake.serving.realtime import Conversation
+from longtake.serving.worker import Worker
+
+log = logging.getLogger(__name__)
+
+_STATIC = resources.files("longtake.serving") / "static"
+_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; media-src blob:; img-src 'self' data:; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served:
+    """What is told of the model: its licence, the versions, and words to begin with. weights: what tells them apart."""
+
+    licence: str
+    version: str
+    weights: str
+    examples: tuple[str, ...]
+
+
+class House:
+    """One server: a worker, who may come in, and the conversations that go on."""
+
+    def __init__(self, worker: Worker, access: Access, served: Served) -> None:
+        self.worker, self.access = worker, access
+        engine: Engine = worker.engine
+        self.model = {
+            "id": engine.model_name,
+            "object": "model",
+            "owned_by": "longtake",
+            "recipe": engine.recipe.name,
+            "license": served.licence,
+            "weights": served.weights,
+            "version": served.version,
+            "width": engine.width,
+            "height": engine.height,
+            "fps": engine.frame_rate,
+            "longest_prompt": LONGEST_PROMPT,
+            "capabilities": CAPABILITIES,
+            "examples": list(served.examples),
+        }
+        self.metrics = Metrics(engine.model_name)
+        self.first_words = served.examples[0]
+        self.ready = self.leaving = False
+        self.trouble = ""
+        self._here: dict[asyncio.Task[None], Conversation] = {}
+
+    @asynccontextmanager
+    async def open(self, app: FastAPI) -> AsyncIterator[None]:
+        """Warm up beside what is asked meanwhile, and make streams until the server ends."""
+        warming = asyncio.create_task(self._warm_up())
+        yield
+        await self.leave()
+        await asyncio.gather(warming, return_exceptions=True)
+        await asyncio.to_thread(self.worker.stop)
+
+    async def _warm_up(self) -> None:
+        try:
+            await asyncio.to_thread(self.worker.warm_up, self.first_words)
+        except Exception:
+            self.trouble = "the model failed when it was warmed up: see the server's log"
+            log.exception(self.trouble)
+            return
+        self.worker.start()
+        self.ready = True
+        log.info("ready")
+
+    async def leave(self, patience: float = 5.0) -> None:
+        """End every stream, and wait for its client to be told."""
+        self.leaving = True
+        for session in self.worker.sessions():
+            self.worker.close(session)
+        watching = [task for task, conversation in self._here.items() if conversation.session is not None]
+        if watching:
+            await asyncio.wait(watching, timeout=patience)
+
+    async def talk(self, socket: WebSocket) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        config = {"model": self.model["id"], **{key: self.model[key] for key in ("recipe", "width", "height", "fps")}}
+        self._here[task] = conversation = Conversation(socket, self.worker, self.metrics, config)
+        try:
+            await conversation.run()
+        finally:
+            del self._here[task]
+
+
+def create_app(worker: Worker, access: Access, served: Served) -> FastAPI:
+    """The application around a worker that has not been started: it warms up, starts and stops with the app."""
+    house = House(worker, access, served)
+    app = FastAPI(title="longtake", version=served.version, lifespan=house.open, docs_url=None, redoc_url=None)
+    app.state.house = house
+
+    @app.middleware("http")
+    async def from_here_only(request: Request, call_next: RequestResponseEndpoint) -> Response:
+        if not access.comes_from_here(request.headers):
+            return JSONResponse({"detail": "this host or origin is not served here"}, 403)
+        response = await call_next(request)
+        response.headers.update(_HEADERS)
+        return response
+
+    app.include_router(_open_to_all(house))
+    app.include_router(_with_key(house))
+    app.add_api_websocket_route("/v1/realtime/video", _realtime(house))
+    app.add_api_route("/docs", _reference(app), include_in_schema=False)
+    app.mount("/", StaticFiles(directory=str(_STATIC), html=True))
+    return app
+
+
+def _open_to_all(house: House) -> APIRouter:
+    router = APIRouter()
+
+    @router.get("/health")
+    async def health() -> dict[str, str]:
+        """Whether the process answers."""
+        return {"status": "ok"}
+
+    router.add_api_route("/healthz", health, include_in_schema=False)
+
+    @router.get("/readyz")
+    async def readyz() -> JSONResponse:
+        """Whether the model is warm and streams are taken: 200, or 503."""
+        ready = house.ready and not house.leaving
+        return JSONResponse({"ready": ready, "trouble": house.trouble}, 200 if ready else 503)
+
+    return router
+
+
+def _with_key(house: House) -> APIRouter:
+    async def key(request: Request) -> None:
+        if not house.access.has_key(request.headers):
+            raise HTTPException(401, "a key is needed: Authorization: Bearer KEY", {"WWW-Authenticate": "Bearer"})
+
+    router = APIRouter(dependencies=[Depends(key)])
+
+    @router.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        """The model that is served, with its recipe, licence and size."""
+        return {"object": "list", "data": [house.model]}
+
+    @router.get("/v1/sessions")
+    async def sessions() -> dict[str, Any]:
+        """Open sessions, without their prompts."""
+        now = house.worker.clock()
+        told = [
+            {
+                "id": session.id,
+                "object": "session",
+                "state": session.state,
+                "seed": session.seed,
+                "num_frames": session.pictures,
+                "sent_seconds": round(session.playback.sent, 3),
+                "age_seconds": round(now - session.opened, 3),
+            }
+            for session in house.worker.sessions()
+        ]
+        return {"object": "list", "data": told}
+
+    @router.delete("/v1/sessions/{name}")
+    async def end_session(name: str) -> dict[str, Any]:
+        """End a session; its client is told that it was stopped."""
+        session = house.worker.session(name)
+        if session is None:
+            raise HTTPException(404, "there is no such session")
+        house.worker.close(session)
+        return {"id": name, "object": "session", "deleted": True}
+
+    @router.post("/v1/realtime/token")
+    async def token() -> dict[str, Any]:
+        """A token for one socket: connect to /v1/realtime/video?token=... within a minute."""
+        return {"token": house.access.new_token(), "expires_in": TOKEN_SECONDS}
+
+    @router.get("/metrics")
+    async def metrics() -> Response:
+        """Speed, for Prometheus."""
+        return Response(house.metrics.text(house.worker), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return router
+
+
+def _realtime(house: House) -> Callable[[WebSocket], Awaitable[None]]:
+    async def realtime(socket: WebSocket) -> None:
+        token = socket.query_params.get("token")
+        if not house.access.comes_from_here(socket.headers) or not house.access.may_connect(socket.headers, token):
+            await socket.close(1008)  # before it is accepted: the client sees 403
+            return
+        await socket.accept()
+        if not house.ready or house.leaving:
+            text = "the server is ending" if house.leaving else "the model is warming up: try in a few seconds"
+            await socket.send_json({"type": "error", "code": "not_ready", "message": text, "retry_after": 3})
+            await socket.close(1013)
+            return
+        await house.talk(socket)
+
+    return realtime
+
+
+def _reference(app: FastAPI) -> Callable[[], Awaitable[HTMLResponse]]:
+    """All routes and messages on one page, which needs nothing from elsewhere."""
+
+    async def docs() -> HTMLResponse:
+        routes = [
+            (f"{method.upper()} {path}", operation.get("description", ""))
+            for path, operations in app.openapi()["paths"].items()
+            for method, operation in operations.items()
+        ]
+        messages = [(one.model_fields["type"].annotation.__args__[0], one.__doc__ or "") for one in MESSAGES]  # type: ignore[union-attr]
+        return HTMLResponse(
+            "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+            "<title>longtake: interface</title><link rel=stylesheet href=style.css><main class=reference>"
+            f"<h1>Interface</h1>{_table(routes)}<h2>Messages to WS /v1/realtime/video</h2>{_table(messages)}"
+            "<p>As a schema: <a href=openapi.json>openapi.json</a>. <a href=.>Back to the page</a>.</p></main></html>"
+        )
+
+    return docs
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    return "<table>" + "".join(f"<tr><th>{escape(a)}<td>{escape(b)}" for a, b in rows) + "</table>"

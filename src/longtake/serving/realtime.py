@@ -1,0 +1,295 @@
+"""One socket: a client starts a stream, steers it, and is sent its fragments."""
+
+import asyncio
+import logging
+from collections import deque
+from contextlib import suppress
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from longtake.media.fragments import FragmentWriter
+from longtake.serving.metrics import Metrics
+from longtake.serving.protocol import CAPABILITIES, Interaction, Message, Pause, Ping, Refused, Resume, Start, parse
+from longtake.serving.worker import Busy, Piece, Session, Worker
+
+START_SECONDS = 10.0
+LAST_WORD_SECONDS = 3.0  # for a client that takes nothing more to hear that it is over
+_TRY_LATER, _WENT_WRONG, _TOO_LARGE, _DONE = 1013, 1011, 1009, 1000
+
+log = logging.getLogger(__name__)
+
+
+class Conversation:
+    """With one client, from the accepted socket until either side goes.
+
+    config: what is told of the model, with its width, height and fps. session: once a stream was started.
+    """
+
+    def __init__(self, socket: WebSocket, worker: Worker, metrics: Metrics, config: dict[str, Any]) -> None:
+        self._socket, self._worker, self._metrics, self._config = socket, worker, metrics, config
+        self.session: Session | None = None
+        self._sending = asyncio.Lock()  # a chunk's description and its bytes are not parted
+        self._news, self._over = asyncio.Event(), asyncio.Event()
+        self._asked: dict[str, float] = {}
+        self._took: deque[float] = deque(maxlen=100)
+        self._chunks = 0
+        self._ttfc = 0.0
+
+    async def run(self) -> None:
+        session = None
+        try:
+            start = await asyncio.wait_for(self._first_message(), START_SECONDS)
+            began = perf_counter()
+            session = await self._open(start)
+            await self._stream(session, began)
+        except TimeoutError:
+            await self._leave(Refused("start_timeout", f"no session.start within {START_SECONDS:g} s"), _WENT_WRONG)
+        except Refused as refused:
+            await self._leave(refused, _TRY_LATER if refused.code == "busy" else _WENT_WRONG)
+        except WebSocketDisconnect:
+            pass
+        finally:
+            if session is not None:
+                self._worker.close(session)
+                log.info("session %s over: %s, %d chunks", session.id, session.end, self._chunks)
+
+    # What comes in
+
+    async def _first_message(self) -> Start:
+        while True:
+            message = await self._next_message()
+            if isinstance(message, Start):
+                return message
+            if isinstance(message, Ping):
+                await self._say({"type": "session.pong"})
+            else:
+                await self._say(Refused("no_session", "begin with session.start").message())
+
+    async def _next_message(self) -> Message:
+        """The next that can be understood; others are answered with what is wrong with them.
+
+        Raises Refused for one that is too large, after which the socket is closed.
+        """
+        while True:
+            received = await self._socket.receive()
+            if received["type"] == "websocket.disconnect":
+                raise WebSocketDisconnect(received.get("code", _DONE))
+            try:
+                if received.get("text") is None:
+                    raise Refused("invalid_message", "messages are JSON text, not bytes")
+                return parse(received["text"])
+            except Refused as refused:
+                if refused.code == "message_too_large":
+                    raise
+                await self._say(refused.message())
+
+    async def _open(self, start: Start) -> Session:
+        for name, wanted in (("model", start.model), ("width", start.width), ("height", start.height)):
+            if wanted not in (None, self._config[name]):
+                raise Refused("unsupported", f"{name} {wanted} is not served here, but {self._config[name]}")
+        if start.fps not in (None, self._config["fps"]):
+            raise Refused("unsupported", f"fps {start.fps:g} is not served here, but {self._config['fps']}")
+        loop = asyncio.get_running_loop()
+        try:
+            opening = self._worker.open(
+                start.prompt,
+                seed=start.seed,
+                pictures=start.num_frames,
+                changed=lambda: _from_any_thread(loop, self._look),
+            )
+            self.session = await asyncio.wrap_future(opening)
+        except Busy as busy:
+            raise Refused("busy", str(busy), retry_after=busy.retry_seconds) from None
+        except ValueError as error:
+            raise Refused("invalid_prompt", " ".join(str(error).split())) from None
+        return self.session
+
+    async def _listen(self, session: Session) -> None:
+        """Follow the client until it stops or has gone."""
+        while not session.end:
+            message = await self._next_message()
+            self._worker.touch(session)
+            if isinstance(message, Interaction):
+                await self._change(session, message)
+            elif isinstance(message, Pause):
+                self._worker.pause(session)
+                await self._say({"type": "session.paused", "request_id": session.id})
+            elif isinstance(message, Resume):
+                self._worker.resume(session)
+                await self._say({"type": "session.resumed", "request_id": session.id})
+            elif isinstance(message, Ping):
+                await self._say({"type": "session.pong"})
+            elif isinstance(message, Start):
+                await self._say(Refused("already_started", "a socket carries one session").message())
+            else:
+                self._worker.close(session)
+        await asyncio.Event().wait()  # the rest is said by whoever sends
+
+    async def _change(self, session: Session, message: Interaction) -> None:
+        change = message.interaction
+        event = change.event_id or f"event-{len(self._asked) + 1}-{self._chunks}"
+        asked = perf_counter()
+        if event in self._asked:
+            refused = Refused("interaction_failed", "this event_id is in use until its words are shown", event)
+            return await self._say(refused.message())
+        self._asked[event] = asked
+        taken = self._worker.redirect(session, change.event.prompt, event, method=change.method or "redirect")
+        try:
+            await asyncio.wrap_future(taken)
+        except ValueError as error:
+            del self._asked[event]
+            refused = Refused("interaction_failed", " ".join(str(error).split()), event)
+            return await self._say(refused.message())
+        await self._say({"type": "session.interaction.queued", "request_id": session.id, "event_id": event})
+
+    # What goes out
+
+    async def _stream(self, session: Session, began: float) -> None:
+        """Until the stream or the client ends, or the client takes nothing more."""
+        tasks = [
+            asyncio.create_task(work)
+            for work in (self._send(session, began), self._listen(session), self._tell(session), self._grace())
+        ]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.wait(tasks)
+        for task in tasks:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                raise error
+        if tasks[-1] in done and tasks[0] not in done:  # it does not even take what is left
+            raise Refused("stalled" if session.end == "stalled" else "stopped", f"the session is over: {session.end}")
+
+    async def _grace(self) -> None:
+        await self._over.wait()
+        await asyncio.sleep(LAST_WORD_SECONDS)
+
+    async def _send(self, session: Session, began: float) -> None:
+        config = self._config
+        writer = FragmentWriter(config["width"], config["height"], config["fps"])
+        await self._say(
+            {
+                "type": "video.start",
+                "request_id": session.id,
+                "format": "m4s",
+                "mime": f'video/mp4; codecs="{writer.codec}"',
+                "config": config | {"seed": session.seed, "num_frames": session.pictures},
+                "capabilities": CAPABILITIES,
+            }
+        )
+        waited = (0, 0.0)
+        last = began
+        while (piece := await self._next_piece(session)) is not None:
+            encoding = perf_counter()
+            data = await asyncio.to_thread(writer.fragment, piece.frames)
+            encoded = perf_counter() - encoding
+            await self._send_chunk(session, piece, writer.header + data if not self._chunks else data)
+            now = perf_counter()
+            self._note(piece, encoded, now, last if self._chunks else None, began)
+            playback = session.playback
+            self._metrics.waited(playback.misses - waited[0], playback.dry_seconds - waited[1])
+            waited = (playback.misses, playback.dry_seconds)
+            self._chunks += 1
+            last = now
+        if session.failed:
+            log.error("session %s failed: %s", session.id, session.end)
+            raise Refused("generation_failed", session.end)
+        if session.end == "stalled":
+            raise Refused("stalled", "nothing was taken, or the pause was too long: the session is over")
+        done = {"type": "session.done", "request_id": session.id, "chunks": self._chunks}
+        await self._say(done | {"stopped": session.end != "done"})
+        await self._socket.close(_DONE)
+
+    async def _next_piece(self, session: Session) -> Piece | None:
+        """What is to be sent next, when it is time; None when the session is over."""
+        while True:
+            self._news.clear()
+            if (piece := self._worker.read(session)) is not None:
+                return piece
+            if session.end:
+                return None
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._news.wait(), self._worker.seconds_until_due(session))
+
+    async def _send_chunk(self, session: Session, piece: Piece, data: bytes) -> None:
+        events = list(piece.events)
+        about = {
+            "type": "video.chunk_metadata",
+            "request_id": session.id,
+            "kind": "media",
+            "transport_chunk_index": self._chunks,
+            "generation_chunk_index": piece.number,
+            "start_seconds": piece.start_seconds,
+            "num_frames": len(piece.frames),
+            "byte_length": len(data),
+            "started_event_ids": events,
+            "active_event_ids": events,
+            "completed_event_ids": events,
+        }
+        async with self._sending:
+            await self._socket.send_json(about)
+            await self._socket.send_bytes(data)
+
+    def _note(self, piece: Piece, encoded: float, now: float, last: float | None, began: float) -> None:
+        if last is None:
+            self._ttfc = now - began
+            self._metrics.first_chunk(self._ttfc)
+        else:
+            self._metrics.interval(now - last)
+        timings = piece.timings
+        self._took.append(timings.total_seconds + encoded)
+        self._metrics.chunk(denoise=timings.network_seconds, decode=timings.codec_seconds, encode=encoded)
+        for event in piece.events:
+            if (asked := self._asked.pop(event, None)) is not None:
+                self._metrics.prompt_shown(now - asked)
+
+    async def _tell(self, session: Session) -> None:
+        """Numbers, once a second."""
+        worker = self._worker
+        while True:
+            await asyncio.sleep(float(str(CAPABILITIES["stats_seconds"])))
+            if not self._took:
+                continue
+            playback, share = session.playback, worker.device_share
+            await self._say(
+                {
+                    "type": "stats",
+                    "request_id": session.id,
+                    "state": session.state,
+                    "ttfc_seconds": round(self._ttfc, 3),
+                    "chunk_p95_seconds": round(float(np.percentile(self._took, 95)), 3),
+                    "chunk_budget_seconds": worker.block_seconds,
+                    "realtime_factor": round(1 / share, 2) if share else None,
+                    "buffer_seconds": round(playback.unseen(worker.clock()), 2),
+                    "underruns": playback.misses,
+                    "underrun_seconds": round(playback.dry_seconds, 2),
+                    "sessions": len(worker.sessions()),
+                }
+            )
+
+    async def _say(self, message: dict[str, Any]) -> None:
+        async with self._sending:
+            await self._socket.send_json(message)
+
+    async def _leave(self, refused: Refused, code: int) -> None:
+        """Say why, if the client still listens, and close."""
+        code = _TOO_LARGE if refused.code == "message_too_large" else code
+        with suppress(TimeoutError, WebSocketDisconnect, RuntimeError):
+            async with asyncio.timeout(LAST_WORD_SECONDS):
+                await self._socket.send_json(refused.message())
+                await self._socket.close(code)
+
+    def _look(self) -> None:
+        self._news.set()
+        if self.session is not None and self.session.end:
+            self._over.set()
+
+
+def _from_any_thread(loop: asyncio.AbstractEventLoop, act: Any) -> None:
+    with suppress(RuntimeError):  # the loop is closed: nobody is left to be told
+        loop.call_soon_threadsafe(act)

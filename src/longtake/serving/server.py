@@ -1,0 +1,60 @@
+"""The process: listens, says where, and ends streams cleanly when it is told to go."""
+
+import signal
+import socket
+
+import uvicorn
+from fastapi import FastAPI
+
+from longtake.serving.access import LOOPBACK
+
+_LARGEST_FRAME = 2**20  # bytes; more than the protocol's largest message, so that most clients are told what is wrong
+_MOST_CONNECTIONS = 256
+
+
+class _Server(uvicorn.Server):
+    """Streams end before their sockets are closed."""
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        application: FastAPI = self.config.app  # type: ignore[assignment]
+        await application.state.house.leave()
+        await super().shutdown(sockets)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server that listens there."""
+    return host in LOOPBACK
+
+
+def require_safe(host: str, key: str | None, insecure: bool) -> None:
+    """ValueError for a server that others can reach without a key, unless that is asked for."""
+    if not is_loopback(host) and key is None and not insecure:
+        raise ValueError(
+            f"everybody who can reach {host} could use this server: set LONGTAKE_API_KEY, or say --insecure"
+        )
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens; port 0 takes a free one. OSError or ValueError, in one line, where that cannot be."""
+    if not 0 <= port < 2**16:
+        raise ValueError(f"a port is 0 to {2**16 - 1}, got {port}")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise OSError(f"cannot listen on {host} port {port}: {error}") from None
+
+
+def run(app: FastAPI, listening: socket.socket) -> None:
+    """Serve until SIGTERM or Ctrl-C."""
+    config = uvicorn.Config(
+        app,
+        log_level="warning",
+        access_log=False,
+        ws="websockets-sansio",
+        ws_max_size=_LARGEST_FRAME,
+        limit_concurrency=_MOST_CONNECTIONS,
+        timeout_graceful_shutdown=10,
+    )
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # uvicorn raises it once more when all is over: this is no failure
+    _Server(config).run(sockets=[listening])

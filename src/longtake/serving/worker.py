@@ -1,0 +1,399 @@
+"""One thread owns the device and makes every stream, block by block; whoever would run dry first is next.
+
+It knows nothing of HTTP. Sockets open sessions, read pieces and give commands from threads of their own.
+"""
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, TypeVar
+from uuid import uuid4
+
+import numpy as np
+from numpy.typing import NDArray
+
+from longtake.generation.stream import Engine, Stream, Timings
+from longtake.serving.playback import Playback
+
+T = TypeVar("T")
+State = Literal["opening", "live", "paused", "ended"]
+Method = Literal["redirect", "cut"]
+
+_LOAD = 0.9  # the share of the device's time that may be promised
+_RECENT = 0.1  # weight of the latest block in the measured speed
+_LOOK_AFTER = 1.0  # seconds at most between looks at who has gone
+
+
+class Busy(Exception):
+    """There is no room for another stream. retry_seconds: when asking again may help."""
+
+    def __init__(self, retry_seconds: int) -> None:
+        super().__init__(f"busy, try in {retry_seconds} s")
+        self.retry_seconds = retry_seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one viewer may take. All in seconds but sessions.
+
+    ahead: of video made beyond what is played; at least two blocks. lead: of video that the viewer is given of these.
+    stall: while something waits to be read, without a read or a message, until a session ends. pause: how long one may
+    pause.
+    """
+
+    sessions: int = 4
+    ahead: float = 2.0
+    lead: float = 0.75
+    stall: float = 60.0
+    pause: float = 300.0
+
+
+class Piece(NamedTuple):
+    """A chunk for one viewer: pictures uint8 [T, H, W, 3], its number and start among all made, and its cost.
+
+    events: the changes that it is the first to show.
+    """
+
+    frames: NDArray[np.uint8]
+    number: int
+    start_seconds: float
+    timings: Timings
+    events: tuple[str, ...]
+
+
+@dataclass(eq=False)
+class Session:
+    """One viewer's stream. Only the worker changes it; what is public here may be read by anybody.
+
+    seed: the stream's own, -1 until it is open. pictures: how many it shall have, None for no end. sent: how many were
+    handed out. end: why it is over, "" while it is not: done, stopped, stalled, or what went wrong.
+    """
+
+    prompt: str
+    seed: int
+    pictures: int | None
+    opened: float
+    changed: Callable[[], None]
+    playback: Playback
+    id: str = field(default_factory=lambda: uuid4().hex)
+    sent: int = 0
+    end: str = ""
+    failed: bool = False
+    _stream: Stream | None = None
+    _made: deque[Piece] = field(default_factory=deque)
+    _events: list[str] = field(default_factory=list)  # not shown yet
+    _older: int = 0  # blocks that were begun under other words and are shown before these events
+    _touched: float = 0.0
+    _paused_at: float = 0.0
+
+    @property
+    def state(self) -> State:
+        if self.end:
+            return "ended"
+        if self._stream is None:
+            return "opening"
+        return "paused" if self.playback.paused else "live"
+
+    def _waiting(self) -> int:
+        return sum(len(piece.frames) for piece in self._made)
+
+
+class Worker:
+    """Makes streams of one engine for many viewers.
+
+    Each is made at most `limits.ahead` seconds beyond what its viewer has played, and then rests; pictures made and not
+    handed out are dropped when the words change. Methods are safe to call from any thread; those that need the device
+    return futures, which are done between two blocks. clock: seconds, for tests.
+
+    Raises: ValueError if `ahead` is shorter than two blocks or not longer than `lead`.
+    """
+
+    def __init__(
+        self, engine: Engine, limits: Limits | None = None, *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.engine = engine
+        self.limits = limits or Limits()
+        self.clock = clock
+        self.block_pictures = engine.pictures_in(2) - engine.pictures_in(1)
+        self.block_seconds = self.block_pictures / engine.frame_rate
+        self.device_share: float | None = None
+        """Seconds of the device that a second of video takes, of late; None until measured."""
+        if self.limits.ahead < max(2 * self.block_seconds, self.limits.lead):
+            raise ValueError(
+                f"a stream is made at least two blocks ahead, {2 * self.block_seconds:g} s, and no less than the "
+                f"{self.limits.lead:g} s that a viewer holds: got {self.limits.ahead:g} s"
+            )
+        self._sessions: dict[str, Session] = {}
+        self._commands: deque[Callable[[], None]] = deque()
+        self._commanded = False
+        self._stopping = False
+        self._lock = threading.Condition()
+        self._thread = threading.Thread(target=self._run, name="longtake-device", daemon=True)
+
+    # For viewers
+
+    def open(
+        self, prompt: str, *, seed: int = 42, pictures: int | None = None, changed: Callable[[], None] = lambda: None
+    ) -> "Future[Session]":
+        """A new stream; ValueError through the future for a prompt or seed that the engine refuses.
+
+        changed: called, from any thread, whenever there may be something to read. Raises Busy if there is no room.
+        """
+        with self._lock:
+            now = self.clock()
+            self._let_go(now)
+            if not self._has_room():
+                raise Busy(self._retry_seconds(now))
+            session = Session(prompt, seed, pictures, now, changed, Playback(now), _touched=now)
+            self._sessions[session.id] = session
+            return self._command(lambda: self._open(session))
+
+    def redirect(self, session: Session, prompt: str, event: str, *, method: Method = "redirect") -> "Future[None]":
+        """Go on under other words, or cut to a new shot; what is made and not handed out is dropped, if they are taken.
+
+        event: a name for this change, which the pieces it shows in carry. ValueError through the future for words that
+        the engine refuses, or where the session is over: then nothing changes.
+        """
+        with self._lock:
+            session._touched = self.clock()
+            return self._command(lambda: self._redirect(session, prompt, event, method))
+
+    def pause(self, session: Session) -> None:
+        """Hand out and make nothing until `resume`."""
+        with self._lock:
+            now = self.clock()
+            session._touched = now
+            if not session.playback.paused:
+                session.playback.pause(now)
+                session._paused_at = now
+
+    def resume(self, session: Session) -> None:
+        with self._lock:
+            session._touched = self.clock()
+            session.playback.resume(self.clock())
+            self._lock.notify_all()
+        session.changed()
+
+    def touch(self, session: Session) -> None:
+        """The viewer is still there."""
+        with self._lock:
+            session._touched = self.clock()
+
+    def close(self, session: Session, reason: str = "stopped") -> None:
+        """End a session; closing twice does nothing."""
+        with self._lock:
+            self._end(session, reason)
+
+    def read(self, session: Session) -> Piece | None:
+        """The next pictures if it is time for them: they count as sent. None if not, or if the session is over."""
+        with self._lock:
+            now = self.clock()
+            if not session._made or self._too_early(session, now) > 0:
+                return None
+            piece = session._made.popleft()
+            session.sent += len(piece.frames)
+            session.playback.send(len(piece.frames) / self.engine.frame_rate, now)
+            session._touched = now
+            if session.pictures is not None and session.sent >= session.pictures:
+                self._end(session, "done")
+            self._lock.notify_all()
+            return piece
+
+    def seconds_until_due(self, session: Session) -> float | None:
+        """How long until `read` may give what is made already; None if nothing is, or the viewer has paused."""
+        with self._lock:
+            if not session._made or session.playback.paused:
+                return None
+            return self._too_early(session, self.clock())
+
+    def sessions(self) -> list[Session]:
+        with self._lock:
+            return list(self._sessions.values())
+
+    def session(self, name: str) -> Session | None:
+        with self._lock:
+            return self._sessions.get(name)
+
+    # The device
+
+    def warm_up(self, prompt: str, blocks: int = 3) -> None:
+        """Make a few blocks for nobody, so that the first viewer does not pay for the start; this measures speed."""
+        with self.engine.stream(prompt, seed=0) as stream:
+            for number in range(blocks):
+                chunk = next(stream)
+                if number:  # the first pays for the start
+                    self._measure(chunk.timings.total_seconds, len(chunk.frames))
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End every session and the thread, after the block that it is making."""
+        with self._lock:
+            for session in list(self._sessions.values()):
+                self._end(session, "stopped")
+            self._stopping = True
+            self._lock.notify_all()
+        if self._thread.is_alive():
+            self._thread.join()
+        while self.step():  # what was asked for last: streams are closed
+            pass
+
+    def _run(self) -> None:
+        while not self._stopping:
+            if not self.step():
+                with self._lock:
+                    if not self._stopping and not self._commands:
+                        self._lock.wait(self._rest(self.clock()))
+
+    def step(self) -> bool:
+        """Do one thing on the device, a command or a block; False if there is nothing to do now.
+
+        They take turns, so that nobody's commands keep the others from their pictures.
+        """
+        with self._lock:
+            now = self.clock()
+            self._let_go(now)
+            session = self._next(now)
+            command = self._commands.popleft() if self._commands and not (self._commanded and session) else None
+            self._commanded = command is not None
+        if command is not None:
+            command()
+        elif session is not None:
+            self._make(session)
+        return command is not None or session is not None
+
+    def _next(self, now: float) -> Session | None:
+        """The session whose video runs dry first, of those that want more."""
+        hungry = [session for session in self._sessions.values() if self._full_for(session, now) <= 0]
+        return min(hungry, key=lambda session: self._dry_at(session, now), default=None)
+
+    def _dry_at(self, session: Session, now: float) -> float:
+        return session.playback.dry_at(now) + session._waiting() / self.engine.frame_rate
+
+    def _full_for(self, session: Session, now: float) -> float:
+        """Seconds until another block would not be too far ahead, by playing alone; infinite if it wants none."""
+        whole = session.pictures is not None and session.sent + session._waiting() >= session.pictures
+        if session._stream is None or session.end or session.playback.paused or whole:
+            return float("inf")
+        waiting = session._waiting() / self.engine.frame_rate
+        over = session.playback.unseen(now) + waiting + self.block_seconds - self.limits.ahead
+        played_away = waiting + self.block_seconds <= self.limits.ahead and session.playback.started
+        return over if over <= 0 or played_away else float("inf")
+
+    def _too_early(self, session: Session, now: float) -> float:
+        if session.playback.paused:
+            return float("inf")
+        return session.playback.unseen(now) - self.limits.lead
+
+    def _rest(self, now: float) -> float:
+        return min([_LOOK_AFTER, *(self._full_for(session, now) for session in self._sessions.values())])
+
+    def _make(self, session: Session) -> None:
+        assert session._stream is not None
+        try:
+            chunk = next(session._stream)
+        except Exception as error:  # whatever it is, it ends this stream and no other
+            with self._lock:
+                session.failed = True
+                self._end(session, f"{type(error).__name__}: {error}")
+            return
+        with self._lock:
+            if chunk.index:  # the first pays for the start
+                self._measure(chunk.timings.total_seconds, len(chunk.frames))
+            if session.end:
+                return
+            left = None if session.pictures is None else session.pictures - session.sent - session._waiting()
+            events: tuple[str, ...] = ()
+            if session._older:
+                session._older -= 1
+            else:
+                events, session._events = tuple(session._events), []
+            if not session._made:
+                session._touched = self.clock()  # from here on it is the viewer who is waited for
+            session._made.append(Piece(chunk.frames[:left], chunk.index, chunk.start_seconds, chunk.timings, events))
+        session.changed()
+
+    def _measure(self, seconds: float, pictures: int) -> None:
+        share = seconds * self.engine.frame_rate / pictures
+        known = share if self.device_share is None else self.device_share
+        self.device_share = known + _RECENT * (share - known)
+
+    # Commands, between two blocks
+
+    def _command(self, act: Callable[[], T]) -> "Future[T]":
+        future: Future[T] = Future()
+        future.set_running_or_notify_cancel()
+
+        def run() -> None:
+            try:
+                future.set_result(act())
+            except Exception as error:  # goes to whoever asked
+                future.set_exception(error)
+
+        self._commands.append(run)
+        self._lock.notify_all()
+        return future
+
+    def _open(self, session: Session) -> Session:
+        if session.end:
+            raise ValueError("the session was closed before it began")
+        try:
+            session._stream = self.engine.stream(session.prompt, seed=session.seed)
+        except Exception:
+            self.close(session, "refused")
+            raise
+        session.seed = session._stream.seed
+        return session
+
+    def _redirect(self, session: Session, prompt: str, name: str, method: Method) -> None:
+        if session._stream is None or session.end:
+            raise ValueError("the session is over")
+        if method == "cut":
+            session._stream.cut(prompt)
+        else:
+            session._stream.redirect(prompt)
+        with self._lock:
+            # What is dropped takes changes along that nobody has seen: they are told of with this one.
+            unseen = [event for piece in session._made for event in piece.events]
+            session._made.clear()
+            session._events = [*unseen, *session._events, name]
+            session._older = self.engine.recipe.in_flight - 1 if method == "redirect" else 0
+            session.prompt = prompt
+            self._lock.notify_all()
+
+    # With the lock held
+
+    def _has_room(self) -> bool:
+        count = len(self._sessions)
+        fits = count == 0 or (count + 1) * (self.device_share or 0.0) <= _LOAD
+        return not self._stopping and count < self.limits.sessions and fits
+
+    def _retry_seconds(self, now: float) -> int:
+        """Until the first session is sure to be over; a guess where none is."""
+        left = [10.0]
+        for session in self._sessions.values():
+            if session.pictures is not None:
+                left.append((session.pictures - session.sent) / self.engine.frame_rate)
+            if session.playback.paused:
+                left.append(session._paused_at + self.limits.pause - now)
+        return max(1, round(min(left)))
+
+    def _let_go(self, now: float) -> None:
+        """End sessions of viewers who leave what is made lying without a word, or have paused for too long."""
+        for session in list(self._sessions.values()):
+            silent = bool(session._made) and now - session._touched > self.limits.stall
+            if silent or (session.playback.paused and now - session._paused_at > self.limits.pause):
+                self._end(session, "stalled")
+
+    def _end(self, session: Session, reason: str) -> None:
+        if session.end:
+            return
+        session.end = reason
+        session._made.clear()
+        self._sessions.pop(session.id, None)
+        self._command(lambda: session._stream.close() if session._stream else None)
+        session.changed()

@@ -1,0 +1,86 @@
+"""An engine whose pictures tell which stream, words and block they are of, and a clock that is moved by hand."""
+
+from types import SimpleNamespace
+
+import numpy as np
+
+from longtake.generation.stream import Chunk, Timings
+
+RATE, HEIGHT, WIDTH, BLOCK = 16, 16, 16, 12
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class FakeStream:
+    def __init__(self, engine: "FakeEngine", prompt: str, seed: int) -> None:
+        self.engine, self.prompt, self.seed, self.blocks = engine, prompt, seed, 0
+        self.closed = False
+        engine.open_streams.add(self)
+
+    def redirect(self, prompt: str) -> None:
+        self.engine.refuse(prompt)
+        self.prompt = prompt
+
+    def cut(self, prompt: str) -> None:
+        self.redirect(prompt)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def __next__(self) -> Chunk:
+        assert not self.closed
+        if "explode" in self.prompt:
+            raise RuntimeError("out of memory")
+        self.engine.clock.now += self.engine.block_seconds
+        count = BLOCK if self.blocks else BLOCK - 3
+        frames = np.full((count, HEIGHT, WIDTH, 3), 40 * (len(self.prompt) % 6), np.uint8)
+        chunk = Chunk(
+            frames, self.blocks, max(0, BLOCK * self.blocks - 3) / RATE, Timings(0.1, 0.1, self.engine.block_seconds)
+        )
+        self.engine.words[id(frames)] = self.prompt
+        self.engine.kept.append(frames)
+        self.blocks += 1
+        return chunk
+
+    def close(self) -> None:
+        self.closed = True
+        self.engine.open_streams.discard(self)
+
+
+class FakeEngine:
+    """Takes `block_seconds` of its clock for a block; refuses words with "xyzzy" in them."""
+
+    frame_rate, height, width = RATE, HEIGHT, WIDTH
+    model_name = "fake"
+
+    def __init__(self, clock: Clock | None = None, block_seconds: float = 0.2, in_flight: int = 1) -> None:
+        self.clock = clock or Clock()
+        self.block_seconds = block_seconds
+        self.recipe = SimpleNamespace(in_flight=in_flight, name="fake_recipe")
+        self.open_streams: set[FakeStream] = set()
+        self.words: dict[int, str] = {}
+        self.kept: list[np.ndarray] = []  # so that no other array takes the place of one told of
+
+    def words_of(self, frames: np.ndarray) -> str:
+        """What pictures of this engine were made under; they may be cut short."""
+        return self.words[id(frames if frames.base is None else frames.base)]
+
+    def pictures_in(self, blocks: int) -> int:
+        return BLOCK * blocks - 3
+
+    def refuse(self, prompt: str) -> None:
+        if "xyzzy" in prompt or not prompt.strip():
+            raise ValueError(f"cannot show {prompt!r}")
+
+    def stream(self, prompt: str, *, seed: int = 42) -> FakeStream:
+        self.refuse(prompt)
+        return FakeStream(self, prompt, seed)
