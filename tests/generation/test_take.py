@@ -201,12 +201,15 @@ def other_precision() -> Engine:
 @pytest.mark.parametrize(
     "other, why",
     [
-        (other_weights, "its weights is"),
-        (other_codec, "its codec weights"),
-        (other_precision, "its dtype is float32, and here it is bfloat16"),
-        (lambda: engine("self_forcing_sink"), "its recipe is self_forcing, and here it is self_forcing_sink"),
-        (lambda: replace(engine("self_forcing"), recipe=engine("self_forcing").recipe.with_levels(4)), "its levels"),
-        (lambda: replace(engine("self_forcing"), latent_size=(4, 4, 8)), "its latent size"),
+        (other_weights, "it was made with weights"),
+        (other_codec, "it was made with codec weights"),
+        (other_precision, "it was made with dtype float32, and here it is bfloat16"),
+        (lambda: engine("self_forcing_sink"), "it was made with recipe self_forcing, and here it is self_forcing_sink"),
+        (
+            lambda: replace(engine("self_forcing"), recipe=engine("self_forcing").recipe.with_levels(4)),
+            "it was made with levels",
+        ),
+        (lambda: replace(engine("self_forcing"), latent_size=(4, 4, 8)), "it was made with latent size"),
     ],
 )
 def test_what_would_not_be_the_same_is_refused_with_the_reason(other, why: str, tmp_path: Path) -> None:
@@ -222,7 +225,7 @@ def test_other_versions_and_devices_are_refused(key: str, value: str) -> None:
     stream = engine("self_forcing").stream("abc")
     kept = Take.of(stream)
     elsewhere = replace(kept, made_with=kept.made_with | {key: value})
-    with pytest.raises(ValueError, match=f"its {key} is {value}"):
+    with pytest.raises(ValueError, match=f"made with {key} {value}"):
         elsewhere.resume(engine("self_forcing"))
 
 

@@ -136,20 +136,35 @@ def follow(stream: Stream, texts: Mapping[int, str]) -> Iterator[Chunk]:
         yield next(chunks)
 
 
+def whole_blocks(engine: Engine, pictures: int, given: int = 0) -> int:
+    """So many pictures, and those up to the end of their last block. given: how many the stream goes on from."""
+    pictures_in = _pictures_after(engine, given)
+    return next(pictures_in(blocks) for blocks in itertools.count() if pictures_in(blocks) >= pictures)
+
+
 def record_of(engine: Engine, script: Script, seed: int, seconds: float) -> dict[str, Any]:
-    """What a video was made of, as plain values; it goes into the file."""
+    """What a video was made of, as plain values; it goes into the file. `script_in` reads the prompts back."""
     cues = [{"at": cue.at, "unit": cue.unit, "prompt": cue.prompt, "rewritten": cue.rewritten} for cue in script.cues]
     return {
         "model": engine.model_name,
         "weights": engine.weights,
         **({} if engine.codec_name is None else {"codec": engine.codec_name}),
+        "codec_weights": engine.codec_weights,
         "recipe": engine.recipe.name,
         "levels": len(engine.recipe.steps),
-        "dtype": str(engine.dtype).removeprefix("torch."),
+        **engine.circumstances,
         "seed": seed,
         "seconds": seconds,
         "prompts": [{key: value for key, value in cue.items() if value is not None} for cue in cues],
     }
+
+
+def script_in(record: Mapping[str, Any]) -> Script:
+    """The prompts of a `record_of`. ValueError for others."""
+    try:
+        return Script(tuple(Cue(**cue) for cue in record["prompts"]))
+    except (KeyError, TypeError):
+        raise ValueError(f"a record has prompts with their times, got {_short(record)}") from None
 
 
 def slug(prompt: str) -> str:

@@ -79,7 +79,9 @@ class Take:
             there = self.made_with.get(key)
             if key not in _NAMES and there != here:
                 name = key.replace("_", " ")
-                raise ValueError(f"this take does not go on here: its {name} is {there}, and here it is {here}")
+                raise ValueError(
+                    f"this take does not go on here: it was made with {name} {there}, and here it is {here}"
+                )
 
     def _on(self, device: torch.device) -> dict[str, Any]:
         """The state on a device. Streams write over none of its tensors, so several may go on from the same ones."""
