@@ -229,7 +229,7 @@ def _keep(stream: "Stream", path: Path) -> None:
     if stream.closed:
         _say(f"no take at {path}: the stream was stopped within a block")
         return
-    Take.of(stream).save(path)
+    Take.of(stream, "cpu").save(path)
     _say(f"the take is {path}")
 
 

@@ -33,9 +33,10 @@ class Take:
     state: Mapping[str, Any]
 
     @classmethod
-    def of(cls, stream: Stream) -> Self:
-        """The take of a stream as it stands, on its device. RuntimeError for a closed stream."""
-        return cls(made_with(stream.engine), _changed(stream.state(), torch.clone))
+    def of(cls, stream: Stream, device: torch.device | str | None = None) -> Self:
+        """The take of a stream as it stands, by default on its own device. RuntimeError for a closed stream."""
+        copied = _changed(stream.state(), lambda tensor: tensor.detach().to(device or tensor.device, copy=True))
+        return cls(made_with(stream.engine), copied)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
