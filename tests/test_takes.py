@@ -120,6 +120,8 @@ def test_what_cannot_be_replayed_is_one_line(first: Path, tmp_path: Path, capsys
     other = rewritten(video, tmp_path / "other.mp4", weights="0123456789abcdef")
     old = rewritten(video, tmp_path / "old.mp4", seconds=None)
     lost = rewritten(video, tmp_path / "lost.mp4", recipe="self_forcign")
+    untimed = rewritten(video, tmp_path / "untimed.mp4", prompts=[{"at": "soon", "unit": "seconds", "prompt": PROMPT}])
+    astray = rewritten(video, tmp_path / "astray.mp4", take={"blocks": 3})
     before = sorted(tmp_path.iterdir())
     for arguments, said in (
         ([str(tmp_path / "bare.mp4")], "bare.mp4 tells nothing of how it was made"),
@@ -127,6 +129,8 @@ def test_what_cannot_be_replayed_is_one_line(first: Path, tmp_path: Path, capsys
         ([str(tmp_path / "absent.mp4")], "absent.mp4: No such file"),
         ([str(other)], "was made with weights 0123456789abcdef, and toy has"),
         ([str(old)], "does not tell all of how it was made: seconds is missing"),
+        ([str(untimed)], "a time is a number from 0, got 'soon'"),
+        ([str(astray)], "the history of this video cannot be read"),
         ([str(lost)], "did you mean self_forcing"),
         ([str(video), "--image", "given.png"], "needs no --image"),
         ([str(video), "-o", str(other)], "exists already"),

@@ -303,13 +303,12 @@ def replay(
 
 def _require_said(path: Path, record: dict[str, Any]) -> None:
     """ValueError unless a record says all that is needed to make a video again."""
-    missing = [
-        key
-        for key in ("model", "recipe", "levels", "dtype", "weights", "seed", "seconds", "prompts")
-        if key not in record
-    ]
+    needed: dict[str, type | tuple[type, ...]] = dict.fromkeys(("model", "recipe", "dtype", "weights"), str)
+    needed |= {"levels": int, "seed": int, "seconds": (int, float), "prompts": list}
+    missing = [key for key, kind in needed.items() if not isinstance(record.get(key), kind)]
     if missing:
-        raise ValueError(f"{path} does not tell all of how it was made: {', '.join(missing)} is missing")
+        raise ValueError(f"{path} does not tell all of how it was made: {', '.join(missing)} is missing or unreadable")
+    _require_length(record["seconds"])
 
 
 def _require_same(path: Path, record: dict[str, Any], engine: "Engine") -> None:
@@ -331,9 +330,13 @@ def _begun_again(engine: "Engine", script: "Script", record: dict[str, Any], ima
     if "take" not in record:
         given = None if image is None else _opening(engine, image)
         return engine.stream(script.cues[0].shown, seed=record["seed"], pictures=given)
-    history = [Told(**told | {"prompts": tuple(told["prompts"])}) for told in record["take"]["history"]]
-    _say(f"it went on from a take: {record['take']['blocks']} blocks come before it")
-    return retrace(engine, record["seed"], history, record["take"]["blocks"])
+    try:
+        blocks = int(record["take"]["blocks"])
+        history = [Told(**told | {"prompts": tuple(told["prompts"])}) for told in record["take"]["history"]]
+    except (KeyError, TypeError):
+        raise ValueError("the history of this video cannot be read") from None
+    _say(f"it went on from a take: {blocks} blocks come before it")
+    return retrace(engine, record["seed"], history, blocks)
 
 
 def _load_again(said: dict[str, Any], levels: int, device: str | None) -> "Engine":

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 
@@ -161,10 +161,19 @@ def record_of(engine: Engine, script: Script, seed: int, seconds: float) -> dict
 
 def script_in(record: Mapping[str, Any]) -> Script:
     """The prompts of a `record_of`. ValueError for others."""
-    try:
-        return Script(tuple(Cue(**cue) for cue in record["prompts"]))
-    except (KeyError, TypeError):
-        raise ValueError(f"a record has prompts with their times, got {_short(record)}") from None
+    cues = record.get("prompts")
+    if not isinstance(cues, list):
+        raise ValueError(f"a record has prompts with their times, got {_short(cues)}")
+    return Script(tuple(map(_recorded, cues)))
+
+
+def _recorded(cue: Any) -> Cue:
+    if not isinstance(cue, dict) or not cue.keys() <= {"at", "unit", "prompt", "rewritten"}:
+        raise ValueError(f"a prompt of a record has a time, got {_short(cue)}")
+    texts = [cue.get("prompt"), cue.get("rewritten", "")]
+    if cue.get("unit") not in get_args(Unit) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"a prompt of a record is text at a time, got {_short(cue)}")
+    return Cue(**cue | {"at": _number(cue.get("at"))})
 
 
 def slug(prompt: str) -> str:

@@ -201,8 +201,8 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{path} is not a whole take ({error})") from None
     if not described:
         raise ValueError(f"{path} is no take")
-    if described["form"] != _FORM:
-        raise ValueError(f"{path} is a take of form {described['form']}, and this version reads form {_FORM}")
+    if described.get("form") != _FORM:
+        raise ValueError(f"{path} is a take of form {described.get('form')}, and this version reads form {_FORM}")
     return described, tensors
 
 
