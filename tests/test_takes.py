@@ -155,6 +155,7 @@ def test_takes_that_cannot_be_used_are_one_line(first: Path, tmp_path: Path, cap
         (["take", "fork", str(take), "--prompt", " "], "the prompt is empty"),
         (["generate", PROMPT, "--take", str(take)], "one.take exists already"),
         (["generate", PROMPT, "--take", "absent/one.take"], "there is no folder absent"),
+        (["generate", PROMPT, "--take", "/proc/one.take"], "/proc/one.take.part: "),
         (["generate", "--prompts", "a.txt", "--take", "one.take"], "--take goes with one PROMPT"),
     ):
         assert main(arguments) == 2

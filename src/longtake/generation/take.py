@@ -53,7 +53,7 @@ class Take:
         require_free(path, overwrite=overwrite)
         tensors: dict[str, Tensor] = {}
         described = {"form": _FORM, "made_with": self.made_with, "state": _packed(self.state, tensors)}
-        beside = path.with_name(path.name + ".part")
+        beside = _beside(path)
         try:
             stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             save_file(stored, beside, metadata={_DESCRIPTION: json.dumps(described)})
@@ -181,11 +181,19 @@ def bytes_of(state: Mapping[str, Any]) -> dict[str, int]:
 
 
 def require_free(path: Path, *, overwrite: bool = False) -> None:
-    """FileExistsError or FileNotFoundError where a take cannot be written: better known before the stream is made."""
+    """OSError where no take can be written, FileExistsError for a name in use: best known before a stream runs."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists already: choose another name or remove it first")
+    beside = _beside(path)
+    beside.touch()
+    beside.unlink()
+
+
+def _beside(path: Path) -> Path:
+    """Where a take grows before it takes its name."""
+    return path.with_name(path.name + ".part")
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
