@@ -161,15 +161,13 @@ def test_takes_are_as_large_as_they_are_counted(recipe: str, tmp_path: Path) -> 
 
 
 def test_sizes_of_takes_are_a_table(capsys) -> None:
-    arguments = ["take", "sizes", "--model", "toy", "--recipe", "rolling_forcing", "rehyat"]
-    assert main(arguments) == 0
-    lines = capsys.readouterr().out.splitlines()
-    heads, _, rolling, rehyat = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
-    table = [dict(zip(heads, row, strict=True)) for row in (rolling, rehyat)]
-    assert [row["recipe"] for row in table] == ["`rolling_forcing`", "`rehyat`"]
-    assert float(table[0]["in flight"]) > 0 and table[1]["in flight"] == "" and float(table[1]["far"]) > 0
-    assert main([*arguments, "--json"]) == 0
-    sums = [sum(one["bytes"].values()) / 1e6 for one in json.loads(capsys.readouterr().out)]
-    assert [f"{one:,.1f}" for one in sums] == [row["MB"] for row in table]
+    assert main(["take", "sizes", "--model", "toy", "--recipe", "rolling_forcing", "rehyat", "--json"]) == 0
+    counted = json.loads(capsys.readouterr().out)
+    lines = planning.takes_in_words(counted).splitlines()
+    heads, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+    rolling, rehyat = (dict(zip(heads, row, strict=True)) for row in rows)
+    assert (rolling["recipe"], rehyat["recipe"]) == ("`rolling_forcing`", "`rehyat`")
+    assert float(rolling["in flight"]) > 0 and rehyat["in flight"] == "" and float(rehyat["far"]) > 0
+    assert [row["MB"] for row in (rolling, rehyat)] == [f"{sum(one['bytes'].values()) / 1e6:,.1f}" for one in counted]
     assert main(["take", "sizes", "--model", "toys"]) == 2
     assert "did you mean toy" in capsys.readouterr().err
