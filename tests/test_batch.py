@@ -97,6 +97,21 @@ def test_videos_of_weights_that_were_trained_on_are_refused(folder, capsys, monk
     assert "is there, but was made with other weights" in capsys.readouterr().err
 
 
+def test_other_versions_and_devices_go_on_with_a_folder_and_other_codecs_do_not(folder, capsys, monkeypatch) -> None:
+    assert generate() == 0
+    there = dict.fromkeys(longtake.Engine.circumstances.fget(tiny.engine()), "another")
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(longtake.Engine, "circumstances", there)
+        assert generate() == 0
+    assert ", 0 to make" in capsys.readouterr().err
+    other = tiny.engine()
+    with torch.no_grad():
+        next(other.codec.parameters())[0] += 0.1
+    monkeypatch.setattr("longtake.recipes.load", lambda model, **options: other)
+    assert generate() == 2
+    assert "is there, but was made with other codec_weights" in capsys.readouterr().err
+
+
 def test_weights_are_the_same_in_other_precisions() -> None:
     engine, lower = tiny.engine(), tiny.engine()
     lower.to(torch.bfloat16)

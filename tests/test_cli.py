@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from time import perf_counter
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -22,7 +23,8 @@ class GreyEngine:
     """An engine as the command line sees one; Ctrl-C comes in block `stops_at`."""
 
     frame_rate, height, width = 16, 32, 48
-    model_name, weights, codec_name = "toy", "0123", None
+    model_name, weights, codec_name, codec_weights = "toy", "0123", None, "4567"
+    circumstances: ClassVar = {"longtake": "0", "torch": "0", "device": "cpu", "dtype": "float32"}
     recipe = SimpleNamespace(name="self_forcing_sink", steps=(1000, 500), block=3, in_flight=1)
     dtype, device = torch.float32, torch.device("cpu")
 

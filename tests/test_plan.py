@@ -2,10 +2,12 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
+import longtake
 from longtake import plan as planning
 from longtake.attention.dense import dense
 from longtake.cli import main
@@ -143,3 +145,29 @@ def test_memory_is_near_what_another_implementation_was_measured_at() -> None:
     parts = told["moments"]["network pass"]
     assert sum(parts.values()) - parts["codec"] - parts["codec state"] == pytest.approx(7.5 * GIB, rel=0.25)
     assert parts["keys and values"] == 2 * 30 * 6 * 1560 * 1536 * 2  # keys and values, layers, frames, tokens, width
+
+
+@pytest.mark.parametrize("recipe", ["self_forcing_sink", "reward_forcing"])
+def test_takes_are_as_large_as_they_are_counted(recipe: str, tmp_path: Path) -> None:
+    counted = planning.take_sizes("toy", recipe, dtype="float32")
+    engine = longtake.load("toy", recipe=recipe, levels=1, device="cpu", dtype=torch.float32)
+    with engine.stream("a red ball bounces over green hills") as stream:
+        for _ in range(4):
+            next(stream)
+        take = longtake.Take.of(stream)
+    take.save(tmp_path / "one.take")
+    assert take.info()["bytes"] == counted
+    assert 0 < (tmp_path / "one.take").stat().st_size - sum(counted.values()) < 20_000, "names and numbers come on top"
+
+
+def test_sizes_of_takes_are_a_table(capsys) -> None:
+    assert main(["take", "sizes", "--model", "toy", "--recipe", "rolling_forcing", "rehyat", "--json"]) == 0
+    counted = json.loads(capsys.readouterr().out)
+    lines = planning.takes_in_words(counted).splitlines()
+    heads, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
+    rolling, rehyat = (dict(zip(heads, row, strict=True)) for row in rows)
+    assert (rolling["recipe"], rehyat["recipe"]) == ("`rolling_forcing`", "`rehyat`")
+    assert float(rolling["in flight"]) > 0 and rehyat["in flight"] == "" and float(rehyat["far"]) > 0
+    assert [row["MB"] for row in (rolling, rehyat)] == [f"{sum(one['bytes'].values()) / 1e6:,.1f}" for one in counted]
+    assert main(["take", "sizes", "--model", "toys"]) == 2
+    assert "did you mean toy" in capsys.readouterr().err

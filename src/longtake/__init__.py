@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from longtake.generation.stream import Chunk, Engine, Stream
+    from longtake.generation.take import Take
     from longtake.recipes import load
 
 __version__ = "0.1.0"
-__all__ = ["Chunk", "Engine", "Stream", "__version__", "load"]
+__all__ = ["Chunk", "Engine", "Stream", "Take", "__version__", "load"]
 
 _HOME = {
     "Chunk": "longtake.generation.stream",
     "Engine": "longtake.generation.stream",
     "Stream": "longtake.generation.stream",
+    "Take": "longtake.generation.take",
     "load": "longtake.recipes",
 }
 

@@ -13,7 +13,7 @@ from typing import IO, Any, Literal
 from longtake import parallel
 from longtake.generation.script import Script, follow, record_of, slug
 from longtake.generation.stream import Engine
-from longtake.media.mp4 import Mp4Writer, part_of, read_comment
+from longtake.media.mp4 import Mp4Writer, part_of, read_record
 from longtake.models.rewrite import Rewriter
 
 Names = Literal["numbered", "vbench"]
@@ -126,7 +126,7 @@ def _is_there(engine: Engine, video: Video) -> bool:
     if not video.path.exists():
         return False
     wanted, got = _record(engine, video), _record_in(video.path)
-    keys = (wanted.keys() | got.keys()) - {"dtype"}  # what is fastest may differ between machines that share a folder
+    keys = (wanted.keys() | got.keys()) - engine.circumstances.keys()  # machines that share a folder may differ in them
     other = sorted(key for key in keys if wanted.get(key) != got.get(key))
     if other:
         raise ValueError(f"{video.path} is there, but was made with other {', '.join(other)}: choose another folder")
@@ -139,8 +139,8 @@ def _record(engine: Engine, video: Video) -> dict[str, Any]:
 
 def _record_in(path: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(read_comment(path)))
-    except (ValueError, TypeError):
+        return read_record(path)
+    except ValueError:
         raise ValueError(f"{path} is there, but tells nothing of how it was made: choose another folder") from None
 
 

@@ -1,4 +1,5 @@
-"""The command line: `longtake generate | serve | bench | evaluate | train | models | verify | plan | explain | doctor`.
+"""The command line, `longtake VERB`: generate, replay, take, serve, bench, evaluate, train, models, verify, plan,
+explain, doctor.
 
 Results go to stdout, progress and complaints to stderr. Verbs import the parts of longtake that they use when they
 run: torch takes seconds to import, and `longtake --help` should not wait for it.
@@ -8,6 +9,7 @@ import itertools
 import math
 import os
 import random
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
     from longtake.evaluation.sources import Source
     from longtake.generation.recipe import Recipe
     from longtake.generation.script import Script
-    from longtake.generation.stream import Chunk, Engine
+    from longtake.generation.stream import Chunk, Engine, Stream
+    from longtake.generation.take import Take
     from longtake.media.mp4 import Mp4Writer
     from longtake.models.hub import Published
 
@@ -77,6 +80,7 @@ def generate(
     levels: Annotated[int | None, arg(metavar="N")] = None,
     out: Annotated[Path | None, arg(aliases=["-o"], metavar="PATH")] = None,
     force: bool = False,
+    take: Annotated[Path | None, arg(metavar="FILE")] = None,
     device: Annotated[str | None, arg(metavar="NAME")] = None,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     json: bool = False,
@@ -101,14 +105,14 @@ def generate(
         levels: Denoising steps of a block; unless given, as many as the recipe has.
         out: The mp4 to write; unless given, a free name made of prompt and seed. For a file, the folder.
         force: Replace the mp4 that is there.
+        take: Where to keep the stream as it ends, to go on from later; the video then ends with a whole block.
         device: cpu, cuda, cuda:1, ...; unless given, the best there is.
         dtype: Precision; auto takes the fastest that is safe.
         json: Print one JSON object for each video in place of its name.
     """
     if (prompt is None) == (prompts is None):
         raise ValueError("give one PROMPT, or a file of them with --prompts")
-    if seconds is not None and not 0 < seconds < math.inf:
-        raise ValueError(f"a video lasts more than 0 seconds, got {seconds:g}")
+    _require_length(seconds)
 
     def load(place: "str | torch.device | None") -> "Engine":
         return _load(model, recipe, levels, place, dtype, codec)
@@ -116,6 +120,8 @@ def generate(
     if prompts is not None:
         if image is not None:
             raise ValueError("--image goes with one PROMPT, not with --prompts")
+        if take is not None:
+            raise ValueError("--take goes with one PROMPT, not with --prompts")
         if out is None:
             raise ValueError("--prompts needs a folder for the videos: -o DIR")
         if force:
@@ -129,7 +135,7 @@ def generate(
     if out is not None:
         _require_free(out, force)
     script = _script_of(prompt or "", rewrite, device)
-    return _make_one(script, seconds, seed, out, force, image, json, lambda: load(device))
+    return _make_one(script, seconds, seed, out, force, image, take, json, lambda: load(device))
 
 
 def _require_free(path: Path, force: bool) -> None:
@@ -137,6 +143,11 @@ def _require_free(path: Path, force: bool) -> None:
         raise IsADirectoryError(f"{path} is a folder: name the mp4 to write in it")
     if path.exists() and not force:
         raise FileExistsError(f"{path} exists already: choose another name, or replace it with --force")
+
+
+def _require_length(seconds: float | None) -> None:
+    if seconds is not None and not 0 < seconds < math.inf:
+        raise ValueError(f"a video lasts more than 0 seconds, got {seconds:g}")
 
 
 def _script_of(text: str, chat: str | None, device: str | None) -> "Script":
@@ -174,46 +185,70 @@ def _written_out(scripts: "Sequence[Script]", chat: str, device: "torch.device")
 
 
 def _make_one(
-    script: "Script", seconds: float | None, seed: int, out: Path | None, force: bool, begin: Path | None, json: bool,
+    script: "Script", seconds: float | None, seed: int, out: Path | None, force: bool, begin: Path | None,
+    keep: Path | None, json: bool,
     load: "Callable[[], Engine]",
 ) -> int:  # fmt: skip
-    from longtake.generation.script import follow, record_of
-    from longtake.media.mp4 import Mp4Writer
+    from longtake.generation.script import record_of
 
     if seed == -1:
         seed = random.SystemRandom().randrange(2**31)
         _say(f"seed {seed}")
     path = out or _free_name(script.prompt, seed)
+    _require_free_take(keep)
     engine = load()
-    seconds = script.lasts(engine.frame_rate, seconds)
-    pictures = max(1, round(seconds * engine.frame_rate))
     given = None if begin is None else _opening(engine, begin)
-    texts = script.by_block(engine, pictures, 0 if given is None else len(given))
+    before = 0 if given is None else len(given)
+    seconds, pictures = _length(script, engine, seconds, before, whole=keep is not None)
+    texts = script.by_block(engine, pictures, before)
     engine.prepare([*texts.values()])
+    record = record_of(engine, script, seed, seconds) | ({"image": begin.name} if begin else {})
+    with engine.stream(texts[0], seed=seed, pictures=given) as stream:
+        return _show(stream, texts, pictures, path, record, keep, force=force, json=json)
+
+
+def _length(
+    script: "Script", engine: "Engine", asked: float | None, before: int, *, whole: bool
+) -> tuple[float, int]:  # fmt: skip
+    """How long a video is, in seconds and pictures. whole: up to the end of a block, so that a take goes on from it."""
+    from longtake.generation.script import whole_blocks
+
+    seconds = script.lasts(engine.frame_rate, asked)
+    pictures = max(1, round(seconds * engine.frame_rate))
+    if not whole:
+        return seconds, pictures
+    pictures = whole_blocks(engine, pictures, before)
+    return pictures / engine.frame_rate, pictures
+
+
+def _show(
+    stream: "Stream", texts: dict[int, str], pictures: int, path: Path, record: dict[str, Any], keep: Path | None,
+    *, force: bool = False, json: bool = False,
+) -> int:  # fmt: skip
+    """Film a stream, keep it as a take if that is asked for, and print where the video is."""
+    from longtake.generation.script import follow
+    from longtake.media.mp4 import Mp4Writer
+
+    engine = stream.engine
     with (
         _told_what_is_kept(path),
-        engine.stream(texts[0], seed=seed, pictures=given) as stream,
         Mp4Writer(
-            path,
-            engine.width,
-            engine.height,
-            engine.frame_rate,
-            overwrite=force,
-            comment=dumps(record_of(engine, script, seed, seconds) | ({"image": begin.name} if begin else {})),
+            path, engine.width, engine.height, engine.frame_rate, overwrite=force, comment=dumps(record)
         ) as writer,
+        _between_blocks(keep is not None) as stopped,
     ):
-        complete = _film(follow(stream, texts), writer, pictures)
+        complete = _film(follow(stream, texts), writer, pictures, whole=keep is not None, stopped=stopped)
     if writer.frames_written:
-        print(dumps(_made(engine, script, seed, path, writer.frames_written)) if json else path)
+        print(dumps(_made(path, writer.frames_written, engine, record)) if json else path)
+    if keep is not None:
+        _keep(stream, keep)
     return 0 if complete else _INTERRUPTED
 
 
-def _made(engine: "Engine", script: "Script", seed: int, path: Path, pictures: int) -> dict[str, Any]:
-    """What `generate --json` says of a video: what went into it, where it is and how long it came to be."""
-    from longtake.generation.script import record_of
-
-    record = record_of(engine, script, seed, pictures / engine.frame_rate)
-    return {"path": str(path), "pictures": pictures, "fps": engine.frame_rate, **record}
+def _made(path: Path, pictures: int, engine: "Engine", record: dict[str, Any]) -> dict[str, Any]:
+    """What `generate --json` says of a video: where it is, how long it came to be, and what went into it."""
+    seconds = pictures / engine.frame_rate
+    return {"path": str(path), "pictures": pictures, "fps": engine.frame_rate, **record, "seconds": seconds}
 
 
 @contextmanager
@@ -229,6 +264,270 @@ def _told_what_is_kept(path: Path) -> "Iterator[None]":
         if is_new and plays(path):
             raise OSError(f"{_in_one_line(error)}; {path} keeps what was made until then") from None
         raise
+
+
+def _keep(stream: "Stream", path: Path) -> None:
+    from longtake.generation.take import Take
+
+    if stream.closed:
+        _say(f"no take at {path}: the stream was stopped within a block")
+        return
+    Take.of(stream, "cpu").save(path)
+    _say(f"the take is {path}")
+
+
+def _require_free_take(path: Path | None) -> None:
+    """Said before anything is made."""
+    from longtake.generation.take import require_free
+
+    if path is not None:
+        require_free(path)
+
+
+@contextmanager
+def _between_blocks(wanted: bool) -> "Iterator[Callable[[], bool]]":
+    """Whether Ctrl-C was pressed: it waits for the block being made, since nothing goes on from half a one. Pressed
+    once more, or where this is not wanted, it stops at once.
+    """
+    pressed: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    before = signal.signal(signal.SIGINT, note) if wanted else None
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        if wanted:
+            signal.signal(signal.SIGINT, before)
+
+
+@app.command
+def replay(
+    video: Annotated[Positional[Path], arg(metavar="MP4")],
+    out: Annotated[Path | None, arg(aliases=["-o"], metavar="PATH")] = None,
+    image: Annotated[Path | None, arg(aliases=["--video"], metavar="FILE")] = None,
+    device: Annotated[str | None, arg(metavar="NAME")] = None,
+) -> int:
+    """Make a video of longtake's again from what it says of itself, and compare the two. Exits 1 if they differ.
+
+    With the same version on the same kind of device, they are the same to the bit.
+
+    Args:
+        video: The mp4 to make again.
+        out: The mp4 to write; unless given, its name with -again.
+        image: The image or video that it went on from, where it did.
+        device: cpu, cuda, cuda:1, ...; unless given, the kind that it was made on.
+    """
+    from longtake.generation.script import script_in
+    from longtake.media.mp4 import count_frames, first_difference, read_record
+
+    record = read_record(video)
+    _require_said(video, record)
+    script = script_in(record)
+    if (image is None) == ("image" in record):
+        needs = f"goes on from {record['image']}: name it with --image" if "image" in record else "needs no --image"
+        raise ValueError(f"{video} {needs}")
+    engine = _load_again(record, record["levels"], device)
+    _require_same(video, record, engine)
+    path = out or _unused(video.with_stem(f"{video.stem}-again"))
+    engine.prepare([cue.shown for cue in script.cues])
+    with _begun_again(engine, script, record, image) as stream:
+        texts = script.by_block(engine, round(record["seconds"] * engine.frame_rate) or 1, stream.pictures)
+        told = _show(stream, texts, count_frames(video), path, record | engine.circumstances, None)
+    if told:
+        return told
+    number = first_difference(video, path)
+    _say("the same, picture by picture" if number is None else f"they differ from picture {number} on")
+    return 0 if number is None else _CHECK_FAILED
+
+
+def _require_said(path: Path, record: dict[str, Any]) -> None:
+    """ValueError unless a record says all that is needed to make a video again."""
+    needed: dict[str, type | tuple[type, ...]] = dict.fromkeys(("model", "recipe", "dtype", "weights"), str)
+    needed |= {"levels": int, "seed": int, "seconds": (int, float), "prompts": list}
+    missing = [key for key, kind in needed.items() if not isinstance(record.get(key), kind)]
+    if missing:
+        raise ValueError(f"{path} does not tell all of how it was made: {', '.join(missing)} is missing or unreadable")
+    _require_length(record["seconds"])
+
+
+def _require_same(path: Path, record: dict[str, Any], engine: "Engine") -> None:
+    """ValueError for other weights; other versions and devices, which may change bits, are told."""
+    for key, here in (("weights", engine.weights), ("codec_weights", engine.codec_weights)):
+        if record.get(key, here) != here:
+            name = key.replace("_", " ")
+            raise ValueError(f"{path} was made with {name} {record[key]}, and {engine.model_name} has {here}")
+    for key, here in engine.circumstances.items():
+        if (there := record.get(key, "unknown")) != here:
+            _say(f"{path} was made with {key} {there}, and this is {here}: pictures may differ")
+
+
+def _begun_again(engine: "Engine", script: "Script", record: dict[str, Any], image: Path | None) -> "Stream":
+    """The stream of a record, where its video begins."""
+    from longtake.generation.stream import Told
+    from longtake.generation.take import retrace
+
+    if "take" not in record:
+        given = None if image is None else _opening(engine, image)
+        return engine.stream(script.cues[0].shown, seed=record["seed"], pictures=given)
+    try:
+        blocks = int(record["take"]["blocks"])
+        history = [Told(**told | {"prompts": tuple(told["prompts"])}) for told in record["take"]["history"]]
+    except (KeyError, TypeError):
+        raise ValueError("the history of this video cannot be read") from None
+    _say(f"it went on from a take: {blocks} blocks come before it")
+    return retrace(engine, record["seed"], history, blocks)
+
+
+def _load_again(said: dict[str, Any], levels: int, device: str | None) -> "Engine":
+    """The engine of a take or a record, by default on its kind of device. ValueError if there is none such here."""
+    if said["dtype"] not in ("float32", "bfloat16"):
+        raise ValueError(f"precision is float32 or bfloat16, not {said['dtype']}")
+    place = device or said.get("device", "").partition(" ")[0] or None
+    return _load(said["model"], said["recipe"], levels, place, said["dtype"], said.get("codec"))
+
+
+take = app.command(SubcommandApp(), name="take", help="Go on with streams that were kept: generate --take keeps one.")
+
+
+@take.command(name="info")
+def take_info(file: Annotated[Positional[Path], arg(metavar="FILE")], json: bool = False) -> int:
+    """Say what a take is: what made it, what was told when, and how large its parts are.
+
+    Args:
+        file: The take.
+        json: Print one JSON object.
+    """
+    from longtake.generation.take import Take
+
+    told = Take.load(file).info()
+    print(dumps(told, indent=2) if json else _take_in_words(told))
+    return 0
+
+
+@take.command(name="resume")
+def take_resume(
+    file: Annotated[Positional[Path], arg(metavar="FILE")],
+    seconds: Annotated[float | None, arg(metavar="FLOAT")] = None,
+    out: Annotated[Path | None, arg(aliases=["-o"], metavar="PATH")] = None,
+    take: Annotated[Path | None, arg(metavar="FILE")] = None,
+    device: Annotated[str | None, arg(metavar="NAME")] = None,
+) -> int:
+    """Go on with a take where it stands, bit for bit, and print where the video of what follows is.
+
+    Args:
+        file: The take; it stays as it is.
+        seconds: Length of the video; unless given, 10.
+        out: The mp4 to write; unless given, a free name made of prompt and seed.
+        take: Where to keep the stream as this video ends.
+        device: cpu, cuda, cuda:1, ...; unless given, the kind that the take is from. Another kind is refused.
+    """
+    from longtake.generation.script import Cue, Script
+    from longtake.generation.take import Take
+
+    _require_length(seconds)
+    _require_free_take(take)
+    kept = Take.load(file)
+    script = Script((Cue(prompt=kept.history[-1].prompts[0]),))
+    return _go_on(file, kept, script, seconds, out, take, device, redirects=False)
+
+
+@take.command(name="fork")
+def take_fork(
+    file: Annotated[Positional[Path], arg(metavar="FILE")],
+    prompt: Annotated[str, arg(metavar="PROMPT")],
+    seconds: Annotated[float | None, arg(metavar="FLOAT")] = None,
+    out: Annotated[Path | None, arg(aliases=["-o"], metavar="PATH")] = None,
+    take: Annotated[Path | None, arg(metavar="FILE")] = None,
+    device: Annotated[str | None, arg(metavar="NAME")] = None,
+) -> int:
+    """Go on with a take under another prompt, and print where the video of what follows is.
+
+    Args:
+        file: The take; it stays as it is, for other forks and for what would have followed.
+        prompt: What is to be seen from here on, or several at times: "a | 5s: b".
+        seconds: Length of the video; unless given, what the text says, or else 10.
+        out: The mp4 to write; unless given, a free name made of prompt and seed.
+        take: Where to keep the stream as this video ends.
+        device: cpu, cuda, cuda:1, ...; unless given, the kind that the take is from. Another kind is refused.
+    """
+    from longtake.generation.script import script_from
+    from longtake.generation.take import Take
+
+    _require_length(seconds)
+    _require_free_take(take)
+    script = script_from(prompt)
+    return _go_on(file, Take.load(file), script, seconds, out, take, device, redirects=True)
+
+
+@take.command(name="sizes")
+def take_sizes(
+    model: tuple[str, ...] = ("toy", "wan2.1-1.3b"),
+    recipe: tuple[str, ...] = (),
+    dtype: Literal["float32", "bfloat16"] = "bfloat16",
+    json: bool = False,
+) -> int:
+    """Count how large takes get, part by part, without weights and without a GPU; prints a table.
+
+    Args:
+        model: Models: toy, or names of `longtake models`; nothing needs to be pulled.
+        recipe: Recipes; unless given, all of them.
+        dtype: Precision of network and codec.
+        json: Print one JSON list.
+    """
+    from longtake import plan as planning
+    from longtake.recipes import RECIPES
+
+    counted = [
+        {"model": one, "recipe": name, "bytes": planning.take_sizes(one, name, dtype=dtype)}
+        for one in model
+        for name in recipe or RECIPES
+    ]
+    print(dumps(counted, indent=2) if json else planning.takes_in_words(counted))
+    return 0
+
+
+def _go_on(
+    file: Path, kept: "Take", script: "Script", seconds: float | None, out: Path | None, keep: Path | None,
+    device: str | None, *, redirects: bool,
+) -> int:  # fmt: skip
+    from longtake.generation.script import record_of
+
+    if out is not None:
+        _require_free(out, force=False)
+    engine = _load_again(dict(kept.made_with), len(kept.made_with["levels"]), device)
+    try:
+        stream = kept.resume(engine)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    with stream:
+        seconds, pictures = _length(script, engine, seconds, stream.pictures, whole=keep is not None)
+        texts = script.by_block(engine, pictures, stream.pictures)
+        if redirects:
+            engine.prepare([*texts.values()])
+            stream.redirect(texts[0])
+        begun = {"take": {"blocks": stream.blocks, "history": [asdict(told) for told in stream.history]}}
+        record = record_of(engine, script, stream.seed, seconds) | begun
+        path = out or _free_name(script.prompt, stream.seed)
+        return _show(stream, texts, pictures, path, record, keep)
+
+
+def _take_in_words(told: dict[str, Any]) -> str:
+    sizes = told["bytes"]
+    return "\n".join(
+        [
+            f"{told['model']}, {told['recipe']}, {len(told['levels'])} levels, seed {told['seed']}: "
+            f"{told['seconds']:g} s made, {told['blocks']} blocks",
+            *(f"{one['at']:8.2f} s  {one['verb']:9} {one['prompt']}" for one in told["told"]),
+            f"longtake {told['longtake']}, torch {told['torch']}, {told['device']}, {told['dtype']}, "
+            f"weights {told['weights']}, codec {told['codec_weights']}",
+            f"{sum(sizes.values()) / 1e6:.2f} MB: "
+            + ", ".join(f"{part.replace('_', ' ')} {size / 1e6:.2f}" for part, size in sizes.items()),
+        ]
+    )
 
 
 def _opening(engine: "Engine", path: Path) -> "np.ndarray":
@@ -260,6 +559,7 @@ def _make_many(
     load: "Callable[[], Engine]",
 ) -> None:
     from longtake.batch import make_all, videos_of
+    from longtake.media.mp4 import count_frames, read_record
 
     videos = videos_of(
         scripts,
@@ -274,8 +574,7 @@ def _make_many(
     def told(path: Path) -> str:
         if not json:
             return str(path)
-        video = next(video for video in videos if video.path == path)
-        return dumps(_made(engine, video.script, video.seed, path, video.pictures(engine)))
+        return dumps(_made(path, count_frames(path), engine, read_record(path)))
 
     make_all(engine, videos, made=lambda path: print(told(path), flush=True), say=_say)
 
@@ -961,15 +1260,22 @@ def _precision(name: str) -> "torch.dtype | None":
     return {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def _film(stream: Iterable["Chunk"], writer: "Mp4Writer", pictures: int) -> bool:
-    """Write the stream's first pictures; False when Ctrl-C came before the last of them."""
+def _film(
+    stream: Iterable["Chunk"], writer: "Mp4Writer", pictures: int, *, whole: bool, stopped: Callable[[], bool]
+) -> bool:
+    """Write the stream's first pictures; False when Ctrl-C came before the last of them.
+
+    whole: write each block to its end, though it has more pictures than that. stopped: asked after each block.
+    """
     line = LiveLine(writer.frames_per_second)
     try:
         for chunk in stream:
-            writer.write(chunk.frames[: pictures - writer.frames_written])
+            writer.write(chunk.frames if whole else chunk.frames[: pictures - writer.frames_written])
             line.show(writer.frames_written)
-            if writer.frames_written == pictures:
+            if writer.frames_written >= pictures:
                 return True
+            if stopped():
+                break
     except KeyboardInterrupt:
         pass
     finally:
@@ -1023,11 +1329,16 @@ class LiveLine:
 def _free_name(prompt: str, seed: int) -> Path:
     """A file name that nobody has yet, such as `a-red-ball-bounces-42.mp4`, in the current folder."""
     from longtake.generation.script import slug
+
+    return _unused(Path(f"{slug(prompt)}-{seed}.mp4"))
+
+
+def _unused(path: Path) -> Path:
+    """The path, or the first of -2, -3, ... after its stem that nobody has yet."""
     from longtake.media.mp4 import part_of
 
-    stem = f"{slug(prompt)}-{seed}"
-    names = itertools.chain([f"{stem}.mp4"], (f"{stem}-{number}.mp4" for number in itertools.count(2)))
-    return next(path for path in map(Path, names) if not path.exists() and not part_of(path).exists())
+    paths = itertools.chain([path], (path.with_stem(f"{path.stem}-{number}") for number in itertools.count(2)))
+    return next(one for one in paths if not one.exists() and not part_of(one).exists())
 
 
 def _speed_in_words(result: dict[str, Any]) -> str:

@@ -11,6 +11,7 @@ encoder works with. Nothing here was measured on a GPU. On a CPU, tiny streams t
 within 2 %; Self Forcing's own code at 1.3B was measured at 7.5 GiB where this says 6.2 of ours (docs/checkpoints.md).
 """
 
+import itertools
 import re
 import weakref
 from collections import Counter
@@ -31,10 +32,12 @@ from torch.utils._pytree import tree_leaves
 from longtake.attention.dense import dense
 from longtake.generation.blockwise import redirect
 from longtake.generation.recipe import Recipe
-from longtake.generation.stream import to_uint8
+from longtake.generation.stream import Engine, StreamBatch, to_uint8
+from longtake.generation.take import bytes_of
 from longtake.memory.stream_memory import MemoryShape, StreamMemory
 from longtake.models.checkpoints import WAN_1_3B, WAN_14B
 from longtake.models.codec import Codec, CodecState
+from longtake.models.features import Conversion
 from longtake.models.hub import registry
 from longtake.models.light_codec import LightCodec, LightCodecConfig
 from longtake.models.text import WordEncoder, WordEncoderConfig
@@ -149,11 +152,8 @@ def plan(
     chosen = recipe_named(name)
     if model in registry():
         require_block(registry()[model], chosen)
-    config = replace(known["network"], reads_far=known["network"].reads_far or chosen.far is not None)
-    with META:
-        network, codec = WanTransformer(config), known["codec"]()
-    for part in (network, codec):
-        part.requires_grad_(False).to(META).to(TYPES[dtype])
+    network, codec = _parts(known, chosen, dtype)
+    config = network.config
     made = Stream(network=network, codec=codec, **{key: known[key] for key in known if key.startswith("text_")})
     width, height = size or known["size"]
     step = codec.spatial_factor * config.patch
@@ -176,6 +176,60 @@ def plan(
         "peak": max(totals.values()), "peak_at": max(totals, key=lambda moment: totals[moment]),
         "largest": {key: [list(one) for one in rows] for key, rows in working.largest.items()},
     }  # fmt: skip
+
+
+def take_sizes(model: str, recipe: str, *, dtype: str = "bfloat16") -> dict[str, int]:
+    """Bytes of a take by part at the largest that it gets, around a change of prompt too; nothing is loaded.
+
+    What is counted is the state itself, of a stream that runs on the meta device. A recipe that reads through converted
+    layers is given a network with half of them converted, as published (ReHyAt: 15 of 30). ValueError as for `plan`.
+    """
+    known, chosen = _known(model), recipe_named(recipe)
+    if chosen.joint and known["network"].conversion is None:
+        half = Conversion(layers=tuple(range(known["network"].layers // 2)), current=chosen.block)
+        known |= {"network": replace(known["network"], conversion=half)}
+    network, codec = _parts(known, chosen, dtype)
+    width, height = known["size"]
+    engine = Engine(
+        model_name=model,
+        recipe=replace(chosen if chosen.rolls else chosen.with_levels(1), near=dense),  # nothing of a level is kept
+        text=_NoText(known["text_rows"], network.config.text_dim),
+        network=network,
+        codec=codec,
+        latent_size=(codec.latent_channels, height // codec.spatial_factor, width // codec.spatial_factor),
+        frame_rate=1,
+        shift=WAN_SHIFT,
+    )
+    with Fused():
+        streams = StreamBatch(engine, ["before"], [0])
+        blocks = _blocks_until_full(chosen.memory(network), chosen.block)
+        sizes = [bytes_of(streams.state()) for _ in itertools.islice(streams, blocks)]
+        streams.redirect(["after"])
+        sizes += [bytes_of(streams.state()) for _ in itertools.islice(streams, 1)]  # blocks in flight have two prompts
+    return max(sizes, key=lambda parts: sum(parts.values()))
+
+
+@dataclass(frozen=True)
+class _NoText:
+    """Text embeddings without numbers."""
+
+    rows: int
+    width: int
+
+    def encode(self, prompts: list[str]) -> Tensor:
+        return torch.zeros(len(prompts), self.rows, self.width, device=META)
+
+    def prepare(self, prompts: Sequence[str]) -> None: ...
+
+
+def _parts(known: Mapping[str, Any], chosen: Recipe, dtype: str) -> tuple[WanTransformer, Codec]:
+    """A network that can read what a recipe remembers, and a codec, without numbers."""
+    config = replace(known["network"], reads_far=known["network"].reads_far or chosen.far is not None)
+    with META:
+        network, codec = WanTransformer(config), known["codec"]()
+    for part in (network, codec):
+        part.requires_grad_(False).to(META).to(TYPES[dtype])
+    return network, codec
 
 
 @torch.no_grad()
@@ -293,6 +347,17 @@ def in_words(told: Mapping[str, Any]) -> str:
         lines.append("instead, one thing at a time:")
         lines += [f"  {words:32}{gib(peak)}{', fits' * (peak <= told['vram'])}" for words, peak in ways.items()]
     return "\n".join(lines)
+
+
+def takes_in_words(counted: Sequence[Mapping[str, Any]]) -> str:
+    """A table in Markdown of what `take_sizes` gives, in MB."""
+    parts = list(dict.fromkeys(part for one in counted for part in one["bytes"]))
+    heads = ["model", "recipe", "MB", *(part.replace("_", " ") for part in parts)]
+    rows = [heads, ["---"] * 2 + ["---:"] * (len(heads) - 2)]
+    for one in counted:
+        sizes = [sum(one["bytes"].values()), *(one["bytes"].get(part, 0) for part in parts)]
+        rows.append([one["model"], f"`{one['recipe']}`", *(f"{size / 1e6:,.1f}" if size else "" for size in sizes)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def gib(size: int) -> str:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests import tiny
 
 from longtake.generation import rolling
-from longtake.generation.script import Cue, Script, follow, read_scripts, record_of, script_from, slug
+from longtake.generation.script import Cue, Script, follow, read_scripts, record_of, script_from, script_in, slug
 
 ENGINE = tiny.engine()  # blocks of 3 latent frames: 9 pictures, then 12 each, 16 a second
 ROLLING = tiny.engine(tiny.rolling_recipe())  # 3 blocks in flight
@@ -311,6 +311,7 @@ def test_both_prompts_are_recorded() -> None:
     script = script_from("a | 5s: b").rewritten(["a ball bounces", "it begins to snow"])
     record = record_of(ENGINE, script, 3, 10.0)
     assert record == json.loads(json.dumps(record))
+    assert script_in(record) == script, "it is read back"
     assert record["prompts"] == [
         {"at": 0.0, "unit": "seconds", "prompt": "a", "rewritten": "a ball bounces"},
         {"at": 5.0, "unit": "seconds", "prompt": "b", "rewritten": "it begins to snow"},
@@ -329,3 +330,13 @@ def test_both_prompts_are_recorded() -> None:
 )
 def test_prompts_in_file_names(prompt, expected) -> None:
     assert slug(prompt) == expected
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [None, "a ball", [], ["a ball"], [{"at": 0, "unit": "years", "prompt": "a"}], [{"at": 0, "unit": "seconds"}],
+     [{"at": -1, "unit": "seconds", "prompt": "a"}], [{"at": 0, "unit": "seconds", "prompt": "a", "colour": 3}]],
+)  # fmt: skip
+def test_records_that_cannot_be_read(prompts) -> None:
+    with pytest.raises(ValueError, match=r"record|time|prompt"):
+        script_in({"prompts": prompts})

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 
@@ -136,20 +136,44 @@ def follow(stream: Stream, texts: Mapping[int, str]) -> Iterator[Chunk]:
         yield next(chunks)
 
 
+def whole_blocks(engine: Engine, pictures: int, given: int = 0) -> int:
+    """So many pictures, and those up to the end of their last block. given: how many the stream goes on from."""
+    pictures_in = _pictures_after(engine, given)
+    return next(pictures_in(blocks) for blocks in itertools.count() if pictures_in(blocks) >= pictures)
+
+
 def record_of(engine: Engine, script: Script, seed: int, seconds: float) -> dict[str, Any]:
-    """What a video was made of, as plain values; it goes into the file."""
+    """What a video was made of, as plain values; it goes into the file. `script_in` reads the prompts back."""
     cues = [{"at": cue.at, "unit": cue.unit, "prompt": cue.prompt, "rewritten": cue.rewritten} for cue in script.cues]
     return {
         "model": engine.model_name,
         "weights": engine.weights,
         **({} if engine.codec_name is None else {"codec": engine.codec_name}),
+        "codec_weights": engine.codec_weights,
         "recipe": engine.recipe.name,
         "levels": len(engine.recipe.steps),
-        "dtype": str(engine.dtype).removeprefix("torch."),
+        **engine.circumstances,
         "seed": seed,
         "seconds": seconds,
         "prompts": [{key: value for key, value in cue.items() if value is not None} for cue in cues],
     }
+
+
+def script_in(record: Mapping[str, Any]) -> Script:
+    """The prompts of a `record_of`. ValueError for others."""
+    cues = record.get("prompts")
+    if not isinstance(cues, list):
+        raise ValueError(f"a record has prompts with their times, got {_short(cues)}")
+    return Script(tuple(map(_recorded, cues)))
+
+
+def _recorded(cue: Any) -> Cue:
+    if not isinstance(cue, dict) or not cue.keys() <= {"at", "unit", "prompt", "rewritten"}:
+        raise ValueError(f"a prompt of a record has a time, got {_short(cue)}")
+    texts = [cue.get("prompt"), cue.get("rewritten", "")]
+    if cue.get("unit") not in get_args(Unit) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"a prompt of a record is text at a time, got {_short(cue)}")
+    return Cue(**cue | {"at": _number(cue.get("at"))})
 
 
 def slug(prompt: str) -> str:

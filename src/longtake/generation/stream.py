@@ -7,15 +7,16 @@ import hashlib
 import random
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
+from importlib.metadata import version
 from types import TracebackType
-from typing import Literal, NamedTuple, Protocol, Self
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from longtake.generation.blockwise import commit, redirect
 from longtake.generation.noise import SeededNoise
@@ -62,6 +63,22 @@ class Chunk:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Told:
+    """What streams were told, each with its own prompt, before the block of that number was made.
+
+    They begin with the first; block and picture are then those given. picture: how many each had shown. far, in_flight:
+    as for `Stream.redirect`, None where they have no part.
+    """
+
+    verb: Literal["begin", "redirect", "cut"]
+    prompts: tuple[str, ...]
+    block: int
+    picture: int
+    far: float | None = None
+    in_flight: PromptInFlight | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Engine:
     """A text encoder, a network and a codec under one recipe, on one device: opens streams.
 
@@ -99,15 +116,25 @@ class Engine:
 
     @cached_property
     def weights(self) -> str:
-        """Tells this network's weights from others, in any precision: a hash of what each tensor sums up to.
+        """Tells this network's weights from others, in any precision."""
+        return fingerprint(self.network)
 
-        Summed are the bits of its values in bfloat16, as whole numbers, so that no device or order rounds the sum.
-        """
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.network.state_dict().items()):
-            whole = tensor.bfloat16().view(torch.int16) if tensor.is_floating_point() else tensor
-            digest.update(f"{name} {list(tensor.shape)} {int(whole.sum(dtype=torch.int64))}\n".encode())
-        return digest.hexdigest()[:16]
+    @cached_property
+    def codec_weights(self) -> str:
+        """Tells this codec's weights from others, in any precision."""
+        return fingerprint(self.codec)
+
+    @property
+    def circumstances(self) -> dict[str, str]:
+        """What bits hang on beside weights, recipe and seed: versions, kind of device, precision."""
+        on_gpu = self.device.type == "cuda"
+        kind = torch.cuda.get_device_name(self.device) if on_gpu else torch.backends.cpu.get_cpu_capability()
+        return {
+            "longtake": version("longtake"),
+            "torch": torch.__version__,
+            "device": f"{self.device.type} {kind}",
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
 
     def to(self, dtype: torch.dtype) -> None:
         """Compute in another precision from now on; streams already open do not go on."""
@@ -166,6 +193,18 @@ class Engine:
         return StreamBatch(self, prompts, seeds, pictures)
 
 
+def fingerprint(module: nn.Module) -> str:
+    """Tells a module's weights from others, in any precision: a hash of what each tensor sums up to.
+
+    Summed are the bits of its values in bfloat16, as whole numbers, so that no device or order rounds the sum.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        whole = tensor.bfloat16().view(torch.int16) if tensor.is_floating_point() else tensor
+        digest.update(f"{name} {list(tensor.shape)} {int(whole.sum(dtype=torch.int64))}\n".encode())
+    return digest.hexdigest()[:16]
+
+
 def _require_words(prompts: Sequence[str]) -> None:
     if not all(prompt.strip() for prompt in prompts):
         raise ValueError("the prompt is empty: say what to show")
@@ -193,7 +232,7 @@ class StreamBatch(_Closing):
     """Endless videos made in step: an iterator of uint8 pictures [B, T, H, W, 3] on the engine's device.
 
     It never ends by itself; close it or leave its `with`. blocks, pictures: how many each video has so far, given ones
-    included. timings: of the last block.
+    included. timings: of the last block. history: what they were told, from the beginning.
     """
 
     def __init__(
@@ -211,17 +250,71 @@ class StreamBatch(_Closing):
         self._prompt_keys = engine.prompt_keys(*prompts)
         self._codec_state: CodecState | None = None
         memory = StreamMemory(engine.recipe.memory(engine.network), engine.network.config.layers, ring=True)
-        self._memory: StreamMemory | None = memory
         if pictures_BTHWC is not None:
             self._begin_with(pictures_BTHWC, memory)
-        self._in_flight: list[InFlight] = []
-        self._latents: Iterator[Tensor] | None = engine.recipe.schedule_with(self._in_flight)(
+        self.history = [Told(verb="begin", prompts=tuple(prompts), block=self.blocks, picture=self.pictures)]
+        self._go_on_with(memory, [])
+
+    def _go_on_with(self, memory: StreamMemory, in_flight: list[InFlight]) -> None:
+        """Make the next blocks from what is remembered, and from blocks that are half made."""
+        engine = self.engine
+        self._memory: StreamMemory | None = memory
+        self._in_flight = in_flight
+        self._latents: Iterator[Tensor] | None = engine.recipe.schedule_with(in_flight)(
             engine.network,
             memory,
             lambda block: self._prompt_keys,
             SeededNoise(self.seeds, (engine.recipe.block, *engine.latent_size), engine.device, torch.float32),
             engine.recipe.levels(engine.shift),
         )
+
+    @classmethod
+    def of_state(cls, engine: Engine, state: Mapping[str, Any]) -> Self:
+        """Streams that go on from the `state()` of others under an engine like theirs; see `restore`."""
+        made = cls.__new__(cls)
+        made.engine = engine
+        made.restore(state)
+        return made
+
+    def state(self) -> dict[str, Any]:
+        """All that the next blocks are made from: plain values, in which tensors stand as they are.
+
+        The next block writes over some of them, so whoever keeps it copies them. RuntimeError for closed streams.
+        """
+        if self._memory is None:
+            raise RuntimeError(_CLOSED)
+        prompts = list(
+            {id(keys): keys for keys in (self._prompt_keys, *(one.prompt for one in self._in_flight))}.values()
+        )
+        number = {id(keys): index for index, keys in enumerate(prompts)}
+        return {
+            "seeds": self.seeds,
+            "blocks": self.blocks,
+            "pictures": self.pictures,
+            "history": [asdict(told) for told in self.history],
+            "prompt_keys": [[list(layer) for layer in keys.layers] for keys in prompts],  # the first is the present one
+            "in_flight": [
+                {"block": one.block, "step": one.step, "noisy": one.noisy_BFCHW, "prompt": number[id(one.prompt)]}
+                for one in self._in_flight
+            ],
+            "codec": None if self._codec_state is None else list(self._codec_state.tensors),
+            "memory": self._memory.state(),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state()`, on this device, whatever was made since; closed streams are open again."""
+        self.seeds, self.blocks, self.pictures = list(state["seeds"]), state["blocks"], state["pictures"]
+        self.timings = None
+        self.history = [Told(**(told | {"prompts": tuple(told["prompts"])})) for told in state["history"]]
+        self.prompts = list(self.history[-1].prompts)
+        prompts = [PromptKeys([(k, v) for k, v in layers]) for layers in state["prompt_keys"]]
+        self._prompt_keys = prompts[0]
+        self._codec_state = None if state["codec"] is None else CodecState(tuple(state["codec"]))
+        in_flight = [
+            InFlight(one["block"], one["step"], one["noisy"], prompts[one["prompt"]]) for one in state["in_flight"]
+        ]
+        shape = self.engine.recipe.memory(self.engine.network)
+        self._go_on_with(StreamMemory.of_state(shape, state["memory"], ring=True), in_flight)
 
     def _begin_with(self, pictures_BTHWC: Tensor, memory: StreamMemory) -> None:
         """Take given pictures for the streams' own: their latents are committed and decoded as if just made."""
@@ -244,14 +337,21 @@ class StreamBatch(_Closing):
             redirect(self.engine.network, memory, keys)
 
         self._go_on_under(prompts, change)
+        self._note("redirect", far, in_flight)
         if in_flight == "new":
             self._in_flight[:] = [replace(one, prompt=self._prompt_keys) for one in self._in_flight]
 
     def cut(self, prompts: Sequence[str], *, far: float = FAR_AFTER_CUT) -> None:
         """Begin a new shot in every stream, each under its own prompt, with the next block, as `Stream.cut`."""
         self._go_on_under(prompts, lambda memory, keys: memory.cut(far))
+        self._note("cut", far)
         if self._memory is not None and not self._memory.frames:
+            self._in_flight.clear()  # the schedule drops them too, but a state that is kept before it does has none
             self._codec_state = None  # a decoder that goes on shows the old shot through the new one for two pictures
+
+    def _note(self, verb: Literal["redirect", "cut"], far: float, in_flight: PromptInFlight | None = None) -> None:
+        at = {"block": self.blocks, "picture": self.pictures}
+        self.history.append(Told(verb=verb, prompts=tuple(self.prompts), far=far, in_flight=in_flight, **at))
 
     def _go_on_under(self, prompts: Sequence[str], change: Callable[[StreamMemory, PromptKeys], None]) -> None:
         """Take other prompts and change the memory: neither if either is refused.
@@ -297,6 +397,11 @@ class StreamBatch(_Closing):
         self.pictures += pictures_BTHWC.shape[1]
         return pictures_BTHWC
 
+    @property
+    def closed(self) -> bool:
+        """Whether they make no more pictures, as they were closed or failed."""
+        return self._memory is None
+
     def close(self) -> None:
         """Let go of memory and codec state; closed streams make no more pictures."""
         self._latents = self._memory = self._codec_state = None  # the schedule holds the memory too
@@ -321,9 +426,47 @@ class Stream(_Closing):
         given_BTHWC = None if pictures_THWC is None else torch.tensor(pictures_THWC)[None]
         self._batch = StreamBatch(engine, [prompt], [seed], given_BTHWC)
 
+    @classmethod
+    def of_state(cls, engine: Engine, state: Mapping[str, Any]) -> Self:
+        """A stream that goes on from the `state()` of another under an engine like its own."""
+        made = cls.__new__(cls)
+        made.engine = engine
+        made._batch = StreamBatch.of_state(engine, state)
+        (made.seed,) = made._batch.seeds
+        return made
+
+    def state(self) -> dict[str, Any]:
+        """All that the next block is made from, as `StreamBatch.state`; `generation.take` keeps it."""
+        return self._batch.state()
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state()` of this stream or of another with its seed, as `StreamBatch.restore`."""
+        self._batch.restore(state)
+        (self.seed,) = self._batch.seeds
+
     @property
     def prompt(self) -> str:
         return self._batch.prompts[0]
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks the video has so far, given ones included."""
+        return self._batch.blocks
+
+    @property
+    def pictures(self) -> int:
+        """How many pictures the video has so far, given ones included."""
+        return self._batch.pictures
+
+    @property
+    def history(self) -> tuple[Told, ...]:
+        """What the stream was told, from the beginning."""
+        return tuple(self._batch.history)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it makes no more pictures, as it was closed or failed."""
+        return self._batch.closed
 
     def redirect(
         self, prompt: str, *, far: float = FAR_AFTER_REDIRECT, in_flight: PromptInFlight = "own"

@@ -3,7 +3,10 @@
 Shape letters: F pictures, H height, W width, C the three colours red, green, blue.
 """
 
+import json
 import os
+from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -105,14 +108,47 @@ class Mp4Writer:
 
 def read_frames(path: str | Path) -> NDArray[np.uint8]:
     """All pictures of a video file, uint8 [F, H, W, 3]."""
-    with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    return np.stack([*_frames(path)])
 
 
 def read_comment(path: str | Path) -> str:
     """The text that a video file carries, empty if there is none."""
     with av.open(str(path)) as container:
         return container.metadata.get("comment", "")
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """What a video's comment says in JSON of how it was made. ValueError if it says nothing, or is no video."""
+    try:
+        record = json.loads(read_comment(path))
+    except av.error.InvalidDataError:
+        raise ValueError(f"{path} is no video") from None
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} tells nothing of how it was made")
+    return record
+
+
+def count_frames(path: str | Path) -> int:
+    """How many pictures a video file has."""
+    with av.open(str(path)) as container:
+        return sum(packet.size > 0 for packet in container.demux(video=0))
+
+
+def first_difference(one: str | Path, other: str | Path) -> int | None:
+    """The number of the first picture, from 0, in which two video files differ; None if they show the same."""
+    for number, (first, second) in enumerate(zip_longest(_frames(one), _frames(other))):
+        if first is None or second is None or not np.array_equal(first, second):
+            return number
+    return None
+
+
+def _frames(path: str | Path) -> Iterator[NDArray[np.uint8]]:
+    with av.open(str(path)) as container:
+        for frame in container.decode(video=0):
+            picture_HWC: NDArray[Any] = frame.to_ndarray(format="rgb24")
+            yield picture_HWC
 
 
 def require_even(width: int, height: int) -> None:

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from longtake.attention.dense import dense
+from longtake.attention.linear import Sums
 from longtake.attention.rope import Grid, rotate
 from longtake.memory.far import FarShape, FarState, SinkInFar, require_share
 from longtake.memory.policies import PLAIN, Average, Bank, Policy
@@ -340,6 +342,42 @@ class StreamMemory:
         twin._latents, twin._first, twin._jump = self._latents, self._first, self._jump
         return twin
 
+    def state(self) -> dict[str, Any]:
+        """All that is remembered: plain values, in which tensors stand as they are; `of_state` is the way back.
+
+        Tensors of windows in ring buffers are views, which the next commit writes over.
+        """
+        return {
+            "frames": self.frames,
+            "blocks": self.blocks,
+            "first": self._first,
+            "jump": self._jump,
+            "windows": [_plain(window.held) for window in self._windows],
+            "far": {str(layer): None if far.sums is None else list(far.sums) for layer, far in self._far.items()},
+            "averages": [_plain(average.keys) for average in self._averages],
+            "banks": [[_plain(row) for row in bank.rows] for bank in self._banks],
+            "latents": list(self._latents),
+        }
+
+    @classmethod
+    def of_state(cls, shape: MemoryShape, state: Mapping[str, Any], *, ring: bool) -> Self:
+        """The memory of that shape whose `state()` this is. Only windows in ring buffers copy its tensors."""
+        made = cls(shape, len(state["windows"]), ring=ring)
+        made.frames, made.blocks = state["frames"], state["blocks"]
+        made._first, made._jump = state["first"], state["jump"]
+        for layer, held in enumerate(map(_keys, state["windows"])):
+            if held is not None:
+                made._slide(layer, held)  # into an empty window: each frame gets the slot that it had
+        for layer, sums in state["far"].items():
+            made._far[int(layer)] = FarState(made._far[int(layer)].shape, None if sums is None else Sums(*sums))
+        made._averages = [Average(_keys(keys)) for keys in state["averages"]]
+        made._banks = [
+            Bank(bank.shape, tuple(keys for row in rows if (keys := _keys(row))))
+            for bank, rows in zip(made._banks, state["banks"], strict=True)
+        ]
+        made._latents = tuple(state["latents"])
+        return made
+
     def nbytes(self) -> int:
         """Bytes of keys and values held, of far states, and of what a policy keeps beside them."""
         held = [window.held for window in self._windows]
@@ -355,6 +393,14 @@ class StreamMemory:
             expected = {f for f in range(self.frames) if f < sink or f >= max(self.frames - past, self._first)}
             found = set(window.held.frames) if window.held else set()
             assert found == expected, f"layer {layer} holds frames {sorted(found)}, expected {sorted(expected)}"
+
+
+def _plain(keys: Keys | None) -> dict[str, Any] | None:
+    return None if keys is None else {"k": keys.k_BTND, "v": keys.v_BTND, "frames": list(keys.frames)}
+
+
+def _keys(plain: Mapping[str, Any] | None) -> Keys | None:
+    return None if plain is None else Keys(plain["k"], plain["v"], tuple(plain["frames"]))
 
 
 def _beside(bank: Bank, near: tuple[Tensor, Tensor] | None, grid: Grid) -> tuple[Tensor, Tensor] | None:
