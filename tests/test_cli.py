@@ -204,6 +204,7 @@ def test_generate_tells_one_json_object(engine, capsys):
     assert json.loads(capsys.readouterr().out) == {
         "path": "out.mp4", "pictures": 32, "seconds": 2, "fps": 16, "seed": 7, "recipe": "self_forcing_sink",
         "levels": 2, "model": "toy", "weights": "0123", "dtype": "float32",
+        "codec_weights": "4567", "device": "cpu", "longtake": "0", "torch": "0",
         "prompts": [
             {"at": 0, "unit": "seconds", "prompt": "a"},
             {"at": 1, "unit": "seconds", "prompt": "b"},
