@@ -112,6 +112,14 @@ def test_a_replay_of_what_went_on_from_an_image_needs_it(tmp_path: Path, capsys)
     assert main(["replay", video, "--image", given]) == 0
 
 
+def test_a_recipe_whose_steps_are_uneven_is_made_again_with_these(tmp_path: Path) -> None:
+    files = ["--take", str(tmp_path / "one.take"), "-o", str(tmp_path / "one.mp4")]
+    assert main(["generate", PROMPT, "--seconds", "0.5", "--recipe", "causvid", *files, *QUICK[2:]]) == 0
+    assert main(["replay", str(tmp_path / "one.mp4")]) == 0
+    resumed = ["take", "resume", str(tmp_path / "one.take"), "--seconds", "0.5", "-o", str(tmp_path / "two.mp4")]
+    assert main(resumed) == 0
+
+
 def test_what_cannot_be_replayed_is_one_line(first: Path, tmp_path: Path, capsys) -> None:
     video = first / "one.mp4"
     with Mp4Writer(tmp_path / "bare.mp4", 64, 64, 16) as writer:
@@ -200,6 +208,35 @@ def test_a_stream_that_stops_within_a_block_leaves_its_pictures_and_says_so(
     files = ["--take", str(tmp_path / "one.take"), "-o", str(tmp_path / "one.mp4")]
     assert main(["generate", PROMPT, "--seconds", "2", *files, *QUICK]) == 130
     assert "no take at" in capsys.readouterr().err and [path.name for path in tmp_path.iterdir()] == ["one.mp4"]
+
+
+def test_a_video_that_lacks_the_end_of_a_block_leaves_no_take(tmp_path: Path, capsys, monkeypatch) -> None:
+    write = Mp4Writer.write
+
+    def stop_early(writer: Mp4Writer, frames: np.ndarray) -> None:
+        write(writer, frames[:3])
+        if writer.frames_written > 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Mp4Writer, "write", stop_early)
+    files = ["--take", str(tmp_path / "one.take"), "-o", str(tmp_path / "one.mp4")]
+    assert main(["generate", PROMPT, "--seconds", "2", *files, *QUICK]) == 130
+    assert "no take at" in capsys.readouterr().err and not (tmp_path / "one.take").exists()
+
+
+def test_nobody_elses_file_is_touched_and_what_is_in_the_way_is_told_first(first: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "one.take.part").write_text("precious")
+    generate = ["generate", PROMPT, "--seconds", "1", *QUICK, "-o", str(tmp_path / "one.mp4"), "--take"]
+    assert main([*generate, str(tmp_path / "one.take")]) == 2
+    assert "one.take.part is being written, or was left" in capsys.readouterr().err
+    assert (tmp_path / "one.take.part").read_text() == "precious"
+    assert main([*generate, str(tmp_path / "one.mp4")]) == 2
+    assert "cannot be both the video and the take" in capsys.readouterr().err
+    for verb in (["take", "resume", str(first / "one.take")], ["replay", str(first / "one.mp4")]):
+        assert main([*verb, "-o", str(first / "one.mp4")]) == 2
+        assert "one.mp4 exists already: choose another name, or remove it first\n" in capsys.readouterr().err
+        assert main([*verb, "-o", str(tmp_path / "nowhere" / "two.mp4")]) == 2
+        assert f"there is no folder {tmp_path / 'nowhere'}\n" in capsys.readouterr().err
 
 
 def test_first_difference_counts_pictures(tmp_path: Path) -> None:

@@ -41,8 +41,8 @@ app = SubcommandApp()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb and return its exit code: 0 done, 1 a check failed (`verify`, `doctor`), 2 bad input (one line on
-    stderr), 130 stopped by Ctrl-C.
+    """Run one verb and return its exit code: 0 done, 1 a check failed (`verify`, `doctor`, `replay`), 2 bad input (one
+    line on stderr), 130 stopped by Ctrl-C.
     """
     # Before torch is imported: by default its threads spin long for work, which beside one other busy process makes a
     # block take minutes; not spinning at all costs an idle machine almost half its speed.
@@ -138,11 +138,15 @@ def generate(
     return _make_one(script, seconds, seed, out, force, image, take, json, lambda: load(device))
 
 
-def _require_free(path: Path, force: bool) -> None:
+def _require_free(path: Path, force: bool | None = None) -> None:
+    """OSError where no mp4 can be written. force: whether one may be replaced; None where a verb has no --force."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: name the mp4 to write in it")
     if path.exists() and not force:
-        raise FileExistsError(f"{path} exists already: choose another name, or replace it with --force")
+        way_out = "remove it first" if force is None else "replace it with --force"
+        raise FileExistsError(f"{path} exists already: choose another name, or {way_out}")
 
 
 def _require_length(seconds: float | None) -> None:
@@ -195,7 +199,7 @@ def _make_one(
         seed = random.SystemRandom().randrange(2**31)
         _say(f"seed {seed}")
     path = out or _free_name(script.prompt, seed)
-    _require_free_take(keep)
+    _require_free_take(keep, path)
     engine = load()
     given = None if begin is None else _opening(engine, begin)
     before = 0 if given is None else len(given)
@@ -229,7 +233,7 @@ def _show(
     from longtake.generation.script import follow
     from longtake.media.mp4 import Mp4Writer
 
-    engine = stream.engine
+    engine, begun = stream.engine, stream.pictures if keep is not None else 0
     with (
         _told_what_is_kept(path),
         Mp4Writer(
@@ -241,7 +245,7 @@ def _show(
     if writer.frames_written:
         print(dumps(_made(path, writer.frames_written, engine, record)) if json else path)
     if keep is not None:
-        _keep(stream, keep)
+        _keep(stream, keep, whole=writer.frames_written == stream.pictures - begun)
     return 0 if complete else _INTERRUPTED
 
 
@@ -266,22 +270,26 @@ def _told_what_is_kept(path: Path) -> "Iterator[None]":
         raise
 
 
-def _keep(stream: "Stream", path: Path) -> None:
+def _keep(stream: "Stream", path: Path, *, whole: bool) -> None:
+    """whole: whether the video has all that the stream has made, so that what goes on from the take follows it."""
     from longtake.generation.take import Take
 
-    if stream.closed:
+    if stream.closed or not whole:
         _say(f"no take at {path}: the stream was stopped within a block")
         return
     Take.of(stream, "cpu").save(path)
     _say(f"the take is {path}")
 
 
-def _require_free_take(path: Path | None) -> None:
+def _require_free_take(path: Path | None, video: Path | None) -> None:
     """Said before anything is made."""
     from longtake.generation.take import require_free
 
-    if path is not None:
-        require_free(path)
+    if path is None:
+        return
+    if video is not None and path.absolute() == video.absolute():
+        raise ValueError(f"{path} cannot be both the video and the take: choose another name")
+    require_free(path)
 
 
 @contextmanager
@@ -296,6 +304,7 @@ def _between_blocks(wanted: bool) -> "Iterator[Callable[[], bool]]":
             raise KeyboardInterrupt
         pressed.append(number)
 
+    wanted = wanted and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN  # as in a job that a script left behind
     before = signal.signal(signal.SIGINT, note) if wanted else None
     try:
         yield lambda: bool(pressed)
@@ -330,6 +339,8 @@ def replay(
     if (image is None) == ("image" in record):
         needs = f"goes on from {record['image']}: name it with --image" if "image" in record else "needs no --image"
         raise ValueError(f"{video} {needs}")
+    if out is not None:
+        _require_free(out)
     engine = _load_again(record, record["levels"], device)
     _require_same(video, record, engine)
     path = out or _unused(video.with_stem(f"{video.stem}-again"))
@@ -376,6 +387,8 @@ def _begun_again(engine: "Engine", script: "Script", record: dict[str, Any], ima
     try:
         blocks = int(record["take"]["blocks"])
         history = [Told(**told | {"prompts": tuple(told["prompts"])}) for told in record["take"]["history"]]
+        if not history or any(told.far is None for told in history[1:]):
+            raise KeyError("history")
     except (KeyError, TypeError):
         raise ValueError("the history of this video cannot be read") from None
     _say(f"it went on from a take: {blocks} blocks come before it")
@@ -429,7 +442,7 @@ def take_resume(
     from longtake.generation.take import Take
 
     _require_length(seconds)
-    _require_free_take(take)
+    _require_free_take(take, out)
     kept = Take.load(file)
     script = Script((Cue(prompt=kept.history[-1].prompts[0]),))
     return _go_on(file, kept, script, seconds, out, take, device, redirects=False)
@@ -458,7 +471,7 @@ def take_fork(
     from longtake.generation.take import Take
 
     _require_length(seconds)
-    _require_free_take(take)
+    _require_free_take(take, out)
     script = script_from(prompt)
     return _go_on(file, Take.load(file), script, seconds, out, take, device, redirects=True)
 
@@ -497,7 +510,7 @@ def _go_on(
     from longtake.generation.script import record_of
 
     if out is not None:
-        _require_free(out, force=False)
+        _require_free(out)
     engine = _load_again(dict(kept.made_with), len(kept.made_with["levels"]), device)
     try:
         stream = kept.resume(engine)
@@ -612,7 +625,6 @@ def serve(
     """
     if find_spec("fastapi") is None or find_spec("uvicorn") is None:
         raise ValueError("serving needs more than is installed: pip install 'longtake[serve]'")
-    from importlib.metadata import version
 
     from longtake.models.hub import registry
     from longtake.serving.access import Access
@@ -629,7 +641,7 @@ def serve(
         known = registry().get(model)
         served = Served(
             licence=known.licence if known else "Apache-2.0" if model == "toy" else "unknown",
-            version=version("longtake"),
+            version=engine.circumstances["longtake"],
             weights=engine.weights,
             examples=_words_to_try(engine),
         )

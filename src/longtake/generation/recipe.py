@@ -131,10 +131,13 @@ class Recipe:
         return warped_levels(list(self.steps), shift)
 
     def with_levels(self, count: int) -> Self:
-        """The same method with another number of denoising steps, 1 to 1000, evenly spaced: 2 are 1000 and 500.
+        """The same method with so many denoising steps, 1 to 1000: its own if it has as many, which may be uneven
+        (CausVid's are), or else evenly spaced ones: 2 are 1000 and 500.
 
         ValueError for any other number.
         """
         if not isinstance(count, int) or not 1 <= count <= TIMESTEPS:
             raise ValueError(f"the number of levels is a whole number from 1 to {TIMESTEPS}, got {count}")
+        if count == len(self.steps):
+            return self
         return replace(self, steps=tuple(TIMESTEPS * (count - i) / count for i in range(count)))

@@ -5,6 +5,7 @@ A file is safetensors; its description holds all that is no tensor, in JSON. Wha
 
 import json
 import os
+import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,10 +55,12 @@ class Take:
         tensors: dict[str, Tensor] = {}
         described = {"form": _FORM, "made_with": self.made_with, "state": _packed(self.state, tensors)}
         beside = _beside(path)
+        beside.touch()
+        mode = stat.S_IMODE(beside.stat().st_mode)  # as the user wants files; safetensors lets only the owner read
         try:
             stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             save_file(stored, beside, metadata={_DESCRIPTION: json.dumps(described)})
-            beside.chmod(0o644)  # safetensors lets only the owner read
+            beside.chmod(mode)
             os.replace(beside, path)
         except SafetensorError as error:  # how it tells of a full disk
             raise OSError(f"cannot write {path}: {error}") from None
@@ -187,7 +190,12 @@ def require_free(path: Path, *, overwrite: bool = False) -> None:
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists already: choose another name or remove it first")
     beside = _beside(path)
-    beside.touch()
+    try:
+        beside.touch(exist_ok=False)
+    except FileExistsError:
+        raise FileExistsError(
+            f"{beside} is being written, or was left when its writer was killed: move it away first"
+        ) from None
     beside.unlink()
 
 
@@ -207,10 +215,12 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 (not a dict)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a whole take ({error})") from None
-    if not described:
+    if not isinstance(described, dict) or "form" not in described:
         raise ValueError(f"{path} is no take")
-    if described.get("form") != _FORM:
-        raise ValueError(f"{path} is a take of form {described.get('form')}, and this version reads form {_FORM}")
+    if described["form"] != _FORM:
+        raise ValueError(f"{path} is a take of form {described['form']}, and this version reads form {_FORM}")
+    if not {"made_with", "state"} <= described.keys():
+        raise ValueError(f"{path} is no take")
     return described, tensors
 
 
