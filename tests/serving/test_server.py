@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import av
 import pytest
@@ -20,8 +20,8 @@ from websockets.sync.client import connect
 from longtake.cli import main
 
 
-@pytest.fixture(scope="module")
-def served():
+@contextmanager
+def server():
     """A server with a key, and its address."""
     command = [sys.executable, "-m", "longtake.cli", "serve", "--port", "0", "--dtype", "float32"]
     environment = os.environ | {"LONGTAKE_API_KEY": "sesame"}
@@ -34,6 +34,12 @@ def served():
             time.sleep(0.1)
         yield process, address
         process.kill()
+
+
+@pytest.fixture(scope="module")
+def served():
+    with server() as running:
+        yield running
 
 
 def is_ready(address: str) -> bool:
@@ -94,18 +100,19 @@ def test_a_video_plays_whoever_else_misbehaves(served):
         assert len(list(container.decode(video=0))) == 40
 
 
-def test_sigterm_ends_streams_with_whole_fragments(served):
-    process, address = served
-    with client(address), client(address) as watching:  # the first has started nothing
-        assert started(watching)["type"] == "video.start"
-        process.send_signal(signal.SIGTERM)
-        done, video = rest_of(watching)
-        assert process.wait(20) == 0
-    assert done["type"] == "session.done" and done["stopped"]
-    if video:
-        with av.open(io.BytesIO(video)) as container:
-            assert len(list(container.decode(video=0))) >= 9
-    assert process.stderr.read() == ""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_end_streams_with_whole_fragments(number):
+    with server() as (process, address):
+        with client(address), client(address) as watching:  # the first has started nothing
+            assert started(watching)["type"] == "video.start"
+            process.send_signal(number)
+            done, video = rest_of(watching)
+            assert process.wait(20) == 0
+        assert done["type"] == "session.done" and done["stopped"]
+        if video:
+            with av.open(io.BytesIO(video)) as container:
+                assert len(list(container.decode(video=0))) >= 9
+        assert process.stderr.read() == ""
 
 
 @pytest.mark.parametrize(

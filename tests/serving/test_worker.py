@@ -67,6 +67,18 @@ def test_a_stream_is_made_a_little_ahead_and_rests_until_it_is_watched(worker, e
     assert 10 <= shown / RATE <= 10 + 1 + worker.limits.ahead
 
 
+def test_one_who_pauses_has_the_time_of_a_pause(worker, engine):
+    session = opened(worker)
+    idle(worker)
+    worker.pause(session)
+    engine.clock.now += worker.limits.pause - 1
+    idle(worker)
+    assert session.end == ""
+    engine.clock.now += 2
+    idle(worker)
+    assert session.end == "stalled"
+
+
 def test_one_viewer_has_every_block_in_order_and_never_waits(worker, engine):
     session = opened(worker)
     pieces = watch(worker, engine.clock, [session], 20)[session]

@@ -27,6 +27,12 @@ class Access:
 
     def comes_from_here(self, headers: Mapping[str, str]) -> bool:
         """Whether host and origin of a request are ours; programs send no origin."""
+        try:
+            return self._are_ours(headers)
+        except ValueError:  # no host at all, such as "["
+            return False
+
+    def _are_ours(self, headers: Mapping[str, str]) -> bool:
         host = urlsplit(f"//{headers.get('host', '')}").hostname or ""
         if self.loopback and host not in (*LOOPBACK, *self.origins):
             return False

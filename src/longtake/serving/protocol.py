@@ -31,7 +31,7 @@ class Start(_Message):
     width: int | None = None
     height: int | None = None
     fps: float | None = None
-    num_frames: Annotated[int, Field(ge=1)] | None = None
+    num_frames: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     seed: Annotated[int, Field(ge=-1, lt=2**63)] = 42
     extra_params: Annotated[dict[str, Any], Field(max_length=0)] = {}
 

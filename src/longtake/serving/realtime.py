@@ -17,6 +17,7 @@ from longtake.serving.worker import Busy, Piece, Session, Worker
 
 START_SECONDS = 10.0
 LAST_WORD_SECONDS = 3.0  # for a client that takes nothing more to hear that it is over
+MOST_UNSEEN = 8  # changes that may wait to be seen
 _TRY_LATER, _WENT_WRONG, _TOO_LARGE, _DONE = 1013, 1011, 1009, 1000
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,9 @@ class Conversation:
             await self._leave(refused, _TRY_LATER if refused.code == "busy" else _WENT_WRONG)
         except WebSocketDisconnect:
             pass
+        except Exception:
+            log.exception("a session failed")
+            await self._leave(Refused("generation_failed", "the server failed: see its log"), _WENT_WRONG)
         finally:
             if session is not None:
                 self._worker.close(session)
@@ -135,6 +139,9 @@ class Conversation:
         if event in self._asked:
             refused = Refused("interaction_failed", "this event_id is in use until its words are shown", event)
             return await self._say(refused.message())
+        if len(self._asked) >= MOST_UNSEEN:
+            refused = Refused("interaction_failed", f"at most {MOST_UNSEEN} changes may wait to be seen", event)
+            return await self._say(refused.message())
         self._asked[event] = asked
         taken = self._worker.redirect(session, change.event.prompt, event, method=change.method or "redirect")
         try:
@@ -151,7 +158,7 @@ class Conversation:
         """Until the stream or the client ends, or the client takes nothing more."""
         tasks = [
             asyncio.create_task(work)
-            for work in (self._send(session, began), self._listen(session), self._tell(session), self._grace())
+            for work in (self._send(session, began), self._listen(session), self._tell(session), self._grace(session))
         ]
         try:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -159,15 +166,18 @@ class Conversation:
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks)
+        if tasks[0] in done and tasks[0].exception() is None:
+            return  # all is said; what others tried to say meanwhile is of no account
         for task in tasks:
             if not task.cancelled() and (error := task.exception()) is not None:
                 raise error
         if tasks[-1] in done and tasks[0] not in done:  # it does not even take what is left
             raise Refused("stalled" if session.end == "stalled" else "stopped", f"the session is over: {session.end}")
 
-    async def _grace(self) -> None:
+    async def _grace(self, session: Session) -> None:
         await self._over.wait()
-        await asyncio.sleep(LAST_WORD_SECONDS)
+        # Of a video that is whole, the last piece is still on its way.
+        await asyncio.sleep(self._worker.limits.stall if session.end == "done" else LAST_WORD_SECONDS)
 
     async def _send(self, session: Session, began: float) -> None:
         config = self._config

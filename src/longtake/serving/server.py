@@ -2,6 +2,7 @@
 
 import signal
 import socket
+from contextlib import suppress
 
 import uvicorn
 from fastapi import FastAPI
@@ -57,4 +58,5 @@ def run(app: FastAPI, listening: socket.socket) -> None:
         timeout_graceful_shutdown=10,
     )
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # uvicorn raises it once more when all is over: this is no failure
-    _Server(config).run(sockets=[listening])
+    with suppress(KeyboardInterrupt):  # so is Ctrl-C
+        _Server(config).run(sockets=[listening])

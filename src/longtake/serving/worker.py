@@ -374,19 +374,21 @@ class Worker:
 
     def _retry_seconds(self, now: float) -> int:
         """Until the first session is sure to be over; a guess where none is."""
-        left = [10.0]
+        left = []
         for session in self._sessions.values():
             if session.pictures is not None:
                 left.append((session.pictures - session.sent) / self.engine.frame_rate)
             if session.playback.paused:
                 left.append(session._paused_at + self.limits.pause - now)
-        return max(1, round(min(left)))
+        return max(1, round(min(left, default=10.0)))
 
     def _let_go(self, now: float) -> None:
         """End sessions of viewers who leave what is made lying without a word, or have paused for too long."""
         for session in list(self._sessions.values()):
-            silent = bool(session._made) and now - session._touched > self.limits.stall
-            if silent or (session.playback.paused and now - session._paused_at > self.limits.pause):
+            since, most = session._touched, self.limits.stall
+            if session.playback.paused:
+                since, most = session._paused_at, self.limits.pause
+            if now - since > most and (session._made or session.playback.paused):
                 self._end(session, "stalled")
 
     def _end(self, session: Session, reason: str) -> None:

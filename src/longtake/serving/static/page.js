@@ -75,6 +75,7 @@ $("door-form").onsubmit = () => {
 // A stream
 
 async function start() {
+  if (!model || $("begin").disabled) return;
   const prompt = words();
   if (!prompt || !$("seed").checkValidity()) return complain(prompt ? "A seed is a whole number." : "Say what is to be seen.");
   complain("");
@@ -85,6 +86,7 @@ async function start() {
     if (key) query = `?token=${(await ask("v1/realtime/token", { method: "POST" })).token}`;
   } catch (error) {
     if (error instanceof NoKey) openDoor();
+    else complain("The server does not answer.");
     return rest("Ready", "Press start, or Enter");
   }
   const address = new URL(`v1/realtime/video${query}`, location.href);
@@ -95,7 +97,11 @@ async function start() {
   const message = { type: "session.start", model: model.id, prompt, seed: Number($("seed").value), num_frames: null };
   socket.onopen = () => socket.send(JSON.stringify(message));
   socket.onmessage = ({ data }) => stream === own && hear(data, prompt);
-  socket.onclose = () => stream === own && ended();
+  socket.onclose = ({ code }) => {
+    if (stream !== own) return;
+    if (code !== 1000 && !own.error) complain((own.error = "The connection to the server was lost."));
+    ended();
+  };
 }
 
 let about = null; // the description of the bytes that follow it
@@ -130,6 +136,7 @@ function take(bytes) {
   for (const id of about.started_event_ids) {
     const change = stream.asked.get(id);
     if (!change) continue;
+    if (stream.prompts.at(-1)?.at === about.start_seconds) stream.prompts.pop(); // overtaken, and never seen
     stream.prompts.push({ at: about.start_seconds, prompt: change.prompt, cut: change.cut });
     timeline.activate(id, at);
     player.whenAt(at, () => ($("n-change").textContent = seconds((performance.now() - change.time) / 1000)));
@@ -161,7 +168,6 @@ function paused(is) {
   if (is) video.pause(); else player.play();
   player.paused = is;
   $("pause").textContent = is ? "Go on" : "Pause";
-  $("pause").setAttribute("aria-pressed", is);
   show(is ? "wait" : "live", is ? "Paused" : "Live");
 }
 function togglePause() {

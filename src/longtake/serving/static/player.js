@@ -24,6 +24,7 @@ export class Player {
     const source = (this.source = new Kind());
     this.video.src = URL.createObjectURL(source);
     source.addEventListener("sourceopen", () => {
+      URL.revokeObjectURL(this.video.src); // else it holds what was fed for as long as the page is open
       this.buffer = source.addSourceBuffer(mime);
       this.buffer.addEventListener("updateend", () => this.#next());
       this.#next();
