@@ -125,7 +125,8 @@ class Camera(NamedTuple):
 def read_camera(pictures_BSHWC: Tensor, rate: float) -> Camera:
     """How the landscape shifts between pictures, of which there are `rate` a second."""
     bands = _bands(pictures_BSHWC)
-    turned, turned_behind_snow = _turns(bands), _turns(_bands(_without_flakes(pictures_BSHWC)))
+    clear = _without_flakes(pictures_BSHWC[:, :, TOP - FLAKE :])  # all that the land has a part in
+    turned, turned_behind_snow = _turns(bands), _turns(_bands(clear, FLAKE))
     turned = torch.where(turned.any(1, keepdim=True), turned, turned_behind_snow).cumsum(1)
     away = (turned.amax(1) - turned.amin(1)) > LEAST_TURN
     drift, flat = _drift(bands, rate)
@@ -197,15 +198,20 @@ CUT = 0.1  # differences beyond this count no more: else a subject's outline wou
 
 def _without_flakes(pictures_BSHWC: Tensor) -> Tensor:
     """The pictures without what is bright and smaller than `FLAKE` pixels, such as snow (a grey opening)."""
-    images = pictures_BSHWC.flatten(0, 1).movedim(-1, 1)
-    darkest = -nn.max_pool2d(-images, FLAKE, 1, FLAKE // 2)
-    opened = nn.max_pool2d(darkest, FLAKE, 1, FLAKE // 2)
+    images = pictures_BSHWC.flatten(0, 1).movedim(-1, 1).contiguous()
+    opened = _brightest(-_brightest(-images))
     return opened.movedim(1, -1).unflatten(0, pictures_BSHWC.shape[:2])
 
 
-def _bands(pictures_BSHWC: Tensor) -> Tensor:
-    """The land as a few rows of half as many pixels: [B, S, 3, bands, W/2]."""
-    land = pictures_BSHWC[:, :, TOP:].movedim(-1, 2)
+def _brightest(images_NCHW: Tensor) -> Tensor:
+    """The brightest of the `FLAKE` x `FLAKE` pixels around each."""
+    rows = nn.max_pool2d(images_NCHW, (1, FLAKE), 1, (0, FLAKE // 2))
+    return nn.max_pool2d(rows, (FLAKE, 1), 1, (FLAKE // 2, 0))
+
+
+def _bands(pictures_BSHWC: Tensor, top: int = TOP) -> Tensor:
+    """The land, from row `top` on, as a few rows of half as many pixels: [B, S, 3, bands, W/2]."""
+    land = pictures_BSHWC[:, :, top:].movedim(-1, 2)
     return nn.avg_pool2d(land.flatten(0, 2), (BAND, 2)).unflatten(0, land.shape[:3])
 
 
