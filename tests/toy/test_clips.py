@@ -1,19 +1,24 @@
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import product
 
 import pytest
 import torch
+from torch.nn import functional
 
 from longtake.models.light_codec import LightCodec, LightCodecConfig
 from longtake.toy.captions import TEXT_LENGTH, decode, parse
 from longtake.toy.clips import (
     HARDER,
+    RECALL,
     STRESS,
     ClipPool,
     _own_words,
+    landmark_share,
     memory_scenes,
     moving,
     prompt_of_frames,
+    recall_focus,
+    recalled,
     returned,
     sample_prompts,
     subject_share,
@@ -32,7 +37,7 @@ from longtake.toy.scenes import (
     make_scene,
     sample_scenes,
 )
-from longtake.toy.world import Rendering
+from longtake.toy.world import Rendering, render
 
 SMALL = LightCodecConfig(
     encoder_widths=(4, 4, 4), encoder_blocks=(1, 0, 0), decoder_widths=(4, 4, 4), decoder_blocks=(0, 0, 0)
@@ -100,6 +105,36 @@ def test_frames_matter_more_that_show_again_what_was_out_of_sight() -> None:
     assert back[:20].max() == 0 and back[21:].min() == 1
     assert returned(away, 41, torch.tensor([40]), 4)[0].max() == 0, "what a clip did not show before has not returned"
     assert returned(make_scene(camera="pans left"), 65, 0, 4).max() == 0
+
+
+def test_frames_matter_most_that_only_memory_can_know() -> None:
+    away = make_scene(camera="looks away", away_start=1.0, away_seconds=1.0, away_every=9.0)
+    codec = LightCodec(SMALL)
+    rendered = render(away, 97)
+    share = subject_share(rendered, codec)
+    # The camera turns away from picture 16 to 40, and back from 56 to 80: in latent frames 15 to 20.
+    shown = (share.sum((2, 3)) > 0.5)[0].tolist()
+    back = shown.index(True, shown.index(False))
+    assert 14 < back < 20
+    again = recalled(share)[0]
+    assert again.nonzero()[:, 0].tolist() == [back, back + 1, back + 2]
+    matters = recall_focus(away, rendered, 0, codec)[0]
+    assert matters[:15].max() == 0
+    assert matters[back : back + 3].amin() >= RECALL
+    assert matters[back + 1][share[0, back + 1] > 0.9].min() > 0.9 * RECALL * (1 + RECALL) - RECALL
+    still = make_scene(camera="still")
+    assert recall_focus(still, render(still, 97), 0, codec).max() == 0
+
+
+def test_a_landmark_covers_what_is_painted_otherwise_without_it() -> None:
+    scene = make_scene(camera="still", weather="clear")
+    share = landmark_share(scene, 5, 0, LightCodec(SMALL))
+    one, other = (
+        render(replace(scene, landmark_colour=torch.full_like(scene.landmark_colour, colour)), 5) for colour in (0, 2)
+    )
+    painted = functional.avg_pool2d((one.frames_BFCHW - other.frames_BFCHW).abs().amax(2), 8)[:, 0]
+    assert share.shape == (1, 2, 14, 24) and painted.max() > 0
+    assert share[0, 0][painted[0] > 0.05].min() > 0 and share[0, 0].sum() > 2
 
 
 def test_what_is_harder_comes_up_more_often_where_captions_say_it_and_held_out_scenes_never_do() -> None:

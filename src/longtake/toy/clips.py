@@ -12,17 +12,20 @@ from torch.nn import functional
 from longtake.models.codec import Codec
 from longtake.toy.captions import LANDMARK_WAYS, PHRASES, VOCABULARY, caption_tokens
 from longtake.toy.landscape import PERIOD
-from longtake.toy.poses import pose
+from longtake.toy.poses import Pose, pose
 from longtake.toy.scenes import (
     ATTRIBUTES,
     CAMERAS,
     CLIP_PICTURES,
+    HEIGHT,
     MOTIONS,
     RATE,
     SWEEP_SECONDS,
+    WIDTH,
     Scenes,
     sample_scenes,
 )
+from longtake.toy.shapes import landmark_shape
 from longtake.toy.world import Painter, Rendering, paint, render
 
 HARDER: dict[str, dict[str, float]] = {
@@ -40,6 +43,10 @@ LEAD, SHOWN, AWAY, BACK = (0.6, 1.0), (1.0, 4.0), (1.0, 6.0), 1.0
 
 STRESS = 4.0
 """How much more a latent frame matters in which the camera moves, or is back from looking away. A subject has 1."""
+
+RECALL, PAST = 30.0, 3
+"""How much more a latent frame of a clip made for memory matters that shows again what the frame `PAST` before, the
+oldest that a stream still sees, does not; and, as many times again, its cells that show this."""
 
 QUICK_PAN = 20.0
 """Pixels per second at which a camera moves as fast as matters."""
@@ -140,18 +147,22 @@ class ClipPool:
         seed = (self._seed << 32) + self._made
         number = self._made // self._at_once
         first: int | Tensor = 0
-        if int((number + 1) * self._memory_share) > int(number * self._memory_share):
+        for_memory = int((number + 1) * self._memory_share) > int(number * self._memory_share)
+        if for_memory:
             scenes, tokens_BPL, first = memory_scenes(self._at_once, seed, self._device, self._pictures / RATE)
         else:
             scenes, tokens_BPL = training_scenes(self._at_once, seed, self._device)
         rendered = render(scenes, self._pictures, first, self._painter)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
             latents, _ = self._codec.encode(rendered.frames_BFCHW)
+        matters_BFHW = focus(scenes, rendered, first, self._codec)
+        if for_memory:
+            matters_BFHW = matters_BFHW + recall_focus(scenes, rendered, first, self._codec)
         return LatentClips(
             latents.bfloat16(),
             tokens_BPL,
             prompt_of_frames(scenes, latents.shape[1], self._codec.temporal_factor),
-            focus(scenes, rendered, first, self._codec).bfloat16(),
+            matters_BFHW.bfloat16(),
         )
 
 
@@ -298,13 +309,45 @@ def returned(scenes: Scenes, pictures: int, first: int | Tensor, pictures_a_fram
     return functional.pad(back[:, 1:].unflatten(1, (-1, pictures_a_frame)).amin(2), (1, 0))
 
 
+def recall_focus(scenes: Scenes, rendered: Rendering, first: int | Tensor, codec: Codec) -> Tensor:
+    """How much more each latent cell matters, [B, F, H, W], because subject or landmark return with it."""
+    pictures = rendered.mask_BFHW.shape[1]
+    shares = torch.stack([subject_share(rendered, codec), landmark_share(scenes, pictures, first, codec)])
+    again = torch.stack([recalled(share) for share in shares])[..., None, None]
+    return (RECALL * again * (1 + RECALL * shares)).sum(0)
+
+
+def recalled(share_BFHW: Tensor) -> Tensor:
+    """1 for each latent frame, [B, F], that shows again what the frame `PAST` before does not show, else 0.
+
+    share: of each latent cell that it covers, [B, F, H, W].
+    """
+    shown_BF = (share_BFHW.sum((2, 3)) > 0.5).float()  # half a latent cell
+    then_BF = functional.pad(shown_BF, (PAST, 0))[:, :-PAST]
+    return shown_BF * (1 - then_BF) * (then_BF.cumsum(1) > 0)
+
+
 def _turned(scenes: Scenes, pictures: int, first: int | Tensor) -> Tensor:
     """How far the camera has turned in each picture, in pixels from 0 to `PERIOD`, [B, pictures]."""
     return pose(scenes, pictures, first).camera_x
 
 
 def subject_share(rendered: Rendering, codec: Codec) -> Tensor:
-    """The share of each latent cell that the subject covers, [B, F, H, W], averaged over a latent frame's pictures."""
-    mask = functional.avg_pool2d(rendered.mask_BFHW, codec.spatial_factor)
+    """The share of each latent cell that the subject covers, [B, F, H, W]."""
+    return _latent_share(rendered.mask_BFHW, codec)
+
+
+def landmark_share(scenes: Scenes, pictures: int, first: int | Tensor, codec: Codec) -> Tensor:
+    """The share of each latent cell that the landmark covers, [B, F, H, W], a subject before it or not."""
+    at = Pose(*(value[..., None, None] for value in pose(scenes, pictures, first)))
+    x = torch.arange(WIDTH, device=at.x.device) + 0.5
+    y = (torch.arange(HEIGHT, device=at.x.device) + 0.5)[:, None]
+    distance_BFHW = landmark_shape(at.landmark, at.landmark_front, x - at.landmark_x, y).whole
+    return _latent_share((0.5 - distance_BFHW).clamp(0, 1), codec)
+
+
+def _latent_share(mask_BFHW: Tensor, codec: Codec) -> Tensor:
+    """A mask of pixels, averaged over each latent cell and over a latent frame's pictures: [B, F, H, W]."""
+    mask = functional.avg_pool2d(mask_BFHW, codec.spatial_factor)
     rest = mask[:, 1:].unflatten(1, (-1, codec.temporal_factor)).mean(dim=2)
     return torch.cat([mask[:, :1], rest], dim=1)
