@@ -18,7 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from longtake import cli, recipes
+from longtake import recipes
+from longtake.cli import main, train
 from longtake.distillation.stages import DmdStage
 from longtake.distillation.trainer import STATE_FILE, read_metrics
 from longtake.models.weights import load_weights
@@ -183,7 +184,7 @@ def test_a_folder_is_trained_into_by_one_process(folders: Path, tmp_path: Path, 
     (tmp_path / "lock").touch()
     with (tmp_path / "lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        assert cli.main(["train", "teacher", "--out", str(tmp_path), "--from", str(folders / "codec")]) == 2
+        assert main(["train", "teacher", "--out", str(tmp_path), "--from", str(folders / "codec")]) == 2
     assert "another process trains into" in capsys.readouterr().err
 
 
@@ -208,7 +209,7 @@ def test_a_student_of_another_teacher_is_refused(folders: Path, tmp_path: Path, 
         described = file.metadata()
     name = "text.words.weight.scale"
     save_file(other | {name: other[name] * 2}, mixed / recipes.TEACHER_FILE, metadata=described)
-    assert cli.main(["train", "dmd", "--out", str(tmp_path / "out"), "--from", str(mixed)]) == 2
+    assert main(["train", "dmd", "--out", str(tmp_path / "out"), "--from", str(mixed)]) == 2
     assert "another teacher" in capsys.readouterr().err
 
 
@@ -225,7 +226,7 @@ def test_teacher_forcing_goes_on_from_a_student(folders: Path, tmp_path: Path) -
 
 
 def test_every_stage_is_a_verb() -> None:
-    assert cli._STAGES.keys() == STAGES.keys()
+    assert train._STAGES.keys() == STAGES.keys()
 
 
 @pytest.mark.parametrize(
@@ -257,14 +258,14 @@ def test_every_stage_is_a_verb() -> None:
 )
 def test_bad_input_is_one_line(stage, arguments, said, folders: Path, tmp_path: Path, capsys) -> None:
     arguments = [argument.format(codec=folders / "codec", ode=folders / "ode") for argument in arguments]
-    assert cli.main(["train", stage, "--out", str(tmp_path / "out"), *arguments]) == 2
+    assert main(["train", stage, "--out", str(tmp_path / "out"), *arguments]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
 
 
 def test_a_folder_belongs_to_one_run(folders: Path, capsys) -> None:
     start_from = ["--from", str(folders / "codec"), "--set", "steps=1"]
-    assert cli.main(["train", "teacher", "--out", str(folders / "teacher"), *start_from]) == 2
+    assert main(["train", "teacher", "--out", str(folders / "teacher"), *start_from]) == 2
     assert "holds a finished run" in capsys.readouterr().err
 
 
@@ -301,9 +302,9 @@ def test_the_softmax_twin_is_tuned_on_the_same_clips(folders: Path, tmp_path: Pa
 def test_clips_of_a_converted_teacher_are_evaluated_beside_the_teachers(folders: Path, capsys) -> None:
     """These are too short to be scored, which is said once they are made."""
     few = ["--prompts", "1", "--seeds", "1", "--dtype", "float32", "--device", "cpu"]
-    assert cli.main(["evaluate", "toy", "--model", str(folders / "finetune"), "--recipe", "converted", *few]) == 2
+    assert main(["evaluate", "toy", "--model", str(folders / "finetune"), "--recipe", "converted", *few]) == 2
     assert "clips of 2.8 seconds cannot be scored at 5" in capsys.readouterr().err
-    assert cli.main(["evaluate", "toy", "--model", str(folders / "teacher"), "--recipe", "converted", *few]) == 2
+    assert main(["evaluate", "toy", "--model", str(folders / "teacher"), "--recipe", "converted", *few]) == 2
     assert "nor a folder that holds converted.safetensors" in capsys.readouterr().err
 
 
