@@ -6,6 +6,7 @@ interpreter starts is another thing, and tested with one.
 
 import multiprocessing
 import os
+import socket
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -75,6 +76,13 @@ def run_ranks(work: Callable[..., None], *arguments: Any, count: int = 2) -> lis
     """Exit codes of processes side by side, each with its rank as the first argument."""
     processes = [Started(work, rank, *arguments) for rank in range(count)]
     return [process.finished().returncode for process in processes]
+
+
+def free_port() -> str:
+    """A port of this machine that nobody listens on, for ranks to meet at."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return str(one.getsockname()[1])
 
 
 def _do(
