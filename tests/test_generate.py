@@ -138,7 +138,7 @@ def test_a_prompt_that_cannot_be_shown_is_one_clear_line(tmp_path, prompt):
 
 
 def limited(size: int) -> Callable[[], None]:
-    """For a process whose files cannot grow beyond so many bytes, as on a disk that is full."""
+    """For a process whose files cannot grow beyond so many bytes, as on a disk that is full; what it says is a file."""
     return partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
 
 
@@ -151,7 +151,7 @@ def test_a_full_disk_keeps_what_is_made(tmp_path):
 
 
 def test_a_disk_on_which_nothing_fits(tmp_path):
-    done = run("generate", PROMPT, "--seconds", "1", "-o", "out.mp4", folder=tmp_path, limit=limited(100))
+    done = run("generate", PROMPT, "--seconds", "1", "-o", "out.mp4", folder=tmp_path, limit=limited(500))
     says_in_one_line(done, "out.part.mp4: File too large")
     assert "keeps" not in done.stderr
 
