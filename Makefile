@@ -13,7 +13,7 @@ demo: .venv/runtime
 	@echo "the video: $(CURDIR)/demo.mp4"
 
 test: check
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 check: .venv/dev
 	$(BIN)/ruff check

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import multiprocessing
 
 import longtake.recipes
 from longtake import batch, parallel
@@ -19,6 +18,7 @@ from longtake.generation.stream import StreamBatch
 from longtake.media.mp4 import Mp4Writer, read_comment, read_frames
 from tests import tiny
 from tests.chat_server import chat_server
+from tests.processes import free_port, run_ranks
 
 HALF_A_SECOND = ["--seconds", "0.5"]
 
@@ -297,8 +297,8 @@ def work_apart(rank: int, folder: str) -> None:
 
 
 def test_a_process_that_is_through_waits_for_no_other_and_the_folder_stays_locked(tmp_path) -> None:
-    (tmp_path / "port").write_text(str(20000 + (os.getpid() + 1) % 20000))
-    multiprocessing.spawn(work_apart, (str(tmp_path),), nprocs=2)
+    (tmp_path / "port").write_text(free_port())
+    assert run_ranks(work_apart, str(tmp_path)) == [0, 0]
     assert len(list((tmp_path / "out").glob("*.mp4"))) == 2
 
 
@@ -307,10 +307,10 @@ def listed(scripts: list[Script], folder: Path) -> list[batch.Video]:
 
 
 def test_two_processes_make_each_missing_video_once(tmp_path) -> None:
-    (tmp_path / "port").write_text(str(20000 + os.getpid() % 20000))
+    (tmp_path / "port").write_text(free_port())
     there = listed([script_from(f"prompt number {number}") for number in range(5)], tmp_path / "out")[1:2]
     batch.make_all(tiny.engine(), there, made=print, say=print)
-    multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+    assert run_ranks(work, str(tmp_path)) == [0, 0]
     (one, told), (two, silent) = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
     assert one == ["prompt number 0-0.mp4", "prompt number 3-0.mp4"]
     assert two == ["prompt number 2-0.mp4", "prompt number 4-0.mp4"]

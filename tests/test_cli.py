@@ -1,10 +1,10 @@
 """The command line over an engine that makes grey pictures at once. With the embedded model: test_generate.py."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
-from time import perf_counter
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -97,13 +97,12 @@ try:
 finally:
     assert "torch" not in sys.modules and "numpy" not in sys.modules
 """
-    times = []
-    for _ in range(3):
-        start = perf_counter()
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-        times.append(perf_counter() - start)
+    before = os.times()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    after = os.times()
     assert all(verb in done.stdout for verb in ["generate", "bench", "evaluate", "models"])
-    assert min(times) < 0.5
+    # Of the processor's time, which a busy machine does not change much.
+    assert after.children_user + after.children_system - before.children_user - before.children_system < 0.5
 
 
 @pytest.mark.parametrize(

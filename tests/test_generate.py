@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +23,19 @@ from longtake.cli import main
 from longtake.generation.stream import Stream
 from longtake.media.mp4 import Mp4Writer, read_comment, read_frames
 from longtake.recipes import MODELS, packaged
+from tests import processes
 
 PROMPT = "a red ball bounces over green hills"
 LONGTAKE = [sys.executable, "-c", "import sys; from longtake.cli import main; sys.exit(main())"]
 
 
 def run(*arguments: str, folder: Path, **more: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*LONGTAKE, *arguments], cwd=folder, capture_output=True, text=True, check=False, **more)
+    return processes.run(main, arguments, folder=folder, **more)
 
 
 def test_a_video_that_plays(tmp_path):
-    done = run("generate", PROMPT, "--seconds", "2", "--seed", "7", folder=tmp_path)
+    command = [*LONGTAKE, "generate", PROMPT, "--seconds", "2", "--seed", "7"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     path = tmp_path / done.stdout.strip()
     assert path.name == "a-red-ball-bounces-over-green-hills-7.mp4"
@@ -134,13 +137,13 @@ def test_a_prompt_that_cannot_be_shown_is_one_clear_line(tmp_path, prompt):
     assert not list(tmp_path.iterdir())
 
 
-def limited(size: int) -> dict[str, Callable[[], None]]:
-    """A process whose files cannot grow beyond so many bytes, as on a disk that is full."""
-    return {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))}
+def limited(size: int) -> Callable[[], None]:
+    """For a process whose files cannot grow beyond so many bytes, as on a disk that is full; what it says is a file."""
+    return partial(resource.setrlimit, resource.RLIMIT_FSIZE, (size, size))
 
 
 def test_a_full_disk_keeps_what_is_made(tmp_path):
-    done = run("generate", PROMPT, "--seconds", "60", "-o", "out.mp4", folder=tmp_path, **limited(60_000))
+    done = run("generate", PROMPT, "--seconds", "60", "-o", "out.mp4", folder=tmp_path, limit=limited(60_000))
     says_in_one_line(done, "out.part.mp4: File too large; out.mp4 keeps what was made until then")
     assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
     with av.open(str(tmp_path / "out.mp4")) as container:
@@ -148,7 +151,7 @@ def test_a_full_disk_keeps_what_is_made(tmp_path):
 
 
 def test_a_disk_on_which_nothing_fits(tmp_path):
-    done = run("generate", PROMPT, "--seconds", "1", "-o", "out.mp4", folder=tmp_path, **limited(100))
+    done = run("generate", PROMPT, "--seconds", "1", "-o", "out.mp4", folder=tmp_path, limit=limited(500))
     says_in_one_line(done, "out.part.mp4: File too large")
     assert "keeps" not in done.stderr
 

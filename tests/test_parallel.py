@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import multiprocessing, nn
+from torch import nn
 
 from longtake import parallel
+from tests.processes import free_port, run_ranks
 
 
 def refusal_of(rank: int) -> str:
@@ -48,8 +49,8 @@ def work(rank: int, folder: str) -> None:
 
 
 def test_two_processes_share_parameters_gradients_and_decisions(tmp_path) -> None:
-    (tmp_path / "port").write_text(str(20000 + os.getpid() % 20000))
-    multiprocessing.spawn(work, (str(tmp_path),), nprocs=2)
+    (tmp_path / "port").write_text(free_port())
+    assert run_ranks(work, str(tmp_path)) == [0, 0]
     one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert (one["who"], two["who"]) == ((0, 2), (1, 2))
     assert torch.equal(one["weight"], two["weight"])

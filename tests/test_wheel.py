@@ -60,7 +60,7 @@ def fresh_environment(folder: Path, wheel: Path) -> Path:
     install = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install", "--quiet"]
     subprocess.run([*install, "--no-deps", "--no-index", str(wheel)], check=True)
     (packages,) = folder.glob("lib/python*/site-packages")
-    assert (packages / "longtake" / "cli.py").exists()
+    assert (packages / "longtake" / "cli" / "__main__.py").exists()
     paths = sysconfig.get_paths()
     (packages / "dependencies.pth").write_text(f"{paths['purelib']}\n{paths['platlib']}\n")
     return folder

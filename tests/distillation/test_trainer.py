@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import multiprocessing, nn
+from tests.processes import free_port, run_ranks
+from torch import nn
 
 from longtake import parallel
 from longtake.distillation.optim import Muon, muon_and_adam, orthogonalized
@@ -204,11 +205,9 @@ def test_two_processes_go_on_each_with_its_own_random_state(tmp_path: Path) -> N
     for name, crashes in (("whole", [None]), ("broken", [7, None])):
         folder = tmp_path / name
         folder.mkdir()
-        for number, crash in enumerate(crashes):
-            (folder / "port").write_text(str(20000 + (os.getpid() * 7 + len(weights) + number) % 20000))
-            processes = multiprocessing.spawn(work, (str(folder), crash), nprocs=2, join=False).processes
-            for process in processes:
-                process.join()
+        for crash in crashes:
+            (folder / "port").write_text(free_port())
+            run_ranks(work, str(folder), crash)
             # Not their exit codes: connections may break while two part. Who failed before has saved no weights.
         weights.append([torch.load(folder / f"weights{rank}.pt", weights_only=False) for rank in range(2)])
     whole, broken = weights

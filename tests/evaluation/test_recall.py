@@ -10,12 +10,12 @@ import torch
 from tests.rendered import RenderedBatch, RenderedEngine
 from torch import Tensor
 
-from longtake.evaluation import recall
+from longtake.evaluation import recall, sources
 from longtake.evaluation.sources import stacked
 from longtake.recipes import self_forcing_sink, toy_codec
 from longtake.toy.captions import parse
 from longtake.toy.detect import detect
-from longtake.toy.scenes import ATTRIBUTES, RATE, held_out_combinations, make_scene
+from longtake.toy.scenes import ATTRIBUTES, RATE, Scenes, held_out_combinations, make_scene
 from longtake.toy.truth import truth
 
 REMEMBERED = ("subject", "colour", "landmark", "landmark_colour")
@@ -52,6 +52,24 @@ class SeeingEngine(RenderedEngine):
         batch = RenderedBatch(prompts, seeds, obeys=True)
         batch.scenes, batch.pictures = stacked(scenes), pictures.shape[1]
         yield batch
+
+
+@pytest.fixture(scope="module", autouse=True)
+def renders() -> Iterator[None]:
+    """Most tests begin with the same pictures: they are drawn once."""
+    known: dict[tuple, Tensor] = {}
+
+    def rendered(scenes: Scenes, pictures: int, first: int) -> Tensor:
+        rows = [scenes[row : row + 1] for row in range(len(scenes))]
+        keys = [(pictures, first, *(value.numpy().tobytes() for value in vars(row).values())) for row in rows]
+        for key, row in zip(keys, rows, strict=True):
+            if key not in known:
+                known[key] = sources.rendered(row, pictures, first)
+        return torch.cat([known[key] for key in keys])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recall, "rendered", rendered)
+        yield
 
 
 def other_than(value: str, name: str) -> str:

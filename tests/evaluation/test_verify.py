@@ -18,7 +18,8 @@ from tests.models.layouts import CONFIG, LAYOUTS, network, shards
 from tests.models.test_hub import cache, cache_of  # noqa: F401 (a fixture)
 from torch import Tensor
 
-from longtake.cli import _recipe_to_verify, main
+from longtake.cli import main
+from longtake.cli.verify import _recipe_to_verify
 from longtake.evaluation import verify
 from longtake.evaluation.verify import Check, latent_colour_checks, latents_checks, motion, neighbours_alike
 from longtake.models.wan_vae import WanVAE, WanVAEConfig

@@ -13,6 +13,7 @@ import torch
 from tests import tiny
 from tests.models.layouts import CONFIG, LAYOUTS, network, shards
 from tests.models.loopback_hub import COMMIT, Hub, serving
+from tests.processes import run
 
 from longtake.cli import main
 from longtake.generation.stream import Engine
@@ -45,9 +46,8 @@ def pull(server: Hub | str, home: Path, name: str = NAME, **variables: str) -> s
     """`longtake models pull`, in a process of its own: the hub's client reads its settings when it is imported."""
     url = server if isinstance(server, str) else server.url
     quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_XET": "1"}
-    environment = os.environ | {"HF_ENDPOINT": url, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"} | quiet | variables
-    command = [sys.executable, "-m", "longtake.cli", "models", "pull", name]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    places = {"HF_ENDPOINT": url, "HF_HOME": str(home), "NO_PROXY": "127.0.0.1"}
+    return run(main, ["models", "pull", name], **places, **quiet, **variables)
 
 
 def complaint(done: subprocess.CompletedProcess) -> str:

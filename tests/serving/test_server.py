@@ -133,6 +133,6 @@ def test_what_cannot_be_served_is_told_in_one_line(arguments, says, capsys, monk
 
 
 def test_a_missing_extra_is_named(capsys, monkeypatch):
-    monkeypatch.setattr("longtake.cli.find_spec", lambda name: None)
+    monkeypatch.setattr("longtake.cli.serve.find_spec", lambda name: None)
     assert main(["serve"]) == 2
     assert "pip install 'longtake[serve]'" in capsys.readouterr().err

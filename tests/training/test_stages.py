@@ -18,15 +18,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from longtake import cli, recipes
+from longtake import recipes
+from longtake.cli import main, train
 from longtake.distillation.stages import DmdStage
 from longtake.distillation.trainer import STATE_FILE, read_metrics
 from longtake.models.weights import load_weights
 from longtake.toy import world
 from longtake.training import STAGES, _seed_of_noise, report, with_settings
+from tests.processes import Started
+from tests.training import noise_world
 
 ROOT = Path(__file__).parents[2]
-MODULE = "tests.training.noise_world"
 NETWORK = json.dumps({"dim": 32, "heads": 2, "ffn_dim": 64, "layers": 2, "text_dim": 16, "extent": 12})
 CODEC = [f"{part}_{size}" for part in ("encoder", "decoder") for size in ("widths=[8,8,8]", "blocks=[1,0,0]")]
 STEPS = 5
@@ -64,18 +66,13 @@ def command(stage: str, out: Path, folders: Path) -> list[str]:
     return [stage, *start, "--out", str(out), *recipes, "--set", f"steps={STEPS}", "seconds=1e9", *SETTINGS[stage]]
 
 
-def start(*arguments: str, launcher: tuple[str, ...] = (), **variables: str) -> subprocess.Popen:
-    checkout = os.pathsep.join([str(ROOT), str(ROOT / "src")])  # and not another that is installed
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": checkout} | variables
-    program = [sys.executable, *launcher, "-m", MODULE, *arguments]
-    return subprocess.Popen(
-        program, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-    )
+def start(*arguments: str, **variables: str) -> Started:
+    return Started(noise_world.main, [*arguments], **variables)
 
 
-def finish(process: subprocess.Popen) -> None:
-    _, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors.decode()[-2000:]
+def finish(process: Started) -> None:
+    done = process.finished()
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 @pytest.fixture(scope="module")
@@ -111,10 +108,9 @@ def test_a_run_killed_and_resumed_is_the_uninterrupted_run(stage: str, folders: 
     out = tmp_path / "killed"
     process = start(*command(stage, out, folders))
     deadline = time.monotonic() + 120
-    while not saved_step(out) and process.poll() is None and time.monotonic() < deadline:
+    while not saved_step(out) and process.running() and time.monotonic() < deadline:
         time.sleep(0.005)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    process.kill()
     assert not (out / "record.json").exists(), "the kill came too late to test anything"
     assert 0 < saved_step(out) < STEPS
     finish(start(*command(stage, out, folders)))
@@ -136,19 +132,23 @@ def metrics(out: Path) -> list[dict[str, float]]:
 def test_ctrl_c_saves_and_says_so(folders: Path, tmp_path: Path) -> None:
     out = tmp_path / "stopped"
     process = start(*command("dmd", out, folders), "steps=1000", SAVE_SECONDS="1000")
-    while not read_metrics(out) and process.poll() is None:
+    while not read_metrics(out) and process.running():
         time.sleep(0.005)
     assert not (out / STATE_FILE).exists()
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=100)
-    assert process.returncode == 130
-    assert f"stopped at step {saved_step(out)}; the same command goes on" in errors.decode()
+    os.kill(process.pid, signal.SIGINT)
+    done = process.finished()
+    assert done.returncode == 130
+    assert f"stopped at step {saved_step(out)}; the same command goes on" in done.stderr
     assert saved_step(out) > 0
 
 
 def test_two_processes_share_the_structure_and_nothing_else(folders: Path, tmp_path: Path) -> None:
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    finish(start(*command("dmd", tmp_path / "two", folders), launcher=torchrun, SEEN=str(tmp_path)))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    checkout = os.pathsep.join([str(ROOT), str(ROOT / "src")])  # and not another that is installed
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": checkout, "SEEN": str(tmp_path)}
+    program = [*torchrun, noise_world.__name__, *command("dmd", tmp_path / "two", folders)]
+    done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "two" / "record.json").read_text())["processes"] == 2
     one, two = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert one["plans"] == two["plans"] and len(set(one["plans"])) > 1
@@ -174,16 +174,15 @@ def test_a_lone_process_does_not_take_up_the_run_of_two(folders: Path, tmp_path:
     settings = asdict(with_settings(DmdStage(), [f"steps={STEPS}", "seconds=1e9", *SETTINGS["dmd"]]))
     (out / "config.json").write_text(json.dumps(asked | {"config": settings}))
     torch.save({"step": 1, "seconds": 0.0, "random": [{}, {}], "parts": {}}, out / STATE_FILE)
-    process = start(*command("dmd", out, folders))
-    _, errors = process.communicate(timeout=100)
-    assert process.returncode == 2 and b"was saved by 2 processes" in errors
+    done = start(*command("dmd", out, folders)).finished()
+    assert done.returncode == 2 and "was saved by 2 processes" in done.stderr
 
 
 def test_a_folder_is_trained_into_by_one_process(folders: Path, tmp_path: Path, capsys) -> None:
     (tmp_path / "lock").touch()
     with (tmp_path / "lock").open("w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
-        assert cli.main(["train", "teacher", "--out", str(tmp_path), "--from", str(folders / "codec")]) == 2
+        assert main(["train", "teacher", "--out", str(tmp_path), "--from", str(folders / "codec")]) == 2
     assert "another process trains into" in capsys.readouterr().err
 
 
@@ -208,7 +207,7 @@ def test_a_student_of_another_teacher_is_refused(folders: Path, tmp_path: Path, 
         described = file.metadata()
     name = "text.words.weight.scale"
     save_file(other | {name: other[name] * 2}, mixed / recipes.TEACHER_FILE, metadata=described)
-    assert cli.main(["train", "dmd", "--out", str(tmp_path / "out"), "--from", str(mixed)]) == 2
+    assert main(["train", "dmd", "--out", str(tmp_path / "out"), "--from", str(mixed)]) == 2
     assert "another teacher" in capsys.readouterr().err
 
 
@@ -225,7 +224,7 @@ def test_teacher_forcing_goes_on_from_a_student(folders: Path, tmp_path: Path) -
 
 
 def test_every_stage_is_a_verb() -> None:
-    assert cli._STAGES.keys() == STAGES.keys()
+    assert train._STAGES.keys() == STAGES.keys()
 
 
 @pytest.mark.parametrize(
@@ -257,14 +256,14 @@ def test_every_stage_is_a_verb() -> None:
 )
 def test_bad_input_is_one_line(stage, arguments, said, folders: Path, tmp_path: Path, capsys) -> None:
     arguments = [argument.format(codec=folders / "codec", ode=folders / "ode") for argument in arguments]
-    assert cli.main(["train", stage, "--out", str(tmp_path / "out"), *arguments]) == 2
+    assert main(["train", stage, "--out", str(tmp_path / "out"), *arguments]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
 
 
 def test_a_folder_belongs_to_one_run(folders: Path, capsys) -> None:
     start_from = ["--from", str(folders / "codec"), "--set", "steps=1"]
-    assert cli.main(["train", "teacher", "--out", str(folders / "teacher"), *start_from]) == 2
+    assert main(["train", "teacher", "--out", str(folders / "teacher"), *start_from]) == 2
     assert "holds a finished run" in capsys.readouterr().err
 
 
@@ -301,9 +300,9 @@ def test_the_softmax_twin_is_tuned_on_the_same_clips(folders: Path, tmp_path: Pa
 def test_clips_of_a_converted_teacher_are_evaluated_beside_the_teachers(folders: Path, capsys) -> None:
     """These are too short to be scored, which is said once they are made."""
     few = ["--prompts", "1", "--seeds", "1", "--dtype", "float32", "--device", "cpu"]
-    assert cli.main(["evaluate", "toy", "--model", str(folders / "finetune"), "--recipe", "converted", *few]) == 2
+    assert main(["evaluate", "toy", "--model", str(folders / "finetune"), "--recipe", "converted", *few]) == 2
     assert "clips of 2.8 seconds cannot be scored at 5" in capsys.readouterr().err
-    assert cli.main(["evaluate", "toy", "--model", str(folders / "teacher"), "--recipe", "converted", *few]) == 2
+    assert main(["evaluate", "toy", "--model", str(folders / "teacher"), "--recipe", "converted", *few]) == 2
     assert "nor a folder that holds converted.safetensors" in capsys.readouterr().err
 
 

@@ -1,0 +1,61 @@
+"""The command line, `longtake VERB`: a module for each verb, which joins the parts that may not know each other.
+
+Verbs import the parts of longtake that they use when they run: torch takes seconds to import, and `longtake --help`
+should not wait for it.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+
+from tyro.conf import FlagCreatePairsOff
+from tyro.extras import SubcommandApp
+
+from longtake.cli import bench, doctor, evaluate, explain, generate, models, plan, replay, serve, take, train, verify
+from longtake.cli.terminal import BAD_INPUT, INTERRUPTED, in_one_line, say
+
+app = SubcommandApp()
+app.command(generate.generate)
+app.command(replay.replay)
+app.command(take.app, name="take", help="Go on with streams that were kept: generate --take keeps one.")
+app.command(serve.serve)
+app.command(bench.app, name="bench", help="Measure speed on this machine.")
+app.command(evaluate.app, name="evaluate", help="Score what a recipe makes.")
+app.command(train.app, name="train", help="Train the embedded model's parts, one stage a call.")
+app.command(models.app, name="models", help="List, fetch and convert weights; alone, it lists them.")
+app.command(verify.verify)
+app.command(plan.plan)
+app.command(explain.explain)
+app.command(doctor.doctor)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit code: 0 done, 1 a check failed (`verify`, `doctor`, `replay`), 2 bad input (one
+    line on stderr), 130 stopped by Ctrl-C.
+    """
+    # Before torch is imported: by default its threads spin long for work, which beside one other busy process makes a
+    # block take minutes; not spinning at all costs an idle machine almost half its speed.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    try:
+        exit_code: int = app.cli(
+            prog="longtake",
+            description="Endless, live, steerable video from text.",
+            args=_with_default_verb(sys.argv[1:] if arguments is None else arguments),
+            config=(FlagCreatePairsOff,),
+        )
+    except (ValueError, OSError) as error:
+        say(in_one_line(error))
+        return BAD_INPUT
+    except KeyboardInterrupt as stopped:
+        if str(stopped):
+            say(str(stopped))
+        return INTERRUPTED
+    return exit_code
+
+
+def _with_default_verb(arguments: Sequence[str]) -> Sequence[str]:
+    """`longtake models`, with or without options, is short for `longtake models list`."""
+    verb, *rest = arguments or ("",)
+    if verb == "models" and (not rest or (rest[0].startswith("-") and rest[0] not in ("-h", "--help"))):
+        return [verb, "list", *rest]
+    return arguments

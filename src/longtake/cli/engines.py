@@ -1,0 +1,50 @@
+"""The engine that a verb works with, and the device it is on."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from longtake.generation.stream import Engine
+
+
+def load_engine(
+    model: str, recipe: str, levels: int | None, device: "str | torch.device | None", dtype: str,
+    codec: str | None = None,
+) -> "Engine":  # fmt: skip
+    """The engine that options name. ValueError or OSError where there is no such."""
+    from longtake.recipes import load
+
+    return load(model, recipe=recipe, levels=levels, device=device, dtype=precision_named(dtype), codec=codec)
+
+
+def load_again(said: dict[str, Any], levels: int, device: str | None) -> "Engine":
+    """The engine of a take or a record, by default on its kind of device. ValueError if there is none such here."""
+    if said["dtype"] not in ("float32", "bfloat16"):
+        raise ValueError(f"precision is float32 or bfloat16, not {said['dtype']}")
+    place = device or said.get("device", "").partition(" ")[0] or None
+    return load_engine(said["model"], said["recipe"], levels, place, said["dtype"], said.get("codec"))
+
+
+def precision_named(name: str) -> "torch.dtype | None":
+    """What --dtype says; None leaves the choice to the device."""
+    import torch
+
+    return {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+@contextmanager
+def together(device: str | None) -> "Iterator[tuple[bool, torch.device]]":
+    """Whether this process is the first of those that torchrun started, and the device to use; one alone is."""
+    from longtake import parallel
+    from longtake.recipes import device_named
+
+    rank, processes, own = parallel.join()
+    try:
+        if processes > 1 and device is not None:
+            raise ValueError("each of several processes takes a device of its own: leave --device out")
+        yield rank == 0, own if processes > 1 else device_named(device)
+    finally:
+        parallel.leave()

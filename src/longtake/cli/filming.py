@@ -1,0 +1,135 @@
+"""A stream on its way to an mp4: what it goes on from, Ctrl-C and full disks on the way, the take kept at its end."""
+
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from json import dumps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from longtake.cli.terminal import INTERRUPTED, LiveLine, in_one_line, say
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from longtake.generation.stream import Chunk, Engine, Stream
+    from longtake.media.mp4 import Mp4Writer
+
+
+def opening(engine: "Engine", path: Path) -> "np.ndarray":
+    """Pictures of whole blocks for a stream to go on from: an image that stands still for one, or the end of a video.
+
+    Of a video as much as the network was trained to see at once.
+    """
+    from longtake.media.reading import read_pictures
+
+    size = {"width": engine.width, "height": engine.height, "frames_per_second": engine.frame_rate}
+    most = engine.network.config.extent // engine.recipe.block
+    pictures = read_pictures(path, **size, most=engine.pictures_in(most))
+    if len(pictures) == 1:
+        return pictures.repeat(engine.pictures_in(1), axis=0)
+    whole = [count for blocks in range(1, most + 1) if (count := engine.pictures_in(blocks)) <= len(pictures)]
+    if not whole:
+        raise ValueError(f"{path} has {len(pictures)} pictures; a stream goes on from {engine.pictures_in(1)} or more")
+    return pictures[-whole[-1] :]
+
+
+def show(
+    stream: "Stream", texts: dict[int, str], pictures: int, path: Path, record: dict[str, Any], keep: Path | None,
+    *, force: bool = False, json: bool = False,
+) -> int:  # fmt: skip
+    """Film a stream, keep it as a take if that is asked for, and print where the video is."""
+    from longtake.generation.script import follow
+    from longtake.media.mp4 import Mp4Writer
+
+    engine, begun = stream.engine, stream.pictures if keep is not None else 0
+    with (
+        _told_what_is_kept(path),
+        Mp4Writer(
+            path, engine.width, engine.height, engine.frame_rate, overwrite=force, comment=dumps(record)
+        ) as writer,
+        _between_blocks(keep is not None) as stopped,
+    ):
+        complete = _film(follow(stream, texts), writer, pictures, whole=keep is not None, stopped=stopped)
+    if writer.frames_written:
+        print(dumps(made(path, writer.frames_written, engine, record)) if json else path)
+    if keep is not None:
+        _keep(stream, keep, whole=writer.frames_written == stream.pictures - begun)
+    return 0 if complete else INTERRUPTED
+
+
+def _film(
+    stream: Iterable["Chunk"], writer: "Mp4Writer", pictures: int, *, whole: bool, stopped: Callable[[], bool]
+) -> bool:
+    """Write the stream's first pictures; False when Ctrl-C came before the last of them.
+
+    whole: write each block to its end, though it has more pictures than that. stopped: asked after each block.
+    """
+    line = LiveLine(writer.frames_per_second)
+    try:
+        for chunk in stream:
+            writer.write(chunk.frames if whole else chunk.frames[: pictures - writer.frames_written])
+            line.show(writer.frames_written)
+            if writer.frames_written >= pictures:
+                return True
+            if stopped():
+                break
+    except KeyboardInterrupt:
+        pass
+    finally:
+        line.end()
+    return False
+
+
+def made(path: Path, pictures: int, engine: "Engine", record: dict[str, Any]) -> dict[str, Any]:
+    """What `generate --json` says of a video: where it is, how long it came to be, and what went into it."""
+    seconds = pictures / engine.frame_rate
+    return {"path": str(path), "pictures": pictures, "fps": engine.frame_rate, **record, "seconds": seconds}
+
+
+def _keep(stream: "Stream", path: Path, *, whole: bool) -> None:
+    """whole: whether the video has all that the stream has made, so that what goes on from the take follows it."""
+    from longtake.generation.take import Take
+
+    if stream.closed or not whole:
+        say(f"no take at {path}: the stream was stopped within a block")
+        return
+    Take.of(stream, "cpu").save(path)
+    say(f"the take is {path}")
+
+
+@contextmanager
+def _told_what_is_kept(path: Path) -> "Iterator[None]":
+    """Adds to what went wrong while a video was written, say on a full disk, that its first pictures are there."""
+    from longtake.media.reading import plays
+
+    before = path.stat() if path.exists() else None
+    try:
+        yield
+    except OSError as error:
+        is_new = path.exists() and not (before and os.path.samestat(before, path.stat()))
+        if is_new and plays(path):
+            raise OSError(f"{in_one_line(error)}; {path} keeps what was made until then") from None
+        raise
+
+
+@contextmanager
+def _between_blocks(wanted: bool) -> "Iterator[Callable[[], bool]]":
+    """Whether Ctrl-C was pressed: it waits for the block being made, since nothing goes on from half a one. Pressed
+    once more, or where this is not wanted, it stops at once.
+    """
+    pressed: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if pressed:
+            raise KeyboardInterrupt
+        pressed.append(number)
+
+    wanted = wanted and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN  # as in a job that a script left behind
+    before = signal.signal(signal.SIGINT, note) if wanted else None
+    try:
+        yield lambda: bool(pressed)
+    finally:
+        if wanted:
+            signal.signal(signal.SIGINT, before)

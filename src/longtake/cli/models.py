@@ -1,0 +1,97 @@
+"""`longtake models`: what runs with what, and published checkpoints: listed, fetched, converted."""
+
+from dataclasses import asdict
+from json import dumps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from tyro.conf import Positional, arg
+from tyro.extras import SubcommandApp
+
+from longtake.cli.terminal import say
+
+if TYPE_CHECKING:
+    from longtake.models.hub import Published
+
+
+app = SubcommandApp()
+
+
+@app.command(name="list")
+def models_list(json: bool = False) -> int:
+    """List what runs, each model with each recipe that it has weights for, and the published checkpoints.
+
+    Args:
+        json: Print one JSON object, with all that is known of each checkpoint.
+    """
+    from longtake.models.hub import registry
+    from longtake.recipes import MODELS, RECIPES
+
+    if json:
+        runs = [{"model": model, "recipe": recipe} for model, recipe in MODELS]
+        known = [asdict(one) | {"recipe_is_here": one.recipe in RECIPES} for one in registry().values()]
+        print(dumps({"runs": runs, "published": known}, indent=2))
+        return 0
+    for model, recipe in MODELS:
+        print(f"--model {model} --recipe {recipe}")
+    print("\npublished, for `longtake models pull`:")
+    for one in registry().values():
+        print(f"{one.name:25} {_terms_in_words(one)}")
+    return 0
+
+
+@app.command(name="pull")
+def models_pull(name: Annotated[Positional[str], arg(metavar="NAME")]) -> int:
+    """Fetch a published checkpoint into Hugging Face's cache and print its folder; size and licence are told first.
+
+    Args:
+        name: Which one; `longtake models` lists them.
+    """
+    from longtake.models import hub
+
+    checkpoint = hub.published(name)
+    say(f"{name}: {_terms_in_words(checkpoint)}; {checkpoint.note}")
+    if checkpoint.repo is None:
+        raise ValueError(f"{name} is not on the hub: fetch {', '.join(checkpoint.files)} from {checkpoint.url}")
+    download = hub.look_up(checkpoint)
+    if download is None:
+        say("the hub cannot be reached: taking what is in the cache")
+    else:
+        say(f"{download.bytes / 1e9:.2f} GB from {checkpoint.repo}, {download.missing_bytes / 1e9:.2f} GB to fetch")
+    print(hub.fetch(checkpoint, download))
+    return 0
+
+
+@app.command(name="convert")
+def models_convert(
+    source: Annotated[Positional[Path], arg(metavar="A")],
+    target: Annotated[Positional[Path], arg(metavar="B")],
+    to: Literal["original", "diffusers", "longtake"] = "longtake",
+    entry: Annotated[str | None, arg(metavar="NAME")] = None,
+    lora: Annotated[Path | None, arg(metavar="PATH")] = None,
+    alpha: Annotated[float | None, arg(metavar="NUMBER")] = None,
+) -> int:
+    """Write a checkpoint in another layout, every tensor as it is, and print where it is.
+
+    Args:
+        source: A Wan network or the Wan VAE: a file, the index of its shards, or a folder.
+        target: A file, NAME.safetensors, or a folder that is made, as diffusers has them; not there yet.
+        to: The names that tensors get: those of Wan's publication, of diffusers, or of our own files.
+        entry: Of a pickle with several sets of weights, the one to take; unless given, averaged ones come first.
+        lora: A file of low-rank updates to merge.
+        alpha: Their scale times their rank; unless given, the scale is 1.
+    """
+    from longtake.models.convert import convert
+    from longtake.models.weights import ENTRIES
+
+    read = convert(source, target, to, entries=ENTRIES if entry is None else (entry,), lora=lora, alpha=alpha)
+    say(f"{len(read.meta)} tensors of {read.source}" + (f", entry {read.entry}" if read.entry else ""))
+    print(target)
+    return 0
+
+
+def _terms_in_words(one: "Published") -> str:
+    """Size, method and terms of a published checkpoint."""
+    size = f"{one.gigabytes:g} GB" if isinstance(one.gigabytes, float | int) else "size unknown"
+    use = {"yes": "commercial use allowed", "no": "no commercial use", "unknown": "commercial use unknown"}
+    return f"{size}, {one.recipe or one.network or one.layout}, licence {one.licence}, {use[one.commercial]}"

@@ -1,0 +1,19 @@
+"""Options that several verbs have. Where `--help` says the same of them everywhere, it is said here."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+DeviceName = Annotated[str | None, arg(metavar="NAME")]
+Device = Annotated[str | None, arg(metavar="NAME", help="cpu, cuda, cuda:1, ...; unless given, the best there is.")]
+PrecisionName = Literal["auto", "float32", "bfloat16"]
+Precision = Annotated[PrecisionName, arg(help="Precision; auto takes the fastest that is safe.")]
+Levels = Annotated[
+    int | None, arg(metavar="N", help="Denoising steps of a block; unless given, as many as the recipe has.")
+]
+Codec = Annotated[str | None, arg(metavar="NAME|PATH")]
+Seconds = Annotated[float | None, arg(metavar="FLOAT")]
+Mp4 = Annotated[Path | None, arg(aliases=["-o"], metavar="PATH")]
+Opening = Annotated[Path | None, arg(aliases=["--video"], metavar="FILE")]
+OneFile = Annotated[Path | None, arg(metavar="FILE")]

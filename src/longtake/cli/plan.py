@@ -1,0 +1,41 @@
+"""`longtake plan`: the memory that a stream will take."""
+
+from typing import Annotated, Literal
+
+from tyro.conf import arg
+
+from longtake.cli.terminal import BAD_INPUT, print_result, say
+
+
+def plan(
+    model: str = "toy",
+    size: Annotated[str | None, arg(metavar="WxH")] = None,
+    recipe: Annotated[str | None, arg(metavar="RECIPE")] = None,
+    dtype: Literal["float32", "bfloat16"] = "bfloat16",
+    vram: Annotated[str | None, arg(metavar="SIZE")] = None,
+    json: bool = False,
+) -> int:
+    """Predict the memory of a stream, part by part, without weights and without a GPU. Exits 2 if it does not fit.
+
+    Tensors are counted, by running the stream without numbers. The device's context, scratch memory and what the
+    allocator loses come on top, and were not measured: see docs/checkpoints.md.
+
+    Args:
+        model: toy, or a name of `longtake models`; nothing needs to be pulled.
+        size: Of the pictures; unless given, the model's own.
+        recipe: The method; unless given, the one that a model was trained under, or self_forcing_sink.
+        dtype: Precision of network and codec.
+        vram: What there is, such as 24G; if that is too little, changes are tried, and the peak of each is told.
+        json: Print one JSON object.
+    """
+    from longtake import plan as planning
+
+    there = None if vram is None else planning.vram(vram)
+    told = planning.plan(model, size=None if size is None else planning.pixels(size), recipe=recipe, dtype=dtype)
+    fits = there is None or told["peak"] <= there
+    if there is not None:
+        told |= {"vram": there, "fits": fits, "ways_to_fit": {} if fits else planning.ways_to_fit(told)}
+    print_result(told, json, planning.in_words)
+    if not fits:
+        say(f"this does not fit {vram}: it takes {planning.gib(told['peak'])}")
+    return 0 if fits else BAD_INPUT

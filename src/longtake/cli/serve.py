@@ -1,0 +1,78 @@
+"""`longtake serve`: live streams behind one page."""
+
+import os
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Annotated
+
+from tyro.conf import arg
+
+from longtake.cli.engines import load_engine
+from longtake.cli.options import Codec, Device, Levels, Precision
+
+if TYPE_CHECKING:
+    from longtake.generation.stream import Engine
+
+
+def serve(
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    model: str = "toy",
+    recipe: str = "self_forcing_sink",
+    codec: Codec = None,
+    levels: Levels = None,
+    sessions: int = 4,
+    api_key: Annotated[str | None, arg(metavar="KEY")] = None,
+    insecure: bool = False,
+    origin: Annotated[tuple[str, ...], arg(metavar="HOST")] = (),
+    device: Device = None,
+    dtype: Precision = "auto",
+) -> int:
+    """Serve a page that plays at once, and live streams over a socket, until Ctrl-C. See docs/serve.md.
+
+    Args:
+        host: Where to listen; others than this machine reach it only if you say so, and then a key is needed.
+        port: Where to listen; 0 takes a free one.
+        model: The weights that make the streams; `longtake models` lists them.
+        recipe: The method that makes them.
+        codec: What makes pictures of a Wan model's latents in place of its VAE.
+        sessions: Streams at most; fewer are taken where the device is too slow for so many.
+        api_key: What clients must send; better set as LONGTAKE_API_KEY, since others can see command lines.
+        insecure: Listen for others without a key.
+        origin: Hosts whose pages may use this server, such as the name of a proxy in front of it.
+    """
+    if find_spec("fastapi") is None or find_spec("uvicorn") is None:
+        raise ValueError("serving needs more than is installed: pip install 'longtake[serve]'")
+
+    from longtake.models.hub import registry
+    from longtake.serving.access import Access
+    from longtake.serving.app import Served, create_app
+    from longtake.serving.server import is_loopback, listen, require_safe, run
+    from longtake.serving.worker import Limits, Worker
+
+    key = api_key or os.environ.get("LONGTAKE_API_KEY") or None
+    require_safe(host, key, insecure)
+    if sessions < 1:
+        raise ValueError(f"a server has 1 session or more, got {sessions}")
+    with listen(host, port) as listening:
+        engine = load_engine(model, recipe, levels, device, dtype, codec)
+        known = registry().get(model)
+        served = Served(
+            licence=known.licence if known else "Apache-2.0" if model == "toy" else "unknown",
+            version=engine.circumstances["longtake"],
+            weights=engine.weights,
+            examples=_words_to_try(engine),
+        )
+        access = Access(key=key, origins=origin, loopback=is_loopback(host))
+        where = listening.getsockname()
+        print(f"http://{f'[{where[0]}]' if ':' in where[0] else where[0]}:{where[1]}", flush=True)
+        run(create_app(Worker(engine, Limits(sessions=sessions)), access, served), listening)
+    return 0
+
+
+def _words_to_try(engine: "Engine") -> tuple[str, ...]:
+    from longtake.models.text import WordText
+    from longtake.toy.captions import EXAMPLES
+
+    if isinstance(engine.text, WordText):
+        return EXAMPLES
+    return "a red fox walks through fresh snow", "waves roll in at sunset", "a city street at night in the rain"

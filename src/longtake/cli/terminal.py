@@ -1,0 +1,69 @@
+"""How every verb talks: results go to stdout, progress and complaints to stderr, and the exit code says how it went."""
+
+import sys
+from collections.abc import Callable
+from json import dumps
+from time import perf_counter
+from typing import Any
+
+CHECK_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+
+
+def say(text: str) -> None:
+    """One line of progress or complaint, on stderr."""
+    print(f"longtake: {text}", file=sys.stderr)
+
+
+def print_result(result: Any, json: bool, in_words: Callable[[Any], str]) -> None:
+    """What a verb found out, on stdout: as JSON, or in words."""
+    print(dumps(result, indent=2) if json else in_words(result))
+
+
+def in_one_line(error: Exception) -> str:
+    """An error as one line, without Python's error number in front of what the system says."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+class LiveLine:
+    """How far a video has come, on stderr: one line rewritten in a terminal, a line now and then in a log."""
+
+    _LOG_EVERY_SECONDS = 5.0
+
+    def __init__(self, frame_rate: int) -> None:
+        self._frame_rate = frame_rate
+        self._rewrites = sys.stderr.isatty()
+        self._start: tuple[int, float] | None = None  # pictures and time after the first block
+        self._text = self._logged = ""
+        self._next_log = 0.0
+
+    def show(self, pictures: int) -> None:
+        """Tell of `pictures` made so far; called once a block."""
+        now = perf_counter()
+        self._start = self._start or (pictures, now)
+        self._text = f"{pictures / self._frame_rate:.1f} s made{self._speed(pictures, now)}"
+        if self._rewrites:
+            print(f"\r{self._text}\x1b[K", end="", file=sys.stderr, flush=True)
+        elif now >= self._next_log:
+            self._next_log = now + self._LOG_EVERY_SECONDS
+            self._log()
+
+    def end(self) -> None:
+        """Leave the last state standing."""
+        if self._rewrites:
+            print(file=sys.stderr)
+        elif self._text != self._logged:
+            self._log()
+
+    def _log(self) -> None:
+        self._logged = self._text
+        say(self._text)
+
+    def _speed(self, pictures: int, now: float) -> str:
+        assert self._start is not None
+        pictures_before, before = self._start
+        if pictures == pictures_before:
+            return ""  # the first block pays for the start and says nothing about speed
+        rate = (pictures - pictures_before) / (now - before)
+        return f", {rate:.1f} frames a second, {rate / self._frame_rate:.1f} times real time"
