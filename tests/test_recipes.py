@@ -2,7 +2,7 @@
 
 import shutil
 from dataclasses import replace
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 
 import pytest
@@ -305,3 +305,13 @@ def test_levels_are_evenly_spaced(count: int, steps: tuple[float, ...]) -> None:
     recipe = recipes.self_forcing()
     assert recipe.with_levels(count).steps == steps
     assert recipe.with_levels(4) == recipe and recipe.with_levels(4).levels(3.0) == recipe.levels(3.0)
+
+
+@pytest.mark.parametrize("seconds, chosen", [(3.0, torch.bfloat16), (1.1, torch.float32)])
+def test_the_faster_type_is_found_by_one_threads_own_time(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, chosen: torch.dtype
+) -> None:
+    ticks, threads = cycle([0.0, seconds, 0.0, 1.0]), torch.get_num_threads()  # of float32, then of bfloat16
+    monkeypatch.setattr("longtake.recipes.time.thread_time", lambda: next(ticks))
+    assert longtake.load("toy").dtype == chosen
+    assert torch.get_num_threads() == threads

@@ -664,23 +664,28 @@ def _weight_files(model: str | Path, recipe: str) -> tuple[Path, Path]:
 
 @torch.no_grad()
 def _faster_dtype(engine: Engine) -> torch.dtype:
-    """bfloat16 if it passes one block through the network clearly sooner on this machine, else float32.
+    """bfloat16 if it passes one block through the network in clearly less time on this machine, else float32.
 
     Where the two are close float32 wins, so that one machine answers the same each time.
     """
     latents = torch.zeros(1, engine.recipe.block, *engine.latent_size)
     level_BF = torch.ones(latents.shape[:2])
-    seconds: dict[torch.dtype, float] = {}
+    passes: dict[torch.dtype, Callable[[], Tensor]] = {}
     for dtype in (torch.float32, torch.bfloat16):
         network = deepcopy(engine.network).to(dtype)  # a copy: weights that were bfloat16 once stay rounded
         text = torch.zeros(1, 1, 1, network.config.text_dim, dtype=dtype)
-        prompts, view = network.prompt_keys(text), network.clip_view(latents)
-        tries = []
+        passes[dtype] = partial(network, latents, level_BF, network.prompt_keys(text), network.clip_view(latents))
+    seconds = dict.fromkeys(passes, math.inf)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # of one thread its own time is known, whatever else the machine does meanwhile
+    try:
         for _ in range(4):
-            started = time.perf_counter()
-            network(latents, level_BF, prompts, view)
-            tries.append(time.perf_counter() - started)
-        seconds[dtype] = min(tries)
+            for dtype, run in passes.items():
+                started = time.thread_time()
+                run()
+                seconds[dtype] = min(seconds[dtype], time.thread_time() - started)
+    finally:
+        torch.set_num_threads(threads)
     clearly = seconds[torch.float32] > BFLOAT16_GAIN * seconds[torch.bfloat16]
     return torch.bfloat16 if clearly else torch.float32
 
