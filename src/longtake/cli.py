@@ -12,7 +12,7 @@ import random
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from importlib.util import find_spec
 from json import dumps
@@ -346,7 +346,8 @@ def replay(
     path = out or _unused(video.with_stem(f"{video.stem}-again"))
     engine.prepare([cue.shown for cue in script.cues])
     with _begun_again(engine, script, record, image) as stream:
-        texts = script.by_block(engine, round(record["seconds"] * engine.frame_rate) or 1, stream.pictures)
+        pictures = round(record["seconds"] * engine.frame_rate) or 1
+        texts = {} if "live" in record else script.by_block(engine, pictures, stream.pictures)
         told = _show(stream, texts, count_frames(video), path, record | engine.circumstances, None)
     if told:
         return told
@@ -378,9 +379,12 @@ def _require_same(path: Path, record: dict[str, Any], engine: "Engine") -> None:
 
 def _begun_again(engine: "Engine", script: "Script", record: dict[str, Any], image: Path | None) -> "Stream":
     """The stream of a record, where its video begins."""
+    from longtake.generation.recording import Remade
     from longtake.generation.stream import Told
     from longtake.generation.take import retrace
 
+    if "live" in record:
+        return Remade(engine, record)
     if "take" not in record:
         given = None if image is None else _opening(engine, image)
         return engine.stream(script.cues[0].shown, seed=record["seed"], pictures=given)
@@ -604,6 +608,7 @@ def serve(
     api_key: Annotated[str | None, arg(metavar="KEY")] = None,
     insecure: bool = False,
     origin: Annotated[tuple[str, ...], arg(metavar="HOST")] = (),
+    keep: Annotated[Path | None, arg(metavar="DIR")] = None,
     device: Annotated[str | None, arg(metavar="NAME")] = None,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
 ) -> int:
@@ -620,6 +625,7 @@ def serve(
         api_key: What clients must send; better set as LONGTAKE_API_KEY, since others can see command lines.
         insecure: Listen for others without a key.
         origin: Hosts whose pages may use this server, such as the name of a proxy in front of it.
+        keep: Where snapshots and recordings are kept, to outlive the server; unless given, they go with it.
         device: cpu, cuda, cuda:1, ...; unless given, the best there is.
         dtype: Precision; auto takes the fastest that is safe.
     """
@@ -627,16 +633,18 @@ def serve(
         raise ValueError("serving needs more than is installed: pip install 'longtake[serve]'")
 
     from longtake.models.hub import registry
-    from longtake.serving.access import Access
+    from longtake.serving.access import Access, require_host
     from longtake.serving.app import Served, create_app
     from longtake.serving.server import is_loopback, listen, require_safe, run
+    from longtake.serving.store import Store
     from longtake.serving.worker import Limits, Worker
 
     key = api_key or os.environ.get("LONGTAKE_API_KEY") or None
     require_safe(host, key, insecure)
     if sessions < 1:
         raise ValueError(f"a server has 1 session or more, got {sessions}")
-    with listen(host, port) as listening:
+    origins = tuple(map(require_host, origin))
+    with listen(host, port) as listening, closing(Store(keep)) as store:
         engine = _load(model, recipe, levels, device, dtype, codec)
         known = registry().get(model)
         served = Served(
@@ -645,10 +653,10 @@ def serve(
             weights=engine.weights,
             examples=_words_to_try(engine),
         )
-        access = Access(key=key, origins=origin, loopback=is_loopback(host))
+        access = Access(key=key, origins=origins, loopback=is_loopback(host))
         where = listening.getsockname()
         print(f"http://{f'[{where[0]}]' if ':' in where[0] else where[0]}:{where[1]}", flush=True)
-        run(create_app(Worker(engine, Limits(sessions=sessions)), access, served), listening)
+        run(create_app(Worker(engine, Limits(sessions=sessions)), access, served, store), listening)
     return 0
 
 

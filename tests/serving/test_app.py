@@ -21,9 +21,9 @@ HERE = "http://localhost:8000"
 SOCKET = "ws://localhost:8000/v1/realtime/video"  # the test client would call it testserver
 
 
-def client(access=None, limits=QUICK, engine=None) -> TestClient:
+def client(access=None, limits=QUICK, engine=None, store=None) -> TestClient:
     worker = Worker(engine or FakeEngine(block_seconds=0.01), limits)
-    return TestClient(create_app(worker, access or Access(), SERVED), base_url=HERE)
+    return TestClient(create_app(worker, access or Access(), SERVED, store), base_url=HERE)
 
 
 @pytest.fixture
@@ -120,7 +120,8 @@ def test_pausing_stops_what_is_sent_and_going_on_does_not_lose_any(house):
         ("{", "invalid_message", "Invalid JSON"),
         ("[]", "invalid_message", "object"),
         ('{"type": "session.begin"}', "invalid_message", "session.begin"),
-        ('{"type": "session.start"}', "invalid_message", "prompt: Field required"),
+        ('{"type": "session.start"}', "invalid_message", "a prompt is needed"),
+        ('{"type": "session.start", "resume_from": "a", "seed": 7}', "invalid_message", "leave seed out"),
         ('{"type": "session.start", "prompt": "a", "guidance_scale": 3}', "invalid_message", "guidance_scale"),
         (json.dumps({"type": "session.start", "prompt": "a", "num_frames": 10**400}), "invalid_message", "num_frames"),
         (json.dumps({"type": "session.start", "prompt": "a" * (LONGEST_PROMPT + 1)}), "invalid_message", "prompt"),

@@ -12,37 +12,7 @@ from longtake.generation.script import follow, script_from
 from longtake.serving.worker import Busy, Limits, Worker
 from tests import tiny
 from tests.serving.fake import BLOCK, RATE, Clock, FakeEngine
-
-
-def opened(worker, prompt="a ball", **options):
-    future = worker.open(prompt, **options)
-    while not future.done():
-        worker.step()
-    return future.result()
-
-
-def asked(worker, future):
-    while not future.done():
-        worker.step()
-    return future.result()
-
-
-def idle(worker):
-    while worker.step():
-        pass
-
-
-def watch(worker, clock, sessions, seconds, step=0.05):
-    """Viewers who take whatever is due, while the device works and time passes."""
-    pieces = {session: [] for session in sessions}
-    end = clock.now + seconds
-    while clock.now < end:
-        for session in sessions:
-            while (piece := worker.read(session)) is not None:
-                pieces[session].append(piece)
-        if not worker.step():
-            clock.now += step
-    return pieces
+from tests.serving.watching import asked, idle, opened, watch
 
 
 @pytest.fixture
