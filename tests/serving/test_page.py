@@ -1,0 +1,164 @@
+"""The page in a browser, with the embedded model: what a user sees and keeps."""
+
+import json
+import os
+import shlex
+import shutil
+import time
+
+import av
+import numpy as np
+import pytest
+
+from longtake.cli import main
+from longtake.media.mp4 import read_frames, read_record
+from tests.serving.process import server
+
+CHROMIUM = shutil.which("chromium")
+if CHROMIUM is None:
+    pytest.skip("there is no chromium on PATH to show the page in", allow_module_level=True)
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright, of the dev extra, drives the browser")
+
+PATIENCE = 45.0  # seconds, on a machine with much else to do
+DAY, NIGHT = "a red ball bounces over green hills", "a red ball bounces over green hills at night in the rain"
+LIGHT = """() => {
+  const canvas = new OffscreenCanvas(24, 14), video = document.querySelector("video"), ink = canvas.getContext("2d");
+  if (!video.videoWidth) return 0;
+  ink.drawImage(video, 0, 0, 24, 14);
+  return ink.getImageData(0, 0, 24, 14).data.reduce((sum, one) => sum + one, 0) / (24 * 14 * 4);
+}"""
+DECODED = "() => document.querySelector('video').getVideoPlaybackQuality().totalVideoFrames"
+TIME = "() => document.querySelector('video').currentTime"
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    with server("--keep", str(tmp_path_factory.mktemp("kept")), key="") as (_, address):
+        yield f"http://{address}"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sandbox = [] if os.geteuid() else ["--no-sandbox"]  # it has none for root
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=[*sandbox, "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, address):
+    """A stream by day, once its first pictures are decoded. Nothing on the page may fail, nor leave the server."""
+    context = browser.new_context()
+    page = context.new_page()
+    page.set_default_timeout(1000 * PATIENCE)
+    troubles = []
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.on("console", lambda told: troubles.append(told.text) if told.type == "error" else None)
+    page.on(
+        "request",
+        lambda asked: None if asked.url.startswith((address, "blob:", "data:")) else troubles.append(asked.url),
+    )
+    page.goto(address)
+    page.click("#begin:enabled")
+    until(page, DECODED, lambda count: count >= 10)
+    yield page
+    page.click("#stop:enabled")
+    page.wait_for_selector("#cover:visible")
+    context.close()
+    assert troubles == []
+
+
+CLIPBOARD = """() => {
+  const writeText = async (text) => { window.copied = text; };
+  Object.defineProperty(navigator, "clipboard", { value: { writeText } });
+}"""
+
+
+def until(page, asks, holds):
+    """What the page says once it holds."""
+    deadline = time.monotonic() + PATIENCE
+    while not holds(told := page.evaluate(asks)):
+        assert time.monotonic() < deadline, f"still {told}"
+        page.wait_for_timeout(100)
+    return told
+
+
+def say(page, words):
+    page.fill("#prompt", words)
+    page.press("#prompt", "Enter")
+
+
+WATCH = """() => {
+  window.changed = [];
+  const look = new MutationObserver((all) => changed.push(...all.map((one) => one.attributeName ?? one.type)));
+  look.observe(document.querySelector("#track"), { subtree: true, childList: true, attributes: true });
+}"""
+
+
+def test_the_video_plays_and_pauses_and_the_timeline_is_not_rebuilt(page):
+    first = page.evaluate(DECODED)
+    page.evaluate(WATCH)
+    until(page, DECODED, lambda count: count >= first + 24)
+    kinds = set(page.evaluate("() => changed"))
+    assert "style" in kinds and kinds <= {"style", "class"}  # words are neither taken away nor put there again
+    assert page.evaluate(TIME) > 0.5
+    page.click("#pause")
+    page.wait_for_selector("#pause:has-text('Go on')")
+    stands = page.evaluate(TIME)
+    page.wait_for_timeout(1000)
+    assert page.evaluate(TIME) == stands
+    page.click("#pause")
+    until(page, TIME, lambda now: now > stands + 0.5)
+
+
+def test_words_change_the_picture_and_a_snapshot_brings_it_back(page):
+    day = page.evaluate(LIGHT)
+    page.press("#video", "s")
+    page.wait_for_selector(".kept .rewind")
+    say(page, NIGHT)
+    page.wait_for_selector(".part[data-state=accepted]")
+    night = until(page, LIGHT, lambda light: light < 0.75 * day)
+    page.wait_for_selector(".part.current[data-state=completed]")
+    page.click(".rewind")
+    until(page, LIGHT, lambda light: light > (day + night) / 2 + 0.3 * (day - night))
+    page.click("#copy")
+    page.wait_for_selector("#copy-says:has-text('it was rewound')")
+    say(page, NIGHT)
+    until(page, LIGHT, lambda light: light < 0.75 * day)
+    page.click(".fork")
+    until(page, LIGHT, lambda light: light > 0.9 * day)
+    page.wait_for_selector("#state:has-text('Live')")
+    page.click(".remove")
+    page.wait_for_selector("#kept-none:visible")
+
+
+def test_a_recording_is_downloaded_plays_and_is_made_again(page, tmp_path, capsys):
+    page.click("#record")
+    page.wait_for_selector("#recording:visible")
+    say(page, NIGHT)
+    page.wait_for_selector(".part.current[data-state=completed]:has-text('night')")
+    page.click("#record[aria-pressed=true]")
+    page.wait_for_selector(".kept .video")
+    for button, name in ((".video", "video.mp4"), (".run", "run.json")):
+        with page.expect_download() as coming:
+            page.click(button)
+        coming.value.save_as(tmp_path / name)
+    with av.open(str(tmp_path / "video.mp4")) as video:
+        assert len(list(video.decode(video=0))) > 10
+    record = read_record(tmp_path / "video.mp4")
+    assert json.loads((tmp_path / "run.json").read_text()) == record
+    assert [cue["prompt"] for cue in record["prompts"]] == [DAY, NIGHT]
+    page.evaluate(CLIPBOARD)
+    page.click("#copy")
+    page.wait_for_selector("#copy-says:has-text('Copied')")
+    program, *command = shlex.split(page.evaluate("() => copied"))
+    page.click("#pause")  # what follows needs the machine
+    assert main(["replay", str(tmp_path / "video.mp4")]) == 0
+    assert "the same, picture by picture" in capsys.readouterr().err
+    assert program == "longtake" and main([*command, "-o", str(tmp_path / "generated.mp4")]) == 0
+    numbers = [number for _, begin, end in record["live"]["spans"] for number in range(begin, end)]
+    shown = read_frames(tmp_path / "video.mp4").astype(int)
+    made = read_frames(tmp_path / "generated.mp4").astype(int)
+    assert np.abs(shown - made[numbers]).mean() < 0.7 * np.abs(shown - made[[number - 1 for number in numbers]]).mean()
+    assert np.abs(shown - made[numbers]).mean() < 5  # of 255: each is coded from another picture on
