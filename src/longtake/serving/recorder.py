@@ -47,11 +47,12 @@ class Recorder:
 
     def finish(self, lines: Mapping[int, Line]) -> Kept | None:
         """The whole file, None without a picture. lines: all that the pieces named."""
-        with self._lock, self._open:
+        beside = self._whole.with_name(self._whole.name + ".part")
+        with self._lock, self._open as ending:
             self._over = True
+            ending.callback(beside.unlink, missing_ok=True)
             if self.notes.pictures:
                 self._writer.close()
-                beside = self._whole.with_name(self._whole.name + ".part")
                 copy_with_comment(self._raw, beside, dumps(self.notes.record(self._engine, lines)))
                 beside.replace(self._whole)
         return self._store.find(self.name, "mp4")
