@@ -162,3 +162,22 @@ def test_a_recording_is_downloaded_plays_and_is_made_again(page, tmp_path, capsy
     made = read_frames(tmp_path / "generated.mp4").astype(int)
     assert np.abs(shown - made[numbers]).mean() < 0.7 * np.abs(shown - made[[number - 1 for number in numbers]]).mean()
     assert np.abs(shown - made[numbers]).mean() < 5  # of 255: each is coded from another picture on
+
+
+def test_others_watch_the_same_stream_and_cannot_steer_it(page, browser, address):
+    page.evaluate(CLIPBOARD)
+    until(page, DECODED, lambda count: count >= 40)
+    page.click("#share:enabled")
+    link = until(page, "() => window.copied ?? ''", lambda text: text)
+    assert link.startswith(f"{address}/?watch=")
+    viewer = browser.new_context().new_page()
+    viewer.goto(link)
+    viewer.click("#begin:enabled")
+    until(viewer, DECODED, lambda count: count >= 10)
+    assert not viewer.is_visible("#words") and not viewer.is_visible("#pause")
+    say(page, NIGHT)
+    viewer.wait_for_selector(".part.current:has-text('night')", timeout=1000 * PATIENCE)
+    page.click("#stop")
+    viewer.wait_for_selector("#cover-text:has-text('It is over')", timeout=1000 * PATIENCE)
+    viewer.context.close()
+    page.click("#begin:enabled")

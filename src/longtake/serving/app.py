@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from html import escape
@@ -17,6 +17,7 @@ from starlette.middleware.base import RequestResponseEndpoint
 from longtake.generation.stream import Engine
 from longtake.media.mp4 import read_comment
 from longtake.serving.access import TOKEN_SECONDS, Access
+from longtake.serving.broadcast import Broadcast, Viewer
 from longtake.serving.metrics import Metrics
 from longtake.serving.protocol import CAPABILITIES, LONGEST_PROMPT, MESSAGES
 from longtake.serving.realtime import Conversation
@@ -73,6 +74,7 @@ class House:
         self.first_words = served.examples[0]
         self.ready = self.leaving = False
         self.trouble = ""
+        self._on_air: dict[str, Broadcast] = {}
         self._here: dict[asyncio.Task[None], Conversation] = {}
 
     @asynccontextmanager
@@ -101,15 +103,22 @@ class House:
         self.leaving = True
         for session in self.worker.sessions():
             self.worker.close(session)
-        watching = [task for task, conversation in self._here.items() if conversation.session is not None]
+        watching = [task for task, one in self._here.items() if one.session is not None or one.watching]
         if watching:
             await asyncio.wait(watching, timeout=patience)
+
+    def viewers(self, session: str) -> Collection[Viewer]:
+        """Who watches a session beside its owner."""
+        broadcast = self._on_air.get(session)
+        return broadcast.viewers if broadcast else ()
 
     async def talk(self, socket: WebSocket) -> None:
         task = asyncio.current_task()
         assert task is not None
         config = {"model": self.model["id"], **{key: self.model[key] for key in ("recipe", "width", "height", "fps")}}
-        self._here[task] = conversation = Conversation(socket, self.worker, self.store, self.metrics, config)
+        self._here[task] = conversation = Conversation(
+            socket, self.worker, self.store, self.metrics, self._on_air, config
+        )
         try:
             await conversation.run()
         finally:
@@ -191,6 +200,7 @@ def _with_key(house: House) -> APIRouter:
                 "num_frames": session.pictures,
                 "sent_seconds": round(session.playback.sent, 3),
                 "age_seconds": round(now - session.opened, 3),
+                "viewers": len(house.viewers(session.id)),
             }
             for session in house.worker.sessions()
         ]

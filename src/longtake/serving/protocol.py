@@ -27,12 +27,13 @@ CAPABILITIES: dict[str, Any] = {
     "rewind": True,
     "resume_from": True,
     "record": True,
+    "watch": True,
 }
 
 Prompt = Annotated[str, Field(max_length=LONGEST_PROMPT)]
 Event = Annotated[str, Field(min_length=1, max_length=128)]
 Name = Annotated[str, Field(max_length=64)]
-"""Of a snapshot, as the server gave it."""
+"""Of a snapshot or a session, as the server gave it."""
 
 
 class _Message(BaseModel):
@@ -108,6 +109,13 @@ class Stop(_Message):
     type: Literal["session.stop"]
 
 
+class Watch(_Message):
+    """See what another socket's session is sent, from its next chunk on; only who started it can steer."""
+
+    type: Literal["session.watch"]
+    session: Name
+
+
 class Snapshot(_Message):
     """Keep the stream as it stands, between two blocks; session.snapshot.done has its name, for rewinds and forks."""
 
@@ -135,8 +143,8 @@ class RecordStop(_Message):
     type: Literal["session.record.stop"]
 
 
-MESSAGES = (Start, Interaction, Pause, Resume, Snapshot, Rewind, Record, RecordStop, Ping, Stop)
-Message = Start | Interaction | Pause | Resume | Snapshot | Rewind | Record | RecordStop | Ping | Stop
+MESSAGES = (Start, Watch, Interaction, Pause, Resume, Snapshot, Rewind, Record, RecordStop, Ping, Stop)
+Message = Start | Watch | Interaction | Pause | Resume | Snapshot | Rewind | Record | RecordStop | Ping | Stop
 _ANY: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="type")])
 
 

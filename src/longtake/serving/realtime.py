@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from time import perf_counter
@@ -14,6 +14,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from longtake.generation.take import Take, bytes_of
 from longtake.media.fragments import FragmentWriter
+from longtake.serving.broadcast import MOST_VIEWERS, Broadcast, Part, Viewer
 from longtake.serving.metrics import Metrics
 from longtake.serving.protocol import (
     CAPABILITIES,
@@ -30,6 +31,8 @@ from longtake.serving.protocol import (
     Rewind,
     Snapshot,
     Start,
+    Stop,
+    Watch,
     parse,
 )
 from longtake.serving.recorder import Recorder
@@ -47,14 +50,23 @@ log = logging.getLogger(__name__)
 class Conversation:
     """With one client, from the accepted socket until either side goes.
 
-    store: where snapshots and recordings are kept. config: what is told of the model, with its width, height and fps.
-    session: once a stream was started.
+    store: where snapshots and recordings are kept. metrics: of the server. on_air: what can be watched, by session.
+    config: what is told of the model, with its width, height and fps. session: once a stream was started. watching:
+    whether another's is shown.
     """
 
     def __init__(
-        self, socket: WebSocket, worker: Worker, store: Store, metrics: Metrics, config: dict[str, Any]
+        self,
+        socket: WebSocket,
+        worker: Worker,
+        store: Store,
+        metrics: Metrics,
+        on_air: dict[str, Broadcast],
+        config: dict[str, Any],
     ) -> None:
-        self._socket, self._worker, self._store, self._metrics, self._config = socket, worker, store, metrics, config
+        self._socket, self._worker, self._store, self._metrics = socket, worker, store, metrics
+        self._on_air, self._config = on_air, config
+        self.watching = False
         self.session: Session | None = None
         self._sending = asyncio.Lock()  # a chunk's description and its bytes are not parted
         self._news, self._over = asyncio.Event(), asyncio.Event()
@@ -67,10 +79,13 @@ class Conversation:
     async def run(self) -> None:
         session = None
         try:
-            start = await asyncio.wait_for(self._first_message(), START_SECONDS)
-            began = perf_counter()
-            session = await self._open(start)
-            await self._stream(session, began)
+            first = await asyncio.wait_for(self._first_message(), START_SECONDS)
+            if isinstance(first, Watch):
+                await self._watch(first.session)
+            else:
+                began = perf_counter()
+                session = await self._open(first)
+                await self._stream(session, began)
         except TimeoutError:
             await self._leave(Refused("start_timeout", f"no session.start within {START_SECONDS:g} s"), _WENT_WRONG)
         except Refused as refused:
@@ -83,15 +98,17 @@ class Conversation:
         finally:
             if session is not None:
                 self._worker.close(session)
+                if (broadcast := self._on_air.pop(session.id, None)) is not None:
+                    broadcast.stop(self._done(session))
                 await self._finish_recording(session)  # for a client that has gone: it knows the name
                 log.info("session %s over: %s, %d chunks", session.id, session.end, self._chunks)
 
     # What comes in
 
-    async def _first_message(self) -> Start:
+    async def _first_message(self) -> Start | Watch:
         while True:
             message = await self._next_message()
-            if isinstance(message, Start):
+            if isinstance(message, Start | Watch):
                 return message
             if isinstance(message, Ping):
                 await self._say({"type": "session.pong"})
@@ -194,7 +211,7 @@ class Conversation:
             await self._say({"type": "session.resumed", "request_id": session.id})
         elif isinstance(message, Ping):
             await self._say({"type": "session.pong"})
-        elif isinstance(message, Start):
+        elif isinstance(message, Start | Watch):
             raise Refused("already_started", "a socket carries one session")
         else:
             self._worker.close(session)
@@ -278,22 +295,13 @@ class Conversation:
 
     async def _stream(self, session: Session, began: float) -> None:
         """Until the stream or the client ends, or the client takes nothing more."""
-        tasks = [
-            asyncio.create_task(work)
-            for work in (self._send(session, began), self._listen(session), self._tell(session), self._grace(session))
-        ]
-        try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
-        if tasks[0] in done and tasks[0].exception() is None:
+        tasks = await _until_one_ends(
+            self._send(session, began), self._listen(session), self._tell(session), self._grace(session)
+        )
+        if _ended_well(tasks[0]):
             return  # all is said; what others tried to say meanwhile is of no account
-        for task in tasks:
-            if not task.cancelled() and (error := task.exception()) is not None:
-                raise error
-        if tasks[-1] in done and tasks[0] not in done:  # it does not even take what is left
+        _raise_first(tasks)
+        if _ended_well(tasks[-1]):  # it does not even take what is left
             raise Refused("stalled" if session.end == "stalled" else "stopped", f"the session is over: {session.end}")
 
     async def _grace(self, session: Session) -> None:
@@ -304,16 +312,16 @@ class Conversation:
     async def _send(self, session: Session, began: float) -> None:
         config = self._config
         writer = FragmentWriter(config["width"], config["height"], config["fps"])
-        await self._say(
-            {
-                "type": "video.start",
-                "request_id": session.id,
-                "format": "m4s",
-                "mime": f'video/mp4; codecs="{writer.codec}"',
-                "config": config | {"prompt": session.prompt, "seed": session.seed, "num_frames": session.pictures},
-                "capabilities": CAPABILITIES,
-            }
-        )
+        start = {
+            "type": "video.start",
+            "request_id": session.id,
+            "format": "m4s",
+            "mime": f'video/mp4; codecs="{writer.codec}"',
+            "config": config | {"prompt": session.prompt, "seed": session.seed, "num_frames": session.pictures},
+            "capabilities": CAPABILITIES,
+        }
+        await self._say(start)
+        self._on_air[session.id] = broadcast = Broadcast(start, writer.header)
         waited = (0, 0.0)
         last = began
         while (piece := await self._next_piece(session)) is not None:
@@ -321,6 +329,7 @@ class Conversation:
             encoding = perf_counter()
             data = await asyncio.to_thread(writer.fragment, piece.frames)
             encoded = perf_counter() - encoding
+            broadcast.send(Part(self._about(session, piece), data))
             await self._send_chunk(session, piece, writer.header + data if not self._chunks else data)
             if recorder is not None:
                 await self._add(piece, recorder, session)
@@ -337,9 +346,12 @@ class Conversation:
             raise Refused("generation_failed", session.end)
         if session.end == "stalled":
             raise Refused("stalled", "nothing was taken, or the pause was too long: the session is over")
-        done = {"type": "session.done", "request_id": session.id, "chunks": self._chunks}
-        await self._say(done | {"stopped": session.end != "done"})
+        await self._say(self._done(session))
         await self._socket.close(_DONE)
+
+    def _done(self, session: Session) -> dict[str, Any]:
+        stopped = session.end != "done"
+        return {"type": "session.done", "request_id": session.id, "chunks": self._chunks, "stopped": stopped}
 
     async def _add(self, piece: Piece, recorder: Recorder, session: Session) -> None:
         try:
@@ -361,24 +373,30 @@ class Conversation:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._news.wait(), self._worker.seconds_until_due(session))
 
-    async def _send_chunk(self, session: Session, piece: Piece, data: bytes) -> None:
+    def _about(self, session: Session, piece: Piece) -> dict[str, Any]:
         events = list(piece.events)
-        about = {
+        return {
             "type": "video.chunk_metadata",
             "request_id": session.id,
             "kind": "media",
-            "transport_chunk_index": self._chunks,
             "generation_chunk_index": piece.number,
             "start_seconds": piece.start_seconds,
+            "prompt": piece.words,
             "num_frames": len(piece.frames),
-            "byte_length": len(data),
             "started_event_ids": events,
             "active_event_ids": events,
             "completed_event_ids": events,
         }
+
+    async def _send_chunk(self, session: Session, piece: Piece, data: bytes) -> None:
+        await self._send_part(Part(self._about(session, piece), data))
+
+    async def _send_part(self, part: Part) -> None:
         async with self._sending:
-            await self._socket.send_json(about)
-            await self._socket.send_bytes(data)
+            await self._socket.send_json(
+                part.about | {"transport_chunk_index": self._chunks, "byte_length": len(part.data)}
+            )
+            await self._socket.send_bytes(part.data)
 
     def _note(self, piece: Piece, encoded: float, now: float, last: float | None, began: float) -> None:
         if last is None:
@@ -417,6 +435,48 @@ class Conversation:
                 }
             )
 
+    # What another's session is sent
+
+    async def _watch(self, name: str) -> None:
+        broadcast = self._on_air.get(name)
+        if broadcast is None:
+            raise Refused("unknown_session", "there is no such session")
+        if len(broadcast.viewers) >= MOST_VIEWERS:
+            raise Refused("busy", f"{MOST_VIEWERS} watch this already", retry_after=10)
+        self.watching = True
+        with broadcast.watched() as viewer:
+            tasks = await _until_one_ends(self._show(broadcast, viewer), self._attend(), self._lose(viewer))
+        if _ended_well(tasks[0]):
+            return
+        _raise_first(tasks)
+        if _ended_well(tasks[-1]):
+            raise Refused("stalled", "too much was left lying: the stream goes on without this viewer")
+
+    async def _show(self, broadcast: Broadcast, viewer: Viewer) -> None:
+        await self._say(broadcast.start | {"watching": True})
+        while (part := await viewer.next()) is not None:
+            await self._send_part(part if self._chunks else part._replace(data=broadcast.header + part.data))
+            self._chunks += 1
+        if broadcast.end is None:
+            raise Refused("stalled", "too much was left lying: the stream goes on without this viewer")
+        await self._say(broadcast.end | {"chunks": self._chunks})
+        await self._socket.close(_DONE)
+
+    async def _attend(self) -> None:
+        """Until the viewer leaves."""
+        while not isinstance(message := await self._next_message(), Stop):
+            if isinstance(message, Ping):
+                await self._say({"type": "session.pong"})
+            else:
+                await self._say(Refused("watching", "only who started a session can steer it").message())
+        await self._socket.close(_DONE)
+
+    async def _lose(self, viewer: Viewer) -> None:
+        await viewer.lost.wait()
+        await asyncio.sleep(LAST_WORD_SECONDS)
+
+    # Words
+
     async def _say(self, message: dict[str, Any]) -> None:
         async with self._sending:
             await self._socket.send_json(message)
@@ -438,3 +498,25 @@ class Conversation:
 def _from_any_thread(loop: asyncio.AbstractEventLoop, act: Any) -> None:
     with suppress(RuntimeError):  # the loop is closed: nobody is left to be told
         loop.call_soon_threadsafe(act)
+
+
+async def _until_one_ends(*works: Coroutine[Any, Any, None]) -> Sequence[asyncio.Task[None]]:
+    """The tasks of them all, once one has ended and the others were stopped."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+    return tasks
+
+
+def _ended_well(task: asyncio.Task[None]) -> bool:
+    return not task.cancelled() and task.exception() is None
+
+
+def _raise_first(tasks: Sequence[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            raise error

@@ -11,6 +11,8 @@ const timeline = new Timeline($("timeline"), $("track"), { from: $("from"), now:
 
 const kept = new Kept($("kept"), { ask, rewind, fork, download, complain });
 
+const watching = new URLSearchParams(location.search).get("watch"); // another's session, which can only be looked at
+
 let model = null; // what /v1/models tells
 let key = sessionStorage.getItem("longtake-key");
 let stream = null;
@@ -58,7 +60,7 @@ async function waitUntilReady() {
     show("wait", "Warming up");
     return setTimeout(waitUntilReady, 500);
   }
-  rest("Ready", "Press start, or Enter");
+  rest("Ready", watching ? "Press to watch" : "Press start, or Enter");
 }
 
 function idea(words) {
@@ -85,7 +87,7 @@ $("door-form").onsubmit = () => {
 async function start(from = null) {
   if (!model || $("begin").disabled) return;
   const prompt = from ? from.words : words();
-  if (!prompt || !$("seed").checkValidity()) return complain(prompt ? "A seed is a whole number." : "Say what is to be seen.");
+  if (!watching && (!prompt || !$("seed").checkValidity())) return complain(prompt ? "A seed is a whole number." : "Say what is to be seen.");
   complain("");
   show("wait", "Starting");
   busy(true);
@@ -102,9 +104,10 @@ async function start(from = null) {
   const socket = new WebSocket(address);
   socket.binaryType = "arraybuffer";
   const own = (stream = { socket, seed: null, prompts: [], asked: new Map(), shown: 0, made: 0, error: "", forked: !!from, rewound: false, words: prompt, snapshots: [] });
+  const watch = { type: "session.watch", session: watching };
   const beginning = from ? { resume_from: from.id } : { prompt, seed: Number($("seed").value) };
   const message = { type: "session.start", model: model.id, num_frames: null, ...beginning };
-  socket.onopen = () => socket.send(JSON.stringify(message));
+  socket.onopen = () => socket.send(JSON.stringify(watching ? watch : message));
   socket.onmessage = ({ data }) => stream === own && hear(data);
   socket.onclose = ({ code }) => {
     if (stream !== own) return;
@@ -120,9 +123,10 @@ function hear(data) {
   const message = JSON.parse(data);
   if (message.type === "video.start") {
     stream.seed = message.config.seed;
+    stream.id = message.request_id;
     stream.words = message.config.prompt;
     stream.prompts.push({ at: 0, prompt: stream.words, cut: false });
-    timeline.begin(stream.words);
+    if (!watching) timeline.begin(stream.words);
     player.begin(message.mime, complain);
     $("cover").hidden = true;
     $("send").textContent = "Change";
@@ -146,6 +150,7 @@ function hear(data) {
 
 function take(bytes) {
   const at = stream.shown / model.fps;
+  if (watching) follow(at);
   for (const id of about.started_event_ids) {
     const change = stream.asked.get(id);
     if (!change) continue;
@@ -162,6 +167,15 @@ function take(bytes) {
   stream.shown += about.num_frames;
   stream.made = about.start_seconds + about.num_frames / model.fps;
   player.feed(bytes);
+}
+
+// What the owner of the stream has it show.
+function follow(at) {
+  if (!stream.shown) timeline.begin((stream.words = about.prompt));
+  if (about.prompt === stream.words) return;
+  stream.words = about.prompt;
+  timeline.ask(at, about.prompt);
+  timeline.activate(at, at);
 }
 
 function send() {
@@ -197,13 +211,13 @@ function paused(is) {
   show(is ? "wait" : "live", is ? "Paused" : "Live");
 }
 function togglePause() {
-  if (stream && !$("pause").disabled) tell({ type: player.paused ? "session.resume" : "session.pause" });
+  if (stream && !watching && !$("pause").disabled) tell({ type: player.paused ? "session.resume" : "session.pause" });
 }
 
 // What is kept
 
 function snapshot() {
-  if (stream && !$("snapshot").disabled) tell({ type: "session.snapshot" });
+  if (stream && !watching && !$("snapshot").disabled) tell({ type: "session.snapshot" });
 }
 function snapped({ id, start_seconds: made }) {
   const one = { kind: "snapshot", id, made, words: stream.words, seed: stream.seed, picture: thumbnail() };
@@ -225,7 +239,7 @@ function fork(item) {
 let rolling = null; // the recording that goes on: { words, from, picture }
 
 function toggleRecording() {
-  if (stream && !$("record").disabled) tell({ type: rolling ? "session.record.stop" : "session.record" });
+  if (stream && !watching && !$("record").disabled) tell({ type: rolling ? "session.record.stop" : "session.record" });
 }
 function recording() {
   rolling = { from: stream.shown, words: stream.words, picture: thumbnail() };
@@ -274,7 +288,8 @@ function ended() {
   stream = rolling = null;
   showRecording();
   player.end();
-  rest(why && ran ? "Stopped" : "Ready", ran ? "The take is over. Start another?" : "Press start, or Enter");
+  const again = watching ? "It is over." : "The take is over. Start another?";
+  rest(why && ran ? "Stopped" : "Ready", ran ? again : "Press start, or Enter");
   const from = next;
   next = null;
   if (from && !why) start(from);
@@ -293,7 +308,7 @@ function say(text) { $("news").textContent = text; }
 function complain(text) { $("complaint").textContent = text; $("complaint").hidden = !text; }
 function busy(waiting) {
   $("begin").disabled = $("send").disabled = waiting;
-  for (const name of ["pause", "stop", "snapshot", "record"]) $(name).disabled = waiting || !stream;
+  for (const name of ["pause", "stop", "snapshot", "record", "share"]) $(name).disabled = waiting || !stream;
   kept.allow(!waiting && !!stream);
 }
 function rest(text, invitation) {
@@ -326,6 +341,14 @@ function copySays(text) {
   $("copy-says").hidden = false;
 }
 
+$("share").onclick = async () => {
+  const address = new URL(`?watch=${stream.id}`, location.href).href;
+  const done = await navigator.clipboard?.writeText(address).then(() => true, () => false);
+  if (!done) window.prompt("The link for viewers", address);
+  $("share").textContent = "Copied";
+  setTimeout(() => ($("share").textContent = "Copy link for viewers"), 2000);
+};
+
 // Hands
 
 function grow() {
@@ -353,10 +376,11 @@ document.addEventListener("keydown", (event) => {
 setInterval(() => tell({ type: "session.ping" }), 20000);
 setInterval(draw, 200);
 function draw() {
-  if (!stream?.prompts.length) return;
-  const words = timeline.draw(video.currentTime, stream.shown / model.fps);
+  if (!stream?.shown) return;
+  const words = timeline.draw(player.now(), stream.shown / model.fps);
   if (words) say(`On the screen: ${words}`);
   if (rolling) $("recorded").textContent = clock((stream.shown - rolling.from) / model.fps);
 }
 window.addEventListener("load", grow);
+document.body.classList.toggle("watching", !!watching);
 arrive();
