@@ -181,6 +181,8 @@ def test_a_recording_of_nothing_leaves_nothing(store):
         lambda live: live["lines"][0].pop("seed"),
         lambda live: live["lines"][0]["told"].clear(),
         lambda live: live["lines"][0]["told"][0].update(verb="cut"),
+        lambda live: live["lines"][0]["told"].append(live["lines"][0]["told"][0]),
+        lambda live: live["lines"][0]["told"].append({**live["lines"][0]["told"][0], "verb": "redirect", "far": 1.0}),
         lambda live: live["spans"].append([1, 0, 5]),
         lambda live: live["spans"].append([0, 5, 5]),
         lambda live: live["spans"].clear(),

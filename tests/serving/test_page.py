@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from longtake.cli import main
+from longtake.generation.script import script_from
 from longtake.media.mp4 import read_frames, read_record
 from tests.serving.process import server
 
@@ -181,3 +182,44 @@ def test_others_watch_the_same_stream_and_cannot_steer_it(page, browser, address
     viewer.wait_for_selector("#cover-text:has-text('It is over')", timeout=1000 * PATIENCE)
     viewer.context.close()
     page.click("#begin:enabled")
+
+
+SAID = """async (streams) => {
+  const { commandLine, hindrance } = await import("/command.js");
+  const model = { id: "a model", recipe: "one:past=6", levels: 4, codec: null, dtype: "float32", device: "cpu" };
+  return streams.map((stream) => hindrance(stream) || commandLine(model, stream));
+}"""
+NASTY = [
+    "a ball", "it's \"$HOME\" `x` \\ !", "two\nlines", "über 日本",
+    "a | b", "5s: b", "[0s:5s] b", "-x", "--seed", "[ 10% : 20% ] a",
+]  # fmt: skip
+
+
+def test_a_command_line_is_read_as_it_was_meant_or_refused(browser, address):
+    page = browser.new_page()
+    page.goto(address)
+    streams = [
+        {"seed": 7, "made": 9.5, "prompts": [{"at": 0, "prompt": first}, {"at": 2.0625, "prompt": second}]}
+        for first in NASTY
+        for second in NASTY
+    ]
+    read = 0
+    for stream, said in zip(streams, page.evaluate(SAID, streams), strict=True):
+        if not said.startswith("longtake"):
+            continue
+        words = shlex.split(said)
+        options = dict(zip(words[3::2], words[4::2], strict=True))
+        assert options == {
+            "--model": "a model", "--recipe": "one:past=6", "--levels": "4", "--dtype": "float32", "--device": "cpu",
+            "--seed": "7", "--seconds": "9.5",
+        }  # fmt: skip
+        cues = [{"at": cue.at, "prompt": cue.prompt} for cue in script_from(words[2]).cues]
+        assert cues == stream["prompts"] and not words[2].startswith("-")
+        read += 1
+    assert read == 4 * 7  # as first words 4 of them can be said, as later ones those that begin like options, too
+    for more in ({"rewound": True}, {"forked": True}, {"asked": {"size": 1}}):
+        assert not page.evaluate(SAID, [streams[0] | more])[0].startswith("longtake")
+    for at, cut in ((2.0625, True), (0, False)):
+        prompts = [{"at": 0, "prompt": "a"}, {"at": at, "prompt": "b", "cut": cut}]
+        assert not page.evaluate(SAID, [streams[0] | {"prompts": prompts}])[0].startswith("longtake")
+    page.context.close()

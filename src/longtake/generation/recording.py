@@ -123,5 +123,10 @@ def _require_whole(lines: Sequence[Line], spans: Sequence[Span]) -> None:
     known = all(0 <= line < len(lines) and 0 <= begin < end for line, begin, end in spans)
     if not (lines and spans and whole and known):
         raise KeyError
-    if not all(told.far is not None for line in lines for told in line.told[1:]):
+    if not all(_can_be_told(told) for line in lines for told in line.told[1:]):
         raise KeyError
+
+
+def _can_be_told(told: Told) -> bool:
+    ways = {"cut": True, "redirect": told.in_flight is not None}
+    return told.far is not None and ways.get(told.verb, False)

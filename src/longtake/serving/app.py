@@ -240,17 +240,17 @@ def _kept_files(house: House) -> APIRouter:
 
     @router.get("/v1/snapshots")
     async def snapshots() -> dict[str, Any]:
-        """Snapshots that are kept, without their prompts; `lasts` says whether they outlive the server."""
+        """Snapshots that are kept, without their prompts; lasts says whether they outlive the server."""
         return {"object": "list", "lasts": store.lasts, "data": [_told_of(kept) for kept in store.kept("take")]}
 
     @router.get("/v1/recordings")
     async def recordings() -> dict[str, Any]:
-        """Recordings that are kept; `lasts` says whether they outlive the server."""
+        """Recordings that are kept; lasts says whether they outlive the server."""
         return {"object": "list", "lasts": store.lasts, "data": [_told_of(kept) for kept in store.kept("mp4")]}
 
     @router.get("/v1/recordings/{name}/video.mp4")
     async def video(name: str) -> FileResponse:
-        """A recording; `longtake replay` makes it again."""
+        """A recording, which longtake replay makes again."""
         return FileResponse(recording(name).path, media_type="video/mp4", filename="video.mp4")
 
     @router.get("/v1/recordings/{name}/run.json")

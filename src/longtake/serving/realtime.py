@@ -320,8 +320,8 @@ class Conversation:
             "config": config | {"prompt": session.prompt, "seed": session.seed, "num_frames": session.pictures},
             "capabilities": CAPABILITIES,
         }
-        await self._say(start)
         self._on_air[session.id] = broadcast = Broadcast(start, writer.header)
+        await self._say(start)
         waited = (0, 0.0)
         last = began
         while (piece := await self._next_piece(session)) is not None:

@@ -379,6 +379,7 @@ function draw() {
   if (!stream?.shown) return;
   const words = timeline.draw(player.now(), stream.shown / model.fps);
   if (words) say(`On the screen: ${words}`);
+  if (words && watching) Object.assign($("caption"), { textContent: words, hidden: false });
   if (rolling) $("recorded").textContent = clock((stream.shown - rolling.from) / model.fps);
 }
 window.addEventListener("load", grow);
