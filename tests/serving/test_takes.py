@@ -8,6 +8,8 @@ import av
 import pytest
 
 from longtake.generation.recording import Remade
+from longtake.generation.take import Take
+from longtake.serving import recorder
 from longtake.serving.access import Access
 from longtake.serving.protocol import CAPABILITIES
 from longtake.serving.store import Store
@@ -136,11 +138,39 @@ def test_a_full_store_refuses_and_a_full_recording_ends_whole(house, store):
         assert tell(socket, "session.ping", "session.pong")  # the stream goes on
 
 
+def test_a_recording_tells_of_so_many_jumps(house, monkeypatch):
+    monkeypatch.setattr(recorder, "MOST_SPANS", 2)
+    with house.websocket_connect(SOCKET) as socket:
+        start(socket)
+        kept = snapshot(socket)
+        tell(socket, "session.record", "session.record.started")
+        until(socket, "stats")
+        tell(socket, "session.rewind", "session.rewind.queued", snapshot=kept["id"])
+        assert until(socket, "session.record.done")[0]["full"]
+
+
+def test_a_snapshot_of_other_weights_is_refused_and_the_stream_goes_on(house, store):
+    with house.websocket_connect(SOCKET) as socket:
+        start(socket)
+        kept = snapshot(socket)
+        path = store.find(kept["id"], "take").path
+        take = Take.load(path)
+        Take({**take.made_with, "weights": "other"}, take.state).save(path, overwrite=True)
+        refused = tell(socket, "session.rewind", "error", snapshot=kept["id"], event_id="back")
+        assert (refused["code"], refused["event_id"]) == ("unfit_snapshot", "back")
+        path.write_bytes(b"no take")
+        assert tell(socket, "session.rewind", "error", snapshot=kept["id"])["code"] == "unfit_snapshot"
+        path.unlink()
+        assert tell(socket, "session.rewind", "error", snapshot=kept["id"])["code"] == "unknown_snapshot"
+        assert tell(socket, "session.ping", "session.pong")
+
+
 @pytest.mark.parametrize("name", ["../../etc/passwd", "", "0" * 32])
 def test_a_snapshot_that_is_none_changes_nothing(house, name):
     with house.websocket_connect(SOCKET) as socket:
         start(socket)
-        assert tell(socket, "session.rewind", "error", snapshot=name)["code"] == "unknown_snapshot"
+        refused = tell(socket, "session.rewind", "error", snapshot=name, event_id="back")
+        assert (refused["code"], refused["event_id"]) == ("unknown_snapshot", "back")
         assert tell(socket, "session.ping", "session.pong")
 
 

@@ -159,7 +159,7 @@ class Conversation:
             raise Refused(code, " ".join(str(error).split())) from None
         return self.session
 
-    async def _take(self, name: str) -> Take:
+    async def _take(self, name: str, event: str | None = None) -> Take:
         kept = self._store.find(name, "take")
         try:
             if kept is not None:
@@ -167,8 +167,8 @@ class Conversation:
         except FileNotFoundError:  # removed just now
             pass
         except ValueError as error:
-            raise Refused("unfit_snapshot", f"the snapshot cannot be read: {error}") from None
-        raise Refused("unknown_snapshot", "there is no such snapshot")
+            raise Refused("unfit_snapshot", f"the snapshot cannot be read: {error}", event) from None
+        raise Refused("unknown_snapshot", "there is no such snapshot", event)
 
     async def _listen(self, session: Session) -> None:
         """Follow the client until it stops or has gone."""
@@ -186,13 +186,13 @@ class Conversation:
             change = message.interaction
             prompt, method = change.event.prompt, change.method or "redirect"
             await self._change(
-                session, change.event_id, "session.interaction.queued",
+                session, change.event_id, ("session.interaction.queued", "interaction_failed"),
                 lambda event: self._worker.redirect(session, prompt, event, method=method),
             )  # fmt: skip
         elif isinstance(message, Rewind):
-            take = await self._take(message.snapshot)
+            take = await self._take(message.snapshot, message.event_id)
             await self._change(
-                session, message.event_id, "session.rewind.queued",
+                session, message.event_id, ("session.rewind.queued", "unfit_snapshot"),
                 lambda event: self._worker.rewind(session, take, event),
             )  # fmt: skip
         elif isinstance(message, Snapshot):
@@ -217,9 +217,10 @@ class Conversation:
             self._worker.close(session)
 
     async def _change(
-        self, session: Session, name: str | None, answer: str, change: "Callable[[str], Future[Place]]"
+        self, session: Session, name: str | None, answers: tuple[str, str], change: "Callable[[str], Future[Place]]"
     ) -> None:
-        """Have something changed that is seen later, under a name for it."""
+        """Have something changed that is seen later, under a name for it. answers: when it is taken; why it is not."""
+        taken, wrong = answers
         self._changes += 1
         event = name or f"event-{self._changes}-{self._chunks}"
         if event in self._asked:
@@ -231,8 +232,9 @@ class Conversation:
             place = await asyncio.wrap_future(change(event))
         except ValueError as error:
             del self._asked[event]
-            raise Refused("interaction_failed", " ".join(str(error).split()), event) from None
-        await self._say({"type": answer, "request_id": session.id, "event_id": event, **place._asdict()})
+            code = "session_over" if isinstance(error, Over) else wrong
+            raise Refused(code, " ".join(str(error).split()), event) from None
+        await self._say({"type": taken, "request_id": session.id, "event_id": event, **place._asdict()})
 
     async def _snapshot(self, session: Session, event: str | None) -> None:
         try:
@@ -259,15 +261,16 @@ class Conversation:
     async def _record(self, session: Session) -> None:
         if self._recorder is not None:
             raise Refused("already_recording", "a recording is going on")
-        self._worker.remember(session)
         try:
-            self._recorder = Recorder(self._store, self._worker.engine)
+            recorder = Recorder(self._store, self._worker.engine)
         except Full as full:
             raise Refused("store_full", str(full)) from None
         except OSError:
             log.exception("a recording could not be written")
             raise Refused("record_failed", "the server could not write it: see its log") from None
-        told = {"id": self._recorder.name, "lasts": self._store.lasts}
+        self._worker.remember(session)
+        self._recorder = recorder
+        told = {"id": recorder.name, "lasts": self._store.lasts}
         await self._say({"type": "session.record.started", "request_id": session.id, **told})
 
     async def _end_recording(self, session: Session) -> None:

@@ -11,11 +11,15 @@ from longtake.media.mp4 import Mp4Writer, copy_with_comment, part_of
 from longtake.serving.store import Full, Kept, Store
 from longtake.serving.worker import Piece
 
+MOST_SPANS = 500
+"""Of pictures in a row: rewinds, and changes that dropped pictures, part them."""
+
 
 class Recorder:
     """Writes pieces as they are sent, at the quality of `generate`. Methods are safe to call from any thread.
 
-    full: it ended early, since there was no more room. Raises: Full where the store has no room for it.
+    full: it ended early, for want of room, or after as many jumps as one recording tells of. Raises: Full where the
+    store has no room for it.
     """
 
     def __init__(self, store: Store, engine: Engine) -> None:
@@ -40,6 +44,7 @@ class Recorder:
             self._writer.write(piece.frames)
             begin = round(piece.start_seconds * self._engine.frame_rate)
             self.notes.show(piece.line, begin, len(piece.frames), piece.words)
+            self.full = len(self.notes.spans) >= MOST_SPANS
             try:
                 self._store.grow(self.name, 2 * part_of(self._raw).stat().st_size)  # at its end it is copied once
             except Full:

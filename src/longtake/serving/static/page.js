@@ -164,6 +164,7 @@ function take(bytes) {
     kept.add({ ...one, at });
   }
   stream.snapshots = stream.snapshots.filter((one) => one.made > about.start_seconds);
+  stream.error = ""; // what was refused did not end the stream
   stream.shown += about.num_frames;
   stream.made = about.start_seconds + about.num_frames / model.fps;
   player.feed(bytes);
@@ -250,7 +251,7 @@ function recorded({ id, seconds: length, full }) {
   rolling = null;
   showRecording();
   if (id) kept.add({ kind: "recording", id, at: length, words: said, seed: stream.seed, picture });
-  if (full) complain("The recording ended: there is no more room on the server.");
+  if (full) complain("The recording ended: there is no more room for it on the server.");
   else say(id ? "The recording is kept" : "Nothing was recorded");
 }
 function showRecording() {
