@@ -313,5 +313,5 @@ def test_the_faster_type_is_found_by_one_threads_own_time(
 ) -> None:
     ticks, threads = cycle([0.0, seconds, 0.0, 1.0]), torch.get_num_threads()  # of float32, then of bfloat16
     monkeypatch.setattr("longtake.recipes.time.thread_time", lambda: next(ticks))
-    assert longtake.load("toy").dtype == chosen
+    assert longtake.load("toy", recipe="self_forcing_sink").dtype == chosen
     assert torch.get_num_threads() == threads

@@ -1,8 +1,9 @@
 """An engine whose pictures tell which stream, words and block they are of, and a clock that is moved by hand."""
 
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
+import torch
 
 from longtake.generation.stream import Chunk, Timings
 
@@ -22,6 +23,20 @@ class FakeStream:
         self.engine, self.prompt, self.seed, self.blocks = engine, prompt, seed, 0
         self.closed = False
         engine.open_streams.add(self)
+
+    @property
+    def pictures(self) -> int:
+        return self.engine.pictures_in(self.blocks) if self.blocks else 0
+
+    history = ()
+
+    def state(self) -> dict:
+        told = {"words": self.prompt, "seeds": [self.seed], "blocks": self.blocks, "pictures": self.pictures}
+        return told | {"memory": {}}
+
+    def restore(self, state) -> None:
+        assert not self.closed
+        self.prompt, self.blocks, (self.seed,) = state["words"], state["blocks"], state["seeds"]
 
     def redirect(self, prompt: str) -> None:
         self.engine.refuse(prompt)
@@ -60,12 +75,17 @@ class FakeEngine:
     """Takes `block_seconds` of its clock for a block; refuses words with "xyzzy" in them."""
 
     frame_rate, height, width = RATE, HEIGHT, WIDTH
-    model_name = "fake"
+    model_name, codec_name = "fake", None
+    weights = codec_weights = "none"
+    shift, latent_size, device = 1.0, (1, 1, 1), torch.device("cpu")
+    circumstances = MappingProxyType({"dtype": "float32", "device": "cpu any"})
 
     def __init__(self, clock: Clock | None = None, block_seconds: float = 0.2, in_flight: int = 1) -> None:
         self.clock = clock or Clock()
         self.block_seconds = block_seconds
-        self.recipe = SimpleNamespace(in_flight=in_flight, name="fake_recipe")
+        self.recipe = SimpleNamespace(
+            in_flight=in_flight, name="fake_recipe", steps=(1,), sink=0, past=0, block=3, levels=lambda shift: [1.0]
+        )
         self.open_streams: set[FakeStream] = set()
         self.words: dict[int, str] = {}
         self.kept: list[np.ndarray] = []  # so that no other array takes the place of one told of

@@ -9,7 +9,7 @@ from fastapi.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
 from longtake.serving import realtime
-from longtake.serving.access import TOKEN_SECONDS, Access
+from longtake.serving.access import TOKEN_SECONDS, Access, require_host
 from longtake.serving.app import Served, create_app
 from longtake.serving.protocol import LARGEST_MESSAGE, LONGEST_PROMPT
 from longtake.serving.worker import Limits, Worker
@@ -21,9 +21,9 @@ HERE = "http://localhost:8000"
 SOCKET = "ws://localhost:8000/v1/realtime/video"  # the test client would call it testserver
 
 
-def client(access=None, limits=QUICK, engine=None) -> TestClient:
+def client(access=None, limits=QUICK, engine=None, store=None) -> TestClient:
     worker = Worker(engine or FakeEngine(block_seconds=0.01), limits)
-    return TestClient(create_app(worker, access or Access(), SERVED), base_url=HERE)
+    return TestClient(create_app(worker, access or Access(), SERVED, store), base_url=HERE)
 
 
 @pytest.fixture
@@ -120,7 +120,8 @@ def test_pausing_stops_what_is_sent_and_going_on_does_not_lose_any(house):
         ("{", "invalid_message", "Invalid JSON"),
         ("[]", "invalid_message", "object"),
         ('{"type": "session.begin"}', "invalid_message", "session.begin"),
-        ('{"type": "session.start"}', "invalid_message", "prompt: Field required"),
+        ('{"type": "session.start"}', "invalid_message", "a prompt is needed"),
+        ('{"type": "session.start", "resume_from": "a", "seed": 7}', "invalid_message", "leave seed out"),
         ('{"type": "session.start", "prompt": "a", "guidance_scale": 3}', "invalid_message", "guidance_scale"),
         (json.dumps({"type": "session.start", "prompt": "a", "num_frames": 10**400}), "invalid_message", "num_frames"),
         (json.dumps({"type": "session.start", "prompt": "a" * (LONGEST_PROMPT + 1)}), "invalid_message", "prompt"),
@@ -314,7 +315,7 @@ def test_what_tools_ask_for(house):
 def test_the_page_and_all_it_names_come_from_here(house):
     page = house.get("/")
     assert page.status_code == 200 and "default-src 'self'" in page.headers["content-security-policy"]
-    for name in ("page.js", "player.js", "timeline.js", "style.css", "icon.svg"):
+    for name in ("page.js", "player.js", "timeline.js", "kept.js", "command.js", "style.css", "icon.svg"):
         text = house.get(f"/{name}")
         assert text.status_code == 200
         assert "https://" not in text.text and "http://" not in text.text.replace("http://www.w3.org/2000/svg", "")
@@ -361,3 +362,30 @@ def test_a_key_is_asked_for_everywhere_but_at_the_door():
         late = served.post("/v1/realtime/token", headers=right).json()["token"]
         now[0] += TOKEN_SECONDS + 1
         assert refused(served, f"{SOCKET}?token={late}")
+
+
+@pytest.mark.parametrize(
+    "text", ["https://studio.example", "studio.example:443", "studio.example/x", "*", "", "a b", "-x"]
+)
+def test_an_origin_that_no_page_could_have_is_refused(text):
+    with pytest.raises(ValueError, match="an origin is a host"):
+        require_host(text)
+
+
+def test_origins_are_known_as_browsers_write_them():
+    assert [*map(require_host, ("Studio.Example", "10.0.0.7", "[::1]", "::1"))] == [
+        "studio.example", "10.0.0.7", "::1", "::1",
+    ]  # fmt: skip
+
+
+def test_a_session_that_is_ended_while_it_opens_is_told_so_and_not_that_its_words_are_wrong(house, monkeypatch):
+    worker = house.app.state.house.worker
+    opens = worker._open
+
+    def ended_first(session, take):
+        worker.close(session)
+        return opens(session, take)
+
+    monkeypatch.setattr(worker, "_open", ended_first)
+    with house.websocket_connect(SOCKET) as socket:
+        assert start(socket)["code"] == "session_over"

@@ -1,54 +1,32 @@
 """The whole of it as a process, with the embedded model: what a user starts, and how it ends."""
 
+import asyncio
 import io
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
+import threading
 import time
-import urllib.error
 import urllib.request
-from contextlib import contextmanager, suppress
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import av
 import pytest
+import uvicorn
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from longtake.cli import main
-
-
-@contextmanager
-def server():
-    """A server with a key, and its address."""
-    command = [sys.executable, "-m", "longtake.cli", "serve", "--port", "0", "--dtype", "float32"]
-    environment = os.environ | {"LONGTAKE_API_KEY": "sesame"}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, env=environment, **pipes) as process:
-        address = process.stdout.readline().strip().removeprefix("http://")
-        deadline = time.monotonic() + 60
-        while not is_ready(address):
-            assert time.monotonic() < deadline and process.poll() is None
-            time.sleep(0.1)
-        yield process, address
-        process.kill()
+from longtake.serving import server as serving
+from tests.serving.process import server
 
 
 @pytest.fixture(scope="module")
 def served():
     with server() as running:
         yield running
-
-
-def is_ready(address: str) -> bool:
-    try:
-        with urllib.request.urlopen(f"http://{address}/readyz") as answer:
-            return answer.status == 200
-    except urllib.error.HTTPError as error:
-        error.close()
-        return False
 
 
 def client(address: str, key: str = "sesame"):
@@ -100,6 +78,79 @@ def test_a_video_plays_whoever_else_misbehaves(served):
         assert len(list(container.decode(video=0))) == 40
 
 
+def test_fifty_at_once_are_served_or_told_when_to_come_back(served):
+    """As many streams as the device makes, for the others a clear no; nobody is left without an answer."""
+    _, address = served
+
+    def one(number: int) -> dict:
+        with client(address) as socket:
+            told = started(socket, seed=number, num_frames=9)
+            return rest_of(socket)[0] if told["type"] == "video.start" else told
+
+    with ThreadPoolExecutor(50) as viewers:
+        answers = list(viewers.map(one, range(50)))
+    kinds = Counter(answer.get("code", answer["type"]) for answer in answers)
+    assert kinds.keys() <= {"session.done", "busy"} and kinds["session.done"] >= 1
+    assert all(answer["retry_after"] >= 1 for answer in answers if answer["type"] == "error")
+    with client(address) as socket:
+        assert eventually(lambda: sessions(address) == [])
+        assert started(socket, num_frames=9)["type"] == "video.start"
+        assert rest_of(socket)[0]["type"] == "session.done"
+
+
+def sessions(address: str) -> list:
+    asking = urllib.request.Request(f"http://{address}/v1/sessions", headers={"Authorization": "Bearer sesame"})
+    with urllib.request.urlopen(asking) as answer:
+        return json.load(answer)["data"]
+
+
+def eventually(holds) -> bool:
+    deadline = time.monotonic() + 20
+    while not holds():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def answer_of(socket, kind: str) -> dict:
+    while True:
+        message = socket.recv(30)
+        if not isinstance(message, bytes) and (told := json.loads(message))["type"] == kind:
+            return told
+
+
+def record(watching) -> None:
+    """Until pictures are written."""
+    watching.send(json.dumps({"type": "session.record"}))
+    for kind in ("session.record.started", "video.chunk_metadata", "video.chunk_metadata", "video.chunk_metadata"):
+        answer_of(watching, kind)
+
+
+def test_what_was_promised_outlives_a_kill(tmp_path):
+    """A snapshot and a recording that were told of are there again; what was being written is gone."""
+    folder = tmp_path / "kept"
+    with server("--keep", str(folder)) as (process, address), client(address) as watching:
+        started(watching, seed=7)
+        watching.send(json.dumps({"type": "session.snapshot"}))
+        kept = answer_of(watching, "session.snapshot.done")
+        record(watching)
+        watching.send(json.dumps({"type": "session.record.stop"}))
+        recorded = answer_of(watching, "session.record.done")
+        record(watching)
+        assert kept["lasts"] and recorded["id"]
+        process.kill()
+        process.wait(20)
+    assert len(list(folder.iterdir())) == 3  # the last recording was under way
+    with server("--keep", str(folder)) as (_, address), client(address) as watching:
+        watching.send(json.dumps({"type": "session.start", "resume_from": kept["id"], "num_frames": 24}))
+        told = answer_of(watching, "video.start")
+        assert told["config"]["seed"] == 7
+        assert json.loads(watching.recv(30))["start_seconds"] == kept["start_seconds"]
+        assert rest_of(watching)[0]["type"] == "session.done"
+        assert sorted(path.name for path in folder.iterdir()) == sorted([f"{kept['id']}.take", f"{recorded['id']}.mp4"])
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_end_streams_with_whole_fragments(number):
     with server() as (process, address):
@@ -123,6 +174,8 @@ def test_signals_end_streams_with_whole_fragments(number):
         (["--sessions", "0"], "1 session or more"),
         (["--recipe", "self_forcin"], "self_forcing"),
         (["--port", "70000"], "0 to 65535"),
+        (["--origin", "https://studio.example"], "without scheme"),
+        (["--keep", "/dev/null/kept"], "/dev/null/kept"),
     ],
 )
 def test_what_cannot_be_served_is_told_in_one_line(arguments, says, capsys, monkeypatch):
@@ -136,3 +189,35 @@ def test_a_missing_extra_is_named(capsys, monkeypatch):
     monkeypatch.setattr("longtake.cli.serve.find_spec", lambda name: None)
     assert main(["serve"]) == 2
     assert "pip install 'longtake[serve]'" in capsys.readouterr().err
+
+
+def test_one_who_takes_nothing_does_not_keep_its_connection(monkeypatch):
+    """Its network buffers are full, so not even the closing of the socket reaches it."""
+    monkeypatch.setattr(serving, "_CLOSING_SECONDS", 0.2)
+    left = threading.Event()
+
+    async def flood(scope, receive, send):
+        await receive()
+        await send({"type": "websocket.accept"})
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.5):
+                while True:
+                    await send({"type": "websocket.send", "bytes": bytes(2**20)})
+        left.set()
+
+    config = uvicorn.Config(flood, lifespan="off", log_level="critical", ws=serving._Socket)
+    running = uvicorn.Server(config)
+    listening = serving.listen("127.0.0.1", 0)
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        with socket.create_connection(listening.getsockname()) as silent:
+            silent.sendall(
+                b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+            )
+            assert left.wait(20)
+            assert eventually(lambda: not running.server_state.connections)
+    finally:
+        running.should_exit = True
+        thread.join(20)

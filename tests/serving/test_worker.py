@@ -12,37 +12,7 @@ from longtake.generation.script import follow, script_from
 from longtake.serving.worker import Busy, Limits, Worker
 from tests import tiny
 from tests.serving.fake import BLOCK, RATE, Clock, FakeEngine
-
-
-def opened(worker, prompt="a ball", **options):
-    future = worker.open(prompt, **options)
-    while not future.done():
-        worker.step()
-    return future.result()
-
-
-def asked(worker, future):
-    while not future.done():
-        worker.step()
-    return future.result()
-
-
-def idle(worker):
-    while worker.step():
-        pass
-
-
-def watch(worker, clock, sessions, seconds, step=0.05):
-    """Viewers who take whatever is due, while the device works and time passes."""
-    pieces = {session: [] for session in sessions}
-    end = clock.now + seconds
-    while clock.now < end:
-        for session in sessions:
-            while (piece := worker.read(session)) is not None:
-                pieces[session].append(piece)
-        if not worker.step():
-            clock.now += step
-    return pieces
+from tests.serving.watching import asked, idle, opened, watch
 
 
 @pytest.fixture
@@ -258,9 +228,9 @@ def test_its_thread_serves_real_streams_bit_for_bit():
 
 
 class Sessions(RuleBasedStateMachine):
-    """Viewers come, steer, pause, read and vanish in any order: what they were promised holds."""
+    """Viewers come, steer, keep, go back, pause, read and vanish in any order: what they were promised holds."""
 
-    sessions = Bundle("sessions")
+    sessions, takes = Bundle("sessions"), Bundle("takes")
 
     def __init__(self) -> None:
         super().__init__()
@@ -270,6 +240,7 @@ class Sessions(RuleBasedStateMachine):
         self.words: dict = {}
         self.seen: dict = {}
         self.events: dict = {}
+        self.lines: dict = {}
         self.count = 0
 
     def done(self, future):
@@ -287,6 +258,7 @@ class Sessions(RuleBasedStateMachine):
             assert len(self.worker.sessions()) > 0 and busy.retry_seconds >= 1
             return None
         self.words[session], self.seen[session], self.events[session] = "first", [], []
+        self.lines[session] = 0
         return session
 
     @rule(session=sessions, refused=st.booleans(), method=st.sampled_from(["redirect", "cut"]))
@@ -302,6 +274,29 @@ class Sessions(RuleBasedStateMachine):
             self.events[session].append(str(self.count))
         else:
             assert refused or session.end
+
+    @rule(target=takes, session=sessions)
+    def snapshot(self, session):
+        if session is None:
+            return None
+        future = self.done(self.worker.snapshot(session))
+        return None if session.end else (future.result(), self.words[session])
+
+    @rule(session=sessions, kept=takes)
+    def rewind(self, session, kept):
+        if session is None or kept is None:
+            return
+        take, words = kept
+        self.count += 1
+        place = self.done(self.worker.rewind(session, take, str(self.count)))
+        if place.exception() is not None:
+            assert session.end
+            return
+        assert place.result().start_seconds * RATE == take.state["pictures"]
+        self.words[session] = words
+        self.lines[session] += 1
+        self.seen[session] = [(self.lines[session], take.state["blocks"] - 1)]
+        self.events[session].append(str(self.count))
 
     @rule(session=sessions)
     def pause(self, session):
@@ -325,8 +320,10 @@ class Sessions(RuleBasedStateMachine):
         assert self.engine.words_of(piece.frames) == self.words[session], (
             "old words were shown after new ones were taken"
         )
-        assert not self.seen[session] or piece.number > self.seen[session][-1]
-        self.seen[session].append(piece.number)
+        place = piece.line, piece.number
+        assert piece.line == self.lines[session] and piece.words == self.words[session]
+        assert not self.seen[session] or place > self.seen[session][-1]
+        self.seen[session].append(place)
         for event in piece.events:
             assert self.events[session].pop(0) == event
 
@@ -380,4 +377,4 @@ class Sessions(RuleBasedStateMachine):
 
 
 TestSessions = Sessions.TestCase
-TestSessions.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestSessions.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)

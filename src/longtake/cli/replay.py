@@ -48,7 +48,8 @@ def replay(
     path = out or unused(video.with_stem(f"{video.stem}-again"))
     engine.prepare([cue.shown for cue in script.cues])
     with _begun_again(engine, script, record, image) as stream:
-        texts = script.by_block(engine, round(record["seconds"] * engine.frame_rate) or 1, stream.pictures)
+        pictures = round(record["seconds"] * engine.frame_rate) or 1
+        texts = {} if "live" in record else script.by_block(engine, pictures, stream.pictures)
         told = show(stream, texts, count_frames(video), path, record | engine.circumstances, None)
     if told:
         return told
@@ -80,9 +81,12 @@ def _require_same(path: Path, record: dict[str, Any], engine: "Engine") -> None:
 
 def _begun_again(engine: "Engine", script: "Script", record: dict[str, Any], image: Path | None) -> "Stream":
     """The stream of a record, where its video begins."""
+    from longtake.generation.recording import Remade
     from longtake.generation.stream import Told
     from longtake.generation.take import retrace
 
+    if "live" in record:
+        return Remade(engine, record)
     if "take" not in record:
         given = None if image is None else opening(engine, image)
         return engine.stream(script.cues[0].shown, seed=record["seed"], pictures=given)

@@ -1,7 +1,9 @@
 """`longtake serve`: live streams behind one page."""
 
 import os
+from contextlib import closing
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import arg
@@ -24,6 +26,7 @@ def serve(
     api_key: Annotated[str | None, arg(metavar="KEY")] = None,
     insecure: bool = False,
     origin: Annotated[tuple[str, ...], arg(metavar="HOST")] = (),
+    keep: Annotated[Path | None, arg(metavar="DIR")] = None,
     device: Device = None,
     dtype: Precision = "auto",
 ) -> int:
@@ -39,21 +42,24 @@ def serve(
         api_key: What clients must send; better set as LONGTAKE_API_KEY, since others can see command lines.
         insecure: Listen for others without a key.
         origin: Hosts whose pages may use this server, such as the name of a proxy in front of it.
+        keep: Where snapshots and recordings are kept, to outlive the server; unless given, they go with it.
     """
     if find_spec("fastapi") is None or find_spec("uvicorn") is None:
         raise ValueError("serving needs more than is installed: pip install 'longtake[serve]'")
 
     from longtake.models.hub import registry
-    from longtake.serving.access import Access
+    from longtake.serving.access import Access, require_host
     from longtake.serving.app import Served, create_app
     from longtake.serving.server import is_loopback, listen, require_safe, run
+    from longtake.serving.store import Store
     from longtake.serving.worker import Limits, Worker
 
     key = api_key or os.environ.get("LONGTAKE_API_KEY") or None
     require_safe(host, key, insecure)
     if sessions < 1:
         raise ValueError(f"a server has 1 session or more, got {sessions}")
-    with listen(host, port) as listening:
+    origins = tuple(map(require_host, origin))
+    with listen(host, port) as listening, closing(Store(keep)) as store:
         engine = load_engine(model, recipe, levels, device, dtype, codec)
         known = registry().get(model)
         served = Served(
@@ -62,10 +68,10 @@ def serve(
             weights=engine.weights,
             examples=_words_to_try(engine),
         )
-        access = Access(key=key, origins=origin, loopback=is_loopback(host))
+        access = Access(key=key, origins=origins, loopback=is_loopback(host))
         where = listening.getsockname()
         print(f"http://{f'[{where[0]}]' if ':' in where[0] else where[0]}:{where[1]}", flush=True)
-        run(create_app(Worker(engine, Limits(sessions=sessions)), access, served), listening)
+        run(create_app(Worker(engine, Limits(sessions=sessions)), access, served, store), listening)
     return 0
 
 

@@ -138,13 +138,14 @@ def retrace(engine: Engine, seed: int, history: Sequence[Told], blocks: int) -> 
     for block in range(blocks + 1):
         for told in others:
             if told.block == block:
-                _tell(stream, told)
+                tell(stream, told)
         if block < blocks:
             next(stream)
     return stream
 
 
-def _tell(stream: Stream, told: Told) -> None:
+def tell(stream: Stream, told: Told) -> None:
+    """Say again what a stream was told; its beginning cannot be."""
     assert told.far is not None
     if told.verb == "cut":
         stream.cut(told.prompts[0], far=told.far)

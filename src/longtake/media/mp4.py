@@ -106,6 +106,20 @@ class Mp4Writer:
         self.close()
 
 
+def copy_with_comment(source: str | Path, target: str | Path, comment: str) -> None:
+    """Copy a video, picture by picture as it is coded, and give the copy a comment and an index at its front."""
+    with (
+        av.open(str(source)) as read,
+        av.open(str(target), "w", format="mp4", options={"movflags": "faststart"}) as written,
+    ):
+        written.metadata["comment"] = comment
+        copied = written.add_stream_from_template(read.streams.video[0])
+        for packet in read.demux(video=0):
+            if packet.size:  # the last is empty, and only says that there are no more
+                packet.stream = copied
+                written.mux(packet)
+
+
 def read_frames(path: str | Path) -> NDArray[np.uint8]:
     """All pictures of a video file, uint8 [F, H, W, 3]."""
     return np.stack([*_frames(path)])

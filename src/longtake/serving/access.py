@@ -1,13 +1,29 @@
 """Who may come in: a key, short-lived tokens for sockets, and pages of one's own origin alone."""
 
+import re
 import secrets
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from ipaddress import IPv6Address
 from urllib.parse import urlsplit
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 TOKEN_SECONDS = 60
+
+
+_HOST = re.compile(r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?")
+
+
+def require_host(text: str) -> str:
+    """A host's name as pages of it are known by. ValueError for anything else, which no page could ever match."""
+    host = text.lower()
+    with suppress(ValueError):
+        return str(IPv6Address(host.strip("[]")))
+    if not _HOST.fullmatch(host):
+        raise ValueError(f"an origin is a host, such as studio.example, without scheme, port or path: got {text!r}")
+    return host
 
 
 @dataclass(kw_only=True)

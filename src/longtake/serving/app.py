@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from html import escape
@@ -10,15 +10,18 @@ from importlib import resources
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request, Response, WebSocket
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 from fastapi.staticfiles import StaticFiles
 from starlette.middleware.base import RequestResponseEndpoint
 
 from longtake.generation.stream import Engine
+from longtake.media.mp4 import read_comment
 from longtake.serving.access import TOKEN_SECONDS, Access
+from longtake.serving.broadcast import Broadcast, Viewer
 from longtake.serving.metrics import Metrics
 from longtake.serving.protocol import CAPABILITIES, LONGEST_PROMPT, MESSAGES
 from longtake.serving.realtime import Conversation
+from longtake.serving.store import Kept, Store
 from longtake.serving.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -42,16 +45,20 @@ class Served:
 
 
 class House:
-    """One server: a worker, who may come in, and the conversations that go on."""
+    """One server: a worker, who may come in, what is kept for them, and the conversations that go on."""
 
-    def __init__(self, worker: Worker, access: Access, served: Served) -> None:
-        self.worker, self.access = worker, access
+    def __init__(self, worker: Worker, access: Access, served: Served, store: Store) -> None:
+        self.worker, self.access, self.store = worker, access, store
         engine: Engine = worker.engine
         self.model = {
             "id": engine.model_name,
             "object": "model",
             "owned_by": "longtake",
             "recipe": engine.recipe.name,
+            "levels": len(engine.recipe.steps),
+            "codec": engine.codec_name,
+            "dtype": engine.circumstances["dtype"],
+            "device": engine.circumstances["device"].partition(" ")[0],
             "license": served.licence,
             "weights": served.weights,
             "version": served.version,
@@ -60,12 +67,14 @@ class House:
             "fps": engine.frame_rate,
             "longest_prompt": LONGEST_PROMPT,
             "capabilities": CAPABILITIES,
+            "keeps": store.lasts,
             "examples": list(served.examples),
         }
         self.metrics = Metrics(engine.model_name)
         self.first_words = served.examples[0]
         self.ready = self.leaving = False
         self.trouble = ""
+        self._on_air: dict[str, Broadcast] = {}
         self._here: dict[asyncio.Task[None], Conversation] = {}
 
     @asynccontextmanager
@@ -76,6 +85,7 @@ class House:
         await self.leave()
         await asyncio.gather(warming, return_exceptions=True)
         await asyncio.to_thread(self.worker.stop)
+        self.store.close()
 
     async def _warm_up(self) -> None:
         try:
@@ -93,24 +103,34 @@ class House:
         self.leaving = True
         for session in self.worker.sessions():
             self.worker.close(session)
-        watching = [task for task, conversation in self._here.items() if conversation.session is not None]
+        watching = [task for task, one in self._here.items() if one.session is not None or one.watching]
         if watching:
             await asyncio.wait(watching, timeout=patience)
+
+    def viewers(self, session: str) -> Collection[Viewer]:
+        """Who watches a session beside its owner."""
+        broadcast = self._on_air.get(session)
+        return broadcast.viewers if broadcast else ()
 
     async def talk(self, socket: WebSocket) -> None:
         task = asyncio.current_task()
         assert task is not None
         config = {"model": self.model["id"], **{key: self.model[key] for key in ("recipe", "width", "height", "fps")}}
-        self._here[task] = conversation = Conversation(socket, self.worker, self.metrics, config)
+        self._here[task] = conversation = Conversation(
+            socket, self.worker, self.store, self.metrics, self._on_air, config
+        )
         try:
             await conversation.run()
         finally:
             del self._here[task]
 
 
-def create_app(worker: Worker, access: Access, served: Served) -> FastAPI:
-    """The application around a worker that has not been started: it warms up, starts and stops with the app."""
-    house = House(worker, access, served)
+def create_app(worker: Worker, access: Access, served: Served, store: Store | None = None) -> FastAPI:
+    """The application around a worker that has not been started: it warms up, starts and stops with the app.
+
+    store: for snapshots and recordings, closed with the app; unless given, one that goes with it.
+    """
+    house = House(worker, access, served, store or Store())
     app = FastAPI(title="longtake", version=served.version, lifespan=house.open, docs_url=None, redoc_url=None)
     app.state.house = house
 
@@ -123,7 +143,9 @@ def create_app(worker: Worker, access: Access, served: Served) -> FastAPI:
         return response
 
     app.include_router(_open_to_all(house))
-    app.include_router(_with_key(house))
+    needs_key = [Depends(_key_of(house))]
+    app.include_router(_with_key(house), dependencies=needs_key)
+    app.include_router(_kept_files(house), dependencies=needs_key)
     app.add_api_websocket_route("/v1/realtime/video", _realtime(house))
     app.add_api_route("/docs", _reference(app), include_in_schema=False)
     app.mount("/", StaticFiles(directory=str(_STATIC), html=True))
@@ -149,12 +171,16 @@ def _open_to_all(house: House) -> APIRouter:
     return router
 
 
-def _with_key(house: House) -> APIRouter:
+def _key_of(house: House) -> Callable[[Request], Awaitable[None]]:
     async def key(request: Request) -> None:
         if not house.access.has_key(request.headers):
             raise HTTPException(401, "a key is needed: Authorization: Bearer KEY", {"WWW-Authenticate": "Bearer"})
 
-    router = APIRouter(dependencies=[Depends(key)])
+    return key
+
+
+def _with_key(house: House) -> APIRouter:
+    router = APIRouter()
 
     @router.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -174,6 +200,7 @@ def _with_key(house: House) -> APIRouter:
                 "num_frames": session.pictures,
                 "sent_seconds": round(session.playback.sent, 3),
                 "age_seconds": round(now - session.opened, 3),
+                "viewers": len(house.viewers(session.id)),
             }
             for session in house.worker.sessions()
         ]
@@ -199,6 +226,58 @@ def _with_key(house: House) -> APIRouter:
         return Response(house.metrics.text(house.worker), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router
+
+
+def _kept_files(house: House) -> APIRouter:
+    """Snapshots and recordings: what is there, to fetch and to remove. Names are looked up, never made into paths."""
+    router, store = APIRouter(), house.store
+
+    def recording(name: str) -> Kept:
+        kept = store.find(name, "mp4")
+        if kept is None:
+            raise HTTPException(404, "there is no such recording")
+        return kept
+
+    @router.get("/v1/snapshots")
+    async def snapshots() -> dict[str, Any]:
+        """Snapshots that are kept, without their prompts; lasts says whether they outlive the server."""
+        return {"object": "list", "lasts": store.lasts, "data": [_told_of(kept) for kept in store.kept("take")]}
+
+    @router.get("/v1/recordings")
+    async def recordings() -> dict[str, Any]:
+        """Recordings that are kept; lasts says whether they outlive the server."""
+        return {"object": "list", "lasts": store.lasts, "data": [_told_of(kept) for kept in store.kept("mp4")]}
+
+    @router.get("/v1/recordings/{name}/video.mp4")
+    async def video(name: str) -> FileResponse:
+        """A recording, which longtake replay makes again."""
+        return FileResponse(recording(name).path, media_type="video/mp4", filename="video.mp4")
+
+    @router.get("/v1/recordings/{name}/run.json")
+    def run(name: str) -> Response:
+        """What a recording was made of, as its mp4 says too: model, weights, recipe, seed, prompts with their times."""
+        headers = {"Content-Disposition": 'attachment; filename="run.json"'}
+        return Response(read_comment(recording(name).path), media_type="application/json", headers=headers)
+
+    @router.delete("/v1/snapshots/{name}")
+    async def remove_snapshot(name: str) -> dict[str, Any]:
+        """Keep a snapshot no longer."""
+        if not store.remove(name, "take"):
+            raise HTTPException(404, "there is no such snapshot")
+        return {"id": name, "object": "snapshot", "deleted": True}
+
+    @router.delete("/v1/recordings/{name}")
+    async def remove_recording(name: str) -> dict[str, Any]:
+        """Keep a recording no longer."""
+        if not store.remove(name, "mp4"):
+            raise HTTPException(404, "there is no such recording")
+        return {"id": name, "object": "recording", "deleted": True}
+
+    return router
+
+
+def _told_of(kept: Kept) -> dict[str, Any]:
+    return {"id": kept.name, "byte_length": kept.bytes, "created": round(kept.created)}
 
 
 def _realtime(house: House) -> Callable[[WebSocket], Awaitable[None]]:

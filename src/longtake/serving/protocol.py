@@ -3,18 +3,37 @@
 Clients send JSON text; what is not listed here is refused by name, never passed over.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic_core import PydanticCustomError
 
 LARGEST_MESSAGE = 64 * 1024
 """Characters of one message."""
 LONGEST_PROMPT = 2000
 """Characters of one prompt."""
 
-CAPABILITIES = {"endless": True, "pause": True, "methods": ["cut"], "transition_chunks": 0, "stats_seconds": 1.0}
+SEED = 42
+"""Of a stream that says nothing of its own."""
+
+STATS_SECONDS = 1.0
+CAPABILITIES: dict[str, Any] = {
+    "endless": True,
+    "pause": True,
+    "methods": ["cut"],
+    "transition_chunks": 0,
+    "stats_seconds": STATS_SECONDS,
+    "snapshot": True,
+    "rewind": True,
+    "resume_from": True,
+    "record": True,
+    "watch": True,
+}
 
 Prompt = Annotated[str, Field(max_length=LONGEST_PROMPT)]
+Event = Annotated[str, Field(min_length=1, max_length=128)]
+Name = Annotated[str, Field(max_length=64)]
+"""Of a snapshot or a session, as the server gave it."""
 
 
 class _Message(BaseModel):
@@ -22,18 +41,30 @@ class _Message(BaseModel):
 
 
 class Start(_Message):
-    """Begin a stream. Without num_frames it never ends; a seed of -1 draws one. Sizes can only be the model's."""
+    """Begin a stream, or go on from a snapshot (resume_from), under other words if there is a prompt.
+
+    Without num_frames it never ends; a seed of -1 draws one. Sizes can only be the model's.
+    """
 
     type: Literal["session.start"]
-    prompt: Prompt
+    prompt: Prompt | None = None
+    resume_from: Name | None = None
     model: str | None = None
     format: Literal["m4s"] = "m4s"
     width: int | None = None
     height: int | None = None
     fps: float | None = None
     num_frames: Annotated[int, Field(ge=1, lt=2**31)] | None = None
-    seed: Annotated[int, Field(ge=-1, lt=2**63)] = 42
+    seed: Annotated[int, Field(ge=-1, lt=2**63)] | None = None
     extra_params: Annotated[dict[str, Any], Field(max_length=0)] = {}
+
+    @model_validator(mode="after")
+    def _begins_once(self) -> Self:
+        if self.prompt is None and self.resume_from is None:
+            raise PydanticCustomError("missing", "a prompt is needed, or a snapshot in resume_from")
+        if self.seed is not None and self.resume_from is not None:
+            raise PydanticCustomError("seed", "a snapshot has a seed of its own: leave seed out")
+        return self
 
 
 class _PromptEvent(_Message):
@@ -42,7 +73,7 @@ class _PromptEvent(_Message):
 
 class _Change(_Message):
     event: _PromptEvent
-    event_id: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    event_id: Event | None = None
     transition_chunks: Annotated[int, Field(ge=0, le=0)] | None = None
     method: Literal["cut"] | None = None
 
@@ -78,8 +109,42 @@ class Stop(_Message):
     type: Literal["session.stop"]
 
 
-MESSAGES = (Start, Interaction, Pause, Resume, Ping, Stop)
-Message = Start | Interaction | Pause | Resume | Ping | Stop
+class Watch(_Message):
+    """See what another socket's session is sent, from its next chunk on; only who started it can steer."""
+
+    type: Literal["session.watch"]
+    session: Name
+
+
+class Snapshot(_Message):
+    """Keep the stream as it stands, between two blocks; session.snapshot.done has its name, for rewinds and forks."""
+
+    type: Literal["session.snapshot"]
+    event_id: Event | None = None
+
+
+class Rewind(_Message):
+    """Go on from a snapshot; what is made and not sent is dropped."""
+
+    type: Literal["session.rewind"]
+    snapshot: Name
+    event_id: Event | None = None
+
+
+class Record(_Message):
+    """Record what is sent from now on; session.record.done says where it can be fetched."""
+
+    type: Literal["session.record"]
+
+
+class RecordStop(_Message):
+    """End the recording; so does the end of the session."""
+
+    type: Literal["session.record.stop"]
+
+
+MESSAGES = (Start, Watch, Interaction, Pause, Resume, Snapshot, Rewind, Record, RecordStop, Ping, Stop)
+Message = Start | Watch | Interaction | Pause | Resume | Snapshot | Rewind | Record | RecordStop | Ping | Stop
 _ANY: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="type")])
 
 

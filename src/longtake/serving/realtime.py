@@ -3,6 +3,8 @@
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from time import perf_counter
 from typing import Any
@@ -10,10 +12,32 @@ from typing import Any
 import numpy as np
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from longtake.generation.take import Take, bytes_of
 from longtake.media.fragments import FragmentWriter
+from longtake.serving.broadcast import MOST_VIEWERS, Broadcast, Part, Viewer
 from longtake.serving.metrics import Metrics
-from longtake.serving.protocol import CAPABILITIES, Interaction, Message, Pause, Ping, Refused, Resume, Start, parse
-from longtake.serving.worker import Busy, Piece, Session, Worker
+from longtake.serving.protocol import (
+    CAPABILITIES,
+    SEED,
+    STATS_SECONDS,
+    Interaction,
+    Message,
+    Pause,
+    Ping,
+    Record,
+    RecordStop,
+    Refused,
+    Resume,
+    Rewind,
+    Snapshot,
+    Start,
+    Stop,
+    Watch,
+    parse,
+)
+from longtake.serving.recorder import Recorder
+from longtake.serving.store import Full, Kept, Store
+from longtake.serving.worker import Busy, Over, Piece, Place, Session, Worker
 
 START_SECONDS = 10.0
 LAST_WORD_SECONDS = 3.0  # for a client that takes nothing more to hear that it is over
@@ -26,26 +50,42 @@ log = logging.getLogger(__name__)
 class Conversation:
     """With one client, from the accepted socket until either side goes.
 
-    config: what is told of the model, with its width, height and fps. session: once a stream was started.
+    store: where snapshots and recordings are kept. metrics: of the server. on_air: what can be watched, by session.
+    config: what is told of the model, with its width, height and fps. session: once a stream was started. watching:
+    whether another's is shown.
     """
 
-    def __init__(self, socket: WebSocket, worker: Worker, metrics: Metrics, config: dict[str, Any]) -> None:
-        self._socket, self._worker, self._metrics, self._config = socket, worker, metrics, config
+    def __init__(
+        self,
+        socket: WebSocket,
+        worker: Worker,
+        store: Store,
+        metrics: Metrics,
+        on_air: dict[str, Broadcast],
+        config: dict[str, Any],
+    ) -> None:
+        self._socket, self._worker, self._store, self._metrics = socket, worker, store, metrics
+        self._on_air, self._config = on_air, config
+        self.watching = False
         self.session: Session | None = None
         self._sending = asyncio.Lock()  # a chunk's description and its bytes are not parted
         self._news, self._over = asyncio.Event(), asyncio.Event()
         self._asked: dict[str, float] = {}
         self._took: deque[float] = deque(maxlen=100)
-        self._chunks = 0
+        self._chunks = self._changes = 0
         self._ttfc = 0.0
+        self._recorder: Recorder | None = None
 
     async def run(self) -> None:
         session = None
         try:
-            start = await asyncio.wait_for(self._first_message(), START_SECONDS)
-            began = perf_counter()
-            session = await self._open(start)
-            await self._stream(session, began)
+            first = await asyncio.wait_for(self._first_message(), START_SECONDS)
+            if isinstance(first, Watch):
+                await self._watch(first.session)
+            else:
+                began = perf_counter()
+                session = await self._open(first)
+                await self._stream(session, began)
         except TimeoutError:
             await self._leave(Refused("start_timeout", f"no session.start within {START_SECONDS:g} s"), _WENT_WRONG)
         except Refused as refused:
@@ -58,14 +98,17 @@ class Conversation:
         finally:
             if session is not None:
                 self._worker.close(session)
+                if (broadcast := self._on_air.pop(session.id, None)) is not None:
+                    broadcast.stop(self._done(session))
+                await self._finish_recording(session)  # for a client that has gone: it knows the name
                 log.info("session %s over: %s, %d chunks", session.id, session.end, self._chunks)
 
     # What comes in
 
-    async def _first_message(self) -> Start:
+    async def _first_message(self) -> Start | Watch:
         while True:
             message = await self._next_message()
-            if isinstance(message, Start):
+            if isinstance(message, Start | Watch):
                 return message
             if isinstance(message, Ping):
                 await self._say({"type": "session.pong"})
@@ -96,82 +139,172 @@ class Conversation:
                 raise Refused("unsupported", f"{name} {wanted} is not served here, but {self._config[name]}")
         if start.fps not in (None, self._config["fps"]):
             raise Refused("unsupported", f"fps {start.fps:g} is not served here, but {self._config['fps']}")
+        take = None if start.resume_from is None else await self._take(start.resume_from)
         loop = asyncio.get_running_loop()
         try:
             opening = self._worker.open(
-                start.prompt,
-                seed=start.seed,
+                start.prompt or "",
+                seed=SEED if start.seed is None else start.seed,
                 pictures=start.num_frames,
+                take=take,
                 changed=lambda: _from_any_thread(loop, self._look),
             )
             self.session = await asyncio.wrap_future(opening)
         except Busy as busy:
             raise Refused("busy", str(busy), retry_after=busy.retry_seconds) from None
+        except Over as error:
+            raise Refused("session_over", str(error)) from None
         except ValueError as error:
-            raise Refused("invalid_prompt", " ".join(str(error).split())) from None
+            code = "invalid_prompt" if take is None or start.prompt else "unfit_snapshot"
+            raise Refused(code, " ".join(str(error).split())) from None
         return self.session
+
+    async def _take(self, name: str, event: str | None = None) -> Take:
+        kept = self._store.find(name, "take")
+        try:
+            if kept is not None:
+                return await asyncio.to_thread(Take.load, kept.path)
+        except FileNotFoundError:  # removed just now
+            pass
+        except ValueError as error:
+            raise Refused("unfit_snapshot", f"the snapshot cannot be read: {error}", event) from None
+        raise Refused("unknown_snapshot", "there is no such snapshot", event)
 
     async def _listen(self, session: Session) -> None:
         """Follow the client until it stops or has gone."""
         while not session.end:
             message = await self._next_message()
             self._worker.touch(session)
-            if isinstance(message, Interaction):
-                await self._change(session, message)
-            elif isinstance(message, Pause):
-                self._worker.pause(session)
-                await self._say({"type": "session.paused", "request_id": session.id})
-            elif isinstance(message, Resume):
-                self._worker.resume(session)
-                await self._say({"type": "session.resumed", "request_id": session.id})
-            elif isinstance(message, Ping):
-                await self._say({"type": "session.pong"})
-            elif isinstance(message, Start):
-                await self._say(Refused("already_started", "a socket carries one session").message())
-            else:
-                self._worker.close(session)
+            try:
+                await self._follow(session, message)
+            except Refused as refused:
+                await self._say(refused.message())
         await asyncio.Event().wait()  # the rest is said by whoever sends
 
-    async def _change(self, session: Session, message: Interaction) -> None:
-        change = message.interaction
-        event = change.event_id or f"event-{len(self._asked) + 1}-{self._chunks}"
-        asked = perf_counter()
+    async def _follow(self, session: Session, message: Message) -> None:
+        if isinstance(message, Interaction):
+            change = message.interaction
+            prompt, method = change.event.prompt, change.method or "redirect"
+            await self._change(
+                session, change.event_id, ("session.interaction.queued", "interaction_failed"),
+                lambda event: self._worker.redirect(session, prompt, event, method=method),
+            )  # fmt: skip
+        elif isinstance(message, Rewind):
+            take = await self._take(message.snapshot, message.event_id)
+            await self._change(
+                session, message.event_id, ("session.rewind.queued", "unfit_snapshot"),
+                lambda event: self._worker.rewind(session, take, event),
+            )  # fmt: skip
+        elif isinstance(message, Snapshot):
+            await self._snapshot(session, message.event_id)
+        elif isinstance(message, Record):
+            await self._record(session)
+        elif isinstance(message, RecordStop):
+            if self._recorder is None:
+                raise Refused("not_recording", "nothing is being recorded")
+            await self._end_recording(session)
+        elif isinstance(message, Pause):
+            self._worker.pause(session)
+            await self._say({"type": "session.paused", "request_id": session.id})
+        elif isinstance(message, Resume):
+            self._worker.resume(session)
+            await self._say({"type": "session.resumed", "request_id": session.id})
+        elif isinstance(message, Ping):
+            await self._say({"type": "session.pong"})
+        elif isinstance(message, Start | Watch):
+            raise Refused("already_started", "a socket carries one session")
+        else:
+            self._worker.close(session)
+
+    async def _change(
+        self, session: Session, name: str | None, answers: tuple[str, str], change: "Callable[[str], Future[Place]]"
+    ) -> None:
+        """Have something changed that is seen later, under a name for it. answers: when it is taken; why it is not."""
+        taken, wrong = answers
+        self._changes += 1
+        event = name or f"event-{self._changes}-{self._chunks}"
         if event in self._asked:
-            refused = Refused("interaction_failed", "this event_id is in use until its words are shown", event)
-            return await self._say(refused.message())
+            raise Refused("interaction_failed", "this event_id is in use until its words are shown", event)
         if len(self._asked) >= MOST_UNSEEN:
-            refused = Refused("interaction_failed", f"at most {MOST_UNSEEN} changes may wait to be seen", event)
-            return await self._say(refused.message())
-        self._asked[event] = asked
-        taken = self._worker.redirect(session, change.event.prompt, event, method=change.method or "redirect")
+            raise Refused("interaction_failed", f"at most {MOST_UNSEEN} changes may wait to be seen", event)
+        self._asked[event] = perf_counter()
         try:
-            await asyncio.wrap_future(taken)
+            place = await asyncio.wrap_future(change(event))
         except ValueError as error:
             del self._asked[event]
-            refused = Refused("interaction_failed", " ".join(str(error).split()), event)
-            return await self._say(refused.message())
-        await self._say({"type": "session.interaction.queued", "request_id": session.id, "event_id": event})
+            code = "session_over" if isinstance(error, Over) else wrong
+            raise Refused(code, " ".join(str(error).split()), event) from None
+        await self._say({"type": taken, "request_id": session.id, "event_id": event, **place._asdict()})
+
+    async def _snapshot(self, session: Session, event: str | None) -> None:
+        try:
+            take = await asyncio.wrap_future(self._worker.snapshot(session))
+            kept = await asyncio.to_thread(self._keep, take)
+        except Over as error:
+            raise Refused("session_over", str(error), event) from None
+        except Full as full:
+            raise Refused("store_full", str(full), event) from None
+        except OSError:
+            log.exception("a snapshot could not be written")
+            raise Refused("snapshot_failed", "the server could not write it: see its log", event) from None
+        told = {"type": "session.snapshot.done", "request_id": session.id, "id": kept.name, "event_id": event}
+        seconds = take.state["pictures"] / self._config["fps"]
+        await self._say(told | {"start_seconds": seconds, "byte_length": kept.bytes, "lasts": self._store.lasts})
+
+    def _keep(self, take: Take) -> Kept:
+        with self._store.new("take", sum(bytes_of(take.state).values())) as name:
+            take.save(self._store.place(name, "take"))
+        kept = self._store.find(name, "take")
+        assert kept is not None
+        return kept
+
+    async def _record(self, session: Session) -> None:
+        if self._recorder is not None:
+            raise Refused("already_recording", "a recording is going on")
+        try:
+            recorder = Recorder(self._store, self._worker.engine)
+        except Full as full:
+            raise Refused("store_full", str(full)) from None
+        except OSError:
+            log.exception("a recording could not be written")
+            raise Refused("record_failed", "the server could not write it: see its log") from None
+        self._worker.remember(session)
+        self._recorder = recorder
+        told = {"id": recorder.name, "lasts": self._store.lasts}
+        await self._say({"type": "session.record.started", "request_id": session.id, **told})
+
+    async def _end_recording(self, session: Session) -> None:
+        if (done := await self._finish_recording(session)) is not None:
+            await self._say(done)
+
+    async def _finish_recording(self, session: Session) -> dict[str, Any] | None:
+        """What is to be said of it, None where there is no recording."""
+        recorder, self._recorder = self._recorder, None
+        if recorder is None:
+            return None
+        done = {"type": "session.record.done", "request_id": session.id, "id": None, "full": recorder.full}
+        try:
+            finishing = asyncio.to_thread(recorder.finish, self._worker.lines(session))
+            kept = await asyncio.shield(finishing)  # to its end, whatever ends this conversation
+        except OSError:
+            log.exception("a recording could not be finished")
+            return done
+        if kept is None:
+            return done
+        seconds = recorder.notes.pictures / self._config["fps"]
+        return done | {"id": kept.name, "seconds": seconds, "byte_length": kept.bytes}
 
     # What goes out
 
     async def _stream(self, session: Session, began: float) -> None:
         """Until the stream or the client ends, or the client takes nothing more."""
-        tasks = [
-            asyncio.create_task(work)
-            for work in (self._send(session, began), self._listen(session), self._tell(session), self._grace(session))
-        ]
-        try:
-            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.wait(tasks)
-        if tasks[0] in done and tasks[0].exception() is None:
+        tasks = await _until_one_ends(
+            self._send(session, began), self._listen(session), self._tell(session), self._grace(session)
+        )
+        if _ended_well(tasks[0]):
             return  # all is said; what others tried to say meanwhile is of no account
-        for task in tasks:
-            if not task.cancelled() and (error := task.exception()) is not None:
-                raise error
-        if tasks[-1] in done and tasks[0] not in done:  # it does not even take what is left
+        _raise_first(tasks)
+        if _ended_well(tasks[-1]):  # it does not even take what is left
             raise Refused("stalled" if session.end == "stalled" else "stopped", f"the session is over: {session.end}")
 
     async def _grace(self, session: Session) -> None:
@@ -182,23 +315,27 @@ class Conversation:
     async def _send(self, session: Session, began: float) -> None:
         config = self._config
         writer = FragmentWriter(config["width"], config["height"], config["fps"])
-        await self._say(
-            {
-                "type": "video.start",
-                "request_id": session.id,
-                "format": "m4s",
-                "mime": f'video/mp4; codecs="{writer.codec}"',
-                "config": config | {"seed": session.seed, "num_frames": session.pictures},
-                "capabilities": CAPABILITIES,
-            }
-        )
+        start = {
+            "type": "video.start",
+            "request_id": session.id,
+            "format": "m4s",
+            "mime": f'video/mp4; codecs="{writer.codec}"',
+            "config": config | {"prompt": session.prompt, "seed": session.seed, "num_frames": session.pictures},
+            "capabilities": CAPABILITIES,
+        }
+        self._on_air[session.id] = broadcast = Broadcast(start, writer.header)
+        await self._say(start)
         waited = (0, 0.0)
         last = began
         while (piece := await self._next_piece(session)) is not None:
+            recorder = self._recorder  # of this moment: a piece is of a line that it remembers
             encoding = perf_counter()
             data = await asyncio.to_thread(writer.fragment, piece.frames)
             encoded = perf_counter() - encoding
+            broadcast.send(Part(self._about(session, piece), data))
             await self._send_chunk(session, piece, writer.header + data if not self._chunks else data)
+            if recorder is not None:
+                await self._add(piece, recorder, session)
             now = perf_counter()
             self._note(piece, encoded, now, last if self._chunks else None, began)
             playback = session.playback
@@ -206,14 +343,27 @@ class Conversation:
             waited = (playback.misses, playback.dry_seconds)
             self._chunks += 1
             last = now
+        await self._end_recording(session)
         if session.failed:
             log.error("session %s failed: %s", session.id, session.end)
             raise Refused("generation_failed", session.end)
         if session.end == "stalled":
             raise Refused("stalled", "nothing was taken, or the pause was too long: the session is over")
-        done = {"type": "session.done", "request_id": session.id, "chunks": self._chunks}
-        await self._say(done | {"stopped": session.end != "done"})
+        await self._say(self._done(session))
         await self._socket.close(_DONE)
+
+    def _done(self, session: Session) -> dict[str, Any]:
+        stopped = session.end != "done"
+        return {"type": "session.done", "request_id": session.id, "chunks": self._chunks, "stopped": stopped}
+
+    async def _add(self, piece: Piece, recorder: Recorder, session: Session) -> None:
+        try:
+            await asyncio.to_thread(recorder.write, piece)
+        except OSError:
+            log.exception("a recording could not be written")
+            recorder.full = True
+        if recorder.full and self._recorder is recorder:
+            await self._end_recording(session)
 
     async def _next_piece(self, session: Session) -> Piece | None:
         """What is to be sent next, when it is time; None when the session is over."""
@@ -226,24 +376,30 @@ class Conversation:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._news.wait(), self._worker.seconds_until_due(session))
 
-    async def _send_chunk(self, session: Session, piece: Piece, data: bytes) -> None:
+    def _about(self, session: Session, piece: Piece) -> dict[str, Any]:
         events = list(piece.events)
-        about = {
+        return {
             "type": "video.chunk_metadata",
             "request_id": session.id,
             "kind": "media",
-            "transport_chunk_index": self._chunks,
             "generation_chunk_index": piece.number,
             "start_seconds": piece.start_seconds,
+            "prompt": piece.words,
             "num_frames": len(piece.frames),
-            "byte_length": len(data),
             "started_event_ids": events,
             "active_event_ids": events,
             "completed_event_ids": events,
         }
+
+    async def _send_chunk(self, session: Session, piece: Piece, data: bytes) -> None:
+        await self._send_part(Part(self._about(session, piece), data))
+
+    async def _send_part(self, part: Part) -> None:
         async with self._sending:
-            await self._socket.send_json(about)
-            await self._socket.send_bytes(data)
+            await self._socket.send_json(
+                part.about | {"transport_chunk_index": self._chunks, "byte_length": len(part.data)}
+            )
+            await self._socket.send_bytes(part.data)
 
     def _note(self, piece: Piece, encoded: float, now: float, last: float | None, began: float) -> None:
         if last is None:
@@ -262,7 +418,7 @@ class Conversation:
         """Numbers, once a second."""
         worker = self._worker
         while True:
-            await asyncio.sleep(float(str(CAPABILITIES["stats_seconds"])))
+            await asyncio.sleep(STATS_SECONDS)
             if not self._took:
                 continue
             playback, share = session.playback, worker.device_share
@@ -281,6 +437,48 @@ class Conversation:
                     "sessions": len(worker.sessions()),
                 }
             )
+
+    # What another's session is sent
+
+    async def _watch(self, name: str) -> None:
+        broadcast = self._on_air.get(name)
+        if broadcast is None:
+            raise Refused("unknown_session", "there is no such session")
+        if len(broadcast.viewers) >= MOST_VIEWERS:
+            raise Refused("busy", f"{MOST_VIEWERS} watch this already", retry_after=10)
+        self.watching = True
+        with broadcast.watched() as viewer:
+            tasks = await _until_one_ends(self._show(broadcast, viewer), self._attend(), self._lose(viewer))
+        if _ended_well(tasks[0]):
+            return
+        _raise_first(tasks)
+        if _ended_well(tasks[-1]):
+            raise Refused("stalled", "too much was left lying: the stream goes on without this viewer")
+
+    async def _show(self, broadcast: Broadcast, viewer: Viewer) -> None:
+        await self._say(broadcast.start | {"watching": True})
+        while (part := await viewer.next()) is not None:
+            await self._send_part(part if self._chunks else part._replace(data=broadcast.header + part.data))
+            self._chunks += 1
+        if broadcast.end is None:
+            raise Refused("stalled", "too much was left lying: the stream goes on without this viewer")
+        await self._say(broadcast.end | {"chunks": self._chunks})
+        await self._socket.close(_DONE)
+
+    async def _attend(self) -> None:
+        """Until the viewer leaves."""
+        while not isinstance(message := await self._next_message(), Stop):
+            if isinstance(message, Ping):
+                await self._say({"type": "session.pong"})
+            else:
+                await self._say(Refused("watching", "only who started a session can steer it").message())
+        await self._socket.close(_DONE)
+
+    async def _lose(self, viewer: Viewer) -> None:
+        await viewer.lost.wait()
+        await asyncio.sleep(LAST_WORD_SECONDS)
+
+    # Words
 
     async def _say(self, message: dict[str, Any]) -> None:
         async with self._sending:
@@ -303,3 +501,25 @@ class Conversation:
 def _from_any_thread(loop: asyncio.AbstractEventLoop, act: Any) -> None:
     with suppress(RuntimeError):  # the loop is closed: nobody is left to be told
         loop.call_soon_threadsafe(act)
+
+
+async def _until_one_ends(*works: Coroutine[Any, Any, None]) -> Sequence[asyncio.Task[None]]:
+    """The tasks of them all, once one has ended and the others were stopped."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+    return tasks
+
+
+def _ended_well(task: asyncio.Task[None]) -> bool:
+    return not task.cancelled() and task.exception() is None
+
+
+def _raise_first(tasks: Sequence[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            raise error

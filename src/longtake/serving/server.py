@@ -6,11 +6,21 @@ from contextlib import suppress
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from longtake.serving.access import LOOPBACK
 
 _LARGEST_FRAME = 2**20  # bytes; more than the protocol's largest message, so that most clients are told what is wrong
 _MOST_CONNECTIONS = 256
+_CLOSING_SECONDS = 10.0
+
+
+class _Socket(WebSocketsSansIOProtocol):
+    """Drops a client that takes nothing: else it keeps its connection until it has taken all that was sent."""
+
+    async def run_asgi(self) -> None:
+        await super().run_asgi()
+        self.loop.call_later(_CLOSING_SECONDS, self.transport.abort)
 
 
 class _Server(uvicorn.Server):
@@ -52,7 +62,7 @@ def run(app: FastAPI, listening: socket.socket) -> None:
         app,
         log_level="warning",
         access_log=False,
-        ws="websockets-sansio",
+        ws=_Socket,
         ws_max_size=_LARGEST_FRAME,
         limit_concurrency=_MOST_CONNECTIONS,
         timeout_graceful_shutdown=10,

@@ -15,7 +15,9 @@ from uuid import uuid4
 import numpy as np
 from numpy.typing import NDArray
 
+from longtake.generation.recording import Line
 from longtake.generation.stream import Engine, Stream, Timings
+from longtake.generation.take import Take
 from longtake.serving.playback import Playback
 
 T = TypeVar("T")
@@ -33,6 +35,10 @@ class Busy(Exception):
     def __init__(self, retry_seconds: int) -> None:
         super().__init__(f"busy, try in {retry_seconds} s")
         self.retry_seconds = retry_seconds
+
+
+class Over(ValueError):
+    """The session has ended, so there is nothing to be done with its stream."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +60,8 @@ class Limits:
 class Piece(NamedTuple):
     """A chunk for one viewer: pictures uint8 [T, H, W, 3], its number and start among all made, and its cost.
 
-    events: the changes that it is the first to show.
+    events: the changes that it is the first to show. words: that it shows. line: how often the stream was rewound
+    before; numbers and starts go up within a line.
     """
 
     frames: NDArray[np.uint8]
@@ -62,14 +69,23 @@ class Piece(NamedTuple):
     start_seconds: float
     timings: Timings
     events: tuple[str, ...]
+    words: str
+    line: int
+
+
+class Place(NamedTuple):
+    """Where a change begins in its line: the seconds of all made, dropped pictures included, that come before it."""
+
+    start_seconds: float
 
 
 @dataclass(eq=False)
 class Session:
     """One viewer's stream. Only the worker changes it; what is public here may be read by anybody.
 
-    seed: the stream's own, -1 until it is open. pictures: how many it shall have, None for no end. sent: how many were
-    handed out. end: why it is over, "" while it is not: done, stopped, stalled, or what went wrong.
+    prompt: "" until it is open where it goes on from a take under its words. seed: the stream's own once it is open.
+    pictures: how many it shall have, None for no end. sent: how many were handed out. end: why it is over, "" while it
+    is not: done, stopped, stalled, or what went wrong.
     """
 
     prompt: str
@@ -86,6 +102,9 @@ class Session:
     _made: deque[Piece] = field(default_factory=deque)
     _events: list[str] = field(default_factory=list)  # not shown yet
     _older: int = 0  # blocks that were begun under other words and are shown before these events
+    _words: str = ""  # that the next piece shows
+    _line: int = 0  # how often it was rewound
+    _lines: dict[int, Line] | None = None  # those left by rewinding while they are remembered
     _touched: float = 0.0
     _paused_at: float = 0.0
 
@@ -136,11 +155,18 @@ class Worker:
     # For viewers
 
     def open(
-        self, prompt: str, *, seed: int = 42, pictures: int | None = None, changed: Callable[[], None] = lambda: None
+        self,
+        prompt: str = "",
+        *,
+        seed: int = 42,
+        pictures: int | None = None,
+        take: Take | None = None,
+        changed: Callable[[], None] = lambda: None,
     ) -> "Future[Session]":
-        """A new stream; ValueError through the future for a prompt or seed that the engine refuses.
+        """A new stream; ValueError through the future for a prompt, seed or take that the engine refuses.
 
-        changed: called, from any thread, whenever there may be something to read. Raises Busy if there is no room.
+        take: from which the stream goes on, with its seed, and with its words if the prompt is empty. changed: called,
+        from any thread, whenever there may be something to read. Raises Busy if there is no room.
         """
         with self._lock:
             now = self.clock()
@@ -149,9 +175,9 @@ class Worker:
                 raise Busy(self._retry_seconds(now))
             session = Session(prompt, seed, pictures, now, changed, Playback(now), _touched=now)
             self._sessions[session.id] = session
-            return self._command(lambda: self._open(session))
+            return self._command(lambda: self._open(session, take))
 
-    def redirect(self, session: Session, prompt: str, event: str, *, method: Method = "redirect") -> "Future[None]":
+    def redirect(self, session: Session, prompt: str, event: str, *, method: Method = "redirect") -> "Future[Place]":
         """Go on under other words, or cut to a new shot; what is made and not handed out is dropped, if they are taken.
 
         event: a name for this change, which the pieces it shows in carry. ValueError through the future for words that
@@ -160,6 +186,35 @@ class Worker:
         with self._lock:
             session._touched = self.clock()
             return self._command(lambda: self._redirect(session, prompt, event, method))
+
+    def snapshot(self, session: Session) -> "Future[Take]":
+        """The stream as it stands, between two blocks; what is made and not handed out comes before it.
+
+        Over through the future where the session has ended.
+        """
+        with self._lock:
+            session._touched = self.clock()
+            return self._command(lambda: Take.of(_open_stream(session), "cpu"))
+
+    def rewind(self, session: Session, take: Take, event: str) -> "Future[Place]":
+        """Go on from a take of any stream that fits; what is made and not handed out is dropped.
+
+        event: as for `redirect`. ValueError through the future for a take that does not fit this engine.
+        """
+        with self._lock:
+            session._touched = self.clock()
+            return self._command(lambda: self._rewind(session, take, event))
+
+    def remember(self, session: Session) -> None:
+        """Note from now on what is left by rewinding, for `lines`."""
+        with self._lock:
+            session._lines = {}
+
+    def lines(self, session: Session) -> dict[int, Line]:
+        """What the stream was told, by the lines that pieces name, since `remember`; from now on no more is noted."""
+        with self._lock:
+            noted, session._lines = session._lines or {}, None
+            return noted | {session._line: _line_of(session)}
 
     def pause(self, session: Session) -> None:
         """Hand out and make nothing until `resume`."""
@@ -312,9 +367,11 @@ class Worker:
                 session._older -= 1
             else:
                 events, session._events = tuple(session._events), []
+                session._words = session.prompt
             if not session._made:
                 session._touched = self.clock()  # from here on it is the viewer who is waited for
-            session._made.append(Piece(chunk.frames[:left], chunk.index, chunk.start_seconds, chunk.timings, events))
+            told = (events, session._words, session._line)
+            session._made.append(Piece(chunk.frames[:left], chunk.index, chunk.start_seconds, chunk.timings, *told))
         session.changed()
 
     def _measure(self, seconds: float, pictures: int) -> None:
@@ -338,34 +395,63 @@ class Worker:
         self._lock.notify_all()
         return future
 
-    def _open(self, session: Session) -> Session:
+    def _open(self, session: Session, take: Take | None) -> Session:
         if session.end:
-            raise ValueError("the session was closed before it began")
+            raise Over("the session was ended before it began")
         try:
-            session._stream = self.engine.stream(session.prompt, seed=session.seed)
+            session._stream = self._stream(session, take)
         except Exception:
             self.close(session, "refused")
             raise
         session.seed = session._stream.seed
+        session.prompt = session._words = session._stream.prompt
         return session
 
-    def _redirect(self, session: Session, prompt: str, name: str, method: Method) -> None:
-        if session._stream is None or session.end:
-            raise ValueError("the session is over")
+    def _stream(self, session: Session, take: Take | None) -> Stream:
+        if take is None:
+            return self.engine.stream(session.prompt, seed=session.seed)
+        stream = take.resume(self.engine)
+        if session.prompt:
+            stream.redirect(session.prompt)
+        return stream
+
+    def _redirect(self, session: Session, prompt: str, name: str, method: Method) -> Place:
+        stream = _open_stream(session)
         if method == "cut":
-            session._stream.cut(prompt)
+            stream.cut(prompt)
         else:
-            session._stream.redirect(prompt)
+            stream.redirect(prompt)
+        older = self.engine.recipe.in_flight - 1 if method == "redirect" else 0
         with self._lock:
-            # What is dropped takes changes along that nobody has seen: they are told of with this one.
-            unseen = [event for piece in session._made for event in piece.events]
-            session._made.clear()
-            session._events = [*unseen, *session._events, name]
-            session._older = self.engine.recipe.in_flight - 1 if method == "redirect" else 0
+            self._drop(session, name, older)
             session.prompt = prompt
-            self._lock.notify_all()
+        return Place((stream.pictures + older * self.block_pictures) / self.engine.frame_rate)
+
+    def _rewind(self, session: Session, take: Take, name: str) -> Place:
+        stream = _open_stream(session)
+        take.require_fit(self.engine)
+        left = _line_of(session)
+        take.rewind(stream)
+        with self._lock:
+            if session._lines is not None:
+                session._lines[session._line] = left
+            session._line += 1
+            self._drop(session, name, 0)
+            session.prompt, session.seed = stream.prompt, stream.seed
+        return Place(stream.pictures / self.engine.frame_rate)
 
     # With the lock held
+
+    def _drop(self, session: Session, name: str, older: int) -> None:
+        """What was made before a change, all but so many blocks that are begun, and not handed out.
+
+        It takes changes along that nobody has seen: they are told of with this one.
+        """
+        unseen = [event for piece in session._made for event in piece.events]
+        session._made.clear()
+        session._events = [*unseen, *session._events, name]
+        session._older = older
+        self._lock.notify_all()
 
     def _has_room(self) -> bool:
         count = len(self._sessions)
@@ -399,3 +485,14 @@ class Worker:
         self._sessions.pop(session.id, None)
         self._command(lambda: session._stream.close() if session._stream else None)
         session.changed()
+
+
+def _open_stream(session: Session) -> Stream:
+    if session._stream is None or session.end:
+        raise Over("the session is over")
+    return session._stream
+
+
+def _line_of(session: Session) -> Line:
+    stream = session._stream
+    return Line(session.seed, stream.history if stream else ())

@@ -1,17 +1,25 @@
 // The page: asks what is served, opens one socket for each stream, feeds its fragments to the video, draws the rest.
 import { Player } from "./player.js";
-import { Timeline } from "./timeline.js";
+import { Timeline, clock } from "./timeline.js";
+import { Kept } from "./kept.js";
+import { commandLine, hindrance } from "./command.js";
 
 const $ = (id) => document.getElementById(id);
 const video = $("video");
 const player = new Player(video);
 const timeline = new Timeline($("timeline"), $("track"), { from: $("from"), now: $("now"), to: $("to") });
 
+const kept = new Kept($("kept"), { ask, rewind, fork, download, complain });
+
+const watching = new URLSearchParams(location.search).get("watch"); // another's session, which can only be looked at
+
 let model = null; // what /v1/models tells
 let key = sessionStorage.getItem("longtake-key");
 let stream = null;
-// { socket, seed, prompts: [{at, prompt, cut}], asked: Map(id -> {prompt, cut, time}), shown: pictures, made: seconds }
+// { socket, seed, prompts: [{at, prompt, cut}], asked: Map(id -> {prompt, cut, time}), shown: pictures, made: seconds,
+//   forked, rewound, words: on their way, snapshots: [those whose place is still to come] }
 // Seconds of prompts are those of all that was made, dropped pictures included, so that a command line can repeat them.
+let next = null; // the snapshot that a stream starts from when this one has ended
 
 // What is served
 
@@ -34,13 +42,15 @@ async function arrive() {
     return setTimeout(arrive, 2000);
   }
   $("model").textContent = model.id;
-  $("licence").textContent = `licence ${model.license}`;
   $("recipe").textContent = model.recipe;
+  $("licence").textContent = `licence ${model.license}`;
+  $("kept-how").textContent = model.keeps ? "Kept on the server's disk." : "Kept until the server ends.";
   $("size").textContent = `${model.width} × ${model.height}, ${model.fps} a second`;
   $("screen").style.setProperty("--shape", `${model.width} / ${model.height}`);
   $("prompt").maxLength = model.longest_prompt;
   if (!$("prompt").value) $("prompt").value = model.examples[0];
   $("ideas").replaceChildren(...model.examples.map(idea));
+  kept.meet().catch(() => complain("What is kept cannot be listed."));
   waitUntilReady();
 }
 
@@ -50,7 +60,7 @@ async function waitUntilReady() {
     show("wait", "Warming up");
     return setTimeout(waitUntilReady, 500);
   }
-  rest("Ready", "Press start, or Enter");
+  rest("Ready", watching ? "Press to watch" : "Press start, or Enter");
 }
 
 function idea(words) {
@@ -74,10 +84,10 @@ $("door-form").onsubmit = () => {
 
 // A stream
 
-async function start() {
+async function start(from = null) {
   if (!model || $("begin").disabled) return;
-  const prompt = words();
-  if (!prompt || !$("seed").checkValidity()) return complain(prompt ? "A seed is a whole number." : "Say what is to be seen.");
+  const prompt = from ? from.words : words();
+  if (!watching && (!prompt || !$("seed").checkValidity())) return complain(prompt ? "A seed is a whole number." : "Say what is to be seen.");
   complain("");
   show("wait", "Starting");
   busy(true);
@@ -93,10 +103,12 @@ async function start() {
   address.protocol = location.protocol === "https:" ? "wss:" : "ws:";
   const socket = new WebSocket(address);
   socket.binaryType = "arraybuffer";
-  const own = (stream = { socket, seed: null, prompts: [], asked: new Map(), shown: 0, made: 0, error: "" });
-  const message = { type: "session.start", model: model.id, prompt, seed: Number($("seed").value), num_frames: null };
-  socket.onopen = () => socket.send(JSON.stringify(message));
-  socket.onmessage = ({ data }) => stream === own && hear(data, prompt);
+  const own = (stream = { socket, seed: null, prompts: [], asked: new Map(), shown: 0, made: 0, error: "", forked: !!from, rewound: false, words: prompt, snapshots: [] });
+  const watch = { type: "session.watch", session: watching };
+  const beginning = from ? { resume_from: from.id } : { prompt, seed: Number($("seed").value) };
+  const message = { type: "session.start", model: model.id, num_frames: null, ...beginning };
+  socket.onopen = () => socket.send(JSON.stringify(watching ? watch : message));
+  socket.onmessage = ({ data }) => stream === own && hear(data);
   socket.onclose = ({ code }) => {
     if (stream !== own) return;
     if (code !== 1000 && !own.error) complain((own.error = "The connection to the server was lost."));
@@ -106,20 +118,25 @@ async function start() {
 
 let about = null; // the description of the bytes that follow it
 
-function hear(data, first) {
+function hear(data) {
   if (typeof data !== "string") return take(data);
   const message = JSON.parse(data);
   if (message.type === "video.start") {
     stream.seed = message.config.seed;
-    stream.prompts.push({ at: 0, prompt: first, cut: false });
-    timeline.begin(first);
+    stream.id = message.request_id;
+    stream.words = message.config.prompt;
+    stream.prompts.push({ at: 0, prompt: stream.words, cut: false });
+    if (!watching) timeline.begin(stream.words);
     player.begin(message.mime, complain);
     $("cover").hidden = true;
     $("send").textContent = "Change";
     show("live", "Live");
     busy(false);
   } else if (message.type === "video.chunk_metadata") about = message;
-  else if (message.type === "session.interaction.queued") queued(message.event_id);
+  else if (message.type === "session.interaction.queued" || message.type === "session.rewind.queued") queued(message);
+  else if (message.type === "session.snapshot.done") snapped(message);
+  else if (message.type === "session.record.started") recording(message.id);
+  else if (message.type === "session.record.done") recorded(message);
   else if (message.type === "session.paused" || message.type === "session.resumed") paused(message.type === "session.paused");
   else if (message.type === "stats") numbers(message);
   else if (message.type === "error") {
@@ -133,18 +150,33 @@ function hear(data, first) {
 
 function take(bytes) {
   const at = stream.shown / model.fps;
+  if (watching) follow(at);
   for (const id of about.started_event_ids) {
     const change = stream.asked.get(id);
     if (!change) continue;
-    if (stream.prompts.at(-1)?.at === about.start_seconds) stream.prompts.pop(); // overtaken, and never seen
-    stream.prompts.push({ at: about.start_seconds, prompt: change.prompt, cut: change.cut });
+    stream.words = change.prompt;
     timeline.activate(id, at);
     player.whenAt(at, () => ($("n-change").textContent = seconds((performance.now() - change.time) / 1000)));
     stream.asked.delete(id);
   }
+  for (const one of stream.snapshots.filter((one) => one.made <= about.start_seconds)) {
+    timeline.snapshot(at);
+    kept.add({ ...one, at });
+  }
+  stream.snapshots = stream.snapshots.filter((one) => one.made > about.start_seconds);
+  stream.error = ""; // what was refused did not end the stream
   stream.shown += about.num_frames;
   stream.made = about.start_seconds + about.num_frames / model.fps;
   player.feed(bytes);
+}
+
+// What the owner of the stream has it show.
+function follow(at) {
+  if (!stream.shown) timeline.begin((stream.words = about.prompt));
+  if (about.prompt === stream.words) return;
+  stream.words = about.prompt;
+  timeline.ask(at, about.prompt);
+  timeline.activate(at, at);
 }
 
 function send() {
@@ -154,12 +186,21 @@ function send() {
   if (!prompt) return complain("Say what is to be seen.");
   complain("");
   const cut = document.querySelector("[name=change]:checked").value === "cut";
-  const id = `e${performance.now().toFixed(0)}-${stream.asked.size}`;
-  stream.asked.set(id, { prompt, cut, time: performance.now() });
-  timeline.ask(id, prompt);
+  const id = change(prompt, cut, prompt);
   tell({ type: "session.interaction", interaction: { event_id: id, event: { prompt }, ...(cut && { method: "cut" }) } });
 }
-function queued(id) { timeline.accept(id); }
+function change(prompt, cut, label) {
+  const id = `e${performance.now().toFixed(0)}-${stream.asked.size}`;
+  stream.asked.set(id, { prompt, cut, time: performance.now() });
+  timeline.ask(id, label);
+  return id;
+}
+function queued({ type, event_id: id, start_seconds: at }) {
+  const { prompt, cut } = stream.asked.get(id);
+  if (type === "session.rewind.queued") stream.rewound = true;
+  else stream.prompts.push({ at, prompt, cut });
+  timeline.accept(id);
+}
 function tell(message) {
   if (stream?.socket.readyState === WebSocket.OPEN) stream.socket.send(JSON.stringify(message));
 }
@@ -167,20 +208,92 @@ function tell(message) {
 function paused(is) {
   if (is) video.pause(); else player.play();
   player.paused = is;
-  $("pause").textContent = is ? "Go on" : "Pause";
+  $("pause").lastElementChild.textContent = is ? "Go on" : "Pause";
   show(is ? "wait" : "live", is ? "Paused" : "Live");
 }
 function togglePause() {
-  if (stream && !$("pause").disabled) tell({ type: player.paused ? "session.resume" : "session.pause" });
+  if (stream && !watching && !$("pause").disabled) tell({ type: player.paused ? "session.resume" : "session.pause" });
+}
+
+// What is kept
+
+function snapshot() {
+  if (stream && !watching && !$("snapshot").disabled) tell({ type: "session.snapshot" });
+}
+function snapped({ id, start_seconds: made }) {
+  const one = { kind: "snapshot", id, made, words: stream.words, seed: stream.seed, picture: thumbnail() };
+  if (player.paused) kept.add({ ...one, at: stream.shown / model.fps }); // nothing comes that would show its place
+  else stream.snapshots.push(one);
+  say("Snapshot taken");
+}
+function rewind(item) {
+  if (!stream) return;
+  const id = change(item.words, false, `↩ ${item.words}`);
+  tell({ type: "session.rewind", snapshot: item.id, event_id: id });
+}
+function fork(item) {
+  if (!stream) return start(item);
+  next = item;
+  tell({ type: "session.stop" });
+}
+
+let rolling = null; // the recording that goes on: { words, from, picture }
+
+function toggleRecording() {
+  if (stream && !watching && !$("record").disabled) tell({ type: rolling ? "session.record.stop" : "session.record" });
+}
+function recording() {
+  rolling = { from: stream.shown, words: stream.words, picture: thumbnail() };
+  showRecording();
+}
+function recorded({ id, seconds: length, full }) {
+  const { words: said, picture } = rolling ?? {};
+  rolling = null;
+  showRecording();
+  if (id) kept.add({ kind: "recording", id, at: length, words: said, seed: stream.seed, picture });
+  if (full) complain("The recording ended: there is no more room for it on the server.");
+  else say(id ? "The recording is kept" : "Nothing was recorded");
+}
+function showRecording() {
+  $("recording").hidden = !rolling;
+  $("record").setAttribute("aria-pressed", String(!!rolling));
+  $("record").lastElementChild.textContent = rolling ? "End recording" : "Record";
+}
+
+async function download(item, name) {
+  try {
+    const headers = key ? { Authorization: `Bearer ${key}` } : {};
+    const answer = await fetch(`v1/recordings/${item.id}/${name}`, { headers });
+    if (!answer.ok) throw new Error(answer.status);
+    const address = URL.createObjectURL(await answer.blob());
+    const file = name === "run.json" ? name : `longtake-${item.seed}-${item.id.slice(0, 6)}.mp4`;
+    Object.assign(document.createElement("a"), { href: address, download: file }).click();
+    setTimeout(() => URL.revokeObjectURL(address), 60000);
+  } catch {
+    complain("It cannot be fetched: the server has it no longer.");
+  }
+}
+
+// What is on the screen, small.
+function thumbnail() {
+  if (!video.videoWidth) return null;
+  const canvas = Object.assign(document.createElement("canvas"), { width: 120, height: Math.round((120 * video.videoHeight) / video.videoWidth) });
+  canvas.getContext("2d").drawImage(video, 0, 0, canvas.width, canvas.height);
+  return canvas.toDataURL("image/jpeg", 0.7);
 }
 
 function ended() {
   const why = stream.error;
   const ran = stream.prompts.length > 0;
   if (ran) last = stream;
-  stream = null;
+  stream = rolling = null;
+  showRecording();
   player.end();
-  rest(why && ran ? "Stopped" : "Ready", ran ? "The take is over. Start another?" : "Press start, or Enter");
+  const again = watching ? "It is over." : "The take is over. Start another?";
+  rest(why && ran ? "Stopped" : "Ready", ran ? again : "Press start, or Enter");
+  const from = next;
+  next = null;
+  if (from && !why) start(from);
 }
 
 // What is shown
@@ -192,16 +305,18 @@ function seconds(value) { return `${value.toFixed(value < 10 ? 2 : 1)} s`; }
 function sentence(text) { return text.charAt(0).toUpperCase() + text.slice(1) + (/[.?!]$/.test(text) ? "" : "."); }
 function show(mood, text) { $("dot").className = `dot ${mood}`; $("state").textContent = text; }
 function cover(text) { $("cover").hidden = false; $("cover-text").textContent = text; }
+function say(text) { $("news").textContent = text; }
 function complain(text) { $("complaint").textContent = text; $("complaint").hidden = !text; }
 function busy(waiting) {
   $("begin").disabled = $("send").disabled = waiting;
-  $("pause").disabled = $("stop").disabled = waiting || !stream;
+  for (const name of ["pause", "stop", "snapshot", "record", "share"]) $(name).disabled = waiting || !stream;
+  kept.allow(!waiting && !!stream);
 }
 function rest(text, invitation) {
   show(text === "Stopped" ? "bad" : "", text);
   cover(invitation);
   $("send").textContent = "Start";
-  $("pause").textContent = "Pause";
+  $("pause").lastElementChild.textContent = "Pause";
   busy(false);
 }
 function numbers(told) {
@@ -212,24 +327,27 @@ function numbers(told) {
   $("n-waits").textContent = told.underruns ? `${told.underruns}, ${seconds(told.underrun_seconds)}` : "none";
 }
 
-function down(value) { return Math.floor(value * 1e4) / 1e4; } // never past the block that it begins with
-
-function commandLine() {
-  const shown = stream?.prompts.length ? stream : last;
-  const prompts = shown?.prompts ?? [{ at: 0, prompt: words() }];
-  const text = prompts.map(({ at, prompt }, number) => (number ? `${down(at)}s: ${prompt}` : prompt)).join(" | ");
-  const length = shown ? ` --seconds ${down(shown.made)}` : "";
-  const quoted = `'${text.replaceAll("'", `'\\''`)}'`;
-  return `longtake generate ${quoted} --model ${model.id} --recipe ${model.recipe} --seed ${shown?.seed ?? $("seed").value}${length}`;
-}
-
 $("copy").onclick = async () => {
-  const text = commandLine();
+  const shown = stream?.prompts.length ? stream : last;
+  const made = shown ?? { seed: $("seed").value, made: 0, prompts: [{ at: 0, prompt: words() }] };
+  const why = hindrance(made);
+  if (why) return copySays(`Not in one command: ${why}. Any recording can be made again: longtake replay.`);
+  const text = commandLine(model, made);
   const done = await navigator.clipboard?.writeText(text).then(() => true, () => false);
   if (!done) window.prompt("The command line", text);
-  const cuts = (stream ?? last)?.prompts.some((one) => one.cut);
-  $("copy").textContent = cuts ? "Copied; cuts became changes" : "Copied";
-  setTimeout(() => ($("copy").textContent = "Copy as command line"), 2000);
+  copySays("Copied. On the same kind of device it makes the same blocks.");
+};
+function copySays(text) {
+  $("copy-says").textContent = text;
+  $("copy-says").hidden = false;
+}
+
+$("share").onclick = async () => {
+  const address = new URL(`?watch=${stream.id}`, location.href).href;
+  const done = await navigator.clipboard?.writeText(address).then(() => true, () => false);
+  if (!done) window.prompt("The link for viewers", address);
+  $("share").textContent = "Copied";
+  setTimeout(() => ($("share").textContent = "Copy link for viewers"), 2000);
 };
 
 // Hands
@@ -243,16 +361,28 @@ $("prompt").onkeydown = (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); send(); }
 };
 $("words").onsubmit = (event) => { event.preventDefault(); send(); };
-$("begin").onclick = start;
+$("begin").onclick = () => start();
 $("pause").onclick = togglePause;
+$("snapshot").onclick = snapshot;
+$("record").onclick = toggleRecording;
 $("stop").onclick = () => tell({ type: "session.stop" });
 $("dice").onclick = () => ($("seed").value = Math.floor(Math.random() * 1e6));
 document.addEventListener("keydown", (event) => {
   if (event.target.closest?.("input, textarea, button, dialog") || event.ctrlKey || event.metaKey || event.altKey) return;
   if (event.key === " ") { event.preventDefault(); stream ? togglePause() : start(); }
+  if (event.key === "s") snapshot();
+  if (event.key === "r") toggleRecording();
   if (event.key === "/") { event.preventDefault(); $("prompt").focus(); $("prompt").select(); }
 });
 setInterval(() => tell({ type: "session.ping" }), 20000);
-setInterval(() => stream?.prompts.length && timeline.draw(video.currentTime, stream.shown / model.fps), 200);
+setInterval(draw, 200);
+function draw() {
+  if (!stream?.shown) return;
+  const words = timeline.draw(player.now(), stream.shown / model.fps);
+  if (words) say(`On the screen: ${words}`);
+  if (words && watching) Object.assign($("caption"), { textContent: words, hidden: false });
+  if (rolling) $("recorded").textContent = clock((stream.shown - rolling.from) / model.fps);
+}
 window.addEventListener("load", grow);
+document.body.classList.toggle("watching", !!watching);
 arrive();

@@ -18,6 +18,7 @@ export class Player {
     this.waiting = [];
     this.marks = [];
     this.buffer = null;
+    this.origin = null; // the second that the first picture has: who comes late does not begin at 0
     const Kind = window.ManagedMediaSource ?? window.MediaSource; // iPhones have the first alone
     if (!Kind?.isTypeSupported(mime)) return complain("This browser cannot play the stream: it lacks Media Source Extensions for H.264.");
     this.video.disableRemotePlayback = true;
@@ -42,6 +43,9 @@ export class Player {
     return ranges.length ? Math.max(0, ranges.end(ranges.length - 1) - this.video.currentTime) : 0;
   }
 
+  // Seconds of the video that are played.
+  now() { return Math.max(0, this.video.currentTime - (this.origin ?? 0)); }
+
   // Calls back when the picture at that second is on the screen.
   whenAt(second, act) { this.marks.push({ second, act }); }
 
@@ -51,6 +55,10 @@ export class Player {
 
   #next() {
     if (!this.buffer || this.buffer.updating || this.source.readyState !== "open") return;
+    if (this.origin === null && this.buffer.buffered.length) {
+      this.origin = this.buffer.buffered.start(0);
+      if (this.video.currentTime < this.origin) this.video.currentTime = this.origin;
+    }
     const played = this.video.currentTime;
     if (this.waiting.length) {
       this.buffer.appendBuffer(this.waiting.shift());
@@ -70,7 +78,7 @@ export class Player {
   }
 
   #pass() {
-    const now = this.video.currentTime;
+    const now = this.now();
     this.marks = this.marks.filter((mark) => mark.second > now || (mark.act(), false));
   }
 }

@@ -1,0 +1,225 @@
+"""The page in a browser, with the embedded model: what a user sees and keeps."""
+
+import json
+import os
+import shlex
+import shutil
+import time
+
+import av
+import numpy as np
+import pytest
+
+from longtake.cli import main
+from longtake.generation.script import script_from
+from longtake.media.mp4 import read_frames, read_record
+from tests.serving.process import server
+
+CHROMIUM = shutil.which("chromium")
+if CHROMIUM is None:
+    pytest.skip("there is no chromium on PATH to show the page in", allow_module_level=True)
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright, of the dev extra, drives the browser")
+
+PATIENCE = 45.0  # seconds, on a machine with much else to do
+DAY, NIGHT = "a red ball bounces over green hills", "a red ball bounces over green hills at night in the rain"
+LIGHT = """() => {
+  const canvas = new OffscreenCanvas(24, 14), video = document.querySelector("video"), ink = canvas.getContext("2d");
+  if (!video.videoWidth) return 0;
+  ink.drawImage(video, 0, 0, 24, 14);
+  return ink.getImageData(0, 0, 24, 14).data.reduce((sum, one) => sum + one, 0) / (24 * 14 * 4);
+}"""
+DECODED = "() => document.querySelector('video').getVideoPlaybackQuality().totalVideoFrames"
+TIME = "() => document.querySelector('video').currentTime"
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    with server("--keep", str(tmp_path_factory.mktemp("kept")), key="") as (_, address):
+        yield f"http://{address}"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sandbox = [] if os.geteuid() else ["--no-sandbox"]  # it has none for root
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=[*sandbox, "--disable-gpu"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, address):
+    """A stream by day, once its first pictures are decoded. Nothing on the page may fail, nor leave the server."""
+    context = browser.new_context()
+    page = context.new_page()
+    page.set_default_timeout(1000 * PATIENCE)
+    troubles = []
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.on("console", lambda told: troubles.append(told.text) if told.type == "error" else None)
+    page.on(
+        "request",
+        lambda asked: None if asked.url.startswith((address, "blob:", "data:")) else troubles.append(asked.url),
+    )
+    page.goto(address)
+    page.click("#begin:enabled")
+    until(page, DECODED, lambda count: count >= 10)
+    yield page
+    page.click("#stop:enabled")
+    page.wait_for_selector("#cover:visible")
+    context.close()
+    assert troubles == []
+
+
+CLIPBOARD = """() => {
+  const writeText = async (text) => { window.copied = text; };
+  Object.defineProperty(navigator, "clipboard", { value: { writeText } });
+}"""
+
+
+def until(page, asks, holds):
+    """What the page says once it holds."""
+    deadline = time.monotonic() + PATIENCE
+    while not holds(told := page.evaluate(asks)):
+        assert time.monotonic() < deadline, f"still {told}"
+        page.wait_for_timeout(100)
+    return told
+
+
+def say(page, words):
+    page.fill("#prompt", words)
+    page.press("#prompt", "Enter")
+
+
+WATCH = """() => {
+  window.changed = [];
+  const look = new MutationObserver((all) => changed.push(...all.map((one) => one.attributeName ?? one.type)));
+  look.observe(document.querySelector("#track"), { subtree: true, childList: true, attributes: true });
+}"""
+
+
+def test_the_video_plays_and_pauses_and_the_timeline_is_not_rebuilt(page):
+    first = page.evaluate(DECODED)
+    page.evaluate(WATCH)
+    until(page, DECODED, lambda count: count >= first + 24)
+    kinds = set(page.evaluate("() => changed"))
+    assert "style" in kinds and kinds <= {"style", "class"}  # words are neither taken away nor put there again
+    assert page.evaluate(TIME) > 0.5
+    page.click("#pause")
+    page.wait_for_selector("#pause:has-text('Go on')")
+    stands = page.evaluate(TIME)
+    page.wait_for_timeout(1000)
+    assert page.evaluate(TIME) == stands
+    page.click("#pause")
+    until(page, TIME, lambda now: now > stands + 0.5)
+
+
+def test_words_change_the_picture_and_a_snapshot_brings_it_back(page):
+    day = page.evaluate(LIGHT)
+    page.press("#video", "s")
+    page.wait_for_selector(".kept .rewind")
+    say(page, NIGHT)
+    page.wait_for_selector(".part[data-state=accepted]")
+    night = until(page, LIGHT, lambda light: light < 0.75 * day)
+    page.wait_for_selector(".part.current[data-state=completed]")
+    page.click(".rewind")
+    until(page, LIGHT, lambda light: light > (day + night) / 2 + 0.3 * (day - night))
+    page.click("#copy")
+    page.wait_for_selector("#copy-says:has-text('it was rewound')")
+    say(page, NIGHT)
+    until(page, LIGHT, lambda light: light < 0.75 * day)
+    page.click(".fork")
+    until(page, LIGHT, lambda light: light > 0.9 * day)
+    page.wait_for_selector("#state:has-text('Live')")
+    page.click(".remove")
+    page.wait_for_selector("#kept-none:visible")
+
+
+def test_a_recording_is_downloaded_plays_and_is_made_again(page, tmp_path, capsys):
+    page.click("#record")
+    page.wait_for_selector("#recording:visible")
+    say(page, NIGHT)
+    page.wait_for_selector(".part.current[data-state=completed]:has-text('night')")
+    page.click("#record[aria-pressed=true]")
+    page.wait_for_selector(".kept .video")
+    for button, name in ((".video", "video.mp4"), (".run", "run.json")):
+        with page.expect_download() as coming:
+            page.click(button)
+        coming.value.save_as(tmp_path / name)
+    with av.open(str(tmp_path / "video.mp4")) as video:
+        assert len(list(video.decode(video=0))) > 10
+    record = read_record(tmp_path / "video.mp4")
+    assert json.loads((tmp_path / "run.json").read_text()) == record
+    assert [cue["prompt"] for cue in record["prompts"]] == [DAY, NIGHT]
+    page.evaluate(CLIPBOARD)
+    page.click("#copy")
+    page.wait_for_selector("#copy-says:has-text('Copied')")
+    program, *command = shlex.split(page.evaluate("() => copied"))
+    page.click("#pause")  # what follows needs the machine
+    assert main(["replay", str(tmp_path / "video.mp4")]) == 0
+    assert "the same, picture by picture" in capsys.readouterr().err
+    assert program == "longtake" and main([*command, "-o", str(tmp_path / "generated.mp4")]) == 0
+    numbers = [number for _, begin, end in record["live"]["spans"] for number in range(begin, end)]
+    shown = read_frames(tmp_path / "video.mp4").astype(int)
+    made = read_frames(tmp_path / "generated.mp4").astype(int)
+    assert np.abs(shown - made[numbers]).mean() < 0.7 * np.abs(shown - made[[number - 1 for number in numbers]]).mean()
+    assert np.abs(shown - made[numbers]).mean() < 5  # of 255: each is coded from another picture on
+
+
+def test_others_watch_the_same_stream_and_cannot_steer_it(page, browser, address):
+    page.evaluate(CLIPBOARD)
+    until(page, DECODED, lambda count: count >= 40)
+    page.click("#share:enabled")
+    link = until(page, "() => window.copied ?? ''", lambda text: text)
+    assert link.startswith(f"{address}/?watch=")
+    viewer = browser.new_context().new_page()
+    viewer.goto(link)
+    viewer.click("#begin:enabled")
+    until(viewer, DECODED, lambda count: count >= 10)
+    assert not viewer.is_visible("#words") and not viewer.is_visible("#pause")
+    say(page, NIGHT)
+    viewer.wait_for_selector(".part.current:has-text('night')", timeout=1000 * PATIENCE)
+    page.click("#stop")
+    viewer.wait_for_selector("#cover-text:has-text('It is over')", timeout=1000 * PATIENCE)
+    viewer.context.close()
+    page.click("#begin:enabled")
+
+
+SAID = """async (streams) => {
+  const { commandLine, hindrance } = await import("/command.js");
+  const model = { id: "a model", recipe: "one:past=6", levels: 4, codec: null, dtype: "float32", device: "cpu" };
+  return streams.map((stream) => hindrance(stream) || commandLine(model, stream));
+}"""
+NASTY = [
+    "a ball", "it's \"$HOME\" `x` \\ !", "two\nlines", "über 日本",
+    "a | b", "5s: b", "[0s:5s] b", "-x", "--seed", "[ 10% : 20% ] a",
+]  # fmt: skip
+
+
+def test_a_command_line_is_read_as_it_was_meant_or_refused(browser, address):
+    page = browser.new_page()
+    page.goto(address)
+    streams = [
+        {"seed": 7, "made": 9.5, "prompts": [{"at": 0, "prompt": first}, {"at": 2.0625, "prompt": second}]}
+        for first in NASTY
+        for second in NASTY
+    ]
+    read = 0
+    for stream, said in zip(streams, page.evaluate(SAID, streams), strict=True):
+        if not said.startswith("longtake"):
+            continue
+        words = shlex.split(said)
+        options = dict(zip(words[3::2], words[4::2], strict=True))
+        assert options == {
+            "--model": "a model", "--recipe": "one:past=6", "--levels": "4", "--dtype": "float32", "--device": "cpu",
+            "--seed": "7", "--seconds": "9.5",
+        }  # fmt: skip
+        cues = [{"at": cue.at, "prompt": cue.prompt} for cue in script_from(words[2]).cues]
+        assert cues == stream["prompts"] and not words[2].startswith("-")
+        read += 1
+    assert read == 4 * 7  # as first words 4 of them can be said, as later ones those that begin like options, too
+    for more in ({"rewound": True}, {"forked": True}, {"asked": {"size": 1}}):
+        assert not page.evaluate(SAID, [streams[0] | more])[0].startswith("longtake")
+    for at, cut in ((2.0625, True), (0, False)):
+        prompts = [{"at": 0, "prompt": "a"}, {"at": at, "prompt": "b", "cut": cut}]
+        assert not page.evaluate(SAID, [streams[0] | {"prompts": prompts}])[0].startswith("longtake")
+    page.context.close()

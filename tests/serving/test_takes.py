@@ -1,0 +1,205 @@
+"""Snapshots, rewinds, forks and recordings over the socket, with a real if tiny engine."""
+
+import io
+import json
+import time
+
+import av
+import pytest
+
+from longtake.generation.recording import Remade
+from longtake.generation.take import Take
+from longtake.serving import recorder
+from longtake.serving.access import Access
+from longtake.serving.protocol import CAPABILITIES
+from longtake.serving.store import Store
+from tests import tiny
+from tests.serving.test_app import SOCKET, client, start, until, wait_for
+
+
+@pytest.fixture
+def store():
+    return Store(most=3)
+
+
+@pytest.fixture
+def house(store):
+    with client(engine=tiny.engine(), store=store) as served:
+        wait_for(served)
+        yield served
+
+
+def tell(socket, kind, answer, **more):
+    socket.send_json({"type": kind, **more})
+    return until(socket, answer)[0]
+
+
+def snapshot(socket) -> dict:
+    return tell(socket, "session.snapshot", "session.snapshot.done")
+
+
+def seen_event(socket, event):
+    """The first chunk that shows a change."""
+    while True:
+        message = socket.receive_json()
+        if message["type"] == "video.chunk_metadata":
+            socket.receive_bytes()
+            if event in message["started_event_ids"]:
+                return message
+
+
+def test_a_snapshot_is_gone_back_to_and_gone_on_from(house):
+    with house.websocket_connect(SOCKET) as socket:
+        told = start(socket, seed=7)
+        assert told["capabilities"] == CAPABILITIES and told["config"]["prompt"] == "a ball"
+        kept = tell(socket, "session.snapshot", "session.snapshot.done", event_id="s")
+        assert kept["event_id"] == "s" and not kept["lasts"] and kept["byte_length"] > 1000
+        change = {"event_id": "duck", "event": {"prompt": "a duck"}}
+        queued = tell(socket, "session.interaction", "session.interaction.queued", interaction=change)
+        assert seen_event(socket, "duck")["start_seconds"] == queued["start_seconds"] >= kept["start_seconds"]
+        queued = tell(socket, "session.rewind", "session.rewind.queued", snapshot=kept["id"], event_id="back")
+        assert seen_event(socket, "back")["start_seconds"] == queued["start_seconds"] == kept["start_seconds"]
+    with house.websocket_connect(SOCKET) as socket:
+        socket.send_json({"type": "session.start", "resume_from": kept["id"]})
+        config = socket.receive_json()["config"]
+        assert (config["seed"], config["prompt"]) == (7, "a ball")
+        assert until(socket, "stats")[1][0][0]["start_seconds"] == kept["start_seconds"]
+    with house.websocket_connect(SOCKET) as socket:
+        assert start(socket, "a cat", resume_from=kept["id"])["config"]["prompt"] == "a cat"
+    assert [one["id"] for one in house.get("/v1/snapshots").json()["data"]] == [kept["id"]]
+    assert house.delete(f"/v1/snapshots/{kept['id']}").json()["deleted"]
+    assert house.delete(f"/v1/snapshots/{kept['id']}").status_code == 404
+    with house.websocket_connect(SOCKET) as socket:
+        socket.send_json({"type": "session.start", "resume_from": kept["id"]})
+        assert socket.receive_json()["code"] == "unknown_snapshot"
+
+
+def test_a_recording_can_be_fetched_and_says_how_it_came_about(house):
+    with house.websocket_connect(SOCKET) as socket:
+        start(socket, seed=7)
+        assert tell(socket, "session.record.stop", "error")["code"] == "not_recording"
+        kept = snapshot(socket)
+        name = tell(socket, "session.record", "session.record.started")["id"]
+        assert tell(socket, "session.record", "error")["code"] == "already_recording"
+        tell(socket, "session.rewind", "session.rewind.queued", snapshot=kept["id"], event_id="back")
+        seen_event(socket, "back")
+        done = tell(socket, "session.record.stop", "session.record.done")
+    assert done["id"] == name and done["seconds"] > 0 and not done["full"]
+    address = f"/v1/recordings/{name}"
+    video = house.get(f"{address}/video.mp4")
+    assert video.headers["content-type"] == "video/mp4" and len(video.content) == done["byte_length"]
+    with av.open(io.BytesIO(video.content)) as container:
+        assert len(list(container.decode(video=0))) == done["seconds"] * 16
+        comment = container.metadata["comment"]
+    record = house.get(f"{address}/run.json")
+    assert record.text == comment and "run.json" in record.headers["content-disposition"]
+    with Remade(tiny.engine(), record.json()) as stream:
+        next(stream)
+    assert [one["id"] for one in house.get("/v1/recordings").json()["data"]] == [name]
+    assert house.delete(address).json()["deleted"]
+    assert house.get(f"{address}/video.mp4").status_code == house.get(f"{address}/run.json").status_code == 404
+    assert house.delete(address).status_code == 404
+
+
+@pytest.mark.parametrize("ends", ["whole", "stopped", "vanished"])
+def test_a_recording_is_whole_however_the_session_ends(house, ends):
+    with house.websocket_connect(SOCKET) as socket:
+        start(socket, **({"num_frames": 800} if ends == "whole" else {}))
+        name = tell(socket, "session.record", "session.record.started")["id"]
+        if ends != "whole":
+            until(socket, "stats")
+        if ends == "stopped":
+            socket.send_json({"type": "session.stop"})
+        if ends != "vanished":
+            assert until(socket, "session.record.done")[0]["id"] == name
+            assert socket.receive_json()["type"] == "session.done"
+    deadline = time.monotonic() + 20
+    while not house.get("/v1/recordings").json()["data"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    with av.open(io.BytesIO(house.get(f"/v1/recordings/{name}/video.mp4").content)) as container:
+        assert len(list(container.decode(video=0))) > 1
+        assert json.loads(container.metadata["comment"])["live"]["spans"]
+
+
+def test_a_full_store_refuses_and_a_full_recording_ends_whole(house, store):
+    with house.websocket_connect(SOCKET) as socket:
+        start(socket)
+        for _ in range(store.most):
+            snapshot(socket)
+        refused = tell(socket, "session.snapshot", "error", event_id="s")
+        assert (refused["code"], refused["event_id"]) == ("store_full", "s")
+        assert tell(socket, "session.record", "error")["code"] == "store_full"
+        store.remove(store.kept("take")[0].name, "take")
+        store.most_bytes = sum(kept.bytes for kept in store.kept("take")) + 2000
+        tell(socket, "session.record", "session.record.started")
+        done, _ = until(socket, "session.record.done")
+        assert done["full"] and done["id"] is not None
+        assert tell(socket, "session.ping", "session.pong")  # the stream goes on
+
+
+def test_a_recording_tells_of_so_many_jumps(house, monkeypatch):
+    monkeypatch.setattr(recorder, "MOST_SPANS", 2)
+    with house.websocket_connect(SOCKET) as socket:
+        start(socket)
+        kept = snapshot(socket)
+        tell(socket, "session.record", "session.record.started")
+        until(socket, "stats")
+        tell(socket, "session.rewind", "session.rewind.queued", snapshot=kept["id"])
+        assert until(socket, "session.record.done")[0]["full"]
+
+
+def test_a_snapshot_of_other_weights_is_refused_and_the_stream_goes_on(house, store):
+    with house.websocket_connect(SOCKET) as socket:
+        start(socket)
+        kept = snapshot(socket)
+        path = store.find(kept["id"], "take").path
+        take = Take.load(path)
+        Take({**take.made_with, "weights": "other"}, take.state).save(path, overwrite=True)
+        refused = tell(socket, "session.rewind", "error", snapshot=kept["id"], event_id="back")
+        assert (refused["code"], refused["event_id"]) == ("unfit_snapshot", "back")
+        path.write_bytes(b"no take")
+        assert tell(socket, "session.rewind", "error", snapshot=kept["id"])["code"] == "unfit_snapshot"
+        path.unlink()
+        assert tell(socket, "session.rewind", "error", snapshot=kept["id"])["code"] == "unknown_snapshot"
+        assert tell(socket, "session.ping", "session.pong")
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "", "0" * 32])
+def test_a_snapshot_that_is_none_changes_nothing(house, name):
+    with house.websocket_connect(SOCKET) as socket:
+        start(socket)
+        refused = tell(socket, "session.rewind", "error", snapshot=name, event_id="back")
+        assert (refused["code"], refused["event_id"]) == ("unknown_snapshot", "back")
+        assert tell(socket, "session.ping", "session.pong")
+
+
+def test_snapshots_outlive_the_server_where_that_was_promised(tmp_path):
+    folder = tmp_path / "kept"
+    with client(engine=tiny.engine(), store=Store(folder)) as house:
+        wait_for(house)
+        with house.websocket_connect(SOCKET) as socket:
+            start(socket, seed=7)
+            kept = snapshot(socket)
+            assert kept["lasts"] and house.get("/v1/models").json()["data"][0]["keeps"]
+    other = tiny.engine()
+    with client(engine=other, store=Store(folder)) as house:
+        wait_for(house)
+        with house.websocket_connect(SOCKET) as socket:
+            socket.send_json({"type": "session.start", "resume_from": kept["id"]})
+            assert socket.receive_json()["config"]["seed"] == 7
+    other.network.patch_embedding.weight.data.add_(1.0)
+    del other.__dict__["weights"]
+    with client(engine=other, store=Store(folder)) as house:
+        wait_for(house)
+        with house.websocket_connect(SOCKET) as socket:
+            socket.send_json({"type": "session.start", "resume_from": kept["id"]})
+            refused = socket.receive_json()
+            assert refused["code"] == "unfit_snapshot" and "weights" in refused["message"]
+
+
+def test_what_is_kept_needs_the_key():
+    with client(Access(key="sesame"), engine=tiny.engine()) as house:
+        for path in ("/v1/snapshots", "/v1/recordings", "/v1/recordings/x/video.mp4", "/v1/recordings/x/run.json"):
+            assert house.get(path).status_code == 401
+        assert house.delete("/v1/snapshots/x").status_code == house.delete("/v1/recordings/x").status_code == 401
