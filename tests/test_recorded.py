@@ -8,6 +8,7 @@ import torch
 
 from longtake import parallel
 from longtake.attention.rope import Grid, RotaryAxes, Rotation, rotate
+from longtake.distillation.pretrain import forced_in_one_pass
 from longtake.distillation.rollout import rollout
 from longtake.distillation.trainer import Learner
 from longtake.generation.noise import SeededNoise
@@ -112,6 +113,30 @@ def test_replayed_lessons_have_the_gradients_of_plain_ones() -> None:
         assert torch.allclose(taught(clean, noise), replayed(clean, noise))
         assert torch.equal(before, torch.cuda.get_rng_state()), "to record draws nothing"
         assert torch.allclose(plain.step(), other.step(), rtol=1e-4)
+    for a, b in zip(plain.module.parameters(), other.module.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels are recorded on a GPU alone")
+def test_lessons_that_read_a_far_state_are_replayed_with_the_gradients_of_plain_ones() -> None:
+    def lesson_of(network: WanTransformer, recorded: bool) -> tuple[Learner, Callable[..., torch.Tensor]]:
+        text, memory = tiny.text(batch=2).float().cuda(), hybrid_forcing().memory(network)
+
+        def loss(clean: torch.Tensor, noisy: torch.Tensor) -> torch.Tensor:
+            level, prompts = torch.full(clean.shape[:2], 0.5, device=clean.device), network.prompt_keys(text)
+            first = torch.zeros(clean.shape[:2], dtype=torch.long, device=clean.device)
+            return forced_in_one_pass(network, clean, noisy, level, prompts, first, tiny.BLOCK, memory).square().mean()
+
+        learner = Learner(network, [torch.optim.SGD(network.parameters(), lr=0.1)], average=None)
+        return learner, learner.taught_by(loss, recorded=recorded)
+
+    one = tiny.network(reads_far=True).float().cuda()
+    torch.nn.init.normal_(one.blocks[0].self_attn.linear_proj.weight, std=0.1)
+    (plain, taught), (other, replayed) = lesson_of(one, False), lesson_of(copy.deepcopy(one), True)
+    for _ in range(3):
+        clean, noisy = torch.randn(2, 2, 21, *tiny.LATENTS[1:], device="cuda")
+        assert torch.allclose(taught(clean, noisy), replayed(clean, noisy), rtol=1e-4)
+        assert torch.allclose(plain.step(), other.step(), rtol=1e-3)
     for a, b in zip(plain.module.parameters(), other.module.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-5)
 

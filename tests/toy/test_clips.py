@@ -122,6 +122,9 @@ def test_frames_matter_most_that_only_memory_can_know() -> None:
     assert matters[:15].max() == 0
     assert matters[back : back + 3].amin() >= RECALL
     assert matters[back + 1][share[0, back + 1] > 0.9].min() > 0.9 * RECALL * (1 + RECALL) - RECALL
+    landmark = landmark_share(away, 97, 0, codec)[0]
+    comes = recalled(landmark[None])[0].nonzero()[0, 0]
+    assert matters[comes][landmark[comes] > 0.5].min() > 0.5 * RECALL**2, "landmarks count as subjects do"
     still = make_scene(camera="still")
     assert recall_focus(still, render(still, 97), 0, codec).max() == 0
 
@@ -237,5 +240,7 @@ def test_a_pool_holds_a_share_of_clips_made_for_memory_and_takes_room_for_them()
     said = [parse(decode(row.tolist())) for row in drawn.tokens_BPL[:, 0]]
     assert 0 < begun_unseen.sum() < 8 and drawn.focus_BFHW.sum((1, 2, 3)).min() > 0
     assert not any("colour" in one for one, unseen in zip(said, begun_unseen, strict=True) if unseen)
+    most = drawn.focus_BFHW.amax((1, 2, 3))
+    assert most[begun_unseen].min() > 10 * RECALL and most[~begun_unseen].max() <= 1 + STRESS
     ordinary = ClipPool(codec, 1, seed=1, device=cpu, at_once=1).draw(1, 33).latents_BFCHW
     assert any(torch.equal(ordinary[0, :3], one[:3]) for one in drawn.latents_BFCHW)

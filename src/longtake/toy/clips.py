@@ -46,7 +46,7 @@ STRESS = 4.0
 
 RECALL, PAST = 30.0, 3
 """How much more a latent frame of a clip made for memory matters that shows again what the frame `PAST` before, the
-oldest that a stream still sees, does not; and, as many times again, its cells that show this."""
+oldest that the first of a block still sees, does not; and, as many times again, its cells that show this."""
 
 QUICK_PAN = 20.0
 """Pixels per second at which a camera moves as fast as matters."""
@@ -118,13 +118,13 @@ class ClipPool:
         length = self.frames
         if frames > length:
             raise ValueError(f"clips have {length} latent frames: {frames} cannot be cut out of them, ask for fewer")
-        latents, tokens, prompt, subject = self._filled()
+        latents, tokens, prompt, matters = self._filled()
         size = len(latents)
         rows = torch.randint(size, (count, 1), device=self._device)
         starts = torch.randint(length - frames + 1, (count, 1), device=self._device)
         starts = starts * (torch.rand(count, 1, device=self._device) >= FROM_THE_BEGINNING)
         taken = rows, starts + torch.arange(frames, device=self._device)
-        return LatentClips(latents[taken].float(), tokens[rows[:, 0]], prompt[taken], subject[taken].float())
+        return LatentClips(latents[taken].float(), tokens[rows[:, 0]], prompt[taken], matters[taken].float())
 
     def state_dict(self) -> dict[str, Any]:
         """How many clips were made: enough, for the clips follow from their numbers."""
