@@ -21,7 +21,7 @@ class RenderedEngine:
     obeys: whether a redirect changes what is shown.
     """
 
-    frame_rate, device, recipe = RATE, torch.device("cpu"), self_forcing_sink()
+    frame_rate, device, recipe, weights = RATE, torch.device("cpu"), self_forcing_sink(), "drawn"
 
     def __init__(self, obeys: bool = True) -> None:
         self.obeys = obeys

@@ -86,7 +86,7 @@ def test_who_remembers_recalls_everything() -> None:
     for seen in (table, table["seen_first"]):
         assert seen["after"] == {"2": EVERYTHING}
         assert seen["returned"] == seen["stayed_away"] == {"2": 1.0}
-    assert (table["recipe"], table["levels"], table["prompts"]) == ("any", 4, 2)
+    assert (table["recipe"], table["levels"], table["weights"], table["prompts"]) == ("any", 4, "drawn", 2)
     assert (table["seeds"], table["seed_list"]) == (1, [0])
     low, high = table["counts"]["2"]["landmark"]["interval_95"]
     assert 0.3 < low < high == 1.0

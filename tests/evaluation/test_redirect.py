@@ -35,7 +35,7 @@ def test_streams_that_are_left_alone_do_not_change(obedient: dict[str, Any]) -> 
 
 
 def test_the_table_says_what_was_done(obedient: dict[str, Any]) -> None:
-    assert (obedient["recipe"], obedient["levels"], obedient["prompts"]) == ("any", 4, 3)
+    assert (obedient["recipe"], obedient["levels"], obedient["weights"], obedient["prompts"]) == ("any", 4, "drawn", 3)
     assert (obedient["seeds"], obedient["seed_list"]) == (1, [0])
     assert obedient["counts"]["kept_unchanged"]["right"] == obedient["counts"]["kept_unchanged"]["scored"] > 5
     kept = [form["kept_unchanged"]["scored"] for form in obedient["by_form"].values()]

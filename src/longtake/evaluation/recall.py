@@ -167,6 +167,7 @@ def evaluate_recall(
         {
             "recipe": name,
             "levels": source.levels,
+            "weights": source.weights,
             "prompts": prompts,
             "seeds": seeds,
             **_table(_watch(name, source, chosen, "later", gaps, progress)),
@@ -192,6 +193,7 @@ class _Source(NamedTuple):
     play: Callable[[Sequence[Opening], int, int], Iterator[Tensor]]
     device: torch.device
     levels: int | None = None
+    weights: str | None = None
     scripted: bool = True  # whether the camera keeps to the gap; if not, one video is good for all gaps
 
 
@@ -219,7 +221,7 @@ def _streams(engine: Engine) -> _Source:
         with engine.stream_batch(captions, seeds=seeds, pictures=given_BTHWC) as streams:
             yield from streams
 
-    return _Source(play, engine.device, len(engine.recipe.steps), scripted=False)
+    return _Source(play, engine.device, len(engine.recipe.steps), engine.weights, scripted=False)
 
 
 def _scenes(batch: Sequence[Opening], gap: int) -> Scenes:

@@ -132,6 +132,7 @@ def evaluate_redirect(
             {
                 "recipe": recipe,
                 "levels": len(engine.recipe.steps),
+                "weights": engine.weights,
                 "prompts": prompts,
                 "seeds": seeds,
                 "in_flight": in_flight,

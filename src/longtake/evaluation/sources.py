@@ -32,11 +32,13 @@ class Source:
 
     play: from B prompts, as many seeds and rising marks in seconds: for each mark, the uint8 pictures
     [B, 80, H, W, 3] of the five seconds that end there. levels: denoising steps, None for what has none.
+    weights: tell a recipe's network from others.
     """
 
     play: Callable[[Sequence[str], Sequence[int], Sequence[int]], Iterator[Tensor]]
     device: torch.device = CPU
     levels: int | None = None
+    weights: str | None = None
 
 
 def batches(clips: Sequence[Clip], device: torch.device) -> list[Sequence[Clip]]:
@@ -141,7 +143,7 @@ def engine_source(engine: Engine) -> Source:
         with engine.stream_batch(prompts, seeds=seeds) as streams:
             yield from windows(streams, engine.frame_rate, marks)
 
-    return Source(play, engine.device, len(engine.recipe.steps))
+    return Source(play, engine.device, len(engine.recipe.steps), engine.weights)
 
 
 def windows(pieces: Iterator[Tensor] | Sequence[Tensor], rate: int, marks: Sequence[int]) -> Iterator[Tensor]:

@@ -82,8 +82,7 @@ def evaluate_toy(
     chosen = {name: known[name] if name in known else engine_source(engine_of(name)) for name in recipes}
     reference = _watch("reference", truth, plan, [REFERENCE_SEED + seed for seed in plan.seeds])
     return [
-        _table(name, source.levels, plan, _watch(name, source, plan, plan.seeds), reference)
-        for name, source in chosen.items()
+        _table(name, source, plan, _watch(name, source, plan, plan.seeds), reference) for name, source in chosen.items()
     ]
 
 
@@ -196,7 +195,7 @@ def _watch(name: str, source: Source, plan: _Plan, seeds: Sequence[int]) -> _Wat
     )
 
 
-def _table(recipe: str, levels: int | None, plan: _Plan, watched: _Watched, reference: _Watched) -> dict[str, Any]:
+def _table(recipe: str, source: Source, plan: _Plan, watched: _Watched, reference: _Watched) -> dict[str, Any]:
     """The scores of one recipe, ready for JSON."""
     said = watched.said
     by_mark = {str(mark): found for mark, found in watched.at.items()}
@@ -208,7 +207,8 @@ def _table(recipe: str, levels: int | None, plan: _Plan, watched: _Watched, refe
     }
     return {
         "recipe": recipe,
-        "levels": levels,
+        "levels": source.levels,
+        "weights": source.weights,
         "prompts": len(plan.prompts),
         "seeds": len(plan.seeds),
         "at": {mark: _shares(score) for mark, score in following.items()},
