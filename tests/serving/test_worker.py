@@ -4,6 +4,7 @@ import threading
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
@@ -154,16 +155,31 @@ def test_more_than_the_device_can_make_are_told_to_come_back():
     engine = FakeEngine(block_seconds=0.3)  # two fit 0.9 of 0.75 s, three do not
     worker = Worker(engine, clock=engine.clock)
     worker.warm_up("a ball")
+    assert worker.step()
     assert worker.device_share == pytest.approx(0.4)
     opened(worker), opened(worker, pictures=64)
     with pytest.raises(Busy, match="busy, try in 4 s"):
         worker.open("a ball")
 
 
+def test_all_of_torchs_threads_are_the_devices_alone():
+    engine, here, there = FakeEngine(), torch.get_num_threads(), []
+    worker = Worker(engine, clock=engine.clock, threads=here + 1)
+    opening, engine.stream = engine.stream, lambda *words, **options: (
+        there.append(torch.get_num_threads()) or opening(*words, **options)
+    )  # fmt: skip
+    worker.start()
+    worker.warm_up("a ball").result(timeout=10)
+    worker.stop()
+    assert there == [here + 1] and torch.get_num_threads() == here
+    torch.set_num_threads(here)  # for threads that are yet to come
+
+
 def test_even_a_device_slower_than_real_time_serves_one():
     engine = FakeEngine(block_seconds=2.0)
     worker = Worker(engine, clock=engine.clock)
     worker.warm_up("a ball")
+    assert worker.step()
     opened(worker)
     with pytest.raises(Busy):
         worker.open("a ball")

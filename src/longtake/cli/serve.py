@@ -47,6 +47,8 @@ def serve(
     if find_spec("fastapi") is None or find_spec("uvicorn") is None:
         raise ValueError("serving needs more than is installed: pip install 'longtake[serve]'")
 
+    import torch
+
     from longtake.models.hub import registry
     from longtake.serving.access import Access, require_host
     from longtake.serving.app import Served, create_app
@@ -60,6 +62,10 @@ def serve(
         raise ValueError(f"a server has 1 session or more, got {sessions}")
     origins = tuple(map(require_host, origin))
     with listen(host, port) as listening, closing(Store(keep)) as store:
+        threads = torch.get_num_threads()
+        # They are the device's thread's alone. Two threads with a team each are more than there are cores, and then
+        # OpenMP's libgomp sends both teams to sleep at every turn: blocks took nearly twice as long.
+        torch.set_num_threads(1)
         engine = load_engine(model, recipe, levels, device, dtype, codec)
         known = registry().get(model)
         served = Served(
@@ -71,7 +77,7 @@ def serve(
         access = Access(key=key, origins=origins, loopback=is_loopback(host))
         where = listening.getsockname()
         print(f"http://{f'[{where[0]}]' if ':' in where[0] else where[0]}:{where[1]}", flush=True)
-        run(create_app(Worker(engine, Limits(sessions=sessions)), access, served, store), listening)
+        run(create_app(Worker(engine, Limits(sessions=sessions), threads=threads), access, served, store), listening)
     return 0
 
 

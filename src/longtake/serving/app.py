@@ -89,12 +89,12 @@ class House:
 
     async def _warm_up(self) -> None:
         try:
-            await asyncio.to_thread(self.worker.warm_up, self.first_words)
+            self.worker.start()
+            await asyncio.wrap_future(self.worker.warm_up(self.first_words))
         except Exception:
             self.trouble = "the model failed when it was warmed up: see the server's log"
             log.exception(self.trouble)
             return
-        self.worker.start()
         self.ready = True
         log.info("ready")
 

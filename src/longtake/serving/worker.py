@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple, TypeVar
 from uuid import uuid4
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from longtake.generation.recording import Line
@@ -125,13 +126,19 @@ class Worker:
 
     Each is made at most `limits.ahead` seconds beyond what its viewer has played, and then rests; pictures made and not
     handed out are dropped when the words change. Methods are safe to call from any thread; those that need the device
-    return futures, which are done between two blocks. clock: seconds, for tests.
+    return futures, which are done between two blocks. threads: that torch works with on the device's thread; unless
+    given, as many as ever. clock: seconds, for tests.
 
     Raises: ValueError if `ahead` is shorter than two blocks or not longer than `lead`.
     """
 
     def __init__(
-        self, engine: Engine, limits: Limits | None = None, *, clock: Callable[[], float] = time.monotonic
+        self,
+        engine: Engine,
+        limits: Limits | None = None,
+        *,
+        threads: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.engine = engine
         self.limits = limits or Limits()
@@ -145,6 +152,7 @@ class Worker:
                 f"a stream is made at least two blocks ahead, {2 * self.block_seconds:g} s, and no less than the "
                 f"{self.limits.lead:g} s that a viewer holds: got {self.limits.ahead:g} s"
             )
+        self._threads = threads
         self._sessions: dict[str, Session] = {}
         self._commands: deque[Callable[[], None]] = deque()
         self._commanded = False
@@ -274,8 +282,12 @@ class Worker:
 
     # The device
 
-    def warm_up(self, prompt: str, blocks: int = 3) -> None:
+    def warm_up(self, prompt: str, blocks: int = 3) -> "Future[None]":
         """Make a few blocks for nobody, so that the first viewer does not pay for the start; this measures speed."""
+        with self._lock:
+            return self._command(lambda: self._warm_up(prompt, blocks))
+
+    def _warm_up(self, prompt: str, blocks: int) -> None:
         with self.engine.stream(prompt, seed=0) as stream:
             for number in range(blocks):
                 chunk = next(stream)
@@ -298,6 +310,8 @@ class Worker:
             pass
 
     def _run(self) -> None:
+        if self._threads:
+            torch.set_num_threads(self._threads)  # what another thread has set does not hold for this one
         while not self._stopping:
             if not self.step():
                 with self._lock:
