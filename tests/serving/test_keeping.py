@@ -168,6 +168,25 @@ def test_a_recording_says_when_words_changed(clock, store, tmp_path):
     assert [path.name for path in store.folder.iterdir()] == [kept.path.name]
 
 
+def test_on_a_full_disk_what_was_recorded_is_kept(clock, store, monkeypatch):
+    def full(source, target, comment):
+        target.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("longtake.serving.recorder.copy_with_comment", full)
+    made = tiny.engine()
+    worker = Worker(made, clock=clock)
+    session = opened(worker)
+    worker.remember(session)
+    recorder = Recorder(store, made)
+    pieces = watch(worker, clock, [session], 2)[session]
+    for piece in pieces:
+        recorder.write(piece)
+    kept = recorder.finish(worker.lines(session))
+    assert kept is not None and count_frames(kept.path) == sum(len(piece.frames) for piece in pieces)
+    assert [path.name for path in store.folder.iterdir()] == [kept.path.name]
+
+
 def test_a_recording_of_nothing_leaves_nothing(store):
     assert Recorder(store, tiny.engine()).finish({}) is None
     assert not list(store.folder.iterdir()) and not store.kept("mp4")

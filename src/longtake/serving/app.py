@@ -257,7 +257,10 @@ def _kept_files(house: House) -> APIRouter:
     def run(name: str) -> Response:
         """What a recording was made of, as its mp4 says too: model, weights, recipe, seed, prompts with their times."""
         headers = {"Content-Disposition": 'attachment; filename="run.json"'}
-        return Response(read_comment(recording(name).path), media_type="application/json", headers=headers)
+        record = read_comment(recording(name).path)
+        if not record:
+            raise HTTPException(404, "this recording could not be finished, and says nothing of how it was made")
+        return Response(record, media_type="application/json", headers=headers)
 
     @router.delete("/v1/snapshots/{name}")
     async def remove_snapshot(name: str) -> dict[str, Any]:

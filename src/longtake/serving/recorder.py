@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from contextlib import ExitStack
 from json import dumps
+from logging import getLogger
 from threading import Lock
 
 from longtake.generation.recording import Line, Notes
@@ -10,6 +11,8 @@ from longtake.generation.stream import Engine
 from longtake.media.mp4 import Mp4Writer, copy_with_comment, part_of
 from longtake.serving.store import Full, Kept, Store
 from longtake.serving.worker import Piece
+
+log = getLogger(__name__)
 
 MOST_SPANS = 500
 """Of pictures in a row: rewinds, and changes that dropped pictures, part them."""
@@ -51,13 +54,20 @@ class Recorder:
                 self.full = True
 
     def finish(self, lines: Mapping[int, Line]) -> Kept | None:
-        """The whole file, None without a picture. lines: all that the pieces named."""
+        """The whole file, None without a picture. lines: all that the pieces named.
+
+        On a full disk what was written is kept, without a record: it plays, but cannot be made again.
+        """
         beside = self._whole.with_name(self._whole.name + ".part")
         with self._lock, self._open as ending:
             self._over = True
             ending.callback(beside.unlink, missing_ok=True)
             if self.notes.pictures:
-                self._writer.close()
-                copy_with_comment(self._raw, beside, dumps(self.notes.record(self._engine, lines)))
-                beside.replace(self._whole)
+                try:
+                    self._writer.close()
+                    copy_with_comment(self._raw, beside, dumps(self.notes.record(self._engine, lines)))
+                    beside.replace(self._whole)
+                except OSError:
+                    log.exception("a recording could not be finished: what was written is kept")
+                    self._raw.replace(self._whole)
         return self._store.find(self.name, "mp4")
