@@ -222,7 +222,7 @@ class Worker:
         """What the stream was told, by the lines that pieces name, since `remember`; from now on no more is noted."""
         with self._lock:
             noted, session._lines = session._lines or {}, None
-            return noted | {session._line: _line_of(session)}
+            return {session._line: _line_of(session)} | noted  # the current one is noted while it is being left
 
     def pause(self, session: Session) -> None:
         """Hand out and make nothing until `resume`."""
@@ -444,11 +444,11 @@ class Worker:
     def _rewind(self, session: Session, take: Take, name: str) -> Place:
         stream = _open_stream(session)
         take.require_fit(self.engine)
-        left = _line_of(session)
+        with self._lock:  # before its history is another's, lest `lines` tells that
+            if session._lines is not None:
+                session._lines[session._line] = _line_of(session)
         take.rewind(stream)
         with self._lock:
-            if session._lines is not None:
-                session._lines[session._line] = left
             session._line += 1
             self._drop(session, name, 0)
             session.prompt, session.seed = stream.prompt, stream.seed
