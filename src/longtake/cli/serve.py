@@ -63,8 +63,8 @@ def serve(
     origins = tuple(map(require_host, origin))
     with listen(host, port) as listening, closing(Store(keep)) as store:
         threads = torch.get_num_threads()
-        # They are the device's thread's alone. Two threads with a team each are more than there are cores, and then
-        # OpenMP's libgomp sends both teams to sleep at every turn: blocks took nearly twice as long.
+        # They are the device's thread's alone. With a team in this thread too, blocks took nearly twice as long:
+        # more of OpenMP's threads than cores are likely to be sent to sleep at every turn.
         torch.set_num_threads(1)
         engine = load_engine(model, recipe, levels, device, dtype, codec)
         known = registry().get(model)
