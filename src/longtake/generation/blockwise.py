@@ -8,6 +8,7 @@ from torch import Tensor
 
 from longtake.flow import add_noise, clean_from_velocity
 from longtake.generation.noise import Noise
+from longtake.memory.rows import Memory
 from longtake.memory.stream_memory import StreamMemory
 from longtake.memory.view import MemoryView, View
 from longtake.models.wan import PromptKeys, WanTransformer
@@ -15,7 +16,7 @@ from longtake.models.wan import PromptKeys, WanTransformer
 
 def blockwise(
     network: WanTransformer,
-    memory: StreamMemory,
+    memory: Memory,
     prompts: Callable[[int], PromptKeys],
     noise: Noise,
     levels: Sequence[float],
@@ -53,7 +54,7 @@ def clean_estimate(
 
 
 def view_for(
-    network: WanTransformer, memory: StreamMemory, latents_BFCHW: Tensor, prompt: PromptKeys,
+    network: WanTransformer, memory: Memory, latents_BFCHW: Tensor, prompt: PromptKeys,
     prompt_BF: Tensor | None = None, *, commits: bool = False,
 ) -> MemoryView:  # fmt: skip
     """What the passes of the next frames under a prompt read of a memory, or what their commit does."""
@@ -62,7 +63,7 @@ def view_for(
 
 
 def commit(
-    network: WanTransformer, memory: StreamMemory, clean_BFCHW: Tensor, prompt: PromptKeys, view: View | None = None,
+    network: WanTransformer, memory: Memory, clean_BFCHW: Tensor, prompt: PromptKeys, view: View | None = None,
     prompt_BF: Tensor | None = None, *, again: bool = False,
 ) -> None:  # fmt: skip
     """Write a finished block into memory: one pass over it at level 0, with a graph only if the memory keeps graphs.
@@ -90,7 +91,7 @@ def redirect(network: WanTransformer, memory: StreamMemory, prompt: PromptKeys) 
 
 
 def recache(
-    network: WanTransformer, memory: StreamMemory, prompt: PromptKeys, prompt_BF: Tensor | None = None
+    network: WanTransformer, memory: Memory, prompt: PromptKeys, prompt_BF: Tensor | None = None
 ) -> None:  # fmt: skip
     """Commit the latest finished frames once more, under another prompt; for the forms of it see `policies.Recache`.
 

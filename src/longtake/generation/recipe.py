@@ -13,7 +13,8 @@ from longtake.generation.noise import Noise
 from longtake.generation.rolling import InFlight, rolling
 from longtake.memory.far import FarShape, Keep
 from longtake.memory.policies import PLAIN, Policy
-from longtake.memory.stream_memory import MemoryShape, StreamMemory
+from longtake.memory.rows import Memory
+from longtake.memory.stream_memory import MemoryShape
 from longtake.memory.view import Attend
 from longtake.memory.window import WindowShape
 from longtake.models.wan import PromptKeys, WanTransformer
@@ -29,7 +30,7 @@ class Schedule(Protocol):
     def __call__(
         self,
         network: WanTransformer,
-        memory: StreamMemory,
+        memory: Memory,
         prompts: Callable[[int], PromptKeys],
         noise: Noise,
         levels: Sequence[float],

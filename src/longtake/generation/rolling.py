@@ -15,7 +15,7 @@ from torch import Tensor
 from longtake.flow import add_noise, clean_from_velocity
 from longtake.generation.blockwise import commit
 from longtake.generation.noise import Noise
-from longtake.memory.stream_memory import StreamMemory
+from longtake.memory.rows import Memory
 from longtake.models.wan import PromptKeys, WanTransformer
 
 
@@ -47,7 +47,7 @@ class Call(NamedTuple):
 
 def rolling(
     network: WanTransformer,
-    memory: StreamMemory,
+    memory: Memory,
     prompts: Callable[[int], PromptKeys],
     noise: Noise,
     levels: Sequence[float],
@@ -73,7 +73,7 @@ def rolling(
 
 def calls(
     network: WanTransformer,
-    memory: StreamMemory,
+    memory: Memory,
     prompts: Callable[[int], PromptKeys],
     noise: Noise,
     levels: Sequence[float],
@@ -112,7 +112,7 @@ def calls(
 
 
 def _estimates(
-    network: WanTransformer, memory: StreamMemory, flight: Sequence[InFlight], levels: Sequence[float]
+    network: WanTransformer, memory: Memory, flight: Sequence[InFlight], levels: Sequence[float]
 ) -> tuple[Tensor, ...]:
     """What the network takes the clean blocks to be, [B, F, C, H, W] each, seen together and each at its level."""
     sizes = [one.noisy_BFCHW.shape[1] for one in flight]

@@ -7,7 +7,7 @@ import hashlib
 import random
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -22,6 +22,7 @@ from longtake.generation.blockwise import commit, redirect
 from longtake.generation.noise import SeededNoise
 from longtake.generation.recipe import Recipe
 from longtake.generation.rolling import InFlight
+from longtake.generation.together import Making, next_latents
 from longtake.memory.stream_memory import StreamMemory
 from longtake.models.codec import Codec, CodecState
 from longtake.models.wan import PromptKeys, WanTransformer
@@ -136,6 +137,11 @@ class Engine:
             "dtype": str(self.dtype).removeprefix("torch."),
         }
 
+    def wait(self) -> None:
+        """Until the device has done all that it was told to do."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
     def to(self, dtype: torch.dtype) -> None:
         """Compute in another precision from now on; streams already open do not go on."""
         self.network.to(dtype)
@@ -191,6 +197,14 @@ class Engine:
         pictures: uint8 [B, T, H, W, 3] to go on from, as for `stream`.
         """
         return StreamBatch(self, prompts, seeds, pictures)
+
+    def next_together(self, streams: Sequence["Stream"]) -> list[Chunk]:
+        """The next chunk of each of several streams of this engine, in one pass of the network and the codec.
+
+        They are what each makes alone, but for rounding; their timings are those of the pass. ValueError unless all
+        have the same `phase`. If it fails, streams whose block was not finished can go on alone, and others are closed.
+        """
+        return _next_together(self, streams)
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -260,11 +274,14 @@ class StreamBatch(_Closing):
         engine = self.engine
         self._memory: StreamMemory | None = memory
         self._in_flight = in_flight
+        self._noise = SeededNoise(
+            self.seeds, (engine.recipe.block, *engine.latent_size), engine.device, torch.float32
+        )  # fmt: skip
         self._latents: Iterator[Tensor] | None = engine.recipe.schedule_with(in_flight)(
             engine.network,
             memory,
             lambda block: self._prompt_keys,
-            SeededNoise(self.seeds, (engine.recipe.block, *engine.latent_size), engine.device, torch.float32),
+            self._noise,
             engine.recipe.levels(engine.shift),
         )
 
@@ -387,15 +404,28 @@ class StreamBatch(_Closing):
     def _next_pictures(self, latents: Iterator[Tensor]) -> Tensor:
         started = time.perf_counter()
         latents_BFCHW = next(latents)
-        self._wait()
+        self.engine.wait()
         made = time.perf_counter()
         pictures_BTHWC = self._decode(latents_BFCHW)
-        self._wait()
+        self.engine.wait()
         decoded = time.perf_counter()
-        self.timings = Timings(made - started, decoded - made, decoded - started)
-        self.blocks += 1
-        self.pictures += pictures_BTHWC.shape[1]
+        self._count(pictures_BTHWC.shape[1], Timings(made - started, decoded - made, decoded - started))
         return pictures_BTHWC
+
+    def _count(self, pictures: int, timings: Timings) -> None:
+        self.timings = timings
+        self.blocks += 1
+        self.pictures += pictures
+
+    def _making(self) -> Making:
+        if self._memory is None:
+            raise RuntimeError(_CLOSED)
+        return Making(self._memory, self._prompt_keys, self._in_flight, self._noise)
+
+    @property
+    def phase(self) -> Hashable:
+        """What streams of one engine have in common that can be made together. RuntimeError for closed ones."""
+        return self._making().phase(self.engine.recipe.block), self._codec_state is None
 
     @property
     def closed(self) -> bool:
@@ -411,10 +441,6 @@ class StreamBatch(_Closing):
     def _decode(self, latents_BFCHW: Tensor) -> Tensor:
         frames, self._codec_state = self.engine.codec.decode(latents_BFCHW.to(self.engine.dtype), self._codec_state)
         return to_uint8(frames)
-
-    def _wait(self) -> None:
-        if self.engine.device.type == "cuda":
-            torch.cuda.synchronize(self.engine.device)
 
 
 class Stream(_Closing):
@@ -468,6 +494,11 @@ class Stream(_Closing):
         """Whether it makes no more pictures, as it was closed or failed."""
         return self._batch.closed
 
+    @property
+    def phase(self) -> Hashable:
+        """What streams of one engine have in common that `Engine.next_together` takes. RuntimeError if it is closed."""
+        return self._batch.phase
+
     def redirect(
         self, prompt: str, *, far: float = FAR_AFTER_REDIRECT, in_flight: PromptInFlight = "own"
     ) -> None:  # fmt: skip
@@ -508,6 +539,44 @@ class Stream(_Closing):
     def close(self) -> None:
         """Let go of memory and codec state; a closed stream makes no more chunks."""
         self._batch.close()
+
+
+def _next_together(engine: Engine, streams: Sequence[Stream]) -> list[Chunk]:
+    if any(stream.engine is not engine for stream in streams) or len({stream.phase for stream in streams}) != 1:
+        raise ValueError("streams are made together if they are of one engine and in one phase")
+    batches = [stream._batch for stream in streams]
+    several = [batch._making() for batch in batches]
+    blocks = [one.memory.blocks for one in several]
+    started = time.perf_counter()
+    try:
+        latents_BFCHW = next_latents(engine.network, engine.recipe, engine.recipe.levels(engine.shift), several)
+        engine.wait()
+        made = time.perf_counter()
+        pictures_BTHWC = _decoded_together(engine, batches, latents_BFCHW)
+        frames_BTHWC: np.ndarray = pictures_BTHWC.cpu().numpy()
+    except BaseException:  # Ctrl-C too
+        for batch, one, before in zip(batches, several, blocks, strict=True):
+            if one.memory.blocks != before:
+                batch.close()
+        raise
+    decoded = time.perf_counter()
+    chunks = []
+    for batch, one, frames_THWC in zip(batches, several, frames_BTHWC, strict=True):
+        timings = Timings(made - started, decoded - made, decoded - started)
+        chunks.append(Chunk(frames_THWC.copy(), batch.blocks, batch.pictures / engine.frame_rate, timings))
+        batch._count(len(frames_THWC), timings)
+        batch._go_on_with(one.memory, one.in_flight)  # a schedule that rolls compares with its own last block
+    return chunks
+
+
+@torch.no_grad()
+def _decoded_together(engine: Engine, batches: Sequence[StreamBatch], latents_BFCHW: Tensor) -> Tensor:
+    states = [batch._codec_state for batch in batches]
+    joined = CodecState.joined([state for state in states if state is not None])
+    frames, after = engine.codec.decode(latents_BFCHW.to(engine.dtype), joined)
+    for batch, state in zip(batches, after.rows(), strict=True):
+        batch._codec_state = state
+    return to_uint8(frames)
 
 
 def to_uint8(frames_BFCHW: Tensor) -> Tensor:

@@ -148,6 +148,24 @@ class StreamMemory:
         """What one layer has summed up."""
         return self._far[layer]
 
+    def phase(self, count: int) -> tuple[object, ...]:
+        """What memories of one shape have in common that can be rows of one (`Rows`) for the next `count` frames.
+
+        How much each layer reads, and where those frames stand. Streams of any age are in one phase once their windows
+        are full, unless the policy counts positions without end.
+        """
+        policy, current = self.shape.policy, range(self.frames, self.frames + count)
+        held = [window.held.frames if window.held else () for window in self._windows]
+        read = [
+            policy.reads(frames, current, window.shape, self.shape.extent)
+            for frames, window in zip(held, self._windows, strict=True)
+        ]
+        banks = [len(bank.rows[0].frames) if bank.rows else 0 for bank in self._banks]
+        offered = self.blocks % self._banks[0].shape.every if self._banks else 0
+        clip = self.frames if policy.recache and policy.recache.each_clip else 0
+        sizes = tuple((len(frames), len(one.frames)) for frames, one in zip(held, read, strict=True))
+        return sizes, read[-1].places.current, self._jump, tuple(banks), offered, clip, len(self._latents)
+
     def view(
         self, grid: Grid, count: int, device: torch.device | str,
         projections: Sequence[Callable[[Tensor], Tensor]] = (), *, commits: bool = False, text: Sequence[Tensor] = (),

@@ -9,7 +9,7 @@ Shape letters: B batch, F frames, C channels, H W height and width.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -30,6 +30,17 @@ class CodecState(NamedTuple):
     def map(self, change: Callable[[Tensor], Tensor]) -> "CodecState":
         """The state with every tensor changed, e.g. `state.map(lambda t: t[:1])` for the first of a batch."""
         return CodecState(tuple(change(tensor) for tensor in self.tensors))
+
+    @classmethod
+    def joined(cls, states: "Sequence[CodecState]") -> "CodecState | None":
+        """The state of a batch whose rows are those of the given ones; None of none."""
+        return cls(tuple(map(torch.cat, zip(*(state.tensors for state in states), strict=True)))) if states else None
+
+    def rows(self) -> "list[CodecState]":
+        """The states whose `joined` this is, in their own storage."""
+        return [
+            CodecState(rows) for rows in zip(*(map(torch.clone, one.split(1)) for one in self.tensors), strict=True)
+        ]
 
     def to(self, target: torch.device | torch.dtype | str) -> "CodecState":
         """The state on another device or in another precision."""

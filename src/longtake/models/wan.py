@@ -20,8 +20,9 @@ from torch.nn import functional
 from longtake.attention.dense import dense
 from longtake.attention.rope import Grid, RotaryAxes, Rotation, rotate, split_like_wan
 from longtake.memory.far import FarShape, Keep
+from longtake.memory.rows import Memory
 from longtake.memory.span_memory import SpanShape, SpanView
-from longtake.memory.stream_memory import LayerKeys, MemoryShape, StreamMemory
+from longtake.memory.stream_memory import LayerKeys, MemoryShape
 from longtake.memory.view import ClipView, LayeredView, MemoryView, TeacherForcedView, Tokens, View, frame_mask
 from longtake.memory.window import WindowShape
 from longtake.models.features import Conversion, LearnedForm
@@ -82,10 +83,10 @@ class PromptKeys(NamedTuple):
         return [k_BPLND[:, 0].mean(1) for k_BPLND, _ in own.layers]
 
     @classmethod
-    def joined(cls, several: Sequence["PromptKeys"]) -> "PromptKeys":
-        """The prompts of all, in their order."""
+    def joined(cls, several: Sequence["PromptKeys"], dim: int = 1) -> "PromptKeys":
+        """The prompts of all, in their order, for one batch; along 0, those of several streams as rows of a batch."""
         layers = zip(*(one.layers for one in several), strict=True)
-        return cls([(torch.cat([k for k, _ in layer], 1), torch.cat([v for _, v in layer], 1)) for layer in layers])
+        return cls([(torch.cat([k for k, _ in layer], dim), torch.cat([v for _, v in layer], dim)) for layer in layers])
 
 
 class RMSNorm(nn.Module):
@@ -269,7 +270,7 @@ class WanTransformer(nn.Module):
         return SpanView(rotation, {i: SpanShape(span=conversion.span, grid=grid, far=far) for i, far in shapes})
 
     def memory_view(
-        self, memory: StreamMemory, latents_BFCHW: Tensor, *, commits: bool = False, text: Sequence[Tensor] = ()
+        self, memory: Memory, latents_BFCHW: Tensor, *, commits: bool = False, text: Sequence[Tensor] = ()
     ) -> MemoryView:
         """A view of a memory for the passes of its next frames, of the shape of these latents, or for their commit.
 
