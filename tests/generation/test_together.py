@@ -44,6 +44,7 @@ def in_groups(streams):
 
 def require_alike(stream, twin):
     one, other = stream.state(), twin.state()
+    assert one.pop("in_company") and not other.pop("in_company")
     assert one["history"] == other["history"] and one["blocks"] == other["blocks"]
     for mine, its in zip(tree_leaves(one), tree_leaves(other), strict=True):
         if isinstance(mine, torch.Tensor):

@@ -86,13 +86,16 @@ def _begun_again(engine: "Engine", script: "Script", record: dict[str, Any], ima
     from longtake.generation.take import retrace
 
     if "live" in record:
-        return Remade(engine, record)
+        remade = Remade(engine, record)
+        if any(line.get("in_company") for line in record["live"]["lines"]):
+            say("blocks of it were made together with other streams (see serve --exact): pictures may differ")
+        return remade
     if "take" not in record:
         given = None if image is None else opening(engine, image)
         return engine.stream(script.cues[0].shown, seed=record["seed"], pictures=given)
     try:
         blocks = int(record["take"]["blocks"])
-        history = [Told(**told | {"prompts": tuple(told["prompts"])}) for told in record["take"]["history"]]
+        history = list(map(Told.of, record["take"]["history"]))
         if not history or any(told.far is None for told in history[1:]):
             raise KeyError("history")
     except (KeyError, TypeError):

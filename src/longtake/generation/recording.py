@@ -16,10 +16,14 @@ from longtake.generation.take import tell
 
 @dataclass(frozen=True)
 class Line:
-    """A stream from its beginning: its seed, and all that it was told. A rewind begins another line."""
+    """A stream from its beginning: its seed, and all that it was told. A rewind begins another line.
+
+    in_company: whether blocks of it were made together with other streams: made again alone, it may differ in rounding.
+    """
 
     seed: int
     told: tuple[Told, ...]
+    in_company: bool = False
 
 
 class Span(NamedTuple):
@@ -56,7 +60,12 @@ class Notes:
         shown = sorted({span.line for span in self.spans})
         live = {
             "lines": [
-                {"seed": lines[number].seed, "told": [asdict(told) for told in lines[number].told]} for number in shown
+                {
+                    "seed": lines[number].seed,
+                    "told": [asdict(told) for told in lines[number].told],
+                    "in_company": lines[number].in_company,
+                }
+                for number in shown
             ],
             "spans": [list(span._replace(line=shown.index(span.line))) for span in self.spans],
         }
@@ -105,16 +114,12 @@ class Remade(Stream):
 
 def _noted(record: Mapping[str, Any]) -> tuple[Sequence[Line], Sequence[Span]]:
     try:
-        lines = [Line(int(line["seed"]), tuple(map(_told, line["told"]))) for line in record["live"]["lines"]]
+        lines = [Line(int(line["seed"]), tuple(map(Told.of, line["told"]))) for line in record["live"]["lines"]]
         spans = [Span(*map(int, span)) for span in record["live"]["spans"]]
         _require_whole(lines, spans)
     except (KeyError, TypeError, AttributeError):
         raise ValueError("what this recording says of itself cannot be read") from None
     return lines, spans
-
-
-def _told(told: Mapping[str, Any]) -> Told:
-    return Told(**dict(told) | {"prompts": tuple(told["prompts"])})
 
 
 def _require_whole(lines: Sequence[Line], spans: Sequence[Span]) -> None:

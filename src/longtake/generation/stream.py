@@ -30,6 +30,9 @@ from longtake.models.wan import PromptKeys, WanTransformer
 FAR_AFTER_REDIRECT = 1.0  # as it was, until a trained far state can be measured
 FAR_AFTER_CUT = 0.0  # a new shot owes nothing to the old one
 
+MOST_TOLD = 10_000
+"""Things that a stream was told, the latest, that its history keeps; without its beginning it cannot be retraced."""
+
 PromptInFlight = Literal["own", "new"]
 """Which prompt blocks in flight go on under after a redirect: the one that they began with, or the new one."""
 
@@ -77,6 +80,25 @@ class Told:
     picture: int
     far: float | None = None
     in_flight: PromptInFlight | None = None
+
+    @classmethod
+    def of(cls, plain: Mapping[str, Any]) -> Self:
+        """From its fields as JSON holds them. KeyError or TypeError for what cannot be read."""
+        return cls(**dict(plain) | {"prompts": tuple(plain["prompts"])})
+
+
+def begins(history: Sequence[Told], in_flight: int) -> list[tuple[int, tuple[str, ...]]]:
+    """From which block on streams are under which prompts, as they were told; what was told later holds.
+
+    in_flight: how many blocks are denoised together, of which all but the one to enter keep their prompt.
+    """
+    shot, found = history[0].block, []
+    for told in history:
+        if told.verb != "redirect":
+            shot = told.block
+        keep = told.in_flight == "own" and told.block > shot  # a shot that has no block yet has none in flight
+        found.append((told.block + (in_flight - 1 if keep else 0), told.prompts))
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,7 +268,8 @@ class StreamBatch(_Closing):
     """Endless videos made in step: an iterator of uint8 pictures [B, T, H, W, 3] on the engine's device.
 
     It never ends by itself; close it or leave its `with`. blocks, pictures: how many each video has so far, given ones
-    included. timings: of the last block. history: what they were told, from the beginning.
+    included. timings: of the last block. history: what they were told, from the beginning. in_company: whether any
+    block was made together with other streams, so that its bits may not be those of streams made alone.
     """
 
     def __init__(
@@ -259,6 +282,7 @@ class StreamBatch(_Closing):
         self.engine = engine
         self.seeds = list(seeds)
         self.blocks = self.pictures = 0
+        self.in_company = False
         self.timings: Timings | None = None
         self.prompts = list(prompts)
         self._prompt_keys = engine.prompt_keys(*prompts)
@@ -308,6 +332,7 @@ class StreamBatch(_Closing):
             "seeds": self.seeds,
             "blocks": self.blocks,
             "pictures": self.pictures,
+            "in_company": self.in_company,
             "history": [asdict(told) for told in self.history],
             "prompt_keys": [[list(layer) for layer in keys.layers] for keys in prompts],  # the first is the present one
             "in_flight": [
@@ -321,8 +346,9 @@ class StreamBatch(_Closing):
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state()`, on this device, whatever was made since; closed streams are open again."""
         self.seeds, self.blocks, self.pictures = list(state["seeds"]), state["blocks"], state["pictures"]
+        self.in_company = state.get("in_company", False)  # takes of earlier versions were all made alone
         self.timings = None
-        self.history = [Told(**(told | {"prompts": tuple(told["prompts"])})) for told in state["history"]]
+        self.history = list(map(Told.of, state["history"]))
         self.prompts = list(self.history[-1].prompts)
         prompts = [PromptKeys([(k, v) for k, v in layers]) for layers in state["prompt_keys"]]
         self._prompt_keys = prompts[0]
@@ -369,6 +395,7 @@ class StreamBatch(_Closing):
     def _note(self, verb: Literal["redirect", "cut"], far: float, in_flight: PromptInFlight | None = None) -> None:
         at = {"block": self.blocks, "picture": self.pictures}
         self.history.append(Told(verb=verb, prompts=tuple(self.prompts), far=far, in_flight=in_flight, **at))
+        del self.history[:-MOST_TOLD]
 
     def _go_on_under(self, prompts: Sequence[str], change: Callable[[StreamMemory, PromptKeys], None]) -> None:
         """Take other prompts and change the memory: neither if either is refused.
@@ -486,8 +513,23 @@ class Stream(_Closing):
 
     @property
     def history(self) -> tuple[Told, ...]:
-        """What the stream was told, from the beginning."""
+        """What the stream was told, from the beginning; of more than `MOST_TOLD` things, the latest."""
         return tuple(self._batch.history)
+
+    @property
+    def in_company(self) -> bool:
+        """Whether any block was made together with other streams, see `Engine.next_together`."""
+        return self._batch.in_company
+
+    @property
+    def since(self) -> int:
+        """The number of the first block under the present prompt; blocks in flight may come before it."""
+        return begins(self._batch.history, self.engine.recipe.in_flight)[-1][0]
+
+    def prompt_of(self, block: int) -> str:
+        """The prompt that a block of that number is under; the latest and those to come are known."""
+        told = begins(self._batch.history, self.engine.recipe.in_flight)
+        return next((prompts[0] for since, prompts in reversed(told) if since <= block), told[0][1][0])
 
     @property
     def closed(self) -> bool:
@@ -565,6 +607,7 @@ def _next_together(engine: Engine, streams: Sequence[Stream]) -> list[Chunk]:
         timings = Timings(made - started, decoded - made, decoded - started)
         chunks.append(Chunk(frames_THWC.copy(), batch.blocks, batch.pictures / engine.frame_rate, timings))
         batch._count(len(frames_THWC), timings)
+        batch.in_company = True
         batch._go_on_with(one.memory, one.in_flight)  # a schedule that rolls compares with its own last block
     return chunks
 

@@ -16,11 +16,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from longtake.generation.stream import Engine, Stream, Told
+from longtake.generation.stream import MOST_TOLD, Engine, Stream, Told
 
 _DESCRIPTION, _TENSOR = "longtake_take", "tensor"
 _FORM = 1  # of the file; another one is refused
 _NAMES = ("model", "codec")  # what only helps to find the weights again: their hashes decide
+
+
+class Unfit(ValueError):
+    """A take does not go on under an engine, as another one made it."""
 
 
 @dataclass(frozen=True)
@@ -78,14 +82,12 @@ class Take:
         stream.restore(self._on(stream.engine.device))
 
     def require_fit(self, engine: Engine) -> None:
-        """ValueError, with the first difference, unless a stream of this engine would go on bit for bit."""
+        """Unfit, with the first difference, unless a stream of this engine would go on bit for bit."""
         for key, here in made_with(engine).items():
             there = self.made_with.get(key)
             if key not in _NAMES and there != here:
                 name = key.replace("_", " ")
-                raise ValueError(
-                    f"this take does not go on here: it was made with {name} {there}, and here it is {here}"
-                )
+                raise Unfit(f"this take does not go on here: it was made with {name} {there}, and here it is {here}")
 
     def _on(self, device: torch.device) -> dict[str, Any]:
         """The state on a device. Streams write over none of its tensors, so several may go on from the same ones."""
@@ -95,7 +97,7 @@ class Take:
     @property
     def history(self) -> list[Told]:
         """What the stream was told, from the beginning."""
-        return [Told(**(told | {"prompts": tuple(told["prompts"])})) for told in self.state["history"]]
+        return list(map(Told.of, self.state["history"]))
 
     def info(self) -> dict[str, Any]:
         """What it is, as plain values: what it was made with, seed, place, prompts with their times, bytes by part."""
@@ -129,9 +131,11 @@ def resume(path: str | Path, engine: Engine) -> Stream:
 def retrace(engine: Engine, seed: int, history: Sequence[Told], blocks: int) -> Stream:
     """The stream that has made so many blocks, made again from its beginning: the slow truth of every take.
 
-    ValueError for one that began with given pictures, which no history holds.
+    ValueError for one that began with given pictures, which no history holds, and for one that was told too much.
     """
     first, *others = history
+    if first.verb != "begin":
+        raise ValueError(f"of what the stream was told the latest {MOST_TOLD} things are kept, but not its beginning")
     if first.picture:
         raise ValueError(f"the stream began with {first.picture} given pictures, which are not kept")
     stream = engine.stream(first.prompts[0], seed=seed)
