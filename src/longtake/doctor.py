@@ -15,7 +15,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    import torch
 
 State = Literal["ok", "note", "problem"]
 """A note is what longtake works without, or slower; a problem is what it does not work with."""
@@ -186,6 +189,16 @@ def _gpu(name: str) -> Finding:
         return Finding(part="device", name=name, state="problem", about=about, advice=advice)
     about = f"{torch.cuda.get_device_name(name)}, {_memory(whole, free)}"
     return Finding(part="device", name=name, about=about, numbers={"memory_bytes": whole, "free_bytes": free})
+
+
+def free_memory(device: "torch.device") -> int | None:
+    """Bytes that are free on a device, with what torch holds there and does not use; None where nobody tells."""
+    import torch
+
+    if device.type != "cuda":
+        return _host_memory()[1]
+    held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + held
 
 
 def _host_memory() -> tuple[int | None, int | None]:

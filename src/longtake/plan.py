@@ -11,6 +11,7 @@ encoder works with. Nothing here was measured on a GPU. On a CPU, tiny streams t
 within 2 %; Self Forcing's own code at 1.3B was measured at 7.5 GiB where this says 6.2 of ours (docs/checkpoints.md).
 """
 
+import copy
 import itertools
 import re
 import weakref
@@ -20,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from inspect import signature
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,7 @@ from longtake.models.codec import Codec, CodecState
 from longtake.models.features import Conversion
 from longtake.models.hub import registry
 from longtake.models.light_codec import LightCodec, LightCodecConfig
-from longtake.models.text import WordEncoder, WordEncoderConfig
+from longtake.models.text import WordEncoder, WordEncoderConfig, WordText
 from longtake.models.umt5 import LENGTH
 from longtake.models.wan import PromptKeys, WanConfig, WanTransformer
 from longtake.models.wan_vae import WanVAE, WanVAEConfig
@@ -51,6 +52,7 @@ from longtake.toy.scenes import HEIGHT, WIDTH
 NETWORKS = {"wan2.1-1.3b": WAN_1_3B, "wan2.1-14b": WAN_14B}
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 META = torch.device("meta")
+M = TypeVar("M", bound=nn.Module)
 MOST_SIDE = 4096  # pixels
 GIB = 2**30
 UMT5_XXL = {"words": 256384, "dim": 4096, "inner": 4096, "ffn": 10240, "layers": 24, "heads": 64, "buckets": 32}
@@ -176,6 +178,33 @@ def plan(
         "peak": max(totals.values()), "peak_at": max(totals, key=lambda moment: totals[moment]),
         "largest": {key: [list(one) for one in rows] for key, rows in working.largest.items()},
     }  # fmt: skip
+
+
+def bytes_of_stream(engine: Engine) -> tuple[int, int]:
+    """Of a stream of an engine: bytes that it keeps from block to block at most, and what its making takes on top.
+
+    Predicted, as by `plan`, for whatever weights there are; a new prompt is counted without its text encoder's work.
+    """
+    text = engine.text
+    rows = text.encoder.config.length if isinstance(text, WordText) else LENGTH
+    made = Stream(
+        network=_on_meta(engine.network), codec=_on_meta(engine.codec), text_bytes=0, text_rows=rows, text_leaves=False
+    )
+    with Fused():
+        working = streamed(made, replace(engine.recipe, near=dense), (engine.width, engine.height))
+    kept = sum(working.kept.values())
+    return kept, max(working.peaks.values()) - kept
+
+
+def _on_meta(module: M) -> M:
+    """A copy without numbers; nothing else is copied to make it."""
+    empty = {
+        id(one): nn.Parameter(torch.empty_like(one, device=META), requires_grad=False)
+        if isinstance(one, nn.Parameter)
+        else torch.empty_like(one, device=META)
+        for one in (*module.parameters(), *module.buffers())
+    }
+    return copy.deepcopy(module, empty)
 
 
 def take_sizes(model: str, recipe: str, *, dtype: str = "bfloat16") -> dict[str, int]:

@@ -21,7 +21,7 @@ class Clock:
 class FakeStream:
     def __init__(self, engine: "FakeEngine", prompt: str, seed: int) -> None:
         self.engine, self.prompt, self.seed, self.blocks = engine, prompt, seed, 0
-        self.closed = False
+        self.closed, self.in_company, self.prompts = False, False, [(0, prompt)]
         engine.open_streams.add(self)
 
     @property
@@ -37,13 +37,29 @@ class FakeStream:
     def restore(self, state) -> None:
         assert not self.closed
         self.prompt, self.blocks, (self.seed,) = state["words"], state["blocks"], state["seeds"]
+        self.prompts = [(self.blocks, self.prompt)]
 
     def redirect(self, prompt: str) -> None:
-        self.engine.refuse(prompt)
-        self.prompt = prompt
+        self._go_on(prompt, self.engine.recipe.in_flight - 1 if self.blocks else 0)
 
     def cut(self, prompt: str) -> None:
-        self.redirect(prompt)
+        self._go_on(prompt, 0)
+
+    def _go_on(self, prompt: str, older: int) -> None:
+        self.engine.refuse(prompt)
+        self.prompt = prompt
+        self.prompts = [*(one for one in self.prompts if one[0] <= self.blocks), (self.blocks + older, prompt)]
+
+    @property
+    def since(self) -> int:
+        return self.prompts[-1][0]
+
+    def prompt_of(self, block: int) -> str:
+        return [prompt for since, prompt in self.prompts if since <= block][-1]
+
+    @property
+    def phase(self) -> tuple:
+        return (min(self.blocks, 3),)
 
     def __enter__(self):
         return self
@@ -56,11 +72,12 @@ class FakeStream:
         if "explode" in self.prompt:
             raise RuntimeError("out of memory")
         self.engine.clock.now += self.engine.block_seconds
+        return self.chunk(self.engine.block_seconds)
+
+    def chunk(self, seconds: float) -> Chunk:
         count = BLOCK if self.blocks else BLOCK - 3
         frames = np.full((count, HEIGHT, WIDTH, 3), 40 * (len(self.prompt) % 6), np.uint8)
-        chunk = Chunk(
-            frames, self.blocks, max(0, BLOCK * self.blocks - 3) / RATE, Timings(0.1, 0.1, self.engine.block_seconds)
-        )
+        chunk = Chunk(frames, self.blocks, max(0, BLOCK * self.blocks - 3) / RATE, Timings(0.1, 0.1, seconds))
         self.engine.words[id(frames)] = self.prompt
         self.engine.kept.append(frames)
         self.blocks += 1
@@ -72,7 +89,10 @@ class FakeStream:
 
 
 class FakeEngine:
-    """Takes `block_seconds` of its clock for a block; refuses words with "xyzzy" in them."""
+    """Takes `block_seconds` of its clock for a block; refuses words with "xyzzy" in them.
+
+    gain: what share of the time one after the other a pass over several streams takes. passes: their sizes so far.
+    """
 
     frame_rate, height, width = RATE, HEIGHT, WIDTH
     model_name, codec_name = "fake", None
@@ -80,9 +100,12 @@ class FakeEngine:
     shift, latent_size, device = 1.0, (1, 1, 1), torch.device("cpu")
     circumstances = MappingProxyType({"dtype": "float32", "device": "cpu any"})
 
-    def __init__(self, clock: Clock | None = None, block_seconds: float = 0.2, in_flight: int = 1) -> None:
+    def __init__(
+        self, clock: Clock | None = None, block_seconds: float = 0.2, in_flight: int = 1, gain: float = 1.0
+    ) -> None:
         self.clock = clock or Clock()
-        self.block_seconds = block_seconds
+        self.block_seconds, self.gain = block_seconds, gain
+        self.passes: list[int] = []
         self.recipe = SimpleNamespace(
             in_flight=in_flight, name="fake_recipe", steps=(1,), sink=0, past=0, block=3, levels=lambda shift: [1.0]
         )
@@ -104,3 +127,14 @@ class FakeEngine:
     def stream(self, prompt: str, *, seed: int = 42) -> FakeStream:
         self.refuse(prompt)
         return FakeStream(self, prompt, seed)
+
+    def next_together(self, streams) -> list[Chunk]:
+        assert len({stream.phase for stream in streams}) == 1 and not any(stream.closed for stream in streams)
+        if any("explode" in stream.prompt for stream in streams):
+            raise RuntimeError("out of memory")
+        self.passes.append(len(streams))
+        seconds = self.block_seconds * len(streams) * self.gain
+        self.clock.now += seconds
+        for stream in streams:
+            stream.in_company = True
+        return [stream.chunk(seconds) for stream in streams]

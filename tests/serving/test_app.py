@@ -1,6 +1,7 @@
 import asyncio
 import io
 import json
+import logging
 import time
 
 import av
@@ -8,11 +9,13 @@ import pytest
 from fastapi.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
 
-from longtake.serving import realtime
+from longtake.serving import realtime, steering
 from longtake.serving.access import TOKEN_SECONDS, Access, require_host
+from longtake.serving.admission import Limits
 from longtake.serving.app import Served, create_app
 from longtake.serving.protocol import LARGEST_MESSAGE, LONGEST_PROMPT
-from longtake.serving.worker import Limits, Worker
+from longtake.serving.wire import Wire
+from longtake.serving.worker import Worker
 from tests.serving.fake import HEIGHT, RATE, WIDTH, FakeEngine
 
 SERVED = Served(licence="Apache-2.0", version="1", weights="f00d", examples=("a ball", "it snows"))
@@ -21,9 +24,9 @@ HERE = "http://localhost:8000"
 SOCKET = "ws://localhost:8000/v1/realtime/video"  # the test client would call it testserver
 
 
-def client(access=None, limits=QUICK, engine=None, store=None) -> TestClient:
+def client(access=None, limits=QUICK, engine=None, store=None, **options) -> TestClient:
     worker = Worker(engine or FakeEngine(block_seconds=0.01), limits)
-    return TestClient(create_app(worker, access or Access(), SERVED, store), base_url=HERE)
+    return TestClient(create_app(worker, access or Access(), SERVED, store, **options), base_url=HERE)
 
 
 @pytest.fixture
@@ -221,15 +224,14 @@ def test_one_who_leaves_in_the_middle_is_forgotten():
 def test_one_who_never_reads_is_let_go_and_others_go_on(monkeypatch):
     """Its socket takes nothing: sends hang for ever, as they do when a network buffer is full."""
     monkeypatch.setattr(realtime, "LAST_WORD_SECONDS", 0.2)
-    clogged = asyncio.Event()
+    send = Wire.send
 
-    class Clogged(realtime.Conversation):
-        async def _send_chunk(self, session, piece, data):
-            if session.prompt == "clogged":
-                await clogged.wait()
-            await super()._send_chunk(session, piece, data)
+    async def clogged(self, part, header):
+        if part.about["prompt"] == "clogged":
+            await asyncio.Event().wait()
+        await send(self, part, header)
 
-    monkeypatch.setattr("longtake.serving.app.Conversation", Clogged)
+    monkeypatch.setattr(Wire, "send", clogged)
     with client(limits=Limits(sessions=2, stall=4.0)) as house:
         wait_for(house)
         with house.websocket_connect(SOCKET) as stuck, house.websocket_connect(SOCKET) as other:
@@ -245,11 +247,11 @@ def test_only_so_many_changes_wait_to_be_seen(house):
         start(socket)
         socket.send_json({"type": "session.pause"})
         until(socket, "session.paused")
-        for number in range(realtime.MOST_UNSEEN + 1):
+        for number in range(steering.MOST_UNSEEN + 1):
             event = {"event_id": f"e{number}", "event": {"prompt": f"words {number}"}}
             socket.send_json({"type": "session.interaction", "interaction": event})
         refused, _ = until(socket, "error")
-        assert (refused["code"], refused["event_id"]) == ("interaction_failed", f"e{realtime.MOST_UNSEEN}")
+        assert (refused["code"], refused["event_id"]) == ("interaction_failed", f"e{steering.MOST_UNSEEN}")
 
 
 @pytest.mark.parametrize("host", ["[", ""])
@@ -286,6 +288,30 @@ def test_sessions_can_be_listed_and_ended_and_tell_no_prompts(house):
         assert house.delete(f"/v1/sessions/{session['id']}").json()["deleted"]
         assert until(socket, "session.done")[0]["stopped"]
     assert house.delete("/v1/sessions/nobody").status_code == 404
+
+
+@pytest.mark.parametrize("asked_for", [False, True])
+def test_prompts_are_logged_only_if_that_was_asked_for(asked_for, caplog):
+    caplog.set_level(logging.DEBUG)
+    with client(log_prompts=asked_for) as house:
+        wait_for(house)
+        with house.websocket_connect(SOCKET) as socket:
+            start(socket, "a secret\nball")
+            socket.send_json({"type": "session.interaction", "interaction": {"event": {"prompt": "secret snow"}}})
+            until_seen(socket)
+            socket.send_json({"type": "session.interaction", "interaction": {"event": {"prompt": "secret xyzzy"}}})
+            assert until(socket, "error")[0]["code"] == "interaction_failed"
+        wait_until_empty(house)
+        with house.websocket_connect(SOCKET) as socket:
+            start(socket, "a secret xyzzy")
+        with house.websocket_connect(SOCKET) as socket:
+            start(socket, "explode secretly")
+            until(socket, "error")
+    told = [record.getMessage() for record in caplog.records if "secret" in record.getMessage()]
+    names = {record.name for record in caplog.records if "secret" in record.getMessage() + (record.exc_text or "")}
+    assert names == ({"longtake.serving.prompts"} if asked_for else set())
+    said = ['begin "a secret\\nball"', 'redirect "secret snow"', 'begin "explode secretly"']
+    assert len(told) == (3 if asked_for else 0) and all(map(str.endswith, told, said))
 
 
 def test_the_names_of_the_numbers_hold(house):
@@ -380,12 +406,12 @@ def test_origins_are_known_as_browsers_write_them():
 
 def test_a_session_that_is_ended_while_it_opens_is_told_so_and_not_that_its_words_are_wrong(house, monkeypatch):
     worker = house.app.state.house.worker
-    opens = worker._open
+    opens = worker._begin
 
     def ended_first(session, take):
         worker.close(session)
         return opens(session, take)
 
-    monkeypatch.setattr(worker, "_open", ended_first)
+    monkeypatch.setattr(worker, "_begin", ended_first)
     with house.websocket_connect(SOCKET) as socket:
         assert start(socket)["code"] == "session_over"

@@ -11,11 +11,12 @@ from longtake.generation.take import Take
 from longtake.media.mp4 import Mp4Writer, count_frames, first_difference, read_record
 from longtake.recipes import recipe_named
 from longtake.serving.recorder import Recorder
+from longtake.serving.session import Over
 from longtake.serving.store import Full, Store
-from longtake.serving.worker import Over, Worker
+from longtake.serving.worker import Worker
 from tests import tiny
 from tests.serving.fake import Clock
-from tests.serving.watching import asked, idle, opened, watch
+from tests.serving.watching import asked, idle, opened, opening, watch
 
 SIZE = 1000
 
@@ -48,7 +49,7 @@ def test_a_rewound_stream_shows_the_same_again(clock):
     watch(worker, clock, [session], 2)
     idle(worker)
     take = asked(worker, worker.snapshot(session))
-    waiting = len(session._made)
+    waiting = len(session.made)
     first = watch(worker, clock, [session], 4)[session][waiting:]
     place = asked(worker, worker.rewind(session, take, "back"))
     second = watch(worker, clock, [session], 4)[session]
@@ -74,6 +75,23 @@ def test_a_fork_goes_on_as_its_origin_does_and_leaves_it_alone(clock):
     same(pieces[session], pieces[twin])
 
 
+def test_words_are_those_that_blocks_in_flight_were_begun_under(clock):
+    """Of a stream that rolls: after a rewind to a take that was made between new words and their first block too."""
+    worker = Worker(tiny.engine(tiny.rolling_recipe()), clock=clock)
+    session = opened(worker)
+    watch(worker, clock, [session], 3)
+    idle(worker)
+    asked(worker, worker.redirect(session, "a duck", "duck"))
+    take = asked(worker, worker.snapshot(session))
+    older = len(take.state["in_flight"])
+    assert older == 2
+    watch(worker, clock, [session], 5)
+    asked(worker, worker.rewind(session, take, "back"))
+    pieces = watch(worker, clock, [session], 5)[session]
+    assert [piece.words for piece in pieces[: older + 1]] == ["a ball"] * older + ["a duck"]
+    assert (pieces[0].number, pieces[0].events) == (take.state["blocks"], ("back",))
+
+
 def test_a_snapshot_of_another_model_is_refused_and_changes_nothing(clock):
     worker = Worker(tiny.engine(), clock=clock)
     session = opened(worker)
@@ -89,10 +107,10 @@ def test_a_snapshot_of_another_model_is_refused_and_changes_nothing(clock):
 
 def test_what_is_over_is_told_apart_from_what_is_wrong(clock):
     worker = Worker(tiny.engine(), clock=clock)
-    opening = worker.open("a ball")
+    waiting = opening(worker)
     worker.close(worker.sessions()[0])
     with pytest.raises(Over):
-        asked(worker, opening)
+        asked(worker, waiting)
     session = opened(worker)
     worker.close(session)
     with pytest.raises(Over):

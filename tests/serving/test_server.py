@@ -176,6 +176,8 @@ def test_signals_end_streams_with_whole_fragments(number):
         (["--port", "70000"], "0 to 65535"),
         (["--origin", "https://studio.example"], "without scheme"),
         (["--keep", "/dev/null/kept"], "/dev/null/kept"),
+        (["--keep-gib", "0"], "more than 0 GiB"),
+        (["--keep-gib", "nan"], "more than 0 GiB"),
     ],
 )
 def test_what_cannot_be_served_is_told_in_one_line(arguments, says, capsys, monkeypatch):

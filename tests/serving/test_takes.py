@@ -9,7 +9,7 @@ import pytest
 
 from longtake.generation.recording import Remade
 from longtake.generation.take import Take
-from longtake.serving import recorder
+from longtake.serving import realtime, recorder
 from longtake.serving.access import Access
 from longtake.serving.protocol import CAPABILITIES
 from longtake.serving.store import Store
@@ -122,6 +122,53 @@ def test_a_recording_is_whole_however_the_session_ends(house, ends):
         assert json.loads(container.metadata["comment"])["live"]["spans"]
 
 
+def test_a_recording_that_takes_long_to_finish_is_told_of_all_the_same(house, monkeypatch):
+    """The client takes all it is given: it is the server that is waited for."""
+    monkeypatch.setattr(realtime, "LAST_WORD_SECONDS", 0.1)
+    finish = recorder.Recorder.finish
+
+    def slowly(self, lines):
+        time.sleep(1.0)
+        return finish(self, lines)
+
+    monkeypatch.setattr(recorder.Recorder, "finish", slowly)
+    with house.websocket_connect(SOCKET) as socket:
+        start(socket)
+        name = tell(socket, "session.record", "session.record.started")["id"]
+        until(socket, "stats")
+        socket.send_json({"type": "session.stop"})
+        assert until(socket, "session.record.done")[0]["id"] == name
+        assert socket.receive_json()["type"] == "session.done"
+
+
+def test_without_room_no_snapshot_is_read(house, monkeypatch):
+    with house.websocket_connect(SOCKET) as one, house.websocket_connect(SOCKET) as two:
+        start(one), start(two)
+        kept = snapshot(one)
+        monkeypatch.setattr(Take, "load", lambda path: pytest.fail("a file was read for nobody"))
+        with house.websocket_connect(SOCKET) as third:
+            third.send_json({"type": "session.start", "resume_from": kept["id"]})
+            assert third.receive_json()["code"] == "busy"
+
+
+def test_a_snapshot_that_cannot_be_read_leaves_its_place_to_others(house):
+    for _ in range(3):
+        with house.websocket_connect(SOCKET) as socket:
+            socket.send_json({"type": "session.start", "resume_from": "0" * 32})
+            assert socket.receive_json()["code"] == "unknown_snapshot"
+    assert house.get("/v1/sessions").json()["data"] == []
+
+
+def test_without_room_in_the_store_nothing_is_copied_from_the_device(house, store, monkeypatch):
+    with house.websocket_connect(SOCKET) as socket:
+        start(socket)
+        until(socket, "stats")
+        store.most_bytes = 1000
+        monkeypatch.setattr(house.app.state.house.worker, "snapshot", lambda session: pytest.fail("it was copied"))
+        assert tell(socket, "session.snapshot", "error")["code"] == "store_full"
+        assert tell(socket, "session.ping", "session.pong") and not list(store.folder.iterdir())
+
+
 def test_a_full_store_refuses_and_a_full_recording_ends_whole(house, store):
     with house.websocket_connect(SOCKET) as socket:
         start(socket)
@@ -196,6 +243,10 @@ def test_snapshots_outlive_the_server_where_that_was_promised(tmp_path):
             socket.send_json({"type": "session.start", "resume_from": kept["id"]})
             refused = socket.receive_json()
             assert refused["code"] == "unfit_snapshot" and "weights" in refused["message"]
+        with house.websocket_connect(SOCKET) as socket:
+            assert start(socket, "a cat", resume_from=kept["id"])["code"] == "unfit_snapshot"
+        with house.websocket_connect(SOCKET) as socket:
+            assert start(socket, " ")["code"] == "invalid_prompt"
 
 
 def test_what_is_kept_needs_the_key():

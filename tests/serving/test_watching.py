@@ -7,9 +7,9 @@ import av
 import pytest
 
 from longtake.media.fragments import FragmentWriter
-from longtake.serving import realtime
+from longtake.serving import watching
+from longtake.serving.admission import Limits
 from longtake.serving.broadcast import MOST_VIEWERS, Broadcast, Part
-from longtake.serving.worker import Limits
 from tests.serving.fake import FakeEngine
 from tests.serving.test_app import SOCKET, client, start, until, wait_for, wait_until_empty
 
@@ -85,25 +85,22 @@ def test_viewers_come_and_go_and_the_stream_does_not_notice(house):
 
 
 def test_a_viewer_who_takes_nothing_is_let_go_and_holds_up_nobody(house, monkeypatch):
-    monkeypatch.setattr(realtime, "LAST_WORD_SECONDS", 0.2)
+    monkeypatch.setattr(watching, "LAST_WORD_SECONDS", 0.2)
     monkeypatch.setattr("longtake.serving.broadcast._MOST_WAITING", 1)
-    clogged = realtime.Conversation._send_part
 
-    async def never(self, part):
-        if self.watching:
-            await asyncio.Event().wait()
-        await clogged(self, part)
+    async def never(wire, broadcast, viewer):
+        await asyncio.Event().wait()
 
-    monkeypatch.setattr(realtime.Conversation, "_send_part", never)
+    monkeypatch.setattr(watching, "show", never)
     with house.websocket_connect(SOCKET) as owner, house.websocket_connect(SOCKET) as silent:
         session = start(owner, num_frames=80)["request_id"]
-        watch(silent, session)
+        silent.send_json({"type": "session.watch", "session": session})
         assert until(silent, "error")[0]["code"] == "stalled"
         assert not until(owner, "session.done")[0]["stopped"]
 
 
 def test_there_is_a_most_of_viewers(house, monkeypatch):
-    monkeypatch.setattr(realtime, "MOST_VIEWERS", 1)
+    monkeypatch.setattr(watching, "MOST_VIEWERS", 1)
     with house.websocket_connect(SOCKET) as owner, house.websocket_connect(SOCKET) as one:
         session = start(owner)["request_id"]
         watch(one, session)

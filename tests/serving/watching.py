@@ -7,8 +7,12 @@ def asked(worker, future):
     return future.result()
 
 
-def opened(worker, prompt="a ball", **options):
-    return asked(worker, worker.open(prompt, **options))
+def opening(worker, prompt="a ball", take=None, **options):
+    return worker.begin(worker.admit(prompt, **options), take)
+
+
+def opened(worker, prompt="a ball", take=None, **options):
+    return asked(worker, opening(worker, prompt, take, **options))
 
 
 def idle(worker):

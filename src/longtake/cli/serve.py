@@ -26,7 +26,10 @@ def serve(
     api_key: Annotated[str | None, arg(metavar="KEY")] = None,
     insecure: bool = False,
     origin: Annotated[tuple[str, ...], arg(metavar="HOST")] = (),
+    exact: bool = False,
     keep: Annotated[Path | None, arg(metavar="DIR")] = None,
+    keep_gib: float = 4.0,
+    log_prompts: bool = False,
     device: Device = None,
     dtype: Precision = "auto",
 ) -> int:
@@ -38,30 +41,41 @@ def serve(
         model: The weights that make the streams; `longtake models` lists them.
         recipe: The method that makes them.
         codec: What makes pictures of a Wan model's latents in place of its VAE.
-        sessions: Streams at most; fewer are taken where the device is too slow for so many.
+        sessions: Streams at most; fewer are taken where the device is too slow or too small for so many.
         api_key: What clients must send; better set as LONGTAKE_API_KEY, since others can see command lines.
         insecure: Listen for others without a key.
         origin: Hosts whose pages may use this server, such as the name of a proxy in front of it.
+        exact: Make no blocks of several streams in one pass, which changes their bits: then every recording is made
+            again to the bit.
         keep: Where snapshots and recordings are kept, to outlive the server; unless given, they go with it.
+        keep_gib: GiB that snapshots and recordings take together at most.
+        log_prompts: Write prompts to stderr as they are taken; else they are logged nowhere.
     """
     if find_spec("fastapi") is None or find_spec("uvicorn") is None:
         raise ValueError("serving needs more than is installed: pip install 'longtake[serve]'")
 
     import torch
 
+    from longtake.doctor import free_memory
     from longtake.models.hub import registry
+    from longtake.plan import bytes_of_stream
     from longtake.serving.access import Access, require_host
+    from longtake.serving.admission import Limits, Memory
     from longtake.serving.app import Served, create_app
     from longtake.serving.server import is_loopback, listen, require_safe, run
     from longtake.serving.store import Store
-    from longtake.serving.worker import Limits, Worker
+    from longtake.serving.worker import Worker
 
     key = api_key or os.environ.get("LONGTAKE_API_KEY") or None
     require_safe(host, key, insecure)
     if sessions < 1:
         raise ValueError(f"a server has 1 session or more, got {sessions}")
+    if not keep_gib > 0:
+        raise ValueError(f"what is kept takes more than 0 GiB, got {keep_gib:g}")
     origins = tuple(map(require_host, origin))
-    with listen(host, port) as listening, closing(Store(keep)) as store:
+    if log_prompts:
+        _to_stderr("longtake.serving.prompts")
+    with listen(host, port) as listening, closing(Store(keep, most_bytes=int(keep_gib * 2**30))) as store:
         threads = torch.get_num_threads()
         # They are the device's thread's alone. With a team in this thread too, blocks took nearly twice as long:
         # more of OpenMP's threads than cores are likely to be sent to sleep at every turn.
@@ -77,8 +91,21 @@ def serve(
         access = Access(key=key, origins=origins, loopback=is_loopback(host))
         where = listening.getsockname()
         print(f"http://{f'[{where[0]}]' if ':' in where[0] else where[0]}:{where[1]}", flush=True)
-        run(create_app(Worker(engine, Limits(sessions=sessions), threads=threads), access, served, store), listening)
+        stream, work = bytes_of_stream(engine)
+        free = free_memory(engine.device)
+        memory = None if free is None else Memory(stream=stream, work=work, free=free)
+        worker = Worker(engine, Limits(sessions=sessions), memory=memory, exact=exact, threads=threads)
+        run(create_app(worker, access, served, store, log_prompts=log_prompts), listening)
     return 0
+
+
+def _to_stderr(name: str) -> None:
+    """What is logged under that name, as it is."""
+    import logging
+
+    logger = logging.getLogger(name)
+    logger.setLevel(logging.INFO)
+    logger.addHandler(logging.StreamHandler())
 
 
 def _words_to_try(engine: "Engine") -> tuple[str, ...]:

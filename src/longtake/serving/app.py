@@ -3,6 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from html import escape
@@ -17,15 +18,16 @@ from starlette.middleware.base import RequestResponseEndpoint
 from longtake.generation.stream import Engine
 from longtake.media.mp4 import read_comment
 from longtake.serving.access import TOKEN_SECONDS, Access
-from longtake.serving.broadcast import Broadcast, Viewer
+from longtake.serving.broadcast import Viewer
 from longtake.serving.metrics import Metrics
 from longtake.serving.protocol import CAPABILITIES, LONGEST_PROMPT, MESSAGES
-from longtake.serving.realtime import Conversation
+from longtake.serving.realtime import Behind, Conversation
 from longtake.serving.store import Kept, Store
 from longtake.serving.worker import Worker
 
 log = logging.getLogger(__name__)
 
+_FILE_THREADS = 4
 _STATIC = resources.files("longtake.serving") / "static"
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; media-src blob:; img-src 'self' data:; frame-ancestors 'none'",
@@ -47,7 +49,9 @@ class Served:
 class House:
     """One server: a worker, who may come in, what is kept for them, and the conversations that go on."""
 
-    def __init__(self, worker: Worker, access: Access, served: Served, store: Store) -> None:
+    def __init__(
+        self, worker: Worker, access: Access, served: Served, store: Store, *, log_prompts: bool = False
+    ) -> None:  # fmt: skip
         self.worker, self.access, self.store = worker, access, store
         engine: Engine = worker.engine
         self.model = {
@@ -74,7 +78,14 @@ class House:
         self.first_words = served.examples[0]
         self.ready = self.leaving = False
         self.trouble = ""
-        self._on_air: dict[str, Broadcast] = {}
+        self._behind = Behind(
+            worker=worker,
+            store=store,
+            files=ThreadPoolExecutor(_FILE_THREADS, thread_name_prefix="longtake-files"),
+            metrics=self.metrics,
+            config={"model": self.model["id"]} | {key: self.model[key] for key in ("recipe", "width", "height", "fps")},
+            log_prompts=log_prompts,
+        )
         self._here: dict[asyncio.Task[None], Conversation] = {}
 
     @asynccontextmanager
@@ -85,6 +96,7 @@ class House:
         await self.leave()
         await asyncio.gather(warming, return_exceptions=True)
         await asyncio.to_thread(self.worker.stop)
+        await asyncio.to_thread(self._behind.files.shutdown)
         self.store.close()
 
     async def _warm_up(self) -> None:
@@ -109,28 +121,28 @@ class House:
 
     def viewers(self, session: str) -> Collection[Viewer]:
         """Who watches a session beside its owner."""
-        broadcast = self._on_air.get(session)
+        broadcast = self._behind.on_air.get(session)
         return broadcast.viewers if broadcast else ()
 
     async def talk(self, socket: WebSocket) -> None:
         task = asyncio.current_task()
         assert task is not None
-        config = {"model": self.model["id"], **{key: self.model[key] for key in ("recipe", "width", "height", "fps")}}
-        self._here[task] = conversation = Conversation(
-            socket, self.worker, self.store, self.metrics, self._on_air, config
-        )
+        self._here[task] = conversation = Conversation(socket, self._behind)
         try:
             await conversation.run()
         finally:
             del self._here[task]
 
 
-def create_app(worker: Worker, access: Access, served: Served, store: Store | None = None) -> FastAPI:
+def create_app(
+    worker: Worker, access: Access, served: Served, store: Store | None = None, *, log_prompts: bool = False
+) -> FastAPI:
     """The application around a worker that has not been started: it warms up, starts and stops with the app.
 
-    store: for snapshots and recordings, closed with the app; unless given, one that goes with it.
+    store: for snapshots and recordings, closed with the app; unless given, one that goes with it. log_prompts: whether
+    prompts are logged, to `longtake.serving.prompts`; else they are logged nowhere.
     """
-    house = House(worker, access, served, store or Store())
+    house = House(worker, access, served, store or Store(), log_prompts=log_prompts)
     app = FastAPI(title="longtake", version=served.version, lifespan=house.open, docs_url=None, redoc_url=None)
     app.state.house = house
 

@@ -9,13 +9,13 @@ from threading import Lock
 from longtake.generation.recording import Line, Notes
 from longtake.generation.stream import Engine
 from longtake.media.mp4 import Mp4Writer, copy_with_comment, part_of
+from longtake.serving.session import Piece
 from longtake.serving.store import Full, Kept, Store
-from longtake.serving.worker import Piece
 
 log = getLogger(__name__)
 
 MOST_SPANS = 500
-"""Of pictures in a row: rewinds, and changes that dropped pictures, part them."""
+"""Of pictures in a row, which rewinds, and changes that dropped pictures, part; and of words in a row."""
 
 
 class Recorder:
@@ -47,7 +47,7 @@ class Recorder:
             self._writer.write(piece.frames)
             begin = round(piece.start_seconds * self._engine.frame_rate)
             self.notes.show(piece.line, begin, len(piece.frames), piece.words)
-            self.full = len(self.notes.spans) >= MOST_SPANS
+            self.full = max(len(self.notes.spans), len(self.notes.words)) >= MOST_SPANS
             try:
                 self._store.grow(self.name, 2 * part_of(self._raw).stat().st_size)  # at its end it is copied once
             except Full:

@@ -1,0 +1,119 @@
+"""What one session keeps: snapshots, and a recording of what it is sent. Files are written by threads of their own."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Any, TypeVar
+
+from longtake.generation.take import Take
+from longtake.serving.protocol import Refused
+from longtake.serving.recorder import Recorder
+from longtake.serving.session import Over, Piece, Session
+from longtake.serving.store import Full, Kept, Store
+from longtake.serving.worker import Worker
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+class Keeping:
+    """Of one session at a time.
+
+    files: threads that read and write files, apart from those that code video: a slow disk makes no viewer wait.
+    """
+
+    def __init__(self, worker: Worker, store: Store, files: Executor) -> None:
+        self._worker, self._store, self._files = worker, store, files
+        self._recorder: Recorder | None = None
+        self._finishing: asyncio.Future[Kept | None] | None = None
+
+    def _in_files(self, act: Callable[..., T], *given: object) -> "asyncio.Future[T]":
+        return asyncio.get_running_loop().run_in_executor(self._files, act, *given)
+
+    async def take(self, name: str, event: str | None = None) -> Take:
+        """The snapshot of that name. Refused if there is none, or it cannot be read."""
+        kept = self._store.find(name, "take")
+        try:
+            if kept is not None:
+                return await self._in_files(Take.load, kept.path)
+        except FileNotFoundError:  # removed just now
+            pass
+        except ValueError as error:
+            raise Refused("unfit_snapshot", f"the snapshot cannot be read: {error}", event) from None
+        raise Refused("unknown_snapshot", "there is no such snapshot", event)
+
+    async def snapshot(self, session: Session, event: str | None) -> dict[str, Any]:
+        """Keep the stream as it stands; what is to be said of it. There is room for it before it is copied."""
+        try:
+            size = await asyncio.wrap_future(self._worker.take_bytes(session))
+            with self._store.new("take", size) as name:
+                take = await asyncio.wrap_future(self._worker.snapshot(session))
+                await self._in_files(take.save, self._store.place(name, "take"))
+        except Over as error:
+            raise Refused("session_over", str(error), event) from None
+        except Full as full:
+            raise Refused("store_full", str(full), event) from None
+        except OSError:
+            log.exception("a snapshot could not be written")
+            raise Refused("snapshot_failed", "the server could not write it: see its log", event) from None
+        kept = self._store.find(name, "take")
+        assert kept is not None
+        seconds = take.state["pictures"] / self._worker.engine.frame_rate
+        told = {"type": "session.snapshot.done", "request_id": session.id, "id": kept.name, "event_id": event}
+        return told | {"start_seconds": seconds, "byte_length": kept.bytes, "lasts": self._store.lasts}
+
+    async def record(self, session: Session) -> dict[str, Any]:
+        """Record what is sent from now on; what is to be said of it."""
+        if self._recorder is not None:
+            raise Refused("already_recording", "a recording is going on")
+        try:
+            recorder = await self._in_files(Recorder, self._store, self._worker.engine)
+        except Full as full:
+            raise Refused("store_full", str(full)) from None
+        except OSError:
+            log.exception("a recording could not be written")
+            raise Refused("record_failed", "the server could not write it: see its log") from None
+        self._worker.remember(session)
+        self._recorder = recorder
+        told = {"id": recorder.name, "lasts": self._store.lasts}
+        return {"type": "session.record.started", "request_id": session.id, **told}
+
+    @property
+    def recorder(self) -> Recorder | None:
+        """Of the recording that goes on."""
+        return self._recorder
+
+    async def add(self, piece: Piece, recorder: Recorder, session: Session) -> dict[str, Any] | None:
+        """Record a piece; what is to be said if the recording ended with it, for want of room."""
+        try:
+            await self._in_files(recorder.write, piece)
+        except OSError:
+            log.exception("a recording could not be written")
+            recorder.full = True
+        return await self.finish(session) if recorder.full and self._recorder is recorder else None
+
+    async def finish(self, session: Session) -> dict[str, Any] | None:
+        """End the recording; what is to be said of it, None where there is none."""
+        recorder, self._recorder = self._recorder, None
+        if recorder is None:
+            return None
+        done = {"type": "session.record.done", "request_id": session.id, "id": None, "full": recorder.full}
+        self._finishing = self._in_files(recorder.finish, self._worker.lines(session))
+        try:
+            kept = await asyncio.shield(self._finishing)  # to its end, whatever ends this conversation
+        except OSError:
+            log.exception("a recording could not be finished")
+            return done
+        if kept is None:
+            return done
+        seconds = recorder.notes.pictures / self._worker.engine.frame_rate
+        return done | {"id": kept.name, "seconds": seconds, "byte_length": kept.bytes}
+
+    async def finished(self) -> bool:
+        """Wait for a recording that is being finished; whether there was one."""
+        if self._finishing is None or self._finishing.done():
+            return False
+        await asyncio.wait([self._finishing])
+        return True

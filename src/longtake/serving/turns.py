@@ -1,0 +1,58 @@
+"""Of how many streams the next blocks are made in one pass: where that pays, and makes nobody wait the longer."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+from longtake.generation.stream import Engine
+
+PAYS = 0.9
+"""Of the time that blocks take one after the other: a pass over several has to take less. It delays the first of them,
+and what is made so is made again by nobody to the bit."""
+
+
+def how_many(dry_at: Sequence[float], now: float, alone: float, gains: Mapping[int, float]) -> int:
+    """Of how many streams a pass is to be, those first that run dry first.
+
+    dry_at: when each runs dry, the first first. alone: seconds that a block takes alone. gains: sizes that pay, and
+    what share of the time one after the other such a pass takes, which holds up to the next of them. The largest size
+    is taken for which viewers wait no longer, all together, than if their blocks were made in turn.
+    """
+
+    def waited(ends: Sequence[float]) -> float:
+        return sum(max(0.0, end - dry) for end, dry in zip(ends, dry_at, strict=False))
+
+    for size in range(min(len(dry_at), max(gains, default=1)), 1, -1):
+        gain = gains.get(max((one for one in gains if one <= size), default=0), 1.0)
+        together = waited([now + size * alone * gain] * size)
+        if gain < 1 and together <= waited([now + alone * turn for turn in range(1, size + 1)]):
+            return size
+    return 1
+
+
+def trial(engine: Engine, prompt: str, most: int, rounds: int = 2) -> dict[int, float]:
+    """Measure passes over 2, 4, 8, ... streams, up to `most`: the sizes that pay, with their share (see `how_many`).
+
+    It stops at the first that does not pay, or fails, say for want of memory.
+    """
+    gains: dict[int, float] = {}
+    size = 2
+    while size <= most and (gain := _gain(engine, prompt, size, rounds)) < PAYS:
+        gains[size] = gain
+        size *= 2
+    return gains
+
+
+def _gain(engine: Engine, prompt: str, size: int, rounds: int) -> float:
+    streams = [engine.stream(prompt, seed=seed) for seed in range(size)]
+    alone = together = math.inf
+    try:
+        engine.next_together(streams)  # the first pays for the start
+        for _ in range(rounds):
+            alone = min(alone, sum(next(stream).timings.total_seconds for stream in streams))
+            together = min(together, engine.next_together(streams)[0].timings.total_seconds)
+    except RuntimeError:
+        return math.inf
+    finally:
+        for stream in streams:
+            stream.close()
+    return together / alone

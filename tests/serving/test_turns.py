@@ -1,0 +1,120 @@
+"""Blocks of several streams in one pass: only where it was measured to pay, and nobody waits the longer."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from longtake.serving.admission import Limits
+from longtake.serving.turns import PAYS, how_many, trial
+from longtake.serving.worker import Worker
+from tests import tiny
+from tests.serving.fake import Clock, FakeEngine
+from tests.serving.watching import asked, idle, opened, watch
+
+
+def warm(engine, *, exact=False, sessions=4):
+    worker = Worker(engine, Limits(sessions=sessions), exact=exact, clock=engine.clock)
+    worker.warm_up("a ball")
+    idle(worker)
+    engine.passes.clear()
+    return worker
+
+
+def late(dry_at, ends):
+    return sum(max(0.0, end - dry) for end, dry in zip(ends, dry_at, strict=False))
+
+
+@given(
+    dry_at=st.lists(st.floats(-5, 5), min_size=1, max_size=9).map(sorted),
+    alone=st.floats(0.01, 2),
+    gains=st.dictionaries(st.sampled_from([2, 4, 8]), st.floats(0.2, 0.89)),
+)
+def test_a_pass_makes_viewers_wait_no_longer_than_turns_would(dry_at, alone, gains):
+    size = how_many(dry_at, 0.0, alone, gains)
+    assert 1 <= size <= max(1, min(len(dry_at), max(gains, default=1)))
+    if size > 1:
+        gain = gains[max(one for one in gains if one <= size)]  # what was measured of fewer holds for some more
+        assert late(dry_at, [size * alone * gain] * size) <= late(dry_at, [alone * turn for turn in range(1, size + 1)])
+    if gains and all(dry > 8 * alone for dry in dry_at):  # nobody waits either way
+        most = min(len(dry_at), max(gains))
+        assert size == (most if most >= min(gains) else 1)
+
+
+def test_who_would_run_dry_meanwhile_is_made_alone():
+    assert how_many([1.5, 9.0], 0.0, 1.0, {2: 0.8}) == 1
+    assert how_many([1.7, 9.0], 0.0, 1.0, {2: 0.8}) == 2
+    assert how_many([0.0, 0.0], 0.0, 1.0, {2: 0.8}) == 1  # the first would see nothing for longer than both gain
+    assert how_many([0.0, 0.0], 0.0, 1.0, {2: 0.6}) == 2
+
+
+@pytest.mark.parametrize(("gain", "sizes"), [(0.5, [2, 4, 8]), (PAYS, []), (1.2, [])])
+def test_a_trial_finds_what_pays(gain, sizes):
+    gains = trial(FakeEngine(gain=gain), "a ball", 9)
+    assert list(gains) == sizes and all(found == pytest.approx(gain) for found in gains.values())
+
+
+def test_a_trial_that_runs_out_of_memory_finds_nothing():
+    engine = FakeEngine(gain=0.5)
+    assert trial(engine, "explode", 4) == {} and not engine.open_streams
+
+
+def test_streams_that_want_a_block_anyway_share_a_pass_and_each_has_its_own():
+    engine = FakeEngine(gain=0.5)
+    worker = warm(engine)
+    sessions = [opened(worker, f"words {number}") for number in range(3)]
+    got = watch(worker, engine.clock, sessions, 20)
+    assert engine.passes and set(engine.passes) <= {2, 3}
+    for session, pieces in got.items():
+        assert {engine.words_of(piece.frames) for piece in pieces} == {session.prompt}
+        assert [piece.number for piece in pieces] == list(range(len(pieces)))
+        assert session.playback.misses == 0
+
+
+@pytest.mark.parametrize(("gain", "exact"), [(0.5, True), (0.95, False)])
+def test_where_it_does_not_pay_or_is_forbidden_each_is_made_alone(gain, exact):
+    engine = FakeEngine(gain=gain)
+    worker = warm(engine, exact=exact)
+    sessions = [opened(worker) for _ in range(3)]
+    watch(worker, engine.clock, sessions, 10)
+    assert engine.passes == [] and not any(session.stream.in_company for session in sessions)
+
+
+def test_more_streams_are_taken_once_passes_save_time():
+    engine = FakeEngine(gain=0.4)
+    worker = warm(engine)
+    sessions = [opened(worker), opened(worker), opened(worker)]
+    before = worker.device_share
+    watch(worker, engine.clock, sessions, 30)
+    assert worker.device_share < 0.7 * before
+
+
+def test_a_pass_that_fails_ends_only_the_stream_that_fails_alone():
+    engine = FakeEngine(gain=0.5)
+    worker = warm(engine)
+    doomed, other = opened(worker), opened(worker)
+    watch(worker, engine.clock, [other, doomed], 5)
+    assert set(engine.passes) == {2}
+    worker.pause(doomed)  # so that it makes none alone meanwhile
+    asked(worker, worker.redirect(doomed, "explode", "event"))
+    engine.clock.now += 5
+    worker.resume(doomed)
+    pieces = watch(worker, engine.clock, [other, doomed], 5)
+    assert doomed.failed and not other.end and len(pieces[other]) > 5
+    assert worker.gains == {}
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_what_viewers_get_is_what_each_is_alone(exact):
+    """In company but for rounding, one step of 255 here; exact, to the bit."""
+    made, clock = tiny.engine(), Clock()
+    worker = Worker(made, exact=exact, clock=clock)
+    worker.gains = {} if exact else {2: 0.5}
+    sessions = [opened(worker, seed=seed) for seed in (1, 2)]
+    got = watch(worker, clock, sessions, 8)
+    for session, pieces in got.items():
+        assert session.stream.in_company != exact and len(pieces) > 8
+        with made.stream("a ball", seed=session.seed) as stream:
+            for piece in pieces:
+                alone = next(stream).frames
+                assert np.abs(piece.frames.astype(int) - alone).max() <= (0 if exact else 1)
