@@ -14,13 +14,14 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "longtake"
 
 MAY_IMPORT = {
+    "files": "",
     "flow": "",
-    "media": "",
+    "media": "files",
     "parallel": "",
     "attention": "",
     "memory": "attention",
     "models": "attention memory",
-    "generation": "flow memory models",
+    "generation": "files flow memory models",
     "toy": "models",
     "distillation": "flow attention memory models generation parallel",
     "evaluation": "flow parallel attention memory models generation media toy",
@@ -32,8 +33,8 @@ MAY_IMPORT = {
     "plan": "attention memory models generation toy recipes",
     "doctor": "media models evaluation recipes",
     "cli": (
-        "flow media parallel attention memory models generation toy distillation evaluation serving training explain "
-        "plan batch doctor recipes"
+        "files flow media parallel attention memory models generation toy distillation evaluation serving training "
+        "explain plan batch doctor recipes"
     ),
 }
 ENGINE_AND_TRAINING = "flow attention memory models generation distillation parallel recipes toy training"

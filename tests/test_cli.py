@@ -195,7 +195,7 @@ def test_a_file_is_replaced_if_asked_for(engine, capsys):
 def test_a_folder_is_not_replaced(engine, capsys):
     Path("out").mkdir()
     assert main(["generate", "a red ball", "-o", "out", "--force"]) == 2
-    assert capsys.readouterr().err == "longtake: out is a folder: name the mp4 to write in it\n"
+    assert capsys.readouterr().err == "longtake: out is a folder: name the file to write in it\n"
 
 
 def test_generate_tells_one_json_object(engine, capsys):

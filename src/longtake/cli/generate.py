@@ -12,7 +12,8 @@ from longtake.cli.engines import load_engine, together
 from longtake.cli.filming import made, opening, show
 from longtake.cli.options import Codec, Device, Levels, Mp4, OneFile, Opening, Precision, Seconds
 from longtake.cli.terminal import say
-from longtake.cli.videos import free_name, length_of, require_free, require_free_take, require_length
+from longtake.cli.videos import free_name, length_of, require_length, require_writable_take
+from longtake.files import require_free
 
 if TYPE_CHECKING:
     import torch
@@ -86,7 +87,7 @@ def generate(
     if (seeds, names) != (1, "numbered"):
         raise ValueError("--seeds and --names go with --prompts")
     if out is not None:
-        require_free(out, force)
+        require_free(out, overwrite=force, way_out="replace it with --force")
     script = _script_of(prompt or "", rewrite, device)
     return _make_one(script, seconds, seed, out, force, image, take, json, lambda: load(device))
 
@@ -136,7 +137,7 @@ def _make_one(
         seed = random.SystemRandom().randrange(2**31)
         say(f"seed {seed}")
     path = out or free_name(script.prompt, seed)
-    require_free_take(keep, path)
+    require_writable_take(keep, path)
     engine = load()
     given = None if begin is None else opening(engine, begin)
     before = 0 if given is None else len(given)

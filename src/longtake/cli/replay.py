@@ -9,7 +9,8 @@ from longtake.cli.engines import load_again
 from longtake.cli.filming import opening, show
 from longtake.cli.options import DeviceName, Mp4, Opening
 from longtake.cli.terminal import CHECK_FAILED, say
-from longtake.cli.videos import require_free, require_length, unused
+from longtake.cli.videos import require_length, unused
+from longtake.files import require_free
 
 if TYPE_CHECKING:
     from longtake.generation.script import Script

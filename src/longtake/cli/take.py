@@ -11,7 +11,8 @@ from longtake.cli.engines import load_again
 from longtake.cli.filming import show
 from longtake.cli.options import DeviceName, Mp4, OneFile, Seconds
 from longtake.cli.terminal import print_result
-from longtake.cli.videos import free_name, length_of, require_free, require_free_take, require_length
+from longtake.cli.videos import free_name, length_of, require_length, require_writable_take
+from longtake.files import require_free
 
 File = Annotated[Positional[Path], arg(metavar="FILE")]
 
@@ -110,7 +111,7 @@ def _go_on(
     from longtake.generation.take import Take
 
     require_length(seconds)
-    require_free_take(keep, out)
+    require_writable_take(keep, out)
     new = None if prompt is None else script_from(prompt)
     kept = Take.load(file)
     script = new or Script((Cue(prompt=kept.history[-1].prompts[0]),))

@@ -16,18 +16,7 @@ def require_length(seconds: float | None) -> None:
         raise ValueError(f"a video lasts more than 0 seconds, got {seconds:g}")
 
 
-def require_free(path: Path, force: bool | None = None) -> None:
-    """OSError where no mp4 can be written. force: whether one may be replaced; None where a verb has no --force."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder: name the mp4 to write in it")
-    if path.exists() and not force:
-        way_out = "remove it first" if force is None else "replace it with --force"
-        raise FileExistsError(f"{path} exists already: choose another name, or {way_out}")
-
-
-def require_free_take(path: Path | None, video: Path | None) -> None:
+def require_writable_take(path: Path | None, video: Path | None) -> None:
     """ValueError or OSError, before anything is made, where no take can be kept beside the video."""
     from longtake.generation import take
 
@@ -35,7 +24,7 @@ def require_free_take(path: Path | None, video: Path | None) -> None:
         return
     if video is not None and path.absolute() == video.absolute():
         raise ValueError(f"{path} cannot be both the video and the take: choose another name")
-    take.require_free(path)
+    take.require_writable(path)
 
 
 def free_name(prompt: str, seed: int) -> Path:

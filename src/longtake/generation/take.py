@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from longtake.files import claim, require_free
 from longtake.generation.stream import MOST_TOLD, Engine, Stream, Told
 
 _DESCRIPTION, _TENSOR = "longtake_take", "tensor"
@@ -55,7 +56,7 @@ class Take:
         FileExistsError if there is one of that name and `overwrite` is not set, OSError if it cannot be written.
         """
         path = Path(path)
-        require_free(path, overwrite=overwrite)
+        require_writable(path, overwrite=overwrite)
         tensors: dict[str, Tensor] = {}
         described = {"form": _FORM, "made_with": self.made_with, "state": _packed(self.state, tensors)}
         beside = _beside(path)
@@ -188,19 +189,11 @@ def bytes_of(state: Mapping[str, Any]) -> dict[str, int]:
     return sizes
 
 
-def require_free(path: Path, *, overwrite: bool = False) -> None:
+def require_writable(path: Path, *, overwrite: bool = False) -> None:
     """OSError where no take can be written, FileExistsError for a name in use: best known before a stream runs."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists already: choose another name or remove it first")
+    require_free(path, overwrite=overwrite)
     beside = _beside(path)
-    try:
-        beside.touch(exist_ok=False)
-    except FileExistsError:
-        raise FileExistsError(
-            f"{beside} is being written, or was left when its writer was killed: move it away first"
-        ) from None
+    claim(beside)
     beside.unlink()
 
 

@@ -16,6 +16,8 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 from numpy.typing import NDArray
 
+from longtake.files import claim, require_free
+
 # Fragments, each complete in itself and flushed to disk, until the file is closed; then one index, as every player
 # likes it. A writer that is killed leaves a file that plays up to its last fragment.
 _CONTAINER = {"movflags": "hybrid_fragmented+frag_keyframe", "flush_packets": "1"}
@@ -58,9 +60,9 @@ class Mp4Writer:
         self.frames_per_second = frames_per_second
         self.frames_written = 0
         require_even(width, height)
-        _require_free(self.path, overwrite)
+        require_free(self.path, overwrite=overwrite)
         self._part = part_of(self.path)
-        _claim(self._part)  # a folder that refuses it says so now, not after the first block
+        claim(self._part, " (it plays)")  # a folder that refuses it says so now, not after the first block
         self._container = av.open(str(self._part), "w", format="mp4", options=_CONTAINER)
         self._container.metadata["comment"] = comment
         self._stream: Any = self._container.add_stream("libx264", rate=frames_per_second, options=_ENCODER)
@@ -170,25 +172,9 @@ def require_even(width: int, height: int) -> None:
         raise ValueError(f"an mp4 needs an even width and height, got {width} x {height}")
 
 
-def _require_free(path: Path, overwrite: bool) -> None:
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
-    if path.exists() and not overwrite:
-        raise FileExistsError(f"{path} exists already: choose another name or remove it first")
-
-
 def part_of(path: Path) -> Path:
     """Where a video grows before it takes its name."""
     return path.with_suffix(".part.mp4")
-
-
-def _claim(part: Path) -> None:
-    try:
-        part.open("xb").close()
-    except FileExistsError:
-        raise FileExistsError(
-            f"{part} is being written, or was left when its writer was killed (it plays): move it away first"
-        ) from None
 
 
 def describe(stream: Any, width: int, height: int) -> None:
