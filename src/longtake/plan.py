@@ -183,17 +183,18 @@ def plan(
 def bytes_of_stream(engine: Engine) -> tuple[int, int]:
     """Of a stream of an engine: bytes that it keeps from block to block at most, and what its making takes on top.
 
-    Predicted, as by `plan`, for whatever weights there are; a new prompt is counted without its text encoder's work.
+    Predicted, as by `plan`, for whatever weights there are; with a text encoder that comes to the device to encode.
     """
-    text = engine.text
-    rows = text.encoder.config.length if isinstance(text, WordText) else LENGTH
+    words = engine.text.encoder.config.length if isinstance(engine.text, WordText) else None
     made = Stream(
-        network=_on_meta(engine.network), codec=_on_meta(engine.codec), text_bytes=0, text_rows=rows, text_leaves=False
-    )
+        network=_on_meta(engine.network), codec=_on_meta(engine.codec),
+        text_bytes=2 * umt5_parameters() if words is None else 0, text_rows=words or LENGTH, text_leaves=words is None,
+    )  # fmt: skip
     with Fused():
         working = streamed(made, replace(engine.recipe, near=dense), (engine.width, engine.height))
     kept = sum(working.kept.values())
-    return kept, max(working.peaks.values()) - kept
+    reading = working.peaks["new prompt read"] + made.text_bytes
+    return kept, max(reading, *working.peaks.values()) - kept
 
 
 def _on_meta(module: M) -> M:

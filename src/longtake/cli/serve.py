@@ -1,5 +1,6 @@
 """`longtake serve`: live streams behind one page."""
 
+import math
 import os
 from contextlib import closing
 from importlib.util import find_spec
@@ -13,6 +14,7 @@ from longtake.cli.options import Codec, Device, Levels, Precision
 
 if TYPE_CHECKING:
     from longtake.generation.stream import Engine
+    from longtake.serving.admission import Memory
 
 
 def serve(
@@ -56,11 +58,9 @@ def serve(
 
     import torch
 
-    from longtake.doctor import free_memory
     from longtake.models.hub import registry
-    from longtake.plan import bytes_of_stream
     from longtake.serving.access import Access, require_host
-    from longtake.serving.admission import Limits, Memory
+    from longtake.serving.admission import Limits
     from longtake.serving.app import Served, create_app
     from longtake.serving.server import is_loopback, listen, require_safe, run
     from longtake.serving.store import Store
@@ -70,7 +70,7 @@ def serve(
     require_safe(host, key, insecure)
     if sessions < 1:
         raise ValueError(f"a server has 1 session or more, got {sessions}")
-    if not keep_gib > 0:
+    if not 0 < keep_gib < math.inf:
         raise ValueError(f"what is kept takes more than 0 GiB, got {keep_gib:g}")
     origins = tuple(map(require_host, origin))
     if log_prompts:
@@ -89,14 +89,25 @@ def serve(
             examples=_words_to_try(engine),
         )
         access = Access(key=key, origins=origins, loopback=is_loopback(host))
+        memory = _memory_for(engine) if sessions > 1 else None  # a first stream is always taken
+        worker = Worker(engine, Limits(sessions=sessions), memory=memory, exact=exact, threads=threads)
         where = listening.getsockname()
         print(f"http://{f'[{where[0]}]' if ':' in where[0] else where[0]}:{where[1]}", flush=True)
-        stream, work = bytes_of_stream(engine)
-        free = free_memory(engine.device)
-        memory = None if free is None else Memory(stream=stream, work=work, free=free)
-        worker = Worker(engine, Limits(sessions=sessions), memory=memory, exact=exact, threads=threads)
         run(create_app(worker, access, served, store, log_prompts=log_prompts), listening)
     return 0
+
+
+def _memory_for(engine: "Engine") -> "Memory | None":
+    """What streams take of the device, and what there is; None where nobody tells."""
+    from longtake.doctor import free_memory
+    from longtake.plan import bytes_of_stream
+    from longtake.serving.admission import Memory
+
+    free = free_memory(engine.device)
+    if free is None:
+        return None
+    stream, work = bytes_of_stream(engine)
+    return Memory(stream=stream, work=work, free=free)
 
 
 def _to_stderr(name: str) -> None:
