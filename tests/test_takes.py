@@ -102,6 +102,15 @@ def test_a_replay_tells_what_differs(first: Path, tmp_path: Path, capsys) -> Non
     assert "they differ from picture 0 on" in error
 
 
+def test_a_replay_tells_that_blocks_had_company(first: Path, tmp_path: Path, capsys) -> None:
+    told = {"verb": "begin", "prompts": [PROMPT], "block": 0, "picture": 0}
+    record, count = read_record(first / "one.mp4"), len(read_frames(first / "one.mp4"))
+    line = {"seed": record["seed"], "told": [told], "in_company": True}
+    live = {"lines": [line], "spans": [[0, 0, count]]}
+    assert main(["replay", str(rewritten(first / "one.mp4", tmp_path / "one.mp4", live=live))]) in (0, 1)
+    assert "made together with other streams" in capsys.readouterr().err
+
+
 def test_a_replay_of_what_went_on_from_an_image_needs_it(tmp_path: Path, capsys) -> None:
     with Mp4Writer(tmp_path / "given.mp4", 192, 112, 16) as writer:
         writer.write(np.random.default_rng(0).integers(0, 255, (9, 112, 192, 3), dtype=np.uint8))

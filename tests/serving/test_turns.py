@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from longtake.generation.recording import Notes
 from longtake.serving.admission import Limits
 from longtake.serving.turns import PAYS, how_many, trial
 from longtake.serving.worker import Worker
@@ -102,6 +103,23 @@ def test_a_pass_that_fails_ends_only_the_stream_that_fails_alone():
     pieces = watch(worker, engine.clock, [other, doomed], 5)
     assert doomed.failed and not other.end and len(pieces[other]) > 5
     assert worker.gains == {}
+
+
+def test_a_record_says_that_a_stream_had_company_and_so_does_what_goes_on_from_it():
+    made, clock = tiny.engine(), Clock()
+    worker = Worker(made, clock=clock)
+    worker.gains = {2: 0.5}
+    one, other = opened(worker), opened(worker, seed=2)
+    worker.remember(one)
+    assert not worker.lines(one)[0].in_company
+    watch(worker, clock, [one, other], 4)
+    worker.remember(one)
+    (line,) = worker.lines(one).values()
+    notes = Notes()
+    notes.show(0, 0, 9, "a ball")
+    assert notes.record(made, {0: line})["live"]["lines"][0]["in_company"] is True
+    assert asked(worker, worker.snapshot(one)).resume(made).in_company
+    assert not made.stream("a ball").in_company
 
 
 @pytest.mark.parametrize("exact", [False, True])

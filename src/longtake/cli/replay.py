@@ -1,5 +1,6 @@
 """`longtake replay`: a video made again from its record, and compared."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -88,8 +89,7 @@ def _begun_again(engine: "Engine", script: "Script", record: dict[str, Any], ima
 
     if "live" in record:
         remade = Remade(engine, record)
-        if any(line.get("in_company") for line in record["live"]["lines"]):
-            say("blocks of it were made together with other streams (see serve --exact): pictures may differ")
+        _say_in_company(record["live"]["lines"])
         return remade
     if "take" not in record:
         given = None if image is None else opening(engine, image)
@@ -102,4 +102,10 @@ def _begun_again(engine: "Engine", script: "Script", record: dict[str, Any], ima
     except (KeyError, TypeError):
         raise ValueError("the history of this video cannot be read") from None
     say(f"it went on from a take: {blocks} blocks come before it")
+    _say_in_company([record["take"]])
     return retrace(engine, record["seed"], history, blocks)
+
+
+def _say_in_company(streams: Sequence[Mapping[str, Any]]) -> None:
+    if any(stream.get("in_company") for stream in streams):
+        say("blocks of it were made together with other streams (see serve --exact): pictures may differ")

@@ -128,7 +128,8 @@ def _go_on(
         if new:
             engine.prepare([*texts.values()])
             stream.redirect(texts[0])
-        begun = {"take": {"blocks": stream.blocks, "history": [asdict(told) for told in stream.history]}}
+        history = [asdict(told) for told in stream.history]
+        begun = {"take": {"blocks": stream.blocks, "history": history, "in_company": stream.in_company}}
         record = record_of(engine, script, stream.seed, seconds) | begun
         path = out or free_name(script.prompt, stream.seed)
         return show(stream, texts, pictures, path, record, keep)
