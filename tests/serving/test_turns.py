@@ -51,13 +51,37 @@ def test_who_would_run_dry_meanwhile_is_made_alone():
 
 @pytest.mark.parametrize(("gain", "sizes"), [(0.5, [2, 4, 8]), (PAYS, []), (1.2, [])])
 def test_a_trial_finds_what_pays(gain, sizes):
-    gains = trial(FakeEngine(gain=gain), "a ball", 9)
+    engine, gains = FakeEngine(gain=gain), {}
+    assert all(len(engine.open_streams) > 1 for _ in trial(engine, "a ball", 9, gains)) and not engine.open_streams
     assert list(gains) == sizes and all(found == pytest.approx(gain) for found in gains.values())
 
 
 def test_a_trial_that_runs_out_of_memory_finds_nothing():
+    engine, gains = FakeEngine(gain=0.5), {}
+    assert [*trial(engine, "explode", 4, gains)] == [] and gains == {} and not engine.open_streams
+
+
+def test_a_trial_keeps_nobody_waiting_for_longer_than_a_pass():
     engine = FakeEngine(gain=0.5)
-    assert trial(engine, "explode", 4) == {} and not engine.open_streams
+    worker = Worker(engine, clock=engine.clock)
+    worker.warm_up("a ball")
+    assert worker.step() and worker.step()  # the trial has begun
+    session, began = opened(worker), engine.clock.now
+    while worker.read(session) is None:
+        worker.step()
+    assert engine.clock.now - began <= engine.block_seconds + 1e-9 and worker.gains == {}
+    watch(worker, engine.clock, [session], 10)
+    assert list(worker.gains) == [2, 4] and session.playback.misses == 0
+
+
+def test_a_worker_that_stops_ends_its_trial():
+    engine = FakeEngine(gain=0.5)
+    worker = Worker(engine, clock=engine.clock)
+    worker.warm_up("a ball")
+    worker.step(), worker.step()
+    assert engine.open_streams
+    worker.stop()
+    assert not engine.open_streams
 
 
 def test_streams_that_want_a_block_anyway_share_a_pass_and_each_has_its_own():

@@ -1,7 +1,7 @@
 """Of how many streams the next blocks are made in one pass: where that pays, and makes nobody wait the longer."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 
 from longtake.generation.stream import Engine
 
@@ -29,27 +29,35 @@ def how_many(dry_at: Sequence[float], now: float, alone: float, gains: Mapping[i
     return 1
 
 
-def trial(engine: Engine, prompt: str, most: int, rounds: int = 2) -> dict[int, float]:
-    """Measure passes over 2, 4, 8, ... streams, up to `most`: the sizes that pay, with their share (see `how_many`).
+def trial(engine: Engine, prompt: str, most: int, gains: dict[int, float], rounds: int = 2) -> Iterator[None]:
+    """Measure passes over 2, 4, 8, ... streams, up to `most`: sizes that pay enter `gains`, see `how_many`.
 
-    It stops at the first that does not pay, or fails, say for want of memory.
+    One pass for each step, so that others need not wait for all of it. It ends with the first size that does not pay,
+    or fails, say for want of memory.
     """
-    gains: dict[int, float] = {}
     size = 2
-    while size <= most and (gain := _gain(engine, prompt, size, rounds)) < PAYS:
+    while size <= most:
+        gain = yield from _gain(engine, prompt, size, rounds)
+        if gain >= PAYS:
+            return
         gains[size] = gain
         size *= 2
-    return gains
 
 
-def _gain(engine: Engine, prompt: str, size: int, rounds: int) -> float:
+def _gain(engine: Engine, prompt: str, size: int, rounds: int) -> Generator[None, None, float]:
     streams = [engine.stream(prompt, seed=seed) for seed in range(size)]
     alone = together = math.inf
     try:
         engine.next_together(streams)  # the first pays for the start
+        yield
         for _ in range(rounds):
-            alone = min(alone, sum(next(stream).timings.total_seconds for stream in streams))
+            in_turn = 0.0
+            for stream in streams:
+                in_turn += next(stream).timings.total_seconds
+                yield
+            alone = min(alone, in_turn)
             together = min(together, engine.next_together(streams)[0].timings.total_seconds)
+            yield
     except RuntimeError:
         return math.inf
     finally:

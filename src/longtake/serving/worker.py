@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Literal, NamedTuple, TypeVar
 
@@ -66,7 +66,8 @@ class Worker:
         self.device_share: float | None = None
         """Seconds of the device that a second of video takes, of late; None until measured."""
         self.gains: dict[int, float] = {}
-        """Of how many streams a pass saves time, and what share of it is left, as measured when it was warmed up."""
+        """Of how many streams a pass saves time, and what share of it is left, as measured in idle moments."""
+        self._trial: Iterator[None] = iter(())
         if self.limits.ahead < max(2 * self.block_seconds, self.limits.lead):
             raise ValueError(
                 f"a stream is made at least two blocks ahead, {2 * self.block_seconds:g} s, and no less than the "
@@ -227,8 +228,7 @@ class Worker:
                 if number:  # the first pays for the start
                     self._measure([chunk])
         if not self._exact:
-            self.gains = trial(self.engine, prompt, self.limits.sessions)
-            log.info("blocks of several streams in one pass, by the share of time that it takes: %s", self.gains)
+            self._trial = trial(self.engine, prompt, self.limits.sessions, self.gains)
 
     def start(self) -> None:
         self._thread.start()
@@ -242,6 +242,7 @@ class Worker:
             self._lock.notify_all()
         if self._thread.is_alive():
             self._thread.join()
+        self._trial = iter(())
         while self.step():  # what was asked for last: streams are closed
             pass
 
@@ -257,7 +258,8 @@ class Worker:
     def step(self) -> bool:
         """Do one thing on the device, a command or a block; False if there is nothing to do now.
 
-        They take turns, so that nobody's commands keep the others from their pictures.
+        They take turns, so that nobody's commands keep the others from their pictures. Where there is neither, the
+        trial of passes over several streams goes on.
         """
         with self._lock:
             now = self.clock()
@@ -269,7 +271,9 @@ class Worker:
             command()
         elif sessions:
             self._make(sessions)
-        return command is not None or bool(sessions)
+        else:
+            return next(self._trial, self) is not self
+        return True
 
     def _next(self, now: float) -> list[Session]:
         """Of those that want more, the session whose video runs dry first, and those that a pass takes along."""
@@ -308,7 +312,8 @@ class Worker:
         except Exception as error:  # whatever it is, it ends one stream and no other
             if len(sessions) > 1:
                 log.exception("a pass over %d streams failed: they go on one by one", len(sessions))
-                self.gains = {size: gain for size, gain in self.gains.items() if size < len(sessions)}
+                for size in [size for size in self.gains if size >= len(sessions)]:
+                    del self.gains[size]
                 return
             with self._lock:
                 sessions[0].failed = True
