@@ -37,7 +37,7 @@ class Stage:
 _MAY_BE_0 = {
     "seed", "kl_weight", "focus_weight", "no_prompt_share", "encoder_blocks", "decoder_blocks", "most_given", "pull",
     "self_forcing_share", "memory_share", "recompute", "real_weight", "real_frames", "real_batch",
-    "last_exits", "layers", "overlap", "turns_with_frames", "both_ways", "softmax",
+    "last_exits", "layers", "first_steps", "overlap", "turns_with_frames", "both_ways", "softmax",
 }  # fmt: skip
 
 
@@ -138,7 +138,9 @@ class TeacherForcingStage(Stage):
     memory, which begin out of sight of what they show, and look away from it until neither sink nor recent frames
     show it, under captions that do not say what it was; they take some length (8.5 seconds in the toy world).
     recompute: whether clips are walked block by block, and of each pass only what went in and what came out is kept:
-    the rest is computed again for its gradient. The same in more time and a small part of the memory.
+    the rest is computed again for its gradient. The same in more time and a small part of the memory. first_steps: of
+    the recipe, at whose levels blocks are noisy (0: at any level). There it is decided what a block shows, so there
+    memory is asked; `DmdStage` has lessons at the same levels.
     """
 
     seconds: float = 80.0
@@ -152,6 +154,7 @@ class TeacherForcingStage(Stage):
     pool: int = 1024
     memory_share: float = 0.0
     recompute: bool = False
+    first_steps: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,8 @@ def train_teacher_forcing(
     for recipe in recipes:
         if stage.frames % recipe.block:
             raise ValueError(f"frames ({stage.frames}) must be whole blocks of {recipe.block}")
+        if stage.first_steps > len(recipe.steps):
+            raise ValueError(f"{recipe.name} has {len(recipe.steps)} steps: first_steps cannot be {stage.first_steps}")
         memory = recipe.memory(network)  # refused before work begins
         if not stage.recompute:
             require_one_pass(memory)
@@ -34,10 +36,13 @@ def train_teacher_forcing(
         parallel.checkpoint_layers([network], ("forward", "keys_to_commit"))
     supply = world.clips(stage.pool, stage.seed, stage.frames, stage.memory_share)
 
-    teach = {
-        name: forced_lesson(learner, text, network, recipe, shift, stage.focus_weight, run, by_block=stage.recompute)
-        for name, recipe in {recipe.name: recipe for recipe in recipes}.items()
-    }
+    def lesson(recipe: Recipe) -> Callable[..., Tensor]:
+        early = recipe.levels(shift)[: stage.first_steps]
+        return forced_lesson(
+            learner, text, network, recipe, shift, stage.focus_weight, run, by_block=stage.recompute, levels=early
+        )
+
+    teach = {name: lesson(recipe) for name, recipe in {recipe.name: recipe for recipe in recipes}.items()}
 
     def turn(step: int) -> dict[str, Tensor]:
         value = teach[recipes[step % len(recipes)].name](*parts_of(drawn(supply, step, stage.batch, stage.frames)))
