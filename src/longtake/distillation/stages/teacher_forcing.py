@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from longtake import parallel
+from longtake.distillation.low_rank import merge
 from longtake.distillation.pretrain import Clips, require_one_pass, teacher_forcing_loss
-from longtake.distillation.stages.learners import compile_for, far_weights, learner_of
+from longtake.distillation.stages.learners import at_rank, compile_for, far_weights, learner_of
 from longtake.distillation.stages.settings import TeacherForcingStage
 from longtake.distillation.stages.strips import stream_strips
 from longtake.distillation.stages.world import World, drawn, embed, parts_of
@@ -30,6 +31,7 @@ def train_teacher_forcing(
         memory = recipe.memory(network)  # refused before work begins
         if not stage.recompute:
             require_one_pass(memory)
+    at_rank(network, stage.rank)
     learner = learner_of(network, stage.lr, stage.far_lr, stage.average)
     compile_for(run, network)
     if stage.recompute:
@@ -51,6 +53,7 @@ def train_teacher_forcing(
     look = stream_strips(text, network, learner, world, recipes, shift, run)
     spent = train({"student": learner}, turn, stage.budget(warmup=50), run, keep={"clips": supply}, look=look)
     learner.swap_average()
+    merge(network)
     return spent
 
 
