@@ -118,6 +118,7 @@ finally:
         ["models", "list"],
         ["models", "pull"],
         ["models", "convert"],
+        ["models", "delta"],
         ["verify"],
         ["plan"],
         ["explain"],

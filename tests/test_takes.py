@@ -182,7 +182,7 @@ def test_takes_that_cannot_be_used_are_one_line(first: Path, tmp_path: Path, cap
 
 
 def test_other_weights_are_refused_with_the_name_of_the_take(first: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr("longtake.generation.stream.fingerprint", lambda module: "0123456789abcdef")
+    monkeypatch.setattr("longtake.generation.stream.fingerprint", lambda tensors: "0123456789abcdef")
     assert main(["take", "resume", str(first / "one.take")]) == 2
     assert "one.take: this take does not go on here: it was made with weights" in capsys.readouterr().err
 

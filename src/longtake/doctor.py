@@ -257,10 +257,10 @@ def _weights() -> Iterator[Finding]:
 
 
 def _content(path: Path) -> str:
-    """What a file of the embedded model holds. ValueError unless it is whole."""
-    from longtake.models.weights import load_weights
+    """What a file of the embedded model holds, a delta with its base. ValueError unless it is whole."""
+    from longtake.recipes import load_tensors
 
-    tensors, description = load_weights(path)
+    tensors, description = load_tensors(path)
     if odd := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise ValueError(f"{path} holds numbers that are not finite, in {odd[0]}")
     recorded = _recorded_sha256(path)

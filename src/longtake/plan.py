@@ -46,7 +46,7 @@ from longtake.models.umt5 import LENGTH
 from longtake.models.wan import PromptKeys, WanConfig, WanTransformer
 from longtake.models.wan_vae import WanVAE, WanVAEConfig
 from longtake.models.weights import described
-from longtake.recipes import CODEC_FILE, NETWORK_FILE, RECIPES, WAN_SHIFT, packaged, recipe_named, require_block
+from longtake.recipes import CODEC_FILE, MODELS, NETWORK_FILE, RECIPES, WAN_SHIFT, packaged, recipe_named, require_block
 from longtake.toy.scenes import HEIGHT, WIDTH
 
 NETWORKS = {"wan2.1-1.3b": WAN_1_3B, "wan2.1-14b": WAN_14B}
@@ -149,7 +149,7 @@ def plan(
     model was trained under, else self_forcing_sink. `moments` are what is there at the same time. ValueError for
     unknown names, with the nearest, and for sizes and recipes that cannot be.
     """
-    known = _known(model)
+    known = _known(model, recipe)
     name = recipe or (known["recipe"] if known["recipe"] in RECIPES else "self_forcing_sink")
     chosen = recipe_named(name)
     if model in registry():
@@ -214,7 +214,7 @@ def take_sizes(model: str, recipe: str, *, dtype: str = "bfloat16") -> dict[str,
     What is counted is the state itself, of a stream that runs on the meta device. A recipe that reads through converted
     layers is given a network with half of them converted, as published (ReHyAt: 15 of 30). ValueError as for `plan`.
     """
-    known, chosen = _known(model), recipe_named(recipe)
+    known, chosen = _known(model, recipe), recipe_named(recipe)
     if chosen.joint and known["network"].conversion is None:
         half = Conversion(layers=tuple(range(known["network"].layers // 2)), current=chosen.block)
         known |= {"network": replace(known["network"], conversion=half)}
@@ -404,10 +404,11 @@ def _largest(held: Mapping[int, tuple[str, int]]) -> list[tuple[str, int, int]]:
     return [(what, counts[what], size) for what, size in sums.most_common(3)]
 
 
-def _known(model: str) -> dict[str, Any]:
-    """Sizes of a model's parts. ValueError for names of none, with the nearest."""
+def _known(model: str, recipe: str | None) -> dict[str, Any]:
+    """Sizes of a model's parts under a recipe. ValueError for names of none, with the nearest."""
     if model == "toy":
-        network, codec = described(packaged(NETWORK_FILE)), described(packaged(CODEC_FILE))
+        file = MODELS.get((model, (recipe or "").partition(":")[0]), NETWORK_FILE)
+        network, codec = described(packaged(file)), described(packaged(CODEC_FILE))
         words = WordEncoderConfig(**network["text"])
         with META:
             text = WordEncoder(words)  # in float32 whatever the network is in

@@ -6,7 +6,7 @@ are the published inference of a checkpoint, from `causvid` on, have its sizes, 
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
 from difflib import get_close_matches
@@ -33,6 +33,7 @@ from longtake.memory.far import RULES, Decay, Delta, FarShape, Keep, MassCap, ru
 from longtake.memory.policies import Absolute, BackAndForth, BankShape, EndToEnd, Policy, Recache
 from longtake.models import checkpoints
 from longtake.models.codec import Codec
+from longtake.models.delta import is_delta, on_base
 from longtake.models.hub import UNKNOWN, Published, located, registry
 from longtake.models.light_codec import LightCodec, LightCodecConfig
 from longtake.models.text import WordEncoder, WordEncoderConfig, WordText
@@ -276,7 +277,7 @@ MODELS: dict[tuple[str, str], str] = {
     ("toy", "self_forcing_sink"): NETWORK_FILE,
     **{("toy", name): NETWORK_FILE for name in MEMORY_RULES},
 }
-"""(model, recipe) -> the network's weights. One student serves all: it was distilled under the first two."""
+"""(model, recipe) -> the network's weights: the student, distilled under the first two recipes, or a delta on it."""
 
 
 def device_named(name: str | torch.device | None) -> torch.device:
@@ -370,7 +371,7 @@ def load(
 
 def load_network(path: Path, device: torch.device) -> tuple[WordEncoder, WanTransformer, dict[str, Any]]:
     """A network with its text encoder from one file, frozen and in fp32, and the file's description."""
-    tensors, description = load_weights(path)
+    tensors, description = load_tensors(path)
     if missing := {"text", "network", "shift", "role"} - description.keys():
         raise ValueError(f"{path} does not hold a network: it says nothing of {', '.join(sorted(missing))}")
     text = WordEncoder(WordEncoderConfig(**description["text"]))
@@ -379,6 +380,22 @@ def load_network(path: Path, device: torch.device) -> tuple[WordEncoder, WanTran
     for module in (text, network):
         module.requires_grad_(False).eval().to(device)
     return text, network, description
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """As `load_weights`, but that a delta's tensors are those of base and delta together.
+
+    Its base is the student.safetensors beside it, or else the embedded one. ValueError if neither is.
+    """
+    tensors, description = load_weights(path)
+    return on_base(path, tensors, description, _bases(path)) if is_delta(description) else tensors, description
+
+
+def _bases(delta: Path) -> Iterator[Path]:
+    beside, embedded = delta.with_name(NETWORK_FILE), packaged(NETWORK_FILE)
+    if beside.is_file() and beside not in (delta, embedded):
+        yield beside
+    yield embedded
 
 
 def load_wan_network(
@@ -640,6 +657,12 @@ def _file_of(model: str | Path, name: str) -> Path:
     if not path.is_file():
         raise ValueError(f"model {str(model)!r} is neither a known name nor a folder that holds {name}")
     return path
+
+
+def student_file(model: str | Path) -> Path:
+    """The weights of a model that is a name, a folder that holds student.safetensors, or a file; else ValueError."""
+    path = Path(model)
+    return path if path.is_file() and str(model) not in _model_names() else _file_of(model, NETWORK_FILE)
 
 
 def _model_names() -> set[str]:

@@ -310,7 +310,7 @@ def _train_dmd(stage: DmdStage, inputs: _Inputs, chosen: Sequence[Recipe], run: 
     teacher = inputs.teacher_of(text)
     toy = ToyWorld(inputs.codec(), run)
     spent = stages.train_dmd(text, network, teacher, toy, chosen, shift, stage, run)
-    _save_student(text, network, shift, chosen, run, int8=True)
+    _save_student(text, network, shift, chosen, run, int8=not stage.rank)  # whose rounding would be of every rank
     return spent
 
 

@@ -167,6 +167,7 @@ def test_only_how_cells_compare_changes_what_they_count() -> None:
     assert not torch.isclose(early_alone, late_alone)
     expected = (6 * share * early_alone + (1 - share) * late_alone) / (6 * share + 1 - share)
     torch.testing.assert_close(loss(early, 5.0), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss(-early, 5.0), late_alone, rtol=1e-4, atol=0)  # below 0: not at all
 
 
 def test_a_perfect_codec_pays_for_its_latents_only() -> None:

@@ -436,6 +436,33 @@ def test_teacher_forcing_refuses_what_has_to_be_walked_through_before_work_begin
             )  # type: ignore[arg-type]
 
 
+def test_teacher_forcing_is_at_the_levels_of_the_first_steps_where_they_are_asked_for(monkeypatch, tmp_path) -> None:
+    heard = []
+
+    def forced(network, clips, *more, **named):
+        heard.append(named["levels"])
+        return teacher_forcing_loss(network, clips, *more, **named)
+
+    def trained(first_steps: int) -> None:
+        world = SimpleNamespace(
+            latent_size=tiny.LATENTS[1:],
+            clips=lambda count, seed, frames, memory_share: Clips(frames, memory_share),
+            held_out=lambda count: torch.ones(count, 5, dtype=torch.long),
+            show=lambda name, latents: None,
+        )
+        text = WordEncoder(WordEncoderConfig(words=9, length=5, dim=8)).requires_grad_(False)
+        stage = TeacherForcingStage(batch=1, steps=1, frames=6, first_steps=first_steps)
+        run = Run(out=tmp_path, device=torch.device("cpu"))
+        stages.train_teacher_forcing(text, tiny.network(extent=12).float(), world, [RECIPE], 3.0, stage, run)
+
+    monkeypatch.setattr("longtake.distillation.stages.teacher_forcing.teacher_forcing_loss", forced)
+    trained(0)
+    trained(2)
+    assert heard == [(), RECIPE.levels(3.0)[:2]], "none named: any"
+    with pytest.raises(ValueError, match="has 4 steps: first_steps cannot be 5"):
+        trained(5)
+
+
 def test_a_pull_that_could_never_come_is_refused(monkeypatch, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="last_exits leaves that out"):
         steps(monkeypatch, tmp_path, levels=(4, 3), last_exits=2, pull=0.05)

@@ -31,6 +31,7 @@ class SeeingEngine(RenderedEngine):
     def __init__(self, remembers: bool = True, away_seconds: float = 2.0, looks_at: int | None = None) -> None:
         super().__init__()
         self.remembers, self.away_seconds, self.looks_at = remembers, away_seconds, looks_at
+        self.given: list[int] = []  # pictures of each batch
 
     def pictures_in(self, blocks: int) -> int:
         return 12 * blocks - 3
@@ -39,8 +40,8 @@ class SeeingEngine(RenderedEngine):
     def stream_batch(
         self, prompts: Sequence[str], *, seeds: Sequence[int], pictures: Tensor | None = None
     ) -> Iterator[RenderedBatch]:
-        # The first whole block by which the camera has turned away, five seconds after it has come.
-        assert pictures is not None and pictures.shape[1] in (105, 153)
+        assert pictures is not None
+        self.given.append(pictures.shape[1])
         began = pictures.shape[1] // RATE - 1
         camera = {"away_start": float(began), "away_seconds": self.away_seconds, "away_every": 2000.0}
         found, scenes = detect(pictures[:, : self.looks_at]), []
@@ -76,8 +77,8 @@ def other_than(value: str, name: str) -> str:
     return Random(value).choice([other for other in ATTRIBUTES[name] if other != value])
 
 
-def score(engine: Any, prompts: int = 2, after: Sequence[int] = (2,)) -> dict[str, Any]:
-    (table,) = recall.evaluate_recall(["any"], lambda name: engine, prompts=prompts, seeds=1, after=after)
+def score(engine: Any, prompts: int = 2, after: Sequence[int] = (2,), **more: Any) -> dict[str, Any]:
+    (table,) = recall.evaluate_recall(["any"], lambda name: engine, prompts=prompts, seeds=1, after=after, **more)
     return table
 
 
@@ -111,9 +112,24 @@ def test_who_never_returns_recalls_nothing() -> None:
     assert (table["returned"], table["stayed_away"]) == ({"2": 0.0}, {"2": 1.0})
 
 
+def test_where_the_absence_is_given_only_the_return_is_streamed() -> None:
+    engine = SeeingEngine(away_seconds=0.5, looks_at=105)  # before it turns away
+    table = score(engine, prompts=1, after=[2, 4], absence="given")
+    # The last whole blocks before the camera turns back: 2 and 4 seconds after it has turned away.
+    assert engine.given == [177, 213, 129, 165]
+    for seen in (table, table["seen_first"]):
+        assert seen["after"] == {"2": EVERYTHING, "4": EVERYTHING}
+        assert seen["stayed_away"] == {"2": 1.0, "4": 1.0}
+    forgets = score(SeeingEngine(remembers=False, away_seconds=0.5), prompts=1, after=[4], absence="given")
+    assert forgets["after"] == {"4": NOTHING} and forgets["returned"] == {"4": 1.0}
+
+
 def test_one_stream_is_read_after_every_gap() -> None:
     """Its camera is back after two seconds: too early for a gap of four, but what is there is the same."""
-    table = score(SeeingEngine(), prompts=1, after=[4, 2])
+    engine = SeeingEngine()
+    table = score(engine, prompts=1, after=[4, 2])
+    # The first whole block by which the camera has turned away, five seconds after it has come.
+    assert engine.given == [153, 105]
     assert list(table["after"]) == ["2", "4"]
     assert table["stayed_away"] == {"2": 1.0, "4": 0.0}
     assert table["returned"] == {"2": 1.0, "4": 1.0}

@@ -13,14 +13,16 @@ from longtake.toy.clips import (
     STRESS,
     ClipPool,
     _own_words,
+    focus,
     landmark_share,
+    memory_focus,
     memory_scenes,
     moving,
     prompt_of_frames,
-    recall_focus,
     recalled,
     returned,
     sample_prompts,
+    shown,
     subject_share,
     training_scenes,
 )
@@ -113,20 +115,32 @@ def test_frames_matter_most_that_only_memory_can_know() -> None:
     rendered = render(away, 97)
     share = subject_share(rendered, codec)
     # The camera turns away from picture 16 to 40, and back from 56 to 80: in latent frames 15 to 20.
-    shown = (share.sum((2, 3)) > 0.5)[0].tolist()
-    back = shown.index(True, shown.index(False))
+    in_sight = shown(share)[0].bool().tolist()
+    back = in_sight.index(True, in_sight.index(False))
     assert 14 < back < 20
     again = recalled(share)[0]
     assert again.nonzero()[:, 0].tolist() == [back, back + 1, back + 2]
-    matters = recall_focus(away, rendered, 0, codec)[0]
-    assert matters[:15].max() == 0
+    nothing = torch.zeros_like(share)
+    matters = memory_focus(nothing, away, rendered, 0, codec)[0]
+    assert (matters[:15] == 0).all()
     assert matters[back : back + 3].amin() >= RECALL
     assert matters[back + 1][share[0, back + 1] > 0.9].min() > 0.9 * RECALL * (1 + RECALL) - RECALL
     landmark = landmark_share(away, 97, 0, codec)[0]
     comes = recalled(landmark[None])[0].nonzero()[0, 0]
     assert matters[comes][landmark[comes] > 0.5].min() > 0.5 * RECALL**2, "landmarks count as subjects do"
     still = make_scene(camera="still")
-    assert recall_focus(still, render(still, 97), 0, codec).max() == 0
+    assert (memory_focus(nothing, still, render(still, 97), 0, codec) == 0).all()
+
+
+def test_frames_do_not_count_before_anything_that_returns_was_seen() -> None:
+    away = make_scene(camera="looks away", away_start=-2.0, away_seconds=1.0, away_every=9.0)
+    codec, first = LightCodec(SMALL), torch.tensor([-20])
+    rendered = render(away, 97, first)
+    told = focus(away, rendered, first, codec)
+    matters = memory_focus(told, away, rendered, first, codec)[0]
+    subject, landmark = subject_share(rendered, codec)[0], landmark_share(away, 97, first, codec)[0]
+    comes = min(shown(share[None])[0].nonzero()[0, 0].item() for share in (subject, landmark))
+    assert comes > 1 and (matters[:comes] == -1).all() and (matters[comes:] >= told[0, comes:]).all()
 
 
 def test_a_landmark_covers_what_is_painted_otherwise_without_it() -> None:
@@ -217,9 +231,9 @@ def test_clips_made_for_memory_show_what_no_caption_says_then_look_away_then_ret
     assert not torch.isfinite(scenes.change_seconds).any()
     where = pose(scenes, pictures, first)
     far_BF = torch.stack([(x - WIDTH / 2).abs() - WIDTH / 2 for x in (where.x, where.landmark_x)])
-    shown, gone = far_BF[1] < 0, (far_BF > 40).all(0)  # a flier may leave the picture by itself
+    near, gone = far_BF[1] < 0, (far_BF > 40).all(0)  # a flier may leave the picture by itself
     assert gone[:, :9].all(), "three latent frames, a sink, show nothing"
-    assert min(min(_runs(row)[:2]) for row in shown) >= RATE and min(len(_runs(row)) for row in shown) > 1
+    assert min(min(_runs(row)[:2]) for row in near) >= RATE and min(len(_runs(row)) for row in near) > 1
     seconds = torch.tensor([_runs(row)[1] for row in gone]) / RATE
     assert seconds.min() >= 1 and (seconds.max() > 5.5 if pictures == 237 else seconds.max() < 3.5)
 
@@ -236,7 +250,7 @@ def test_a_pool_holds_a_share_of_clips_made_for_memory_and_takes_room_for_them()
         ClipPool(codec, 2, seed=1, device=cpu, memory_share=0.5)
     pool = ClipPool(codec, 2, seed=1, device=cpu, at_once=1, pictures=141, memory_share=0.5)
     drawn = pool.draw(8, 36)
-    begun_unseen = drawn.focus_BFHW[:, :3].sum((1, 2, 3)) == 0
+    begun_unseen = (drawn.focus_BFHW[:, :3] == -1).all(3).all(2).all(1)
     said = [parse(decode(row.tolist())) for row in drawn.tokens_BPL[:, 0]]
     assert 0 < begun_unseen.sum() < 8 and drawn.focus_BFHW.sum((1, 2, 3)).min() > 0
     assert not any("colour" in one for one, unseen in zip(said, begun_unseen, strict=True) if unseen)

@@ -22,6 +22,7 @@ from longtake import recipes
 from longtake.cli import main, train
 from longtake.distillation.stages import DmdStage
 from longtake.distillation.trainer import STATE_FILE, read_metrics
+from longtake.models.delta import save_delta
 from longtake.models.weights import load_weights
 from longtake.toy import world
 from longtake.training import STAGES, _seed_of_noise, report, with_settings
@@ -38,7 +39,7 @@ SETTINGS = {
     "teacher": ["batch=2", "pool=2", f"network={NETWORK}"],
     "attention_matching": ["batch=2", "updates=2", "sampling_steps=2"],
     "finetune": ["batch=2", "pool=2", "sampling_steps=2"],
-    "teacher_forcing": ["batch=2", "pool=2", "frames=36", "memory_share=0.5"],
+    "teacher_forcing": ["batch=2", "pool=2", "frames=36", "memory_share=0.5", "rank=4"],
     "ode": ["batch=2", "pairs=4", "sampling_steps=4"],
     "dmd": [
         "batch=2", "most_blocks=5", "most_given=2", "pool=2", "levels=[2,1]", "pull=0.05", "pull_steps=2",
@@ -146,7 +147,7 @@ def test_two_processes_share_the_structure_and_nothing_else(folders: Path, tmp_p
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     checkout = os.pathsep.join([str(ROOT), str(ROOT / "src")])  # and not another that is installed
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": checkout, "SEEN": str(tmp_path)}
-    program = [*torchrun, noise_world.__name__, *command("dmd", tmp_path / "two", folders)]
+    program = [*torchrun, noise_world.__name__, *command("dmd", tmp_path / "two", folders), "rank=4"]
     done = subprocess.run(program, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert json.loads((tmp_path / "two" / "record.json").read_text())["processes"] == 2
@@ -223,6 +224,17 @@ def test_teacher_forcing_goes_on_from_a_student(folders: Path, tmp_path: Path) -
     assert not torch.allclose(weight(tmp_path / recipes.TEACHER_FILE), student, atol=1e-6)
 
 
+def test_a_student_trained_at_a_rank_is_a_delta_of_that_rank(folders: Path, tmp_path: Path) -> None:
+    finish(start(*command("dmd", tmp_path / "run", folders), "rank=4"))
+    base, tuned = (folder / recipes.NETWORK_FILE for folder in (folders / "ode", tmp_path / "run"))
+    told = save_delta(tmp_path / "delta.safetensors", base, tuned, rank=4)
+    assert told["low_rank"] == 26 and told["error_of_change"] < 0.01
+    engine = recipes.load(tmp_path / "run", recipe="self_forcing", device="cpu")
+    shutil.copy(base, tmp_path)
+    delta = recipes.load(tmp_path / "delta.safetensors", recipe="self_forcing", device="cpu")
+    assert engine.network.config == delta.network.config and engine.weights != delta.weights  # rounded
+
+
 def test_every_stage_is_a_verb() -> None:
     assert train._STAGES.keys() == STAGES.keys()
 
@@ -235,6 +247,9 @@ def test_every_stage_is_a_verb() -> None:
         ("codec", ["--set", "seconds=0"], "seconds must be above 0"),
         ("codec", ["--set", "steps=0.5"], "a whole number"),
         ("dmd", ["--from", "{ode}", "--set", "levels=[0]"], "levels must be above 0"),
+        ("dmd", ["--from", "{ode}", "--set", "rank=-1"], "rank must be 0 or more"),
+        ("dmd", ["--from", "{ode}", "--set", "rank=32"], "factors would be larger than every matrix"),
+        ("teacher_forcing", ["--from", "{ode}", "--set", "rank=999"], "factors would be larger than every matrix"),
         ("dmd", ["--from", "{ode}", "--set", "most_blocks=2"], "must hold the teacher's clip"),
         ("dmd", ["--from", "{ode}", "--set", "memory_share=0.5"], "set real_weight above 0, too"),
         ("dmd", ["--from", "{ode}", "--set", "real_frames=32", "real_weight=1"], "whole blocks"),

@@ -112,6 +112,7 @@ def evaluate_recall(
     prompts: int = 40,
     seeds: int = 2,
     after: tuple[int, ...] = (2, 4, 8, 16),
+    absence: Literal["streamed", "given"] = "streamed",
     device: Device = None,
     dtype: Precision = "auto",
     json: bool = False,
@@ -126,6 +127,7 @@ def evaluate_recall(
         prompts: How many scenes that open a stream, for each seed.
         seeds: How many lists of scenes.
         after: Seconds out of sight, 2 or more each.
+        absence: Whether streams stay away by themselves, or the absence is given to them as well.
         json: Print a JSON list with one object for each recipe.
     """
     from longtake.evaluation import recall
@@ -138,6 +140,7 @@ def evaluate_recall(
             prompts=prompts,
             seeds=seeds,
             after=after,
+            absence=absence,
             codec=toy_codec(place, model=model) if "codec" in recipe else None,
             device=place,
             progress=say,

@@ -1,14 +1,14 @@
-"""`longtake models`: what runs with what, and published checkpoints: listed, fetched, converted."""
+"""`longtake models`: what runs with what; published checkpoints: listed, fetched, converted; students as deltas."""
 
 from dataclasses import asdict
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 from tyro.extras import SubcommandApp
 
-from longtake.cli.terminal import say
+from longtake.cli.terminal import print_result, say
 
 if TYPE_CHECKING:
     from longtake.models.hub import Published
@@ -88,6 +88,40 @@ def models_convert(
     say(f"{len(read.meta)} tensors of {read.source}" + (f", entry {read.entry}" if read.entry else ""))
     print(target)
     return 0
+
+
+@app.command(name="delta")
+def models_delta(
+    base: Annotated[Positional[str], arg(metavar="BASE")],
+    tuned: Annotated[Positional[str], arg(metavar="TUNED")],
+    out: Annotated[Path, arg(aliases=["-o"], metavar="FILE")],
+    rank: Annotated[int, arg(metavar="R")] = 32,
+    json: bool = False,
+) -> int:
+    """Write a student that was tuned from another as what it adds to it, and print the size and the error that is left.
+
+    Args:
+        base: The student that it was tuned from: toy, a folder, or a network's file.
+        tuned: The tuned one: a folder, or a network's file.
+        out: NAME.safetensors, not there yet. It streams as the tuned one does where the base is: beside it as
+            student.safetensors, or in the package.
+        rank: Of what is added to each matrix that takes less room so than in full.
+        json: Print one JSON object.
+    """
+    from longtake.models.delta import save_delta
+    from longtake.recipes import student_file
+
+    print_result(save_delta(out, student_file(base), student_file(tuned), rank=rank), json, _delta_in_words)
+    return 0
+
+
+def _delta_in_words(told: dict[str, Any]) -> str:
+    return (
+        f"{told['file']}: {told['bytes'] / 2**20:.2f} MiB on the weights {told['base']}, "
+        f"{told['low_rank']} matrices at rank {told['rank']} and {told['in_full']} tensors in full\n"
+        f"error left: {told['error']:.2%} of the weights, {told['error_of_change']:.2%} of their change; "
+        f"most in {told['worst']}, {told['worst_error']:.2%}"
+    )
 
 
 def _terms_in_words(one: "Published") -> str:

@@ -18,8 +18,9 @@ from longtake.models.wan import PromptKeys, WanTransformer
 class Clips:
     """A batch to learn from. Each latent frame has one of P prompts.
 
-    latents [B, F, C, H, W]; text [B, P, L, E]; prompt [B, F] whole numbers below P; focus [B, F, H, W] how much each
-    latent cell matters, 0 or more, such as the share of it that the subject covers.
+    latents [B, F, C, H, W]; text [B, P, L, E]; prompt [B, F] whole numbers below P; focus [B, F, H, W] how much more
+    each latent cell matters, 0 or more, such as the share of it that the subject covers; below 0 for cells that do not
+    count at all.
     """
 
     latents_BFCHW: Tensor
@@ -148,5 +149,5 @@ def forced_by_block(
 
 def _focused_mse(velocity: Tensor, target: Tensor, focus_BFHW: Tensor, focus_weight: float) -> Tensor:
     """Squared error in which the cells that matter count more, at any level: how a camera moves is decided in noise."""
-    weight = (1 + focus_weight * focus_BFHW).unsqueeze(2)
+    weight = ((1 + focus_weight * focus_BFHW) * (focus_BFHW >= 0)).unsqueeze(2)
     return (weight * functional.mse_loss(velocity.float(), target.float(), reduction="none")).mean() / weight.mean()

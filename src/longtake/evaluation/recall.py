@@ -14,16 +14,17 @@ Every scene opens two streams, which differ in where they begin:
 
 Nothing but the caption makes a stream's camera stay or return. What does not return within the window is not recalled;
 `returned` says how often anything did, and `stayed_away` how often nothing was in sight shortly before it was due. A
-stream that comes back too early has a chance to remember what it showed then.
+stream that comes back too early has a chance to remember what it showed then. Where the absence is given, too, that
+cannot be: streams go on from truth up to the last whole block before the camera turns back.
 
 Shapes: B streams, T pictures.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import count, islice
+from itertools import count, islice, takewhile
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +57,7 @@ from longtake.toy.scenes import (
     sample_scenes,
 )
 
+Absence = Literal["streamed", "given"]
 RECALLED = ("colour", "subject", "landmark")
 SAID = ("subject", "motion", "place", "time", "weather", "camera")
 SCENE_SEED, SCENE_COUNT = 20_003, 1500  # of the scenes that openings are chosen among, for the first seed
@@ -133,6 +135,7 @@ def evaluate_recall(
     prompts: int = 40,
     seeds: int = 2,
     after: Sequence[int] = (2, 4, 8, 16),
+    absence: Absence = "streamed",
     codec: Codec | None = None,
     device: torch.device = CPU,
     progress: Callable[[str], None] = lambda line: None,
@@ -145,6 +148,7 @@ def evaluate_recall(
         prompts: how many openings for each seed, 1 to 500.
         seeds: lists of openings; those of one list differ from those of the others, and so does the noise.
         after: the gaps, in seconds out of sight, each at least 2.
+        absence: whether streams begin when the camera has turned away ("streamed") or when it turns back ("given").
         codec: what "codec" encodes and decodes with.
         device: where truth is rendered.
         progress: is told, in words, how far it is.
@@ -162,7 +166,7 @@ def evaluate_recall(
         raise ValueError(f"what is recalled is out of sight for {SHORTEST_GAP} seconds or longer, got {list(after)}")
     chosen = openings(prompts, seed_list(seeds))
     known = {"truth": _truth(device)} | ({"codec": _codec(codec)} if codec else {})
-    sources = {name: known[name] if name in known else _streams(engine_of(name)) for name in recipes}
+    sources = {name: known[name] if name in known else _streams(engine_of(name), absence) for name in recipes}
     return [
         {
             "recipe": name,
@@ -170,6 +174,7 @@ def evaluate_recall(
             "weights": source.weights,
             "prompts": prompts,
             "seeds": seeds,
+            "absence": absence,
             **_table(_watch(name, source, chosen, "later", gaps, progress)),
             "seen_first": _table(_watch(name, source, chosen, "first", gaps, progress)),
             "seed_list": seed_list(seeds),
@@ -212,16 +217,21 @@ def _codec(codec: Codec) -> _Source:
     return _Source(play, next(codec.parameters()).device)
 
 
-def _streams(engine: Engine) -> _Source:
+def _streams(engine: Engine, absence: Absence) -> _Source:
+    def given_pictures(gap: int, lead: int) -> int:
+        turned = (lead + TURNED_SECONDS) * RATE
+        if absence == "streamed":
+            return next(n for n in map(engine.pictures_in, count(1)) if n >= turned)
+        return list(takewhile(lambda n: n <= turned + gap * RATE, map(engine.pictures_in, count(1))))[-1]
+
     def play(batch: Sequence[Opening], gap: int, lead: int) -> Iterator[Tensor]:
-        pictures = next(n for n in map(engine.pictures_in, count(1)) if n >= (lead + TURNED_SECONDS) * RATE)
-        given_BTHWC = rendered(_scenes(batch, gap).to(engine.device), pictures, -lead * RATE)
+        given_BTHWC = rendered(_scenes(batch, gap).to(engine.device), given_pictures(gap, lead), -lead * RATE)
         yield given_BTHWC
         captions, seeds = [one.caption for one in batch], [one.seed for one in batch]
         with engine.stream_batch(captions, seeds=seeds, pictures=given_BTHWC) as streams:
             yield from streams
 
-    return _Source(play, engine.device, len(engine.recipe.steps), engine.weights, scripted=False)
+    return _Source(play, engine.device, len(engine.recipe.steps), engine.weights, scripted=absence == "given")
 
 
 def _scenes(batch: Sequence[Opening], gap: int) -> Scenes:

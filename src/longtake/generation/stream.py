@@ -3,7 +3,6 @@
 Shapes: B streams of a batch, T pictures of a block, H W height and width.
 """
 
-import hashlib
 import random
 import time
 from abc import ABC, abstractmethod
@@ -16,7 +15,7 @@ from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from longtake.generation.blockwise import commit, redirect
 from longtake.generation.noise import SeededNoise
@@ -26,6 +25,7 @@ from longtake.generation.together import Making, next_latents
 from longtake.memory.stream_memory import StreamMemory
 from longtake.models.codec import Codec, CodecState
 from longtake.models.wan import PromptKeys, WanTransformer
+from longtake.models.weights import fingerprint
 
 FAR_AFTER_REDIRECT = 1.0  # as it was, until a trained far state can be measured
 FAR_AFTER_CUT = 0.0  # a new shot owes nothing to the old one
@@ -140,12 +140,12 @@ class Engine:
     @cached_property
     def weights(self) -> str:
         """Tells this network's weights from others, in any precision."""
-        return fingerprint(self.network)
+        return fingerprint(self.network.state_dict())
 
     @cached_property
     def codec_weights(self) -> str:
         """Tells this codec's weights from others, in any precision."""
-        return fingerprint(self.codec)
+        return fingerprint(self.codec.state_dict())
 
     @property
     def circumstances(self) -> dict[str, str]:
@@ -227,18 +227,6 @@ class Engine:
         have the same `phase`. If it fails, streams whose block was not finished can go on alone, and others are closed.
         """
         return _next_together(self, streams)
-
-
-def fingerprint(module: nn.Module) -> str:
-    """Tells a module's weights from others, in any precision: a hash of what each tensor sums up to.
-
-    Summed are the bits of its values in bfloat16, as whole numbers, so that no device or order rounds the sum.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        whole = tensor.bfloat16().view(torch.int16) if tensor.is_floating_point() else tensor
-        digest.update(f"{name} {list(tensor.shape)} {int(whole.sum(dtype=torch.int64))}\n".encode())
-    return digest.hexdigest()[:16]
 
 
 def _require_words(prompts: Sequence[str]) -> None:

@@ -160,6 +160,17 @@ def merged(base: Checkpoint, lora: Checkpoint, *, alpha: float | None = None) ->
     return base.changed({name: base.meta[name].shape for name in sides}, add)
 
 
+def is_low_rank(name: str) -> bool:
+    """Whether a tensor of that name is a factor of a low-rank update."""
+    return _LORA.fullmatch(name) is not None
+
+
+def low_rank_names(weight: str) -> tuple[str, str]:
+    """What the factors A and B of a weight's low-rank update are called."""
+    module = weight.removesuffix(".weight")
+    return f"{module}.lora_A.weight", f"{module}.lora_B.weight"
+
+
 def _lora_sides(lora: Checkpoint) -> dict[str, dict[str, str]]:
     """For each weight that is updated, in our names, what its A and its B are called."""
     sides: dict[str, dict[str, str]] = {}

@@ -5,6 +5,7 @@ for each of its rows (first dimension): the largest magnitude of a row is 127. F
 a file that exists is whole.
 """
 
+import hashlib
 import json
 import os
 import zipfile
@@ -61,6 +62,18 @@ def described(path: Path) -> dict[str, Any]:
     """The description of a safetensors file, empty if it is none of ours. ValueError if it is not whole."""
     with _complete(path), safe_open(path, "pt") as file:
         return dict(json.loads((file.metadata() or {}).get(_DESCRIPTION, "{}")))
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """Tells weights from others, in any precision: a hash of what each tensor sums up to.
+
+    Summed are the bits of its values in bfloat16, as whole numbers, so that no device or order rounds the sum.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        whole = tensor.bfloat16().view(torch.int16) if tensor.is_floating_point() else tensor
+        digest.update(f"{name} {list(tensor.shape)} {int(whole.sum(dtype=torch.int64))}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def load_into(module: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:

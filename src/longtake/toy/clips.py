@@ -59,7 +59,7 @@ class LatentClips(NamedTuple):
     """A batch of B clips of F latent frames, each frame under one of its clip's two prompts.
 
     latents [B, F, C, H, W]; tokens [B, 2, L] of the captions before and after a change (twice the same without one);
-    prompt [B, F], 0 or 1; focus [B, F, H, W], how much each latent cell matters, see `focus`.
+    prompt [B, F], 0 or 1; focus [B, F, H, W], how much each latent cell matters, see `focus` and `memory_focus`.
     """
 
     latents_BFCHW: Tensor
@@ -157,7 +157,7 @@ class ClipPool:
             latents, _ = self._codec.encode(rendered.frames_BFCHW)
         matters_BFHW = focus(scenes, rendered, first, self._codec)
         if for_memory:
-            matters_BFHW = matters_BFHW + recall_focus(scenes, rendered, first, self._codec)
+            matters_BFHW = memory_focus(matters_BFHW, scenes, rendered, first, self._codec)
         return LatentClips(
             latents.bfloat16(),
             tokens_BPL,
@@ -309,12 +309,18 @@ def returned(scenes: Scenes, pictures: int, first: int | Tensor, pictures_a_fram
     return functional.pad(back[:, 1:].unflatten(1, (-1, pictures_a_frame)).amin(2), (1, 0))
 
 
-def recall_focus(scenes: Scenes, rendered: Rendering, first: int | Tensor, codec: Codec) -> Tensor:
-    """How much more each latent cell matters, [B, F, H, W], because subject or landmark return with it."""
+def memory_focus(focus_BFHW: Tensor, scenes: Scenes, rendered: Rendering, first: int | Tensor, codec: Codec) -> Tensor:
+    """What `focus` says of clips made for memory and, far above it, what returns into sight, subject or landmark.
+
+    Frames before either was seen do not count, at -1: a video whose caption says that it looks away begins with what
+    it looks away from, and these clips do not.
+    """
     pictures = rendered.mask_BFHW.shape[1]
     shares = torch.stack([subject_share(rendered, codec), landmark_share(scenes, pictures, first, codec)])
     again = torch.stack([recalled(share) for share in shares])[..., None, None]
-    return (RECALL * again * (1 + RECALL * shares)).sum(0)
+    seen_BF = torch.stack([shown(share) for share in shares]).amax(0).cumsum(1) > 0
+    wanted_BFHW = focus_BFHW + (RECALL * again * (1 + RECALL * shares)).sum(0)
+    return wanted_BFHW.where(seen_BF[..., None, None], -1.0)
 
 
 def recalled(share_BFHW: Tensor) -> Tensor:
@@ -322,9 +328,14 @@ def recalled(share_BFHW: Tensor) -> Tensor:
 
     share: of each latent cell that it covers, [B, F, H, W].
     """
-    shown_BF = (share_BFHW.sum((2, 3)) > 0.5).float()  # half a latent cell
+    shown_BF = shown(share_BFHW)
     then_BF = functional.pad(shown_BF, (PAST, 0))[:, :-PAST]
     return shown_BF * (1 - then_BF) * (then_BF.cumsum(1) > 0)
+
+
+def shown(share_BFHW: Tensor) -> Tensor:
+    """1 for each latent frame, [B, F], in which half a latent cell or more is covered, else 0."""
+    return (share_BFHW.sum((2, 3)) > 0.5).float()
 
 
 def _turned(scenes: Scenes, pictures: int, first: int | Tensor) -> Tensor:

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from longtake import parallel
 from longtake.distillation import dmd
+from longtake.distillation.low_rank import merge
 from longtake.distillation.plan import Plan, Script, draw_plan, rolled_out
 from longtake.distillation.regularized import regularized_loss, teacher_sample
 from longtake.distillation.rollout import FirstNoise, FreshNoise
-from longtake.distillation.stages.learners import compile_for, dmd_adam, far_weights
+from longtake.distillation.stages.learners import at_rank, compile_for, dmd_adam, far_weights
 from longtake.distillation.stages.settings import DmdStage
 from longtake.distillation.stages.strips import stream_strips
 from longtake.distillation.stages.teacher_forcing import forced_lesson
@@ -30,6 +31,7 @@ def train_dmd(
     shift: float, stage: DmdStage, run: Run,
 ) -> dict[str, float]:  # fmt: skip
     _require_sense(stage, network, recipes)
+    at_rank(network, stage.rank)
     critic = copy.deepcopy(teacher).requires_grad_(True).train()
     network.requires_grad_(True).train()
     student = Learner(network, [dmd_adam(network, stage.lr, stage.far_lr)], average=stage.average)
@@ -109,6 +111,7 @@ def train_dmd(
     keep = {"shared": shared, **supplies}
     spent = train(learners, turn, stage.budget(warmup=20), run, keep=keep, look=look, log_every=25, rare=("pull",))
     student.swap_average()
+    merge(network)
     return spent
 
 

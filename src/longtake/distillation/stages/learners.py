@@ -8,11 +8,19 @@ import torch
 from torch import Tensor
 
 from longtake import parallel
+from longtake.distillation.low_rank import factor
 from longtake.distillation.optim import muon_and_adam
 from longtake.distillation.trainer import Learner, Run
 from longtake.models.wan import WanTransformer
 
 NETWORK_ENDS = ("patch_embedding", "text_embedding", "time_", "head")  # matrices that are not hidden: AdamW's
+
+
+def at_rank(network: WanTransformer, rank: int) -> None:
+    """Let only factors of that rank learn, alike in all processes; 0: whole matrices."""
+    if rank:
+        factor(network, rank)
+        parallel.share_parameters(network)
 
 
 def learner_of(network: WanTransformer, lr: float, far_lr: float, average: float) -> Learner:

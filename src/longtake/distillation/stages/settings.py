@@ -37,7 +37,7 @@ class Stage:
 _MAY_BE_0 = {
     "seed", "kl_weight", "focus_weight", "no_prompt_share", "encoder_blocks", "decoder_blocks", "most_given", "pull",
     "self_forcing_share", "memory_share", "recompute", "real_weight", "real_frames", "real_batch",
-    "last_exits", "layers", "overlap", "turns_with_frames", "both_ways", "softmax",
+    "last_exits", "rank", "layers", "first_steps", "overlap", "turns_with_frames", "both_ways", "softmax",
 }  # fmt: skip
 
 
@@ -138,7 +138,10 @@ class TeacherForcingStage(Stage):
     memory, which begin out of sight of what they show, and look away from it until neither sink nor recent frames
     show it, under captions that do not say what it was; they take some length (8.5 seconds in the toy world).
     recompute: whether clips are walked block by block, and of each pass only what went in and what came out is kept:
-    the rest is computed again for its gradient. The same in more time and a small part of the memory.
+    the rest is computed again for its gradient. The same in more time and a small part of the memory. first_steps: of
+    the recipe, at whose levels blocks are noisy (0: at any level). There it is decided what a block shows, so there
+    memory is asked; `DmdStage` has lessons at the same levels. rank: of what is added to each matrix (0: any), see
+    `low_rank`.
     """
 
     seconds: float = 80.0
@@ -152,6 +155,8 @@ class TeacherForcingStage(Stage):
     pool: int = 1024
     memory_share: float = 0.0
     recompute: bool = False
+    first_steps: int = 0
+    rank: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +198,8 @@ class DmdStage(Stage):
     real_batch: how many of them a step (0: `batch`), for long ones take much memory. memory_share: of those made for
     memory, see `TeacherForcingStage`. Where they are to be other than the clips that blocks are given from, they come
     from a pool of their own, of the same size and seed. Any of the three is refused without a real_weight.
+
+    rank: of what is added to each of the student's matrices (0: any), see `low_rank`.
     """
 
     seconds: float = 330.0
@@ -218,6 +225,7 @@ class DmdStage(Stage):
     real_batch: int = 0
     memory_share: float = 0.0
     focus_weight: float = 1.0
+    rank: int = 0
 
     def levels_of(self, recipe: Recipe) -> tuple[int, ...]:
         """The numbers of levels that a recipe is trained with."""

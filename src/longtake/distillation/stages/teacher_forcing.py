@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from longtake import parallel
+from longtake.distillation.low_rank import merge
 from longtake.distillation.pretrain import Clips, require_one_pass, teacher_forcing_loss
-from longtake.distillation.stages.learners import compile_for, far_weights, learner_of
+from longtake.distillation.stages.learners import at_rank, compile_for, far_weights, learner_of
 from longtake.distillation.stages.settings import TeacherForcingStage
 from longtake.distillation.stages.strips import stream_strips
 from longtake.distillation.stages.world import World, drawn, embed, parts_of
@@ -25,19 +26,25 @@ def train_teacher_forcing(
     for recipe in recipes:
         if stage.frames % recipe.block:
             raise ValueError(f"frames ({stage.frames}) must be whole blocks of {recipe.block}")
+        if stage.first_steps > len(recipe.steps):
+            raise ValueError(f"{recipe.name} has {len(recipe.steps)} steps: first_steps cannot be {stage.first_steps}")
         memory = recipe.memory(network)  # refused before work begins
         if not stage.recompute:
             require_one_pass(memory)
+    at_rank(network, stage.rank)
     learner = learner_of(network, stage.lr, stage.far_lr, stage.average)
     compile_for(run, network)
     if stage.recompute:
         parallel.checkpoint_layers([network], ("forward", "keys_to_commit"))
     supply = world.clips(stage.pool, stage.seed, stage.frames, stage.memory_share)
 
-    teach = {
-        name: forced_lesson(learner, text, network, recipe, shift, stage.focus_weight, run, by_block=stage.recompute)
-        for name, recipe in {recipe.name: recipe for recipe in recipes}.items()
-    }
+    def lesson(recipe: Recipe) -> Callable[..., Tensor]:
+        early = recipe.levels(shift)[: stage.first_steps]
+        return forced_lesson(
+            learner, text, network, recipe, shift, stage.focus_weight, run, by_block=stage.recompute, levels=early
+        )
+
+    teach = {name: lesson(recipe) for name, recipe in {recipe.name: recipe for recipe in recipes}.items()}
 
     def turn(step: int) -> dict[str, Tensor]:
         value = teach[recipes[step % len(recipes)].name](*parts_of(drawn(supply, step, stage.batch, stage.frames)))
@@ -46,6 +53,7 @@ def train_teacher_forcing(
     look = stream_strips(text, network, learner, world, recipes, shift, run)
     spent = train({"student": learner}, turn, stage.budget(warmup=50), run, keep={"clips": supply}, look=look)
     learner.swap_average()
+    merge(network)
     return spent
 
 
