@@ -70,6 +70,7 @@ class FakeStream:
     def __next__(self) -> Chunk:
         assert not self.closed
         if "explode" in self.prompt:
+            self.close()
             raise RuntimeError("out of memory")
         self.engine.clock.now += self.engine.block_seconds
         return self.chunk(self.engine.block_seconds)

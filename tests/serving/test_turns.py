@@ -56,22 +56,32 @@ def test_a_trial_finds_what_pays(gain, sizes):
     assert list(gains) == sizes and all(found == pytest.approx(gain) for found in gains.values())
 
 
-def test_a_trial_that_runs_out_of_memory_finds_nothing():
+def test_a_trial_that_fails_finds_nothing_and_ends_nothing():
     engine, gains = FakeEngine(gain=0.5), {}
     assert [*trial(engine, "explode", 4, gains)] == [] and gains == {} and not engine.open_streams
-
-
-def test_a_trial_keeps_nobody_waiting_for_longer_than_a_pass():
-    engine = FakeEngine(gain=0.5)
     worker = Worker(engine, clock=engine.clock)
     worker.warm_up("a ball")
-    assert worker.step() and worker.step()  # the trial has begun
+    engine.next_together = lambda streams: {}["a recipe that cannot"]
+    idle(worker)
+    assert len(watch(worker, engine.clock, [session := opened(worker)], 5)[session]) > 5
+
+
+def test_who_comes_finds_no_trial_and_what_it_found_stays():
+    engine = FakeEngine(gain=0.5)
+    worker = Worker(engine, Limits(sessions=8), clock=engine.clock)
+    worker.warm_up("a ball")
+    while len(engine.open_streams) < 4:  # of two it is known
+        assert worker.step()
     session, began = opened(worker), engine.clock.now
+    assert engine.open_streams == {session.stream}
     while worker.read(session) is None:
         worker.step()
-    assert engine.clock.now - began <= engine.block_seconds + 1e-9 and worker.gains == {}
+    assert engine.clock.now - began <= engine.block_seconds + 1e-9
     watch(worker, engine.clock, [session], 10)
-    assert list(worker.gains) == [2, 4] and session.playback.misses == 0
+    assert list(worker.gains) == [2] and engine.passes.count(2) == 3 and session.playback.misses == 0
+    worker.close(session)
+    idle(worker)
+    assert list(worker.gains) == [2, 4, 8] and engine.passes.count(2) == 3 and not engine.open_streams
 
 
 def test_a_worker_that_stops_ends_its_trial():
@@ -112,6 +122,45 @@ def test_more_streams_are_taken_once_passes_save_time():
     before = worker.device_share
     watch(worker, engine.clock, sessions, 30)
     assert worker.device_share < 0.7 * before
+
+
+def test_nobody_is_overtaken_by_a_pass():
+    """Not by a stream that could go along with the first, but runs dry later."""
+    engine = FakeEngine(gain=0.6)
+    worker = warm(engine)
+    sessions = [opened(worker) for _ in range(3)]
+    for session in sessions:
+        session.stream.blocks = 5
+        session.made.clear()
+    sessions[1].stream.blocks = 1  # of another phase
+    now = engine.clock.now + 1
+    for session, seconds in zip(sessions, (1.0, 1.1, 1.2), strict=True):
+        session.playback.send(seconds, now)
+    assert worker._next(now) == sessions[:1]
+    sessions[1].stream.blocks = 5
+    assert worker._next(now) == sessions
+
+
+def test_how_long_a_block_takes_alone_is_not_learned_from_company():
+    engine = FakeEngine(gain=0.4)
+    worker = warm(engine)
+    watch(worker, engine.clock, [opened(worker), opened(worker)], 30)
+    assert engine.passes and worker._alone_share == pytest.approx(0.2 / worker.block_seconds)
+
+
+def test_of_a_pass_that_fails_streams_that_are_half_made_end_with_its_reason():
+    made, clock = tiny.engine(), Clock()
+    worker = Worker(made, clock=clock)
+    worker.gains = {2: 0.5}
+    sessions = [opened(worker, seed=seed) for seed in (1, 2)]
+    watch(worker, clock, sessions, 3)
+
+    def fail(*_, **__):
+        raise RuntimeError("out of memory")
+
+    made.codec.decode = fail
+    watch(worker, clock, sessions, 3)
+    assert [session.end for session in sessions] == ["RuntimeError: out of memory"] * 2
 
 
 def test_a_pass_that_fails_ends_only_the_stream_that_fails_alone():

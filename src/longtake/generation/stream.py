@@ -584,19 +584,19 @@ def _next_together(engine: Engine, streams: Sequence[Stream]) -> list[Chunk]:
         made = time.perf_counter()
         pictures_BTHWC = _decoded_together(engine, batches, latents_BFCHW)
         frames_BTHWC: np.ndarray = pictures_BTHWC.cpu().numpy()
+        decoded = time.perf_counter()
+        timings = Timings(made - started, decoded - made, decoded - started)
+        chunks = []
+        for batch, one, frames_THWC in zip(batches, several, frames_BTHWC, strict=True):
+            chunks.append(Chunk(frames_THWC.copy(), batch.blocks, batch.pictures / engine.frame_rate, timings))
+            batch._count(len(frames_THWC), timings)
+            batch.in_company = True
+            batch._go_on_with(one.memory, one.in_flight)  # a schedule that rolls compares with its own last block
     except BaseException:  # Ctrl-C too
         for batch, one, before in zip(batches, several, blocks, strict=True):
             if one.memory.blocks != before:
                 batch.close()
         raise
-    decoded = time.perf_counter()
-    chunks = []
-    for batch, one, frames_THWC in zip(batches, several, frames_BTHWC, strict=True):
-        timings = Timings(made - started, decoded - made, decoded - started)
-        chunks.append(Chunk(frames_THWC.copy(), batch.blocks, batch.pictures / engine.frame_rate, timings))
-        batch._count(len(frames_THWC), timings)
-        batch.in_company = True
-        batch._go_on_with(one.memory, one.in_flight)  # a schedule that rolls compares with its own last block
     return chunks
 
 

@@ -1,13 +1,17 @@
 """Of how many streams the next blocks are made in one pass: where that pays, and makes nobody wait the longer."""
 
+import logging
 import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 
 from longtake.generation.stream import Engine
 
 PAYS = 0.9
 """Of the time that blocks take one after the other: a pass over several has to take less. It delays the first of them,
 and what is made so is made again by nobody to the bit."""
+
+log = logging.getLogger(__name__)
 
 
 def how_many(dry_at: Sequence[float], now: float, alone: float, gains: Mapping[int, float]) -> int:
@@ -32,10 +36,10 @@ def how_many(dry_at: Sequence[float], now: float, alone: float, gains: Mapping[i
 def trial(engine: Engine, prompt: str, most: int, gains: dict[int, float], rounds: int = 2) -> Iterator[None]:
     """Measure passes over 2, 4, 8, ... streams, up to `most`: sizes that pay enter `gains`, see `how_many`.
 
-    One pass for each step, so that others need not wait for all of it. It ends with the first size that does not pay,
-    or fails, say for want of memory.
+    One pass for each step, so that it can be left in between; another trial goes on with the sizes that are not in
+    `gains`. It ends with the first that does not pay, or fails, say for want of memory.
     """
-    size = 2
+    size = 2 * max(gains, default=1)
     while size <= most:
         gain = yield from _gain(engine, prompt, size, rounds)
         if gain >= PAYS:
@@ -45,22 +49,21 @@ def trial(engine: Engine, prompt: str, most: int, gains: dict[int, float], round
 
 
 def _gain(engine: Engine, prompt: str, size: int, rounds: int) -> Generator[None, None, float]:
-    streams = [engine.stream(prompt, seed=seed) for seed in range(size)]
     alone = together = math.inf
-    try:
-        engine.next_together(streams)  # the first pays for the start
-        yield
-        for _ in range(rounds):
-            in_turn = 0.0
-            for stream in streams:
-                in_turn += next(stream).timings.total_seconds
-                yield
-            alone = min(alone, in_turn)
-            together = min(together, engine.next_together(streams)[0].timings.total_seconds)
+    with ExitStack() as opened:
+        try:
+            streams = [opened.enter_context(engine.stream(prompt, seed=seed)) for seed in range(size)]
+            engine.next_together(streams)  # the first pays for the start
             yield
-    except RuntimeError:
-        return math.inf
-    finally:
-        for stream in streams:
-            stream.close()
+            for _ in range(rounds):
+                in_turn = 0.0
+                for stream in streams:
+                    in_turn += next(stream).timings.total_seconds
+                    yield
+                alone = min(alone, in_turn)
+                together = min(together, engine.next_together(streams)[0].timings.total_seconds)
+                yield
+        except Exception:  # whatever it is, streams are made alone as before
+            log.exception("passes over %d streams are not made: one failed", size)
+            return math.inf
     return together / alone

@@ -9,6 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from itertools import takewhile
 from typing import Literal, NamedTuple, TypeVar
 
 import torch
@@ -65,9 +66,11 @@ class Worker:
         self.block_seconds = self.block_pictures / engine.frame_rate
         self.device_share: float | None = None
         """Seconds of the device that a second of video takes, of late; None until measured."""
+        self._alone_share = 0.0  # the same of blocks that were made alone
         self.gains: dict[int, float] = {}
-        """Of how many streams a pass saves time, and what share of it is left, as measured in idle moments."""
-        self._trial: Iterator[None] = iter(())
+        """Of how many streams a pass saves time, and what share of it is left, as measured while nobody was there."""
+        self._untried: str | None = None  # the words of the trial that is to be made
+        self._trial: Iterator[None] | None = None
         if self.limits.ahead < max(2 * self.block_seconds, self.limits.lead):
             raise ValueError(
                 f"a stream is made at least two blocks ahead, {2 * self.block_seconds:g} s, and no less than the "
@@ -227,8 +230,7 @@ class Worker:
                 chunk = next(stream)
                 if number:  # the first pays for the start
                     self._measure([chunk])
-        if not self._exact:
-            self._trial = trial(self.engine, prompt, self.limits.sessions, self.gains)
+        self._untried = None if self._exact else prompt
 
     def start(self) -> None:
         self._thread.start()
@@ -242,9 +244,9 @@ class Worker:
             self._lock.notify_all()
         if self._thread.is_alive():
             self._thread.join()
-        self._trial = iter(())
-        while self.step():  # what was asked for last: streams are closed
-            pass
+        while self._commands:  # what was asked for last: streams are closed
+            self.step()
+        self._trial = None
 
     def _run(self) -> None:
         if self._threads:
@@ -258,8 +260,8 @@ class Worker:
     def step(self) -> bool:
         """Do one thing on the device, a command or a block; False if there is nothing to do now.
 
-        They take turns, so that nobody's commands keep the others from their pictures. Where there is neither, the
-        trial of passes over several streams goes on.
+        They take turns, so that nobody's commands keep the others from their pictures. While nobody is there, passes
+        over several streams are tried.
         """
         with self._lock:
             now = self.clock()
@@ -267,12 +269,25 @@ class Worker:
             sessions = self._next(now)
             command = self._commands.popleft() if self._commands and not (self._commanded and sessions) else None
             self._commanded = command is not None
+            empty = not self._sessions
+        if not empty:
+            self._trial = None  # its streams have memory that others were promised
         if command is not None:
             command()
         elif sessions:
             self._make(sessions)
         else:
-            return next(self._trial, self) is not self
+            return empty and self._try()
+        return True
+
+    def _try(self) -> bool:
+        """Go on with the trial, or begin it; False where there is none."""
+        if self._untried is None:
+            return False
+        if self._trial is None:
+            self._trial = trial(self.engine, self._untried, self.limits.sessions, self.gains)
+        if next(self._trial, self) is self:
+            self._trial = self._untried = None
         return True
 
     def _next(self, now: float) -> list[Session]:
@@ -282,9 +297,12 @@ class Worker:
         if len(hungry) < 2 or not self.gains:
             return hungry[:1]
         phase = _phase(hungry[0])
-        alike = [hungry[0], *(session for session in hungry[1:] if phase and _phase(session) == phase)]
-        alone = (self.device_share or 0.0) * self.block_seconds
-        return alike[: how_many([self._dry_at(session, now) for session in alike], now, alone, self.gains)]
+        if phase is None:
+            return hungry[:1]
+        # Nobody of another phase is overtaken: a pass ends no later than the turns of those before them.
+        alike = list(takewhile(lambda session: _phase(session) == phase, hungry))
+        dry_at = [self._dry_at(session, now) for session in alike]
+        return alike[: how_many(dry_at, now, self._alone_share * self.block_seconds, self.gains)]
 
     def _dry_at(self, session: Session, now: float) -> float:
         return session.playback.dry_at(now) + session.waiting / self.engine.frame_rate
@@ -309,15 +327,16 @@ class Worker:
     def _make(self, sessions: Sequence[Session]) -> None:
         try:
             chunks = self._chunks([session.stream for session in sessions if session.stream is not None])
-        except Exception as error:  # whatever it is, it ends one stream and no other
+        except Exception as error:  # whatever it is, it ends no other stream
             if len(sessions) > 1:
                 log.exception("a pass over %d streams failed: they go on one by one", len(sessions))
                 for size in [size for size in self.gains if size >= len(sessions)]:
                     del self.gains[size]
-                return
             with self._lock:
-                sessions[0].failed = True
-                self._end(sessions[0], f"{type(error).__name__}: {error}")
+                for session in sessions:
+                    if len(sessions) == 1 or session.stream is None or session.stream.closed:  # half made
+                        session.failed = True
+                        self._end(session, f"{type(error).__name__}: {error}")
             return
         with self._lock:
             if chunks[0].index:  # the first pays for the start
@@ -338,6 +357,8 @@ class Worker:
         share = chunks[0].timings.total_seconds * self.engine.frame_rate / pictures
         known = share if self.device_share is None else self.device_share
         self.device_share = share + (1 - _RECENT) ** len(chunks) * (known - share)
+        if len(chunks) == 1:
+            self._alone_share = share + (1 - _RECENT) * ((self._alone_share or share) - share)
 
     # Commands, between two blocks
 
