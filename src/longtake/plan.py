@@ -180,8 +180,9 @@ def plan(
     }  # fmt: skip
 
 
-def bytes_of_stream(engine: Engine) -> tuple[int, int]:
-    """Of a stream of an engine: bytes that it keeps from block to block at most, and what its making takes on top.
+def bytes_of_stream(engine: Engine) -> tuple[int, int, int]:
+    """Of a stream of an engine: bytes that it keeps from block to block at most, and what it takes on top while a block
+    is made, and while a prompt is read or taken.
 
     Predicted, as by `plan`, for whatever weights there are; with a text encoder that comes to the device to encode.
     """
@@ -192,9 +193,10 @@ def bytes_of_stream(engine: Engine) -> tuple[int, int]:
     )  # fmt: skip
     with Fused():
         working = streamed(made, replace(engine.recipe, near=dense), (engine.width, engine.height))
-    kept = sum(working.kept.values())
-    reading = working.peaks["new prompt read"] + made.text_bytes
-    return kept, max(reading, *working.peaks.values()) - kept
+    kept, peaks = sum(working.kept.values()), working.peaks
+    block = max(peaks["network pass"], peaks["decoding"])
+    prompt = max(peaks["new prompt read"] + made.text_bytes, peaks["new prompt taken"])
+    return kept, block - kept, prompt - kept
 
 
 def _on_meta(module: M) -> M:

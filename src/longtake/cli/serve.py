@@ -89,25 +89,27 @@ def serve(
             examples=_words_to_try(engine),
         )
         access = Access(key=key, origins=origins, loopback=is_loopback(host))
-        memory = _memory_for(engine) if sessions > 1 else None  # a first stream is always taken
-        worker = Worker(engine, Limits(sessions=sessions), memory=memory, exact=exact, threads=threads)
+        limits = Limits(sessions=sessions)
+        worker = Worker(
+            engine, limits, memory=lambda: _memory_for(engine, sessions), exact=exact, threads=threads
+        )  # fmt: skip
         where = listening.getsockname()
         print(f"http://{f'[{where[0]}]' if ':' in where[0] else where[0]}:{where[1]}", flush=True)
         run(create_app(worker, access, served, store, log_prompts=log_prompts), listening)
     return 0
 
 
-def _memory_for(engine: "Engine") -> "Memory | None":
-    """What streams take of the device, and what there is; None where nobody tells."""
+def _memory_for(engine: "Engine", sessions: int) -> "Memory | None":
+    """What streams take of the device, and what there is; None where nobody tells, or would ask."""
     from longtake.doctor import free_memory
     from longtake.plan import bytes_of_stream
     from longtake.serving.admission import Memory
 
     free = free_memory(engine.device)
-    if free is None:
+    if free is None or sessions == 1:  # a first stream is always taken
         return None
-    stream, work = bytes_of_stream(engine)
-    return Memory(stream=stream, work=work, free=free)
+    stream, block, prompt = bytes_of_stream(engine)
+    return Memory(stream=stream, block=block, prompt=prompt, free=free)
 
 
 def _to_stderr(name: str) -> None:

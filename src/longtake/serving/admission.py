@@ -34,16 +34,19 @@ class Limits:
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes of the device. stream: that each stream keeps at most. work: that making its block takes on top. free: that
-    all streams have together."""
+    """Bytes of the device. stream: that each stream keeps at most. block: that making one of its blocks takes on top.
+    prompt: that reading and taking one of its prompts does. free: that all streams have together."""
 
     stream: int
-    work: int
+    block: int
+    prompt: int
     free: int
 
     def holds(self, streams: int, together: int) -> bool:
         """Whether so many streams fit, so many of which are made in one pass."""
-        return streams * self.stream + together * self.work <= _LOAD * self.free
+        copied = self.stream if together > 1 else 0  # a pass joins what several keep
+        work = max(together * (self.block + copied), self.prompt)  # prompts are read one by one
+        return streams * self.stream + work <= _LOAD * self.free
 
 
 def has_room(streams: int, limits: Limits, share: float, memory: Memory | None, together: int) -> bool:

@@ -42,9 +42,10 @@ class Worker:
 
     Each is made at most `limits.ahead` seconds beyond what its viewer has played, and then rests; pictures made and not
     handed out are dropped when the words change. Methods are safe to call from any thread; those that need the device
-    return futures, which are done between two blocks. memory: what streams may take of the device; unless given, as
-    much as they do. exact: never make blocks of several streams in one pass, so that each is made again to the bit.
-    threads: that torch works with on the device's thread; unless given, as many as ever. clock: seconds, for tests.
+    return futures, which are done between two blocks. memory: predicts what streams take of the device, once it is
+    warm; None where that is not known, and they take what they do. exact: never make blocks of several streams in one
+    pass, so that each is made again to the bit. threads: that torch works with on the device's thread; unless given, as
+    many as ever. clock: seconds, for tests.
 
     Raises: ValueError if `ahead` is shorter than two blocks or not longer than `lead`.
     """
@@ -54,7 +55,7 @@ class Worker:
         engine: Engine,
         limits: Limits | None = None,
         *,
-        memory: Memory | None = None,
+        memory: Callable[[], Memory | None] = lambda: None,
         exact: bool = False,
         threads: int | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -76,7 +77,8 @@ class Worker:
                 f"a stream is made at least two blocks ahead, {2 * self.block_seconds:g} s, and no less than the "
                 f"{self.limits.lead:g} s that a viewer holds: got {self.limits.ahead:g} s"
             )
-        self._memory, self._exact, self._threads = memory, exact, threads
+        self._memory: Memory | None = None
+        self._predicted, self._exact, self._threads = memory, exact, threads
         self._sessions: dict[str, Session] = {}
         self._commands: deque[Callable[[], None]] = deque()
         self._commanded = False
@@ -220,7 +222,10 @@ class Worker:
     # The device
 
     def warm_up(self, prompt: str, blocks: int = 3) -> "Future[None]":
-        """Make a few blocks for nobody, so that the first viewer does not pay for the start; this measures speed."""
+        """Make a few blocks for nobody, so that the first viewer does not pay for the start; this measures speed.
+
+        What streams take of memory is predicted then, too.
+        """
         with self._lock:
             return self._command(lambda: self._warm_up(prompt, blocks))
 
@@ -230,6 +235,7 @@ class Worker:
                 chunk = next(stream)
                 if number:  # the first pays for the start
                     self._measure([chunk])
+        self._memory = self._predicted()
         self._untried = None if self._exact else prompt
 
     def start(self) -> None:
