@@ -2,6 +2,7 @@
 
 import io
 import json
+import threading
 import time
 
 import av
@@ -9,7 +10,7 @@ import pytest
 
 from longtake.generation.recording import Remade
 from longtake.generation.take import Take
-from longtake.serving import realtime, recorder
+from longtake.serving import keeping, realtime, recorder
 from longtake.serving.access import Access
 from longtake.serving.protocol import CAPABILITIES
 from longtake.serving.store import Store
@@ -124,11 +125,11 @@ def test_a_recording_is_whole_however_the_session_ends(house, ends):
 
 def test_a_recording_that_takes_long_to_finish_is_told_of_all_the_same(house, monkeypatch):
     """The client takes all it is given: it is the server that is waited for."""
-    monkeypatch.setattr(realtime, "LAST_WORD_SECONDS", 0.1)
+    monkeypatch.setattr(realtime, "LAST_WORD_SECONDS", 0.5)
     finish = recorder.Recorder.finish
 
     def slowly(self, lines):
-        time.sleep(1.0)
+        time.sleep(1.5)
         return finish(self, lines)
 
     monkeypatch.setattr(recorder.Recorder, "finish", slowly)
@@ -139,6 +140,40 @@ def test_a_recording_that_takes_long_to_finish_is_told_of_all_the_same(house, mo
         socket.send_json({"type": "session.stop"})
         assert until(socket, "session.record.done")[0]["id"] == name
         assert socket.receive_json()["type"] == "session.done"
+
+
+@pytest.mark.parametrize("kind", ["session.snapshot", "session.record"])
+def test_what_is_being_begun_when_a_session_ends_is_not_left_behind(house, store, monkeypatch, kind):
+    """A thread goes on with it: there is nothing that the store does not know of."""
+    begun, going = threading.Event(), threading.Event()
+
+    def slowly(act):
+        def later(*given, **named):
+            begun.set()
+            assert going.wait(20)
+            return act(*given, **named)
+
+        return later
+
+    if kind == "session.record":
+        monkeypatch.setattr(keeping, "Recorder", slowly(keeping.Recorder))
+    else:
+        monkeypatch.setattr(Take, "save", slowly(Take.save))
+    with house.websocket_connect(SOCKET) as socket:
+        start(socket)
+        until(socket, "stats")
+        socket.send_json({"type": kind})
+        assert begun.wait(20)
+        (session,) = house.get("/v1/sessions").json()["data"]
+        house.delete(f"/v1/sessions/{session['id']}")
+        until(socket, "session.done")
+        time.sleep(0.2)  # what the socket's task awaited is cancelled
+        going.set()
+    end = time.monotonic() + 20
+    while store._growing or len(store.kept("take")) != (kind == "session.snapshot"):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    assert {path.suffix for path in store.folder.iterdir()} <= {".take"}
 
 
 def test_without_room_no_snapshot_is_read(house, monkeypatch):

@@ -10,7 +10,7 @@ from longtake.generation.take import Take
 from longtake.serving.protocol import Refused
 from longtake.serving.recorder import Recorder
 from longtake.serving.session import Over, Piece, Session
-from longtake.serving.store import Full, Kept, Store
+from longtake.serving.store import Full, Store
 from longtake.serving.worker import Worker
 
 T = TypeVar("T")
@@ -27,10 +27,18 @@ class Keeping:
     def __init__(self, worker: Worker, store: Store, files: Executor) -> None:
         self._worker, self._store, self._files = worker, store, files
         self._recorder: Recorder | None = None
-        self._finishing: asyncio.Future[Kept | None] | None = None
+        self._at_work: set[asyncio.Future[Any]] = set()
 
-    def _in_files(self, act: Callable[..., T], *given: object) -> "asyncio.Future[T]":
-        return asyncio.get_running_loop().run_in_executor(self._files, act, *given)
+    async def _in_files(self, act: Callable[..., T], *given: object) -> T:
+        """Have a thread do it, to its end: a task that is cancelled meanwhile ends after it."""
+        work = asyncio.get_running_loop().run_in_executor(self._files, act, *given)
+        self._at_work.add(work)
+        work.add_done_callback(self._at_work.discard)
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            await asyncio.wait([work])
+            raise
 
     async def take(self, name: str, event: str | None = None) -> Take:
         """The snapshot of that name. Refused if there is none, or it cannot be read."""
@@ -68,15 +76,20 @@ class Keeping:
         """Record what is sent from now on; what is to be said of it."""
         if self._recorder is not None:
             raise Refused("already_recording", "a recording is going on")
+
+        def begin() -> Recorder:
+            recorder = Recorder(self._store, self._worker.engine)
+            self._worker.remember(session)
+            self._recorder = recorder  # here already, lest it is left behind if the session ends meanwhile
+            return recorder
+
         try:
-            recorder = await self._in_files(Recorder, self._store, self._worker.engine)
+            recorder = await self._in_files(begin)
         except Full as full:
             raise Refused("store_full", str(full)) from None
         except OSError:
             log.exception("a recording could not be written")
             raise Refused("record_failed", "the server could not write it: see its log") from None
-        self._worker.remember(session)
-        self._recorder = recorder
         told = {"id": recorder.name, "lasts": self._store.lasts}
         return {"type": "session.record.started", "request_id": session.id, **told}
 
@@ -100,9 +113,8 @@ class Keeping:
         if recorder is None:
             return None
         done = {"type": "session.record.done", "request_id": session.id, "id": None, "full": recorder.full}
-        self._finishing = self._in_files(recorder.finish, self._worker.lines(session))
         try:
-            kept = await asyncio.shield(self._finishing)  # to its end, whatever ends this conversation
+            kept = await self._in_files(recorder.finish, self._worker.lines(session))
         except OSError:
             log.exception("a recording could not be finished")
             return done
@@ -111,9 +123,9 @@ class Keeping:
         seconds = recorder.notes.pictures / self._worker.engine.frame_rate
         return done | {"id": kept.name, "seconds": seconds, "byte_length": kept.bytes}
 
-    async def finished(self) -> bool:
-        """Wait for a recording that is being finished; whether there was one."""
-        if self._finishing is None or self._finishing.done():
+    async def settled(self) -> bool:
+        """Wait for files that are being read or written; whether there were any."""
+        if not self._at_work:
             return False
-        await asyncio.wait([self._finishing])
+        await asyncio.wait(self._at_work)
         return True

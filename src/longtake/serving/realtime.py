@@ -160,7 +160,7 @@ class Conversation:
         await self._over.wait()
         # Of a video that is whole, the last piece is still on its way.
         await asyncio.sleep(self._worker.limits.stall if session.end == "done" else LAST_WORD_SECONDS)
-        while await self._keeping.finished():  # that long it was the client who waited
+        while await self._keeping.settled():  # that long it was the client who waited
             await asyncio.sleep(LAST_WORD_SECONDS)
 
     def _hear(self, session: Session, verb: str, prompt: str) -> None:
