@@ -119,6 +119,7 @@ finally:
         ["models", "pull"],
         ["models", "convert"],
         ["models", "delta"],
+        ["models", "mix"],
         ["verify"],
         ["plan"],
         ["explain"],

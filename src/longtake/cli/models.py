@@ -115,6 +115,34 @@ def models_delta(
     return 0
 
 
+@app.command(name="mix")
+def models_mix(
+    base: Annotated[Positional[str], arg(metavar="BASE")],
+    tuned: Annotated[Positional[str], arg(metavar="TUNED")],
+    out: Annotated[Path, arg(aliases=["-o"], metavar="FILE")],
+    share: float,
+    json: bool = False,
+) -> int:
+    """Write a student between two: so far on the way from one to another that was tuned from it.
+
+    Args:
+        base: The student that it was tuned from: toy, a folder, or a network's file.
+        tuned: The tuned one: a folder, or a network's file.
+        out: NAME.safetensors, not there yet.
+        share: Of the way, above 0 and below 1.
+        json: Print one JSON object.
+    """
+    from longtake.models.mix import save_mix
+    from longtake.recipes import student_file
+
+    print_result(save_mix(out, student_file(base), student_file(tuned), share=share), json, _mix_in_words)
+    return 0
+
+
+def _mix_in_words(told: dict[str, Any]) -> str:
+    return f"{told['file']}: {told['bytes'] / 2**20:.2f} MiB, {told['share']:g} of the way"
+
+
 def _delta_in_words(told: dict[str, Any]) -> str:
     return (
         f"{told['file']}: {told['bytes'] / 2**20:.2f} MiB on the weights {told['base']}, "

@@ -30,17 +30,12 @@ def save_delta(path: Path, base_file: Path, tuned_file: Path, *, rank: int) -> d
     """
     if rank < 1:
         raise ValueError(f"the rank of a delta is 1 or more, got {rank}")
-    if path.exists() or path.suffix != ".safetensors" or not path.parent.is_dir():
-        raise ValueError(f"{path} must be a new file, NAME.safetensors, in a folder that is there")
-    base, _ = _whole_network(base_file)
-    tuned, description = _whole_network(tuned_file)
-    if misfits := [name for name, x in base.items() if name not in tuned or tuned[name].shape != x.shape]:
-        some = ", ".join(misfits[:3])
-        raise ValueError(f"{tuned_file} is not {base_file} tuned: it lacks or reshapes {len(misfits)} tensors ({some})")
+    require_new_file(path)
+    base, tuned, description = pair_of(base_file, tuned_file)
     delta = difference(base, tuned, rank)
     if not delta:
         raise ValueError(f"{tuned_file} does not differ from {base_file}")
-    about = {"base": _network_hash(base), "rank": rank}
+    about = {"base": network_hash(base), "rank": rank}
     save_weights(path, delta, {**description, _DELTA: about}, int8=True)
     pairs = sum(map(is_low_rank, delta)) // 2
     read_back = on_base(path, *load_weights(path), [base_file])
@@ -48,6 +43,25 @@ def save_delta(path: Path, base_file: Path, tuned_file: Path, *, rank: int) -> d
         "file": str(path), "bytes": path.stat().st_size, **about, "low_rank": pairs, "in_full": len(delta) - 2 * pairs,
         **_error_left(base, tuned, read_back),
     }  # fmt: skip
+
+
+def require_new_file(path: Path) -> None:
+    """ValueError unless weights can be written there, and nothing is there yet."""
+    if path.exists() or path.suffix != ".safetensors" or not path.parent.is_dir():
+        raise ValueError(f"{path} must be a new file, NAME.safetensors, in a folder that is there")
+
+
+def pair_of(base_file: Path, tuned_file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """The tensors of two of our networks' files, and what the second says of itself.
+
+    ValueError for files that hold no whole network, and unless the second has all that the first has, or more.
+    """
+    base, _ = _whole_network(base_file)
+    tuned, description = _whole_network(tuned_file)
+    if misfits := [name for name, x in base.items() if name not in tuned or tuned[name].shape != x.shape]:
+        some = ", ".join(misfits[:3])
+        raise ValueError(f"{tuned_file} is not {base_file} tuned: it lacks or reshapes {len(misfits)} tensors ({some})")
+    return base, tuned, description
 
 
 def is_delta(description: Mapping[str, Any]) -> bool:
@@ -65,7 +79,7 @@ def on_base(
     found = {}
     for file in bases:
         base, _ = load_weights(file)
-        found[file] = _network_hash(base)
+        found[file] = network_hash(base)
         if found[file] == description[_DELTA]["base"]:
             return with_delta(_opened(file, base), _opened(path, tensors))
     seen = ", ".join(f"{file} holds {held}" for file, held in found.items())
@@ -140,7 +154,7 @@ def _whole_network(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, description
 
 
-def _network_hash(tensors: Mapping[str, Tensor]) -> str:
+def network_hash(tensors: Mapping[str, Tensor]) -> str:
     """That of the network alone, as an engine tells it of its own."""
     return fingerprint({name.removeprefix(OURS): x for name, x in tensors.items() if name.startswith(OURS)})
 
