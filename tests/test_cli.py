@@ -473,8 +473,8 @@ def test_recall_in_words_and_json(engine, capsys, monkeypatch):
     }
     asked = []
 
-    def evaluate_recall(recipes, engine_of, *, prompts, seeds, after, codec, device, progress):
-        asked.append((recipes, engine_of("self_forcing"), prompts, seeds, after, codec, device.type))
+    def evaluate_recall(recipes, engine_of, *, prompts, seeds, after, absence, codec, device, progress):
+        asked.append((recipes, engine_of("self_forcing"), prompts, seeds, after, absence, codec, device.type))
         return [result]
 
     judge = SimpleNamespace(evaluate_recall=evaluate_recall)
@@ -489,7 +489,7 @@ def test_recall_in_words_and_json(engine, capsys, monkeypatch):
         "self_forcing, seen later, after 4 s: colour 0.00, landmark 0.00 (returned 0.00, stayed away 0.50)\n"
         "self_forcing, seen first, after 2 s: colour 1.00 (returned 1.00, stayed away 0.00)\n"
     )
-    assert asked == [(("self_forcing",), engine, 40, 2, (2, 4), None, "cpu")] * 2
+    assert asked == [(("self_forcing",), engine, 40, 2, (2, 4), "streamed", None, "cpu")] * 2
 
 
 def test_models_lists_what_runs(capsys):

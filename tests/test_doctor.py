@@ -180,10 +180,8 @@ def packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_weights_that_are_whole(packaged: Path) -> None:
-    assert [(one.state, one.name) for one in found(doctor._weights)] == [
-        ("ok", "student.safetensors"),
-        ("ok", "codec_decoder.safetensors"),
-    ]
+    files = [*dict.fromkeys(recipes.MODELS.values()), recipes.CODEC_FILE]
+    assert [(one.state, one.name) for one in found(doctor._weights)] == [("ok", file) for file in files]
 
 
 def test_weights_that_are_cut_off(packaged: Path) -> None:

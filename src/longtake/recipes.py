@@ -264,6 +264,7 @@ CPU = torch.device("cpu")
 BFLOAT16_GAIN = 1.2  # how many times faster it must be to be chosen
 TOY_WEIGHTS = "toy/weights"
 NETWORK_FILE = "student.safetensors"
+HYBRID_FILE = "student_hybrid.safetensors"
 TEACHER_FILE = "teacher.safetensors"
 CONVERTED_FILE = "converted.safetensors"
 CODEC_FILE = "codec_decoder.safetensors"
@@ -275,9 +276,11 @@ ENCODED_AT_ONCE = 4  # latent frames of given pictures, which bounds memory
 MODELS: dict[tuple[str, str], str] = {
     ("toy", "self_forcing"): NETWORK_FILE,
     ("toy", "self_forcing_sink"): NETWORK_FILE,
+    ("toy", "hybrid_forcing"): HYBRID_FILE,
     **{("toy", name): NETWORK_FILE for name in MEMORY_RULES},
 }
-"""(model, recipe) -> the network's weights: the student, distilled under the first two recipes, or a delta on it."""
+"""(model, recipe) -> the network's weights: the student, distilled under the first two recipes, one of its own, or a
+delta on the student."""
 
 
 def device_named(name: str | torch.device | None) -> torch.device:

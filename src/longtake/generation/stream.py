@@ -540,7 +540,7 @@ class Stream(_Closing):
         the new prompt at once, for the steps that they have left: it acts sooner, on blocks that are half made. Without
         blocks in flight the two are the same.
         far: the share of the far state that weighs on, 0 (none) to 1 (all); recipes without one take any share and
-        have nothing to fade. The default is not a measured one: there are no weights yet that read a far state.
+        have nothing to fade. The default is not a measured one yet.
         ValueError, for a prompt that cannot be read or another share, changes nothing.
         """
         self._batch.redirect([prompt], far=far, in_flight=in_flight)
