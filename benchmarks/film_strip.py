@@ -2,16 +2,19 @@
 
 python benchmarks/film_strip.py prompts docs/images/prompts.jpg   # twelve prompts, four moments of each
 python benchmarks/film_strip.py take docs/images/take.jpg         # one stream, redirected five times
+python benchmarks/film_strip.py recall docs/images/recall.jpg --recipe hybrid_forcing   # three moments given, five made
 """
 
 import argparse
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 import longtake
+from longtake.evaluation import recall
+from longtake.evaluation.sources import rendered, stacked
 from longtake.generation.stream import Engine
 from longtake.media.pictures import contact_sheet
 
@@ -41,6 +44,9 @@ REDIRECTS = {
 }
 TAKE_SECONDS, TAKE_PICTURES, TAKE_SEED = 42.0, 12, 7
 
+RECALLED, RECALL_GAP = 6, 4  # streams; seconds out of sight
+RECALL_MOMENTS = (0.5, 5.0, 9.4, 11.5, 13.5, 15.5, 17.5, 19.5)  # seconds; the first three are given
+
 
 def sheet_of_prompts(engine: Engine) -> np.ndarray:
     with engine.stream_batch(PROMPTS, seeds=range(len(PROMPTS))) as streams:
@@ -62,8 +68,27 @@ def strip_of_a_take(engine: Engine) -> np.ndarray:
     return contact_sheet(np.concatenate(pictures)[shown.astype(int)], TAKE_PICTURES // 2)
 
 
+def sheet_of_recall(engine: Engine) -> np.ndarray:
+    """Each row is a stream that goes on from a given clip, whose camera has come, shown what is there and turned away."""
+    chosen, lead = recall.openings(RECALLED, [0]), recall.LEADS["later"]
+    scenes = recall.turning(stacked([one.scene for one in chosen]), RECALL_GAP)
+    turned = round((lead + recall.TURNED_SECONDS) * engine.frame_rate)
+    given = rendered(
+        scenes, next(n for n in map(engine.pictures_in, count(1)) if n >= turned), -lead * engine.frame_rate
+    )
+    captions, seeds = [one.caption for one in chosen], [one.seed for one in chosen]
+    pictures = [given.numpy()]
+    with engine.stream_batch(captions, seeds=seeds, pictures=given) as streams:
+        for block in streams:
+            pictures.append(block.cpu().numpy())
+            if sum(piece.shape[1] for piece in pictures) > RECALL_MOMENTS[-1] * engine.frame_rate:
+                break
+    moments = [int(second * engine.frame_rate) for second in RECALL_MOMENTS]
+    return contact_sheet(np.concatenate(pictures, axis=1)[:, moments].reshape(-1, *given.shape[2:]), len(moments))
+
+
 def main() -> None:
-    sheets = {"prompts": sheet_of_prompts, "take": strip_of_a_take}
+    sheets = {"prompts": sheet_of_prompts, "take": strip_of_a_take, "recall": sheet_of_recall}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sheet", choices=sheets)
     parser.add_argument("path", type=Path, help="the picture to write")
