@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -382,6 +383,58 @@ def test_bench_prints_json_alone(engine, capsys):
 def test_bench_in_words(engine, capsys):
     assert main(["bench", "stream", "--seconds", "3", "--repeats", "2"]) == 0
     assert "best of 2" in capsys.readouterr().out
+
+
+@pytest.fixture
+def small_wan(monkeypatch):
+    """The published network's name for one that is tiny in width."""
+    from longtake.models import checkpoints
+
+    small = replace(checkpoints.WAN_1_3B, dim=24, heads=2, ffn_dim=32, layers=2, text_dim=8)
+    monkeypatch.setitem(checkpoints.NETWORKS, "wan2.1-1.3b", small)
+    return "--model wan2.1-1.3b --random-weights --decoder none --size 32x16 --levels 2 --blocks 2 --device cpu"
+
+
+def test_bench_of_random_weights_prints_json_alone_and_keeps_files(small_wan, capsys, tmp_path):
+    folder = tmp_path / "made" / "here"
+    arguments = ["bench", "stream", *small_wan.split(), "--recipe", "self_forcing", "hybrid_forcing:tokens=2"]
+    assert main([*arguments, "-o", str(folder), "--json"]) == 0
+    captured = capsys.readouterr()
+    results = json.loads(captured.out)
+    assert [result["recipe"] for result in results] == ["self_forcing", "hybrid_forcing:tokens=2"]
+    assert all((result["size"], result["blocks"], result["levels"]) == ("32x16", 2, [1000, 500]) for result in results)
+    files = {path.name: json.loads(path.read_text()) for path in folder.iterdir()}
+    assert files == {
+        f"wan2.1-1.3b-{recipe}-NoDecoder-32x16-2levels.json": result
+        for recipe, result in zip(("self_forcing", "hybrid_forcing_tokens_2"), results, strict=True)
+    }
+    assert "hybrid_forcing:tokens=2: counting" in captured.err
+
+
+def test_bench_of_random_weights_in_words(small_wan, capsys):
+    assert main(["bench", "stream", *small_wan.split(), "--recipe", "self_forcing"]) == 0
+    said = capsys.readouterr().out
+    assert "wan2.1-1.3b, 32x16, NoDecoder, float32" in said and "network pass 2" in said and "TFLOP" in said
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ("--size 32x32", "--decoder and --size are for --random-weights"),
+        ("--decoder none", "--decoder and --size are for --random-weights"),
+        ("--random-weights --codec taew2_1.pth", "it is --decoder"),
+        ("-o folder", "add --blocks or --minutes"),
+        ("--random-weights", "no published network 'toy'"),
+        ("--random-weights --model wan2.1-1.3b --size 16x16 --blocks 1", "at least two blocks, got 1"),
+        ("--random-weights --model wan2.1-1.3b --size 16x16 --blocks 0", "at least two blocks, got 0"),
+        ("--random-weights --model wan2.1-1.3b --size 16x16 --minutes nan", "comes to an end, got nan minutes"),
+        ("--random-weights --model wan2.1-1.3b --size 30x16", "multiples of 16 high and wide, not 16 x 30"),
+    ],
+)
+def test_benchmarks_that_cannot_be_are_one_clear_line(small_wan, capsys, arguments, said):
+    assert main(["bench", "stream", *arguments.split(), "--device", "cpu"]) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err and captured.err.count("\n") == 1 and captured.out == ""
 
 
 SCORES = {

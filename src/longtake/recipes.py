@@ -34,12 +34,15 @@ from longtake.memory.policies import Absolute, BackAndForth, BankShape, EndToEnd
 from longtake.models import checkpoints
 from longtake.models.codec import Codec
 from longtake.models.delta import is_delta, on_base
+from longtake.models.features import Conversion
 from longtake.models.hub import UNKNOWN, Published, located, registry
 from longtake.models.light_codec import LightCodec, LightCodecConfig
+from longtake.models.standins import NoDecoder, RandomText, drawn
+from longtake.models.taehv import TAEHV, TAEHVConfig
 from longtake.models.text import WordEncoder, WordEncoderConfig, WordText
-from longtake.models.umt5 import UMT5Files, UMT5Text
+from longtake.models.umt5 import LENGTH, UMT5Files, UMT5Text
 from longtake.models.wan import WanConfig, WanTransformer
-from longtake.models.wan_vae import WanVAE
+from longtake.models.wan_vae import WanVAE, WanVAEConfig
 from longtake.models.weights import described, load_into, load_weights, save_weights
 from longtake.toy import captions
 from longtake.toy.scenes import HEIGHT, RATE, WIDTH
@@ -271,6 +274,12 @@ ENCODER_FILE = "codec_encoder.safetensors"
 TEACHER_STEPS = 32  # of a teacher's sampler
 WAN_BASE, WAN_RATE, WAN_SHIFT = "wan2.1-1.3b", 16, 5.0
 ENCODED_AT_ONCE = 4  # latent frames of given pictures, which bounds memory
+DECODERS: dict[str, Callable[[], Codec]] = {
+    "wan": lambda: WanVAE(WanVAEConfig()),
+    "light": lambda: TAEHV(TAEHVConfig()),
+    "none": lambda: NoDecoder(latent_channels=16, spatial_factor=8, temporal_factor=4),
+}
+"""What makes pictures of Wan's latents, for engines of random weights."""
 
 MODELS: dict[tuple[str, str], str] = {
     ("toy", "self_forcing"): NETWORK_FILE,
@@ -457,22 +466,99 @@ def load_wan(
     decoder = checkpoints.load_codec(codec or folder, device=place, dtype=dtype)
     network = load_wan_network(model, recipe=recipe, device=place, dtype=dtype)
     chosen.memory(network)  # refuses what the network cannot read
-    height, width = size or (known.height, known.width)
-    step = decoder.spatial_factor * network.config.patch
-    if not height or not width or height % step or width % step:
-        raise ValueError(f"pictures must be multiples of {step} high and wide, not {height} x {width}")
     return Engine(
         model_name=str(model),
         recipe=chosen,
         text=UMT5Text(files, device=place),
         network=network,
         codec=decoder,
-        latent_size=(decoder.latent_channels, height // decoder.spatial_factor, width // decoder.spatial_factor),
+        latent_size=_wan_latents(network, decoder, size or (known.height or 0, known.width or 0)),
         frame_rate=known.frame_rate or WAN_RATE,
         shift=shift or (known.shift if isinstance(known.shift, int | float) else WAN_SHIFT),
         encode=_wan_encoding(network, decoder, folder),
         codec_name=None if codec is None else str(codec),
     )
+
+
+def load_random(
+    model: str,
+    *,
+    recipe: str,
+    size: tuple[int, int] | None = None,
+    decoder: str = "wan",
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    levels: int | None = None,
+) -> Engine:
+    """An engine of a published model's size whose weights are random numbers: as fast and as large as the real one.
+
+    model: a name of `longtake models` that is a network; nothing needs to be pulled. The network can read whatever the
+    recipe remembers. size: height and width of pictures, by default those of the registry. decoder: of `DECODERS`:
+    Wan's VAE, the light one in TAEHV's layout, or none, whose pictures have no pixels. Random numbers stand in for
+    text. device, dtype, levels: as for `load_wan`. ValueError for unknown names, and for what cannot be.
+    """
+    chosen = recipe_named(recipe) if levels is None else recipe_named(recipe).with_levels(levels)
+    known = {name: one for name, one in registry().items() if one.network in checkpoints.NETWORKS}
+    if model not in known:
+        raise ValueError(f"no published network {model!r}{_nearest(model, known)}")
+    if decoder not in DECODERS:
+        raise ValueError(f"no decoder {decoder!r}: there are {', '.join(DECODERS)}")
+    config = reading(checkpoints.NETWORKS[str(known[model].network)], chosen)
+    return random_engine(
+        model,
+        config,
+        chosen,
+        DECODERS[decoder],
+        size=size or (known[model].height or 0, known[model].width or 0),
+        device=device_named(device),
+        dtype=dtype,
+    )
+
+
+def random_engine(
+    name: str,
+    config: WanConfig,
+    recipe: Recipe,
+    codec: Callable[[], Codec],
+    *,
+    size: tuple[int, int],
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> Engine:
+    """An engine of these sizes with random weights; otherwise as `load_random`."""
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    network = drawn(lambda: WanTransformer(config), device, dtype)
+    decoder = drawn(codec, device, dtype)
+    recipe.memory(network)  # refuses what the network cannot read
+    return Engine(
+        model_name=name,
+        recipe=recipe,
+        text=RandomText(LENGTH, config.text_dim, device),
+        network=network,
+        codec=decoder,
+        latent_size=_wan_latents(network, decoder, size),
+        frame_rate=WAN_RATE,
+        shift=WAN_SHIFT,
+    )
+
+
+def reading(config: WanConfig, recipe: Recipe) -> WanConfig:
+    """The same network, able to read all that a recipe remembers.
+
+    Where that takes converted layers and it has none, the first half of them are, as published (ReHyAt: 15 of 30).
+    """
+    conversion = config.conversion
+    if recipe.joint and conversion is None:
+        conversion = Conversion(layers=tuple(range(config.layers // 2)), current=recipe.block)
+    return replace(config, reads_far=config.reads_far or recipe.far is not None, conversion=conversion)
+
+
+def _wan_latents(network: WanTransformer, decoder: Codec, size: tuple[int, int]) -> tuple[int, int, int]:
+    """Channels, height and width of the latents of pictures of that height and width. ValueError if there are none."""
+    step = decoder.spatial_factor * network.config.patch
+    if not all(side > 0 and side % step == 0 for side in size):
+        raise ValueError(f"pictures must be multiples of {step} high and wide, not {size[0]} x {size[1]}")
+    return decoder.latent_channels, size[0] // decoder.spatial_factor, size[1] // decoder.spatial_factor
 
 
 def require_block(known: Published, chosen: Recipe) -> None:
