@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves
 
+from longtake.attention.backends import choices
 from longtake.evaluation.parts import Work, seconds_by_part, work_by_part
 from longtake.evaluation.rates import Rates, rates
 from longtake.evaluation.speed import MIB, cpu_name, forget_peak_memory, peak_memory_mib
@@ -155,8 +156,17 @@ def circumstances(engine: Engine) -> dict[str, Any]:
         "far_state": recipe.far is not None or recipe.joint is not None,
         "decoder": type(engine.codec).__name__,
         "precision": str(engine.dtype).removeprefix("torch."),
+        "attention": attention_taken(),
         **machine(engine.device),
     }  # fmt: skip
+
+
+def attention_taken() -> dict[str, str]:
+    """Which backend of dense attention was chosen so far, by queries x keys x heads x size of a head."""
+    return {
+        f"{shape.queries}x{shape.keys}x{shape.heads}x{shape.head_dim}": choice.name
+        for shape, choice in choices().items()
+    }
 
 
 def file_name(result: Mapping[str, Any]) -> str:
