@@ -111,6 +111,8 @@ finally:
     [
         ["generate"],
         ["bench", "stream"],
+        ["bench", "attention"],
+        ["bench", "codec"],
         ["evaluate", "toy"],
         ["evaluate", "redirect"],
         ["evaluate", "recall"],
@@ -415,6 +417,59 @@ def test_bench_of_random_weights_in_words(small_wan, capsys):
     assert main(["bench", "stream", *small_wan.split(), "--recipe", "self_forcing"]) == 0
     said = capsys.readouterr().out
     assert "wan2.1-1.3b, 32x16, NoDecoder, float32" in said and "network pass 2" in said and "TFLOP" in said
+
+
+def test_bench_of_attention_has_a_row_for_each_window_and_backend(small_wan, capsys):
+    recipes = ["hybrid_forcing:tokens=4", "longlive", "rolling_forcing"]
+    arguments = ["bench", "attention", "--size", "64x32", "--device", "cpu", "--recipe", *recipes]
+    assert main([*arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    rows, frame = result["rows"], 2 * 4  # tokens of a latent frame of 4 x 8
+    windows = [(3, 9), (3, 64), (3, 12), (15, 21), (15, 64)]  # frames; the prompt's 512 rows are as many as 64
+    dense = [row for row in rows if row["form"] == "dense"]
+    assert list(dict.fromkeys((row["queries"], row["keys"]) for row in dense)) == [
+        (frame * asking, frame * asked) for asking, asked in windows
+    ]
+    ran = [row for row in dense if "refused" not in row]
+    assert {row["backend"] for row in ran} == {"flash", "math"} and all(row["right"] and row["ms"] > 0 for row in ran)
+    assert {row["refused"] for row in dense if row["backend"] == "cudnn"} == {"runs on a GPU alone"}
+    sparse = [row for row in rows if row["form"] == "block-sparse"]
+    assert [(row["share"], row["block"], row["keys"]) for row in sparse] == [(0.2, 4, 9 * frame)] * 2
+    assert result["device"] and result["versions"]["torch"] and result["precision"] == "float32"
+    assert main(arguments) == 0
+    assert "backend flash" in capsys.readouterr().out
+
+
+def test_bench_of_codecs_has_a_row_for_each_step(small_wan, monkeypatch, capsys):
+    from longtake import recipes
+    from longtake.models.wan_vae import WanVAE, WanVAEConfig
+
+    monkeypatch.setitem(recipes.DECODERS, "wan", lambda: WanVAE(WanVAEConfig(dim=4)))
+    arguments = ["bench", "codec", "--size", "32x16", "--device", "cpu"]
+    assert main([*arguments, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    steps = [("decode", 1), ("decode", 3), ("to bytes", None), ("copy to host", None)]
+    assert [(row["step"], row.get("at_once")) for row in rows] == 2 * steps
+    assert [row["decoder"] for row in rows] == ["wan"] * 4 + ["light"] * 4
+    assert all(row["pictures"] == 12 and row["pictures_a_second"] == pytest.approx(12000 / row["ms"]) for row in rows)
+    assert rows[0]["tflops"] * rows[0]["ms"] == pytest.approx(rows[1]["tflops"] * rows[1]["ms"]), "the same operations"
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ("attention --model toy", "no published network 'toy'"),
+        ("attention --recipe nothing", "no recipe 'nothing'"),
+        ("attention --size 30x16", "multiples of 16"),
+        ("codec --decoder heavy", "no decoder 'heavy'"),
+        ("codec --frames 0", "one latent frame or more, got 0"),
+        ("codec --size large", "a size is a width and a height"),
+    ],
+)
+def test_pieces_that_cannot_be_timed_are_one_clear_line(small_wan, capsys, arguments, said):
+    assert main(["bench", *arguments.split(), "--device", "cpu"]) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err and captured.err.count("\n") == 1 and captured.out == ""
 
 
 @pytest.mark.parametrize(

@@ -466,13 +466,14 @@ def load_wan(
     decoder = checkpoints.load_codec(codec or folder, device=place, dtype=dtype)
     network = load_wan_network(model, recipe=recipe, device=place, dtype=dtype)
     chosen.memory(network)  # refuses what the network cannot read
+    sides = _latent_sides(size or (known.height, known.width), decoder.spatial_factor, network.config.patch)
     return Engine(
         model_name=str(model),
         recipe=chosen,
         text=UMT5Text(files, device=place),
         network=network,
         codec=decoder,
-        latent_size=_wan_latents(network, decoder, size or (known.height or 0, known.width or 0)),
+        latent_size=(decoder.latent_channels, *sides),
         frame_rate=known.frame_rate or WAN_RATE,
         shift=shift or (known.shift if isinstance(known.shift, int | float) else WAN_SHIFT),
         encode=_wan_encoding(network, decoder, folder),
@@ -498,48 +499,42 @@ def load_random(
     text. device, dtype, levels: as for `load_wan`. ValueError for unknown names, and for what cannot be.
     """
     chosen = recipe_named(recipe) if levels is None else recipe_named(recipe).with_levels(levels)
-    known = {name: one for name, one in registry().items() if one.network in checkpoints.NETWORKS}
-    if model not in known:
-        raise ValueError(f"no published network {model!r}{_nearest(model, known)}")
-    if decoder not in DECODERS:
-        raise ValueError(f"no decoder {decoder!r}: there are {', '.join(DECODERS)}")
-    config = reading(checkpoints.NETWORKS[str(known[model].network)], chosen)
-    return random_engine(
-        model,
-        config,
-        chosen,
-        DECODERS[decoder],
-        size=size or (known[model].height or 0, known[model].width or 0),
-        device=device_named(device),
-        dtype=dtype,
-    )
-
-
-def random_engine(
-    name: str,
-    config: WanConfig,
-    recipe: Recipe,
-    codec: Callable[[], Codec],
-    *,
-    size: tuple[int, int],
-    device: torch.device,
-    dtype: torch.dtype | None = None,
-) -> Engine:
-    """An engine of these sizes with random weights; otherwise as `load_random`."""
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    network = drawn(lambda: WanTransformer(config), device, dtype)
-    decoder = drawn(codec, device, dtype)
-    recipe.memory(network)  # refuses what the network cannot read
+    config, height, width = published_sizes(model, size)
+    place = device_named(device)
+    dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+    codec = drawn(decoder_named(decoder), place, dtype)
+    network = drawn(lambda: WanTransformer(reading(config, chosen)), place, dtype)
+    chosen.memory(network)  # refuses what the network cannot read
     return Engine(
-        model_name=name,
-        recipe=recipe,
-        text=RandomText(LENGTH, config.text_dim, device),
+        model_name=model,
+        recipe=chosen,
+        text=RandomText(LENGTH, config.text_dim, place),
         network=network,
-        codec=decoder,
-        latent_size=_wan_latents(network, decoder, size),
+        codec=codec,
+        latent_size=(codec.latent_channels, height, width),
         frame_rate=WAN_RATE,
         shift=WAN_SHIFT,
     )
+
+
+def published_sizes(model: str, size: tuple[int, int] | None = None) -> tuple[WanConfig, int, int]:
+    """A published network's sizes, and height and width of the latents of pictures of such a size, by default its own.
+
+    ValueError for unknown names, and for pictures that cannot be.
+    """
+    known = {name: one for name, one in registry().items() if one.network in checkpoints.NETWORKS}
+    if model not in known:
+        raise ValueError(f"no published network {model!r}{_nearest(model, known)}")
+    config = checkpoints.NETWORKS[str(known[model].network)]
+    factor = 2 ** len(WanVAEConfig().temporal_downsample)
+    return config, *_latent_sides(size or (known[model].height, known[model].width), factor, config.patch)
+
+
+def decoder_named(name: str) -> Callable[[], Codec]:
+    """What makes a decoder, of `DECODERS`. ValueError for others."""
+    if name not in DECODERS:
+        raise ValueError(f"no decoder {name!r}: there are {', '.join(DECODERS)}")
+    return DECODERS[name]
 
 
 def reading(config: WanConfig, recipe: Recipe) -> WanConfig:
@@ -553,12 +548,13 @@ def reading(config: WanConfig, recipe: Recipe) -> WanConfig:
     return replace(config, reads_far=config.reads_far or recipe.far is not None, conversion=conversion)
 
 
-def _wan_latents(network: WanTransformer, decoder: Codec, size: tuple[int, int]) -> tuple[int, int, int]:
-    """Channels, height and width of the latents of pictures of that height and width. ValueError if there are none."""
-    step = decoder.spatial_factor * network.config.patch
-    if not all(side > 0 and side % step == 0 for side in size):
-        raise ValueError(f"pictures must be multiples of {step} high and wide, not {size[0]} x {size[1]}")
-    return decoder.latent_channels, size[0] // decoder.spatial_factor, size[1] // decoder.spatial_factor
+def _latent_sides(size: tuple[int | None, int | None], factor: int, patch: int) -> tuple[int, int]:
+    """Height and width of the latents of pictures of that height and width. ValueError if there are none."""
+    height, width = size
+    step = factor * patch
+    if not height or not width or height % step or width % step:
+        raise ValueError(f"pictures must be multiples of {step} high and wide, not {height} x {width}")
+    return height // factor, width // factor
 
 
 def require_block(known: Published, chosen: Recipe) -> None:

@@ -13,6 +13,8 @@ from longtake.cli.options import Codec, Device, Levels, Precision
 from longtake.cli.terminal import print_result, say
 
 if TYPE_CHECKING:
+    import torch
+
     from longtake.generation.stream import Engine
 
 app = SubcommandApp()
@@ -71,11 +73,10 @@ def bench_stream(
     def engine(name: str) -> "Engine":
         if not random_weights:
             return load_engine(model, name, levels, device, dtype, codec)
-        from longtake import plan, recipes
+        from longtake.recipes import load_random
 
-        width_height = None if size is None else plan.pixels(size)
-        return recipes.load_random(
-            model, recipe=name, size=width_height and width_height[::-1], decoder=decoder or "wan", device=device,
+        return load_random(
+            model, recipe=name, size=_height_width(size), decoder=decoder or "wan", device=device,
             dtype=precision_named(dtype), levels=levels,
         )  # fmt: skip
 
@@ -95,6 +96,106 @@ def bench_stream(
             say(f"{_keep(out, result)}: {result['frames_per_second']:.1f} frames a second")
     _print(results, json, _steady_in_words if long else _speed_in_words)
     return 0
+
+
+@app.command(name="attention")
+def bench_attention(
+    recipe: tuple[str, ...] = ("hybrid_forcing:tokens=64", "longlive", "self_forcing:past=18", "rolling_forcing"),
+    model: str = "wan2.1-1.3b",
+    size: Size = None,
+    device: Device = None,
+    dtype: Precision = "auto",
+    json: bool = False,
+) -> int:
+    """Time attention by itself: the windows of recipes by every backend there is, and block-sparse windows.
+
+    Args:
+        recipe: Whose windows.
+        model: Whose heads: a name of `longtake models`; nothing is pulled.
+        size: Of the pictures; unless given, the model's own.
+        json: Print one JSON object.
+    """
+    from longtake.evaluation.pieces import bench_attention
+    from longtake.evaluation.steady import machine
+    from longtake.models.umt5 import LENGTH
+    from longtake.recipes import published_sizes, recipe_named
+
+    place, precision = _place(device, dtype)
+    config, height, width = published_sizes(model, _height_width(size))
+    chosen = [recipe_named(name) for name in recipe]
+    rows = bench_attention(chosen, config, (height, width), LENGTH, device=place, dtype=precision, say=say)
+    result = {"model": model, "latents": [height, width], "precision": str(precision).removeprefix("torch.")}
+    print_result(result | machine(place) | {"rows": rows}, json, _rows_in_words)
+    return 0
+
+
+@app.command(name="codec")
+def bench_codec(
+    decoder: Annotated[tuple[str, ...], arg(metavar="wan|light")] = ("wan", "light"),
+    model: str = "wan2.1-1.3b",
+    size: Size = None,
+    frames: Annotated[int, arg(metavar="N")] = 3,
+    device: Device = None,
+    dtype: Precision = "auto",
+    json: bool = False,
+) -> int:
+    """Time decoders by themselves, with random weights, in a stream that is under way.
+
+    Args:
+        decoder: Which of them.
+        model: Whose latents: a name of `longtake models`; nothing is pulled.
+        size: Of the pictures; unless given, the model's own.
+        frames: Latent frames of a block.
+        json: Print one JSON object.
+    """
+    import torch
+
+    from longtake.evaluation.pieces import bench_codec
+    from longtake.evaluation.steady import machine
+    from longtake.models.standins import drawn
+    from longtake.recipes import decoder_named, published_sizes
+
+    if frames < 1:
+        raise ValueError(f"a block has one latent frame or more, got {frames}")
+    place, precision = _place(device, dtype)
+    config, height, width = published_sizes(model, _height_width(size))
+    latents = torch.randn(1, frames, config.channels, height, width, device=place, dtype=precision)
+    rows = [
+        {"decoder": name} | row
+        for name in decoder
+        for row in bench_codec(drawn(decoder_named(name), place, precision), latents, say)
+    ]
+    result = {"model": model, "latents": [frames, height, width], "precision": str(precision).removeprefix("torch.")}
+    print_result(result | machine(place) | {"rows": rows}, json, _rows_in_words)
+    return 0
+
+
+def _place(device: str | None, dtype: str) -> "tuple[torch.device, torch.dtype]":
+    """Where, and in which precision: bfloat16 on a GPU and float32 on a CPU unless one is named."""
+    import torch
+
+    from longtake.recipes import device_named
+
+    place = device_named(device)
+    return place, precision_named(dtype) or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+
+
+def _height_width(size: str | None) -> tuple[int, int] | None:
+    """Of --size. ValueError for what is none."""
+    from longtake.plan import pixels
+
+    return None if size is None else pixels(size)[::-1]
+
+
+def _rows_in_words(result: dict[str, Any]) -> str:
+    heads = f"{result['model']}, latents {result['latents']}, {result['precision']}, {result['device']}"
+    return "\n".join(
+        [heads, *(", ".join(f"{key} {_short(value)}" for key, value in row.items()) for row in result["rows"])]
+    )
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _print(results: list[dict[str, Any]], json: bool, in_words: Callable[[dict[str, Any]], str]) -> None:
