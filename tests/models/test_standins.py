@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from longtake import recipes
+from longtake.evaluation.parts import work_by_part
 from longtake.models import checkpoints
 from longtake.models.checkpoints import WAN_1_3B
 from longtake.models.standins import NoDecoder, RandomText, drawn, without_numbers
@@ -25,12 +26,14 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_recipe_streams_without_weights(name: str) -> None:
+def test_every_recipe_streams_without_weights_and_is_counted_without_numbers(name: str) -> None:
     engine = load_random("wan2.1-1.3b", recipe=name, size=(16, 32), decoder="none", device="cpu", levels=2)
     with engine.stream("any words") as stream:
         chunks = [next(stream) for _ in range(4)]
     assert [len(chunk.frames) for chunk in chunks] == [9, 12, 12, 12]
     assert engine.text.encode(["any"]).shape == (1, 512, 8)
+    work = work_by_part(engine, "any words")
+    assert work["network pass 1"].operations > work["commit"].operations / 2 > 0
 
 
 @pytest.mark.parametrize("decoder", ["wan", "light"])
