@@ -152,3 +152,13 @@ def test_one_that_cannot_be_taken_is_refused(name: str, said: str, monkeypatch: 
     monkeypatch.setenv(FORCED, name)
     with pytest.raises(ValueError, match=said):
         dense(*tensors())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_chooses_one_that_is_right() -> None:
+    q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(200, 900))
+    off = backends.distance(dense(q, k, v), reference.dense(q.double(), k.double(), v.double()))
+    assert off <= backends.tolerance(torch.bfloat16)
+    (choice,) = backends.choices().values()
+    assert {"flash", "efficient"} <= set(choice.seconds) and "math" not in choice.seconds
+    assert not [reason for reason in choice.refused.values() if "wrong" in reason]

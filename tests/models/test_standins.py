@@ -7,6 +7,7 @@ import torch
 
 from longtake import recipes
 from longtake.evaluation.parts import work_by_part
+from longtake.evaluation.steady import bench_steady
 from longtake.models import checkpoints
 from longtake.models.checkpoints import WAN_1_3B
 from longtake.models.standins import NoDecoder, RandomText, drawn, without_numbers
@@ -34,6 +35,18 @@ def test_every_recipe_streams_without_weights_and_is_counted_without_numbers(nam
     assert engine.text.encode(["any"]).shape == (1, 512, 8)
     work = work_by_part(engine, "any words")
     assert work["network pass 1"].operations > work["commit"].operations / 2 > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_parts_are_timed_on_its_own_line() -> None:
+    engine = load_random("wan2.1-1.3b", recipe="hybrid_forcing:tokens=16", size=(64, 96), device="cuda", levels=2)
+    result = bench_steady(engine, "any words", blocks=3)
+    parts = {name: row["ms"] for name, row in result["parts"].items()}
+    assert result["precision"] == "bfloat16" and result["finite"]
+    assert all(
+        parts[name] > 0 for name in ("network pass 1", "network pass 2", "commit", "memory", "far state", "decode")
+    )
+    assert sum(parts.values()) < 3 * result["whole"]["ms"], "marks cost something, and no more than that"
 
 
 @pytest.mark.parametrize("decoder", ["wan", "light"])

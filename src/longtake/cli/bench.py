@@ -115,7 +115,7 @@ def bench_attention(
         size: Of the pictures; unless given, the model's own.
         json: Print one JSON object.
     """
-    from longtake.evaluation.pieces import bench_attention
+    from longtake.evaluation import pieces
     from longtake.evaluation.steady import machine
     from longtake.models.umt5 import LENGTH
     from longtake.recipes import published_sizes, recipe_named
@@ -123,7 +123,7 @@ def bench_attention(
     place, precision = _place(device, dtype)
     config, height, width = published_sizes(model, _height_width(size))
     chosen = [recipe_named(name) for name in recipe]
-    rows = bench_attention(chosen, config, (height, width), LENGTH, device=place, dtype=precision, say=say)
+    rows = pieces.bench_attention(chosen, config, (height, width), LENGTH, device=place, dtype=precision, say=say)
     result = {"model": model, "latents": [height, width], "precision": str(precision).removeprefix("torch.")}
     print_result(result | machine(place) | {"rows": rows}, json, _rows_in_words)
     return 0
@@ -150,7 +150,7 @@ def bench_codec(
     """
     import torch
 
-    from longtake.evaluation.pieces import bench_codec
+    from longtake.evaluation import pieces
     from longtake.evaluation.steady import machine
     from longtake.models.standins import drawn
     from longtake.recipes import decoder_named, published_sizes
@@ -163,7 +163,7 @@ def bench_codec(
     rows = [
         {"decoder": name} | row
         for name in decoder
-        for row in bench_codec(drawn(decoder_named(name), place, precision), latents, say)
+        for row in pieces.bench_codec(drawn(decoder_named(name), place, precision), latents, say)
     ]
     result = {"model": model, "latents": [frames, height, width], "precision": str(precision).removeprefix("torch.")}
     print_result(result | machine(place) | {"rows": rows}, json, _rows_in_words)
