@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -110,6 +111,8 @@ finally:
     [
         ["generate"],
         ["bench", "stream"],
+        ["bench", "attention"],
+        ["bench", "codec"],
         ["evaluate", "toy"],
         ["evaluate", "redirect"],
         ["evaluate", "recall"],
@@ -383,6 +386,111 @@ def test_bench_prints_json_alone(engine, capsys):
 def test_bench_in_words(engine, capsys):
     assert main(["bench", "stream", "--seconds", "3", "--repeats", "2"]) == 0
     assert "best of 2" in capsys.readouterr().out
+
+
+@pytest.fixture
+def small_wan(monkeypatch):
+    """The published network's name for one that is tiny in width."""
+    from longtake.models import checkpoints
+
+    small = replace(checkpoints.WAN_1_3B, dim=24, heads=2, ffn_dim=32, layers=2, text_dim=8)
+    monkeypatch.setitem(checkpoints.NETWORKS, "wan2.1-1.3b", small)
+    return "--model wan2.1-1.3b --random-weights --decoder none --size 32x16 --levels 2 --blocks 2 --device cpu"
+
+
+def test_bench_of_random_weights_prints_json_alone_and_keeps_files(small_wan, capsys, tmp_path):
+    folder = tmp_path / "made" / "here"
+    arguments = ["bench", "stream", *small_wan.split(), "--recipe", "self_forcing", "hybrid_forcing:tokens=2"]
+    assert main([*arguments, "-o", str(folder), "--json"]) == 0
+    captured = capsys.readouterr()
+    results = json.loads(captured.out)
+    assert [result["recipe"] for result in results] == ["self_forcing", "hybrid_forcing:tokens=2"]
+    assert all((result["size"], result["blocks"], result["levels"]) == ("32x16", 2, [1000, 500]) for result in results)
+    files = {path.name: json.loads(path.read_text()) for path in folder.iterdir()}
+    assert files == {
+        f"wan2.1-1.3b-{recipe}-NoDecoder-32x16-2levels.json": result
+        for recipe, result in zip(("self_forcing", "hybrid_forcing_tokens_2"), results, strict=True)
+    }
+    assert "hybrid_forcing:tokens=2: counting" in captured.err
+
+
+def test_bench_of_random_weights_in_words(small_wan, capsys):
+    assert main(["bench", "stream", *small_wan.split(), "--recipe", "self_forcing"]) == 0
+    said = capsys.readouterr().out
+    assert "wan2.1-1.3b, 32x16, NoDecoder, float32" in said and "network pass 2" in said and "TFLOP" in said
+
+
+def test_bench_of_attention_has_a_row_for_each_window_and_backend(small_wan, capsys):
+    recipes = ["hybrid_forcing:tokens=4", "longlive", "rolling_forcing"]
+    arguments = ["bench", "attention", "--size", "64x32", "--device", "cpu", "--recipe", *recipes]
+    assert main([*arguments, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    rows, frame = result["rows"], 2 * 4  # tokens of a latent frame of 4 x 8
+    windows = [(3, 9), (3, 64), (3, 12), (15, 21), (15, 64)]  # frames; the prompt's 512 rows are as many as 64
+    dense = [row for row in rows if row["form"] == "dense"]
+    assert list(dict.fromkeys((row["queries"], row["keys"]) for row in dense)) == [
+        (frame * asking, frame * asked) for asking, asked in windows
+    ]
+    ran = [row for row in dense if "refused" not in row]
+    assert {row["backend"] for row in ran} == {"flash", "math"} and all(row["right"] and row["ms"] > 0 for row in ran)
+    assert {row["refused"] for row in dense if row["backend"] == "cudnn"} == {"runs on a GPU alone"}
+    sparse = [row for row in rows if row["form"] == "block-sparse"]
+    assert [(row["share"], row["block"], row["keys"]) for row in sparse] == [(0.2, 4, 9 * frame)] * 2
+    assert result["device"] and result["versions"]["torch"] and result["precision"] == "float32"
+    assert main(arguments) == 0
+    assert "backend flash" in capsys.readouterr().out
+
+
+def test_bench_of_codecs_has_a_row_for_each_step(small_wan, monkeypatch, capsys):
+    from longtake import recipes
+    from longtake.models.wan_vae import WanVAE, WanVAEConfig
+
+    monkeypatch.setitem(recipes.DECODERS, "wan", lambda: WanVAE(WanVAEConfig(dim=4)))
+    arguments = ["bench", "codec", "--size", "32x16", "--device", "cpu"]
+    assert main([*arguments, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    steps = [("decode", 1), ("decode", 3), ("to bytes", None), ("copy to host", None)]
+    assert [(row["step"], row.get("at_once")) for row in rows] == 2 * steps
+    assert [row["decoder"] for row in rows] == ["wan"] * 4 + ["light"] * 4
+    assert all(row["pictures"] == 12 and row["pictures_a_second"] == pytest.approx(12000 / row["ms"]) for row in rows)
+    assert rows[0]["tflops"] * rows[0]["ms"] == pytest.approx(rows[1]["tflops"] * rows[1]["ms"]), "the same operations"
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ("attention --model toy", "no published network 'toy'"),
+        ("attention --recipe nothing", "no recipe 'nothing'"),
+        ("attention --size 30x16", "multiples of 16"),
+        ("codec --decoder heavy", "no decoder 'heavy'"),
+        ("codec --frames 0", "one latent frame or more, got 0"),
+        ("codec --size large", "a size is a width and a height"),
+    ],
+)
+def test_pieces_that_cannot_be_timed_are_one_clear_line(small_wan, capsys, arguments, said):
+    assert main(["bench", *arguments.split(), "--device", "cpu"]) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err and captured.err.count("\n") == 1 and captured.out == ""
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        ("--size 32x32", "--decoder and --size are for --random-weights"),
+        ("--decoder none", "--decoder and --size are for --random-weights"),
+        ("--random-weights --codec taew2_1.pth", "it is --decoder"),
+        ("-o folder", "add --blocks or --minutes"),
+        ("--random-weights", "no published network 'toy'"),
+        ("--random-weights --model wan2.1-1.3b --size 16x16 --blocks 1", "at least two blocks, got 1"),
+        ("--random-weights --model wan2.1-1.3b --size 16x16 --blocks 0", "at least two blocks, got 0"),
+        ("--random-weights --model wan2.1-1.3b --size 16x16 --minutes nan", "comes to an end, got nan minutes"),
+        ("--random-weights --model wan2.1-1.3b --size 30x16", "multiples of 16 high and wide, not 16 x 30"),
+    ],
+)
+def test_benchmarks_that_cannot_be_are_one_clear_line(small_wan, capsys, arguments, said):
+    assert main(["bench", "stream", *arguments.split(), "--device", "cpu"]) == 2
+    captured = capsys.readouterr()
+    assert said in captured.err and captured.err.count("\n") == 1 and captured.out == ""
 
 
 SCORES = {

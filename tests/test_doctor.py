@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from longtake import doctor, recipes
+from longtake.attention.backends import BACKENDS, Backend
 from longtake.cli import main
 from longtake.doctor import Finding, Requirement
 from longtake.evaluation import kernels
@@ -126,28 +127,52 @@ def test_an_extra_that_is_not_whole_says_what_is_missing(monkeypatch: pytest.Mon
 def test_what_this_machine_attends_with_is_right(dtype: torch.dtype) -> None:
     checks = list(kernels.attention_checks(CPU, dtype))
     assert all(check.passed for check in checks)
-    assert {"dense, torch's plain kernel", "block-sparse, plain torch", "linear"} <= {check.name for check in checks}
+    assert {"dense, flash", "dense, math", "block-sparse, plain torch", "linear"} <= {check.name for check in checks}
 
 
 @pytest.mark.parametrize(
     "planted, caught",
-    [("dense", "dense, torch's plain kernel"), ("block_sparse", "block-sparse"), ("joined", "near and far")],
+    [("block_sparse", "block-sparse"), ("joined", "near and far")],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_kernel_that_answers_a_little_wrong_is_found(
     planted: str, caught: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    right = getattr(kernels, planted)
+    monkeypatch.setattr(kernels, planted, a_little_wrong(getattr(kernels, planted)))
+    (failed,) = [check.name for check in kernels.attention_checks(CPU, dtype) if not check.passed]
+    assert failed.startswith(caught)
 
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_backend_that_answers_a_little_wrong_is_found(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(kernels.BACKENDS, "math", Backend(a_little_wrong(BACKENDS["math"].attend), on_cpu=True))
+    assert [check.name for check in kernels.attention_checks(CPU, dtype) if not check.passed] == ["dense, math"]
+
+
+def a_little_wrong(right: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def wrong(*given: Any, **more: Any) -> torch.Tensor:
         out_BTND = right(*given, **more).clone()
         out_BTND[:, -1] = 0  # the last of 90 queries
         return out_BTND
 
-    monkeypatch.setattr(kernels, planted, wrong)
-    failed = [check.name for check in kernels.attention_checks(CPU, dtype) if not check.passed]
-    assert failed and all(name.startswith(("dense", caught)) for name in failed)
-    assert any(name.startswith(caught) for name in failed)
+    return wrong
+
+
+@pytest.mark.parametrize(
+    "forced, state, said",
+    [
+        (None, "ok", "whichever kernel torch takes"),
+        ("math", "ok", "math; tried: none"),
+        ("cudnn", "problem", "runs on a GPU alone"),
+        ("quick", "problem", "there are cudnn, fa4, fa3, flash"),
+    ],
+)
+def test_the_kernel_that_answers_is_told(forced: str, state: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LONGTAKE_ATTENTION", raising=False)
+    if forced:
+        monkeypatch.setenv("LONGTAKE_ATTENTION", forced)
+    told = doctor._chosen_attention("cpu")
+    assert told.state == state and said in told.about and bool(told.advice) == (state == "problem")
 
 
 def test_a_wrong_linear_attention_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -240,6 +240,29 @@ def _attention() -> Iterator[Finding]:
                 advice="" if check.passed else "pictures made here are wrong: install another torch or driver",
                 numbers=check.table(),
             )
+    for device in dict.fromkeys(device for device, _ in asked):
+        yield _chosen_attention(device)
+
+
+def _chosen_attention(device: str) -> Finding:
+    """Which kernel answers dense attention, and how it came to that."""
+    import torch
+
+    from longtake.evaluation.kernels import attention_choice
+
+    part, name = "attention", f"dense attention, {device}"
+    try:
+        choice = attention_choice(torch.device(device))
+    except ValueError as error:  # of a backend that was named
+        return Finding(part=part, name=name, state="problem", about=str(error), advice="name another, or none")
+    if choice is None:
+        return Finding(part=part, name=name, about="whichever kernel torch takes")
+    tried = ", ".join(f"{other} {1000 * taken:.2f} ms" for other, taken in choice.seconds.items())
+    others = ", ".join(f"{other} ({reason})" for other, reason in choice.refused.items())
+    return Finding(
+        part=part, name=name, about=f"{choice.name}; tried: {tried or 'none'}; not tried: {others or 'none'}",
+        numbers={"chosen": choice.name, "seconds": dict(choice.seconds), "refused": dict(choice.refused)},
+    )  # fmt: skip
 
 
 def _weights() -> Iterator[Finding]:

@@ -25,8 +25,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -35,21 +33,30 @@ from longtake.generation.blockwise import redirect
 from longtake.generation.recipe import Recipe
 from longtake.generation.stream import Engine, StreamBatch, to_uint8
 from longtake.generation.take import bytes_of
-from longtake.memory.stream_memory import MemoryShape, StreamMemory
-from longtake.models.checkpoints import WAN_1_3B, WAN_14B
+from longtake.memory.stream_memory import StreamMemory
+from longtake.models.checkpoints import NETWORKS
 from longtake.models.codec import Codec, CodecState
-from longtake.models.features import Conversion
 from longtake.models.hub import registry
 from longtake.models.light_codec import LightCodec, LightCodecConfig
+from longtake.models.standins import Fused, RandomText
 from longtake.models.text import WordEncoder, WordEncoderConfig, WordText
 from longtake.models.umt5 import LENGTH
 from longtake.models.wan import PromptKeys, WanConfig, WanTransformer
 from longtake.models.wan_vae import WanVAE, WanVAEConfig
 from longtake.models.weights import described
-from longtake.recipes import CODEC_FILE, MODELS, NETWORK_FILE, RECIPES, WAN_SHIFT, packaged, recipe_named, require_block
+from longtake.recipes import (
+    CODEC_FILE,
+    MODELS,
+    NETWORK_FILE,
+    RECIPES,
+    WAN_SHIFT,
+    packaged,
+    reading,
+    recipe_named,
+    require_block,
+)
 from longtake.toy.scenes import HEIGHT, WIDTH
 
-NETWORKS = {"wan2.1-1.3b": WAN_1_3B, "wan2.1-14b": WAN_14B}
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 META = torch.device("meta")
 M = TypeVar("M", bound=nn.Module)
@@ -123,21 +130,6 @@ class Alive(TorchDispatchMode):
 
     def _let_go(self, key: int) -> None:
         self.now -= self._held.pop(key)[1]
-
-
-class Fused(TorchFunctionMode):
-    """Stands in, on the meta device, for what needs a real one: fused attention, and choices by numbers."""
-
-    def __torch_function__(
-        self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if function is scaled_dot_product_attention:
-            q, v = args[0], args[2]
-            q.new_empty(q.shape[:-1], dtype=torch.float32)  # a log-sum-exp beside the answer
-            return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1]).transpose(1, 2)
-        if function is Tensor.tolist:  # a bank's choice: any frames are as large as any others
-            return list(range(len(args[0])))
-        return function(*args, **(kwargs or {}))
 
 
 def plan(
@@ -217,15 +209,13 @@ def take_sizes(model: str, recipe: str, *, dtype: str = "bfloat16") -> dict[str,
     layers is given a network with half of them converted, as published (ReHyAt: 15 of 30). ValueError as for `plan`.
     """
     known, chosen = _known(model, recipe), recipe_named(recipe)
-    if chosen.joint and known["network"].conversion is None:
-        half = Conversion(layers=tuple(range(known["network"].layers // 2)), current=chosen.block)
-        known |= {"network": replace(known["network"], conversion=half)}
+    known |= {"network": reading(known["network"], chosen)}
     network, codec = _parts(known, chosen, dtype)
     width, height = known["size"]
     engine = Engine(
         model_name=model,
         recipe=replace(chosen if chosen.rolls else chosen.with_levels(1), near=dense),  # nothing of a level is kept
-        text=_NoText(known["text_rows"], network.config.text_dim),
+        text=RandomText(known["text_rows"], network.config.text_dim, META),
         network=network,
         codec=codec,
         latent_size=(codec.latent_channels, height // codec.spatial_factor, width // codec.spatial_factor),
@@ -234,24 +224,11 @@ def take_sizes(model: str, recipe: str, *, dtype: str = "bfloat16") -> dict[str,
     )
     with Fused():
         streams = StreamBatch(engine, ["before"], [0])
-        blocks = _blocks_until_full(chosen.memory(network), chosen.block)
+        blocks = chosen.memory(network).blocks_until_full(chosen.block)
         sizes = [bytes_of(streams.state()) for _ in itertools.islice(streams, blocks)]
         streams.redirect(["after"])
         sizes += [bytes_of(streams.state()) for _ in itertools.islice(streams, 1)]  # blocks in flight have two prompts
     return max(sizes, key=lambda parts: sum(parts.values()))
-
-
-@dataclass(frozen=True)
-class _NoText:
-    """Text embeddings without numbers."""
-
-    rows: int
-    width: int
-
-    def encode(self, prompts: list[str]) -> Tensor:
-        return torch.zeros(len(prompts), self.rows, self.width, device=META)
-
-    def prepare(self, prompts: Sequence[str]) -> None: ...
 
 
 def _parts(known: Mapping[str, Any], chosen: Recipe, dtype: str) -> tuple[WanTransformer, Codec]:
@@ -285,7 +262,7 @@ def streamed(made: Stream, recipe: Recipe, size: tuple[int, int]) -> Working:
     state: CodecState | None = None
     most: dict[str, int] = {}
     with alive:
-        for _ in range(_blocks_until_full(shape, recipe.block)):
+        for _ in range(shape.blocks_until_full(recipe.block)):
             with alive.moment("network pass"):
                 block = next(blocks)
             with alive.moment("decoding"):
@@ -299,12 +276,6 @@ def streamed(made: Stream, recipe: Recipe, size: tuple[int, int]) -> Working:
         with alive.moment("new prompt taken"):
             redirect(network, memory, new)
     return Working(kept=most, peaks=alive.peaks, largest=alive.largest)
-
-
-def _blocks_until_full(shape: MemoryShape, block: int) -> int:
-    """The last of them finds all full, and something far."""
-    bank = shape.policy.bank
-    return -(-shape.window.frames // block) + 2 + (bank.frames * bank.every if bank else 0)
 
 
 def _kept(memory: StreamMemory, prompt: PromptKeys, state: CodecState) -> dict[str, int]:

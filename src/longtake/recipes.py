@@ -34,12 +34,15 @@ from longtake.memory.policies import Absolute, BackAndForth, BankShape, EndToEnd
 from longtake.models import checkpoints
 from longtake.models.codec import Codec
 from longtake.models.delta import is_delta, on_base
+from longtake.models.features import Conversion
 from longtake.models.hub import UNKNOWN, Published, located, registry
 from longtake.models.light_codec import LightCodec, LightCodecConfig
+from longtake.models.standins import NoDecoder, RandomText, drawn
+from longtake.models.taehv import TAEHV, TAEHVConfig
 from longtake.models.text import WordEncoder, WordEncoderConfig, WordText
-from longtake.models.umt5 import UMT5Files, UMT5Text
+from longtake.models.umt5 import LENGTH, UMT5Files, UMT5Text
 from longtake.models.wan import WanConfig, WanTransformer
-from longtake.models.wan_vae import WanVAE
+from longtake.models.wan_vae import WanVAE, WanVAEConfig
 from longtake.models.weights import described, load_into, load_weights, save_weights
 from longtake.toy import captions
 from longtake.toy.scenes import HEIGHT, RATE, WIDTH
@@ -272,6 +275,12 @@ ENCODER_FILE = "codec_encoder.safetensors"
 TEACHER_STEPS = 32  # of a teacher's sampler
 WAN_BASE, WAN_RATE, WAN_SHIFT = "wan2.1-1.3b", 16, 5.0
 ENCODED_AT_ONCE = 4  # latent frames of given pictures, which bounds memory
+DECODERS: dict[str, Callable[[], Codec]] = {
+    "wan": lambda: WanVAE(WanVAEConfig()),
+    "light": lambda: TAEHV(TAEHVConfig()),
+    "none": lambda: NoDecoder(latent_channels=16, spatial_factor=8, temporal_factor=4),
+}
+"""What makes pictures of Wan's latents, for engines of random weights."""
 
 MODELS: dict[tuple[str, str], str] = {
     ("toy", "self_forcing"): NETWORK_FILE,
@@ -460,22 +469,95 @@ def load_wan(
     decoder = checkpoints.load_codec(codec or folder, device=place, dtype=dtype)
     network = load_wan_network(model, recipe=recipe, device=place, dtype=dtype)
     chosen.memory(network)  # refuses what the network cannot read
-    height, width = size or (known.height, known.width)
-    step = decoder.spatial_factor * network.config.patch
-    if not height or not width or height % step or width % step:
-        raise ValueError(f"pictures must be multiples of {step} high and wide, not {height} x {width}")
+    sides = _latent_sides(size or (known.height, known.width), decoder.spatial_factor, network.config.patch)
     return Engine(
         model_name=str(model),
         recipe=chosen,
         text=UMT5Text(files, device=place),
         network=network,
         codec=decoder,
-        latent_size=(decoder.latent_channels, height // decoder.spatial_factor, width // decoder.spatial_factor),
+        latent_size=(decoder.latent_channels, *sides),
         frame_rate=known.frame_rate or WAN_RATE,
         shift=shift or (known.shift if isinstance(known.shift, int | float) else WAN_SHIFT),
         encode=_wan_encoding(network, decoder, folder),
         codec_name=None if codec is None else str(codec),
     )
+
+
+def load_random(
+    model: str,
+    *,
+    recipe: str,
+    size: tuple[int, int] | None = None,
+    decoder: str = "wan",
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    levels: int | None = None,
+) -> Engine:
+    """An engine of a published model's size whose weights are random numbers: as fast and as large as the real one.
+
+    model: a name of `longtake models` that is a network; nothing needs to be pulled. The network can read whatever the
+    recipe remembers. size: height and width of pictures, by default those of the registry. decoder: of `DECODERS`:
+    Wan's VAE, the light one in TAEHV's layout, or none, whose pictures have no pixels. Random numbers stand in for
+    text. device, dtype, levels: as for `load_wan`. ValueError for unknown names, and for what cannot be.
+    """
+    chosen = recipe_named(recipe) if levels is None else recipe_named(recipe).with_levels(levels)
+    config, height, width = published_sizes(model, size)
+    place = device_named(device)
+    dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+    codec = drawn(decoder_named(decoder), place, dtype)
+    network = drawn(lambda: WanTransformer(reading(config, chosen)), place, dtype)
+    chosen.memory(network)  # refuses what the network cannot read
+    return Engine(
+        model_name=model,
+        recipe=chosen,
+        text=RandomText(LENGTH, config.text_dim, place),
+        network=network,
+        codec=codec,
+        latent_size=(codec.latent_channels, height, width),
+        frame_rate=WAN_RATE,
+        shift=WAN_SHIFT,
+    )
+
+
+def published_sizes(model: str, size: tuple[int, int] | None = None) -> tuple[WanConfig, int, int]:
+    """A published network's sizes, and height and width of the latents of pictures of such a size, by default its own.
+
+    ValueError for unknown names, and for pictures that cannot be.
+    """
+    known = {name: one for name, one in registry().items() if one.network in checkpoints.NETWORKS}
+    if model not in known:
+        raise ValueError(f"no published network {model!r}{_nearest(model, known)}")
+    config = checkpoints.NETWORKS[str(known[model].network)]
+    factor = 2 ** len(WanVAEConfig().temporal_downsample)
+    return config, *_latent_sides(size or (known[model].height, known[model].width), factor, config.patch)
+
+
+def decoder_named(name: str) -> Callable[[], Codec]:
+    """What makes a decoder, of `DECODERS`. ValueError for others."""
+    if name not in DECODERS:
+        raise ValueError(f"no decoder {name!r}: there are {', '.join(DECODERS)}")
+    return DECODERS[name]
+
+
+def reading(config: WanConfig, recipe: Recipe) -> WanConfig:
+    """The same network, able to read all that a recipe remembers.
+
+    Where that takes converted layers and it has none, the first half of them are, as published (ReHyAt: 15 of 30).
+    """
+    conversion = config.conversion
+    if recipe.joint and conversion is None:
+        conversion = Conversion(layers=tuple(range(config.layers // 2)), current=recipe.block)
+    return replace(config, reads_far=config.reads_far or recipe.far is not None, conversion=conversion)
+
+
+def _latent_sides(size: tuple[int | None, int | None], factor: int, patch: int) -> tuple[int, int]:
+    """Height and width of the latents of pictures of that height and width. ValueError if there are none."""
+    height, width = size
+    step = factor * patch
+    if not height or not width or height % step or width % step:
+        raise ValueError(f"pictures must be multiples of {step} high and wide, not {height} x {width}")
+    return height // factor, width // factor
 
 
 def require_block(known: Published, chosen: Recipe) -> None:

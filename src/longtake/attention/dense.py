@@ -1,16 +1,29 @@
-"""Softmax over all keys by torch's fused kernels. Truth: `reference.dense`."""
+"""Softmax over all keys by fused kernels: of a GPU's the fastest one for a shape. Truth: `reference.dense`."""
 
+import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+
+from longtake.attention.backends import FORCED, by_torch, fastest
 
 
 def dense(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor, mask_TS: Tensor | None = None) -> Tensor:
     """Softmax attention over all keys, or over those where the boolean mask is true; returns [B, T, N, D]."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BTND, k_BSND, v_BSND))
-    return scaled_dot_product_attention(q, k, v, attn_mask=mask_TS).transpose(1, 2)
+    if mask_TS is None and _may_choose(q_BTND, k_BSND, v_BSND):
+        return fastest(q_BTND, k_BSND, v_BSND)(q_BTND, k_BSND, v_BSND)
+    return by_torch(q_BTND, k_BSND, v_BSND, mask_TS)
+
+
+def _may_choose(*tensors: Tensor) -> bool:
+    """Whether another kernel than torch's own choice may answer: on a GPU, or where one is named.
+
+    Not in training, as not all kernels have a gradient, nor in code that is being compiled, which cannot try them.
+    """
+    if not (tensors[0].is_cuda or FORCED in os.environ) or torch.compiler.is_compiling():
+        return False
+    return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 
 
 class Massed(NamedTuple):

@@ -1,45 +1,220 @@
 """`longtake bench`: speed on this machine."""
 
-from typing import Any
+from collections.abc import Callable
+from json import dumps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+from tyro.conf import arg
 from tyro.extras import SubcommandApp
 
-from longtake.cli.engines import load_engine
+from longtake.cli.engines import load_engine, precision_named
 from longtake.cli.options import Codec, Device, Levels, Precision
-from longtake.cli.terminal import print_result
+from longtake.cli.terminal import print_result, say
+
+if TYPE_CHECKING:
+    import torch
+
+    from longtake.generation.stream import Engine
 
 app = SubcommandApp()
+STEADY_BLOCKS = 40
+
+Size = Annotated[str | None, arg(metavar="WxH")]
 
 
 @app.command(name="stream")
 def bench_stream(
-    recipe: str = "self_forcing_sink",
+    recipe: tuple[str, ...] = ("self_forcing_sink",),
     model: str = "toy",
     codec: Codec = None,
     levels: Levels = None,
     seconds: float = 10.0,
     repeats: int = 5,
+    blocks: Annotated[int | None, arg(metavar="N")] = None,
+    minutes: Annotated[float | None, arg(metavar="FLOAT")] = None,
+    random_weights: bool = False,
+    decoder: Annotated[Literal["wan", "light", "none"] | None, arg(metavar="wan|light|none")] = None,
+    size: Size = None,
     prompt: str = "a red ball bounces over green hills",
     device: Device = None,
     dtype: Precision = "auto",
+    out: Annotated[Path | None, arg(aliases=["-o"], metavar="DIR")] = None,
     json: bool = False,
 ) -> int:
-    """Time one stream, network and codec together; the first block of each repeat is left out.
+    """Time streams, network and codec together; the first block of each is left out.
+
+    With --blocks, --minutes or --random-weights one long stream is timed once all that it remembers is full, and the
+    time of its blocks told by part (docs/speed.md).
 
     Args:
-        recipe: The method to time.
+        recipe: The methods to time, one after the other.
         model: The weights to time.
         codec: What makes pictures in place of a Wan model's VAE, such as taew2_1.pth.
         seconds: Length of each repeat, in seconds of video.
         repeats: How often; the fastest is the headline.
+        blocks: Blocks of one long stream to time, in place of repeats; 40 unless given.
+        minutes: Of video that such a stream is long at least: does it stay as fast, and as small?
+        random_weights: Random numbers in place of weights and text: of a name of `longtake models`, nothing is pulled.
+        decoder: With random weights: Wan's VAE (unless given), the light one, or none.
+        size: With random weights: of the pictures; unless given, the model's own.
         prompt: What the stream shows.
-        json: Print one JSON object, every repeat included.
+        out: Folder for a file of each long stream's result, written as soon as it is there.
+        json: Print one JSON object, or a list with one for each recipe.
     """
-    from longtake.evaluation import speed
+    if not random_weights and (decoder is not None or size is not None):
+        raise ValueError("--decoder and --size are for --random-weights")
+    if random_weights and codec is not None:
+        raise ValueError("--codec names weights: with --random-weights it is --decoder")
+    long = random_weights or blocks is not None or minutes is not None
+    if out is not None and not long:
+        raise ValueError("-o keeps results of long streams: add --blocks or --minutes")
 
-    result = speed.bench_stream(load_engine(model, recipe, levels, device, dtype, codec), prompt, seconds, repeats)
-    print_result(result, json, _speed_in_words)
+    def engine(name: str) -> "Engine":
+        if not random_weights:
+            return load_engine(model, name, levels, device, dtype, codec)
+        from longtake.recipes import load_random
+
+        return load_random(
+            model, recipe=name, size=_height_width(size), decoder=decoder or "wan", device=device,
+            dtype=precision_named(dtype), levels=levels,
+        )  # fmt: skip
+
+    timed = STEADY_BLOCKS if blocks is None else blocks
+    results = []
+    for name in recipe:
+        if long:
+            from longtake.evaluation.steady import bench_steady
+
+            result = bench_steady(engine(name), prompt, blocks=timed, minutes=minutes or 0.0, say=say)
+        else:
+            from longtake.evaluation import speed
+
+            result = speed.bench_stream(engine(name), prompt, seconds, repeats)
+        results.append(result)
+        if out is not None:
+            say(f"{_keep(out, result)}: {result['frames_per_second']:.1f} frames a second")
+    _print(results, json, _steady_in_words if long else _speed_in_words)
     return 0
+
+
+@app.command(name="attention")
+def bench_attention(
+    recipe: tuple[str, ...] = ("hybrid_forcing:tokens=64", "longlive", "self_forcing:past=18", "rolling_forcing"),
+    model: str = "wan2.1-1.3b",
+    size: Size = None,
+    device: Device = None,
+    dtype: Precision = "auto",
+    json: bool = False,
+) -> int:
+    """Time attention by itself: the windows of recipes by every backend there is, and block-sparse windows.
+
+    Args:
+        recipe: Whose windows.
+        model: Whose heads: a name of `longtake models`; nothing is pulled.
+        size: Of the pictures; unless given, the model's own.
+        json: Print one JSON object.
+    """
+    from longtake.evaluation import pieces
+    from longtake.evaluation.steady import machine
+    from longtake.models.umt5 import LENGTH
+    from longtake.recipes import published_sizes, recipe_named
+
+    place, precision = _place(device, dtype)
+    config, height, width = published_sizes(model, _height_width(size))
+    chosen = [recipe_named(name) for name in recipe]
+    rows = pieces.bench_attention(chosen, config, (height, width), LENGTH, device=place, dtype=precision, say=say)
+    result = {"model": model, "latents": [height, width], "precision": str(precision).removeprefix("torch.")}
+    print_result(result | machine(place) | {"rows": rows}, json, _rows_in_words)
+    return 0
+
+
+@app.command(name="codec")
+def bench_codec(
+    decoder: Annotated[tuple[str, ...], arg(metavar="wan|light")] = ("wan", "light"),
+    model: str = "wan2.1-1.3b",
+    size: Size = None,
+    frames: Annotated[int, arg(metavar="N")] = 3,
+    device: Device = None,
+    dtype: Precision = "auto",
+    json: bool = False,
+) -> int:
+    """Time decoders by themselves, with random weights, in a stream that is under way.
+
+    Args:
+        decoder: Which of them.
+        model: Whose latents: a name of `longtake models`; nothing is pulled.
+        size: Of the pictures; unless given, the model's own.
+        frames: Latent frames of a block.
+        json: Print one JSON object.
+    """
+    import torch
+
+    from longtake.evaluation import pieces
+    from longtake.evaluation.steady import machine
+    from longtake.models.standins import drawn
+    from longtake.recipes import decoder_named, published_sizes
+
+    if frames < 1:
+        raise ValueError(f"a block has one latent frame or more, got {frames}")
+    place, precision = _place(device, dtype)
+    config, height, width = published_sizes(model, _height_width(size))
+    latents = torch.randn(1, frames, config.channels, height, width, device=place, dtype=precision)
+    rows = [
+        {"decoder": name} | row
+        for name in decoder
+        for row in pieces.bench_codec(drawn(decoder_named(name), place, precision), latents, say)
+    ]
+    result = {"model": model, "latents": [frames, height, width], "precision": str(precision).removeprefix("torch.")}
+    print_result(result | machine(place) | {"rows": rows}, json, _rows_in_words)
+    return 0
+
+
+def _place(device: str | None, dtype: str) -> "tuple[torch.device, torch.dtype]":
+    """Where, and in which precision: bfloat16 on a GPU and float32 on a CPU unless one is named."""
+    import torch
+
+    from longtake.recipes import device_named
+
+    place = device_named(device)
+    return place, precision_named(dtype) or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+
+
+def _height_width(size: str | None) -> tuple[int, int] | None:
+    """Of --size. ValueError for what is none."""
+    from longtake.plan import pixels
+
+    return None if size is None else pixels(size)[::-1]
+
+
+def _rows_in_words(result: dict[str, Any]) -> str:
+    heads = f"{result['model']}, latents {result['latents']}, {result['precision']}, {result['device']}"
+    return "\n".join(
+        [heads, *(", ".join(f"{key} {_short(value)}" for key, value in row.items()) for row in result["rows"])]
+    )
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _print(results: list[dict[str, Any]], json: bool, in_words: Callable[[dict[str, Any]], str]) -> None:
+    if len(results) == 1:
+        print_result(results[0], json, in_words)
+    else:
+        print_result(results, json, lambda several: "\n\n".join(f"{one['recipe']}: {in_words(one)}" for one in several))
+
+
+def _keep(folder: Path, result: dict[str, Any]) -> Path:
+    """Write a result beside and rename it, under a name that says what ran."""
+    from longtake.evaluation.steady import file_name
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / file_name(result)
+    beside = path.with_name(path.name + ".part")
+    beside.write_text(dumps(result, indent=1) + "\n", encoding="utf-8")
+    beside.replace(path)
+    return path
 
 
 def _speed_in_words(result: dict[str, Any]) -> str:
@@ -50,4 +225,30 @@ def _speed_in_words(result: dict[str, Any]) -> str:
         f"first frame after {result['first_frame_seconds']:.2f} s; "
         f"a block takes {block['p50']:.0f} / {block['p95']:.0f} / {block['p99']:.0f} ms (p50 / p95 / p99); "
         f"{result['deadline_misses']} deadline misses; at most {result['peak_memory_mib']:.0f} MiB"
+    )
+
+
+def _steady_in_words(result: dict[str, Any]) -> str:
+    block, first, most = result["block_ms"], result["first_chunk_seconds"], result["rates"]
+    window, length = result["window"], result["over_time"]["video_seconds"]
+    changed = result["over_time"]["last_to_first"]
+    rows = [("", "ms", "TFLOP", "GB", "of products", "of copies")]
+    for name, row in [*result["parts"].items(), ("whole, unmarked", result["whole"])]:
+        numbers = f"{row['ms']:.2f}", f"{row['tflop']:.3g}", f"{row['gigabytes']:.3g}"
+        rows.append((name, *numbers, f"{row['matrix_share']:.0%}", f"{row['copy_share']:.0%}"))
+    return "\n".join(
+        [
+            f"{result['frames_per_second']:.2f} frames a second, {result['real_time_factor']:.2f} times real time; "
+            f"a block of {result['pictures_a_block']} takes {block['p50']:.1f} / {block['p95']:.1f} / "
+            f"{block['p99']:.1f} ms (p50 / p95 / p99 of {result['blocks']})",
+            f"first chunk after {first['cold']:.2f} s cold, {first['warm']:.2f} s warm; "
+            f"at most {result['peak_memory_mib']:.0f} MiB",
+            f"{result['model']}, {result['size']}, {result['decoder']}, {result['precision']}, {result['device']}; "
+            f"{len(result['levels'])} levels, sink {window['sink']} + past {window['past']} + {window['current']} x "
+            f"{window['in_flight']}, sparsity {result['sparsity'] or 'none'}",
+            f"over {length:.0f} s of video: at its end blocks take {changed['block_ms']:.3f} times as long, "
+            f"{changed['device_mib']:+.1f} MiB on the device, {changed['host_mib']:+.1f} MiB on the host",
+            f"measured here: {most['matrix_tflops']:.4g} TFLOP/s of products, {most['copy_tbs']:.3g} TB/s of copies",
+            *(f"{row[0]:18}" + "".join(f"{cell:>12}" for cell in row[1:]) for row in rows),
+        ]
     )

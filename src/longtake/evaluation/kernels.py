@@ -7,32 +7,26 @@ Shapes: B batch, T queries, S keys, N heads, D per head.
 """
 
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from longtake.attention import linear, reference
+from longtake.attention.backends import BACKENDS, FORCED, Choice, choose, distance, tolerance
 from longtake.attention.block_sparse import block_sparse
-from longtake.attention.dense import dense
 from longtake.attention.linear import Features
 from longtake.attention.near_span import Shift, joined
 from longtake.evaluation.verify import Check
 
 QUERIES, FAR, NEAR = 90, 130, 190  # tokens, no multiple of any block
 HEADS, HEAD_DIM = 4, 64
+WINDOW = 4680, 14040  # queries and keys of a block in front of nine latent frames at 832x480
 SHARE, BLOCK = 0.3, 16  # of key blocks; tokens of one
-ROUNDINGS, LEAST_BOUND = 4, 1e-4  # of the precision, and what float32 is allowed at least
-FUSED = {
-    SDPBackend.FLASH_ATTENTION: "flash",
-    SDPBackend.EFFICIENT_ATTENTION: "memory-efficient",
-    SDPBackend.CUDNN_ATTENTION: "cuDNN",
-    SDPBackend.MATH: "plain",
-}
+
 _REFUSALS = ("No available kernel", "No viable backend")  # of torch on a GPU and on a CPU
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -40,19 +34,32 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @torch.no_grad()
 def attention_checks(device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
-    """One check for each form of attention that this device has in this precision; those of torch come by kernel.
+    """One check for each form of attention that this device has in this precision; dense ones come by backend.
 
     Numbers are distances from the definition, as shares of its size.
     """
     q, k, v = _drawn(device, dtype)
-    for backend, name in FUSED.items():
-        run = partial(_by, backend)
-        if _is_there(run, q, k, v):
-            yield _compared(f"dense, torch's {name} kernel", run, reference.dense, q, k, v)
+    for name, backend in BACKENDS.items():
+        if backend.missing(device) is None and _takes(backend.attend, q, k, v):
+            yield _compared(f"dense, {name}", backend.attend, reference.dense, q, k, v)
     kernels = "Triton kernels" if device.type == "cuda" and find_spec("triton") else "plain torch"
     yield _compared(f"block-sparse, {kernels}", _sparse, _sparse_by_definition, q, k, v)
     yield _compared("linear", _linear, _linear_by_definition, q, k, v)
     yield _compared("near and far under one bar", _one_bar, _one_bar_by_definition, q, k, v)
+
+
+@torch.no_grad()
+def attention_choice(device: torch.device) -> Choice | None:
+    """The backend that is taken for the window of a 1.3B network on a GPU, or the one that is named.
+
+    None where torch chooses. ValueError for a name that cannot be taken.
+    """
+    if device.type != "cuda" and FORCED not in os.environ:
+        return None
+    queries, keys = WINDOW if device.type == "cuda" else (QUERIES, NEAR)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    q, k, v = (torch.randn(1, length, 12, 128, device=device, dtype=dtype) for length in (queries, keys, keys))
+    return choose(q, k, v)
 
 
 def _drawn(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,26 +74,22 @@ def _compared(name: str, fast: Attention, slow: Attention, q: Tensor, k: Tensor,
     truth = slow(q.double(), k.double(), v.double())
     number, about = math.nan, "distance from the definition, as a share of its size"
     try:
-        number = float((fast(q, k, v).double() - truth).norm() / truth.norm())
+        number = distance(fast(q, k, v), truth)
     except Exception as error:  # drivers and compilers raise anything, and the other forms are still to be checked
         about = f"broke off: {next(iter(str(error).splitlines()), '') or type(error).__name__}"
-    bound = max(LEAST_BOUND, ROUNDINGS * torch.finfo(q.dtype).eps)
-    return Check(name=name, number=number, most=bound, about=about)
+    return Check(name=name, number=number, most=tolerance(q.dtype), about=about)
 
 
-def _by(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    with sdpa_kernel(backend):
-        return dense(q, k, v)
-
-
-def _is_there(attention: Attention, q: Tensor, k: Tensor, v: Tensor) -> bool:
+def _takes(attend: Attention, q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether torch takes this kernel for these tensors; why it does not, it says in warnings."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            attention(q, k, v)
+            attend(q, k, v)
         except RuntimeError as error:
             return not any(refusal in str(error) for refusal in _REFUSALS)
+        except Exception:  # anything else is for the check to tell
+            return True
     return True
 
 

@@ -1,4 +1,7 @@
-"""How fast a stream is on this machine, codec included, files and players left out."""
+"""How fast a stream is on this machine, codec included, files and players left out.
+
+Short streams from their first block on; for one that remembers all that it can see `steady`.
+"""
 
 import math
 import platform
@@ -15,7 +18,7 @@ import torch
 from longtake.generation.stream import Engine
 from longtake.generation.timing import Timing, measure
 
-_MIB = 2**20
+MIB = 2**20
 
 
 def bench_stream(engine: Engine, prompt: str, seconds: float, repeats: int) -> dict[str, Any]:
@@ -38,7 +41,7 @@ def bench_stream(engine: Engine, prompt: str, seconds: float, repeats: int) -> d
         raise ValueError(f"a benchmark needs at least one repeat, got {repeats}")
     if not math.isfinite(seconds):
         raise ValueError(f"a benchmark comes to an end, got {seconds:g} seconds")
-    _forget_peak_memory(engine.device)
+    forget_peak_memory(engine.device)
     timings = [time_stream(engine, prompt, seconds) for _ in range(repeats)]
     best = max(timings, key=lambda timing: timing.frames_per_second)
     return {
@@ -78,9 +81,9 @@ def time_stream(engine: Engine, prompt: str, seconds: float) -> Timing:
 def peak_memory_mib(device: torch.device) -> float:
     """The most memory taken so far: of the device on a GPU, of the whole process on the CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / _MIB
+        return torch.cuda.max_memory_allocated(device) / MIB
     unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB, macOS in bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _MIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / MIB
 
 
 def cpu_name() -> str:
@@ -91,6 +94,8 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor()
 
 
-def _forget_peak_memory(device: torch.device) -> None:
+def forget_peak_memory(device: torch.device) -> None:
+    """Let `peak_memory_mib` count anew, on a GPU, and give back what is not in use; a process on the CPU cannot."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

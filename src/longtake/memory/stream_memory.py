@@ -61,6 +61,11 @@ class MemoryShape:
         """What a layer makes of frames that left its window."""
         return self.converted.get(layer, self.far)
 
+    def blocks_until_full(self, block: int) -> int:
+        """How many blocks a stream makes until all that is remembered is full; the last one finds something far."""
+        bank = self.policy.bank
+        return -(-self.window.frames // block) + 2 + (bank.frames * bank.every if bank else 0)
+
     def require_fit(self, block: int, trained_extent: int, in_flight: int = 1) -> None:
         """Refuse shapes that cannot be streamed, so many blocks at once: ValueError with the numbers."""
         sink, past = self.window.sink, self.window.past

@@ -15,6 +15,8 @@ from longtake.models.weights import ENTRIES, LORA_ENTRIES, Checkpoint, fill, ope
 
 WAN_1_3B = WanConfig(dim=1536, heads=12, ffn_dim=8960, layers=30, text_dim=4096)
 WAN_14B = WanConfig(dim=5120, heads=40, ffn_dim=13824, layers=40, text_dim=4096)
+NETWORKS = {"wan2.1-1.3b": WAN_1_3B, "wan2.1-14b": WAN_14B}
+"""Sizes by the names that the registry has for them."""
 HEAD = 128  # numbers per head of every Wan2.1; shapes do not tell
 CODEC_FILE = "Wan2.1_VAE.pth"
 DIFFUSERS_CODEC = {  # our words for the VAE's sizes, and its config.json's
