@@ -1,0 +1,105 @@
+# mypy: disable-error-code="import-untyped, no-untyped-def, untyped-decorator"
+"""Kernels that read and write each number once, where plain torch goes over it many times. They know no gradients.
+
+Truth: the plain code that each docstring names. Sums and angles are float32; what plain torch rounds between two steps
+is rounded here too, but for products that are added at once. A program has one row of the model's width, or tokens of
+one head. Tiles are powers of two; what they have beyond a row or a head is read as zero and never written.
+
+Shapes: B batch, F latent frames, T tokens, N heads, D per head, E model width (N * D).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from longtake.attention.rope import Rotation
+
+EPS = tl.constexpr(1e-6)
+
+
+def norm_rotate_(x_BTE: Tensor, weight_E: Tensor, heads: int, rotation: Rotation) -> tuple[Tensor, Tensor]:
+    """Root-mean-square norm over the width, then turned heads: (turned, plain), [B, T, N, D] each; x becomes plain.
+
+    Truth: `models.wan.RMSNorm`, then `rope.rotate`. rotation: of the T tokens.
+    """
+    (batch, tokens, width), turned = x_BTE.shape, torch.empty_like(x_BTE)
+    _norm_rotate[(batch * tokens,)](
+        x_BTE, weight_E, *rotation, turned, tokens, width, width // heads // 2, **_launch(width)
+    )
+    return turned.unflatten(-1, (heads, -1)), x_BTE.unflatten(-1, (heads, -1))
+
+
+def norm_(x_BTE: Tensor, weight_E: Tensor) -> Tensor:
+    """Root-mean-square norm over the width, in place. Truth: `models.wan.RMSNorm`."""
+    width = x_BTE.shape[-1]
+    _norm[(x_BTE.numel() // width,)](x_BTE, weight_E, width, **_launch(width))
+    return x_BTE
+
+
+def rotate(x_BTND: Tensor, rotation: Rotation) -> Tensor:
+    """Truth: `rope.rotate`. rotation: of the T tokens."""
+    x, (batch, tokens, heads, size) = x_BTND.contiguous(), x_BTND.shape
+    turned, width = torch.empty_like(x), heads * size
+    _rotate[(batch * tokens,)](x, *rotation, turned, tokens, width, size // 2, **_launch(width))
+    return turned
+
+
+def _launch(width: int) -> dict[str, int]:
+    """The tile of a row, and how many warps share it: 16 numbers a thread."""
+    tile = triton.next_power_of_2(width)
+    return {"TILE": tile, "num_warps": min(16, max(1, tile // 512))}
+
+
+@triton.jit
+def _place(WIDTH: tl.constexpr, TILE: tl.constexpr):
+    """Where this program's row begins, its columns, and which of a tile's are any."""
+    column = tl.arange(0, TILE)
+    return tl.program_id(0).to(tl.int64) * WIDTH, column, column < WIDTH
+
+
+@triton.jit
+def _load(x_ptr, column, real):
+    return tl.load(x_ptr + column, mask=real, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _rms_normed(x, weight_ptr, column, real, WIDTH: tl.constexpr):
+    return x * tl.rsqrt(tl.sum(x * x, 0) / WIDTH + EPS) * _load(weight_ptr, column, real)
+
+
+@triton.jit
+def _turned(x, cos_ptr, sin_ptr, tokens, WIDTH: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr):
+    """A row, every head of it turned by its token's angles, of which there are HALF."""
+    even, odd = tl.split(tl.reshape(x, [TILE // 2, 2]))
+    pair = tl.arange(0, TILE // 2)
+    angle = (tl.program_id(0) % tokens) * HALF + pair % HALF
+    cos, sin = _load(cos_ptr, angle, pair < WIDTH // 2), _load(sin_ptr, angle, pair < WIDTH // 2)
+    return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [TILE])
+
+
+@triton.jit
+def _norm_rotate(
+    x_ptr, weight_ptr, cos_ptr, sin_ptr, turned_ptr, tokens, WIDTH: tl.constexpr, HALF: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    row, column, real = _place(WIDTH, TILE)
+    x = _load(x_ptr + row, column, real)
+    plain = _rms_normed(x, weight_ptr, column, real, WIDTH).to(x_ptr.dtype.element_ty)
+    tl.store(x_ptr + row + column, plain, mask=real)
+    turned = _turned(plain.to(tl.float32), cos_ptr, sin_ptr, tokens, WIDTH, HALF, TILE)
+    tl.store(turned_ptr + row + column, turned.to(x_ptr.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _norm(x_ptr, weight_ptr, WIDTH: tl.constexpr, TILE: tl.constexpr):
+    row, column, real = _place(WIDTH, TILE)
+    x = _rms_normed(_load(x_ptr + row, column, real), weight_ptr, column, real, WIDTH)
+    tl.store(x_ptr + row + column, x.to(x_ptr.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _rotate(x_ptr, cos_ptr, sin_ptr, turned_ptr, tokens, WIDTH: tl.constexpr, HALF: tl.constexpr, TILE: tl.constexpr):
+    row, column, real = _place(WIDTH, TILE)
+    turned = _turned(_load(x_ptr + row, column, real), cos_ptr, sin_ptr, tokens, WIDTH, HALF, TILE)
+    tl.store(turned_ptr + row + column, turned.to(x_ptr.dtype.element_ty), mask=real)

@@ -1,0 +1,60 @@
+"""The fused kernels equal the plain code they stand for: compiled where there is a GPU, interpreted elsewhere."""
+
+import os
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+pytest.importorskip("triton", reason="triton is not installed (it comes with longtake[dev] on Linux)")
+
+from longtake.attention import fused_triton as kernels
+from longtake.attention import rope
+from longtake.models.wan import RMSNorm
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+drawn = partial(torch.randn, device=DEVICE)
+
+# Of float16 and bfloat16 the last bit, which sums in another order may turn.
+TYPES = pytest.mark.parametrize("dtype, last_bit", [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
+# Rows that fill their tile and rows that do not; heads that are no power of two.
+WIDTHS = pytest.mark.parametrize("heads, size", [(2, 16), (3, 20), (12, 128)])
+
+
+@pytest.fixture(autouse=True)
+def same_numbers() -> None:
+    torch.manual_seed(0)
+
+
+def assert_alike(got: Tensor, want: Tensor, last_bit: float) -> None:
+    assert got.dtype == want.dtype
+    torch.testing.assert_close(got, want, atol=last_bit, rtol=2 * last_bit)
+
+
+def rotation(size: int, frames: tuple[int, ...] = (0, 7, 300)) -> rope.Rotation:
+    return rope.RotaryAxes(split=rope.split_like_wan(size)).rotation(frames, 1, 2, DEVICE)
+
+
+@TYPES
+@WIDTHS
+@pytest.mark.parametrize("scale", [1.0, 1e-3])  # the smaller, and what keeps a norm from dividing by 0 is seen
+def test_queries_and_keys_are_normed_and_turned(
+    heads: int, size: int, dtype: torch.dtype, last_bit: float, scale: float
+) -> None:
+    x, norm = scale * drawn(2, 6, heads * size), RMSNorm(heads * size).to(DEVICE, dtype).requires_grad_(False)
+    x, norm.weight.data = x.to(dtype), drawn(heads * size).to(dtype)
+    plain = norm(x).unflatten(-1, (heads, size))
+    got_turned, got_plain = kernels.norm_rotate_(x.clone(), norm.weight, heads, rotation(size))
+    assert_alike(got_plain, plain, last_bit)
+    assert_alike(got_turned, rope.rotate(plain, rotation(size)), last_bit)
+    assert_alike(kernels.norm_(x.clone(), norm.weight), norm(x), last_bit)
+
+
+@TYPES
+@WIDTHS
+def test_held_keys_are_turned(heads: int, size: int, dtype: torch.dtype, last_bit: float) -> None:
+    x = drawn(2, 8, heads, size).to(dtype)[:, :6]  # a part of a buffer
+    assert_alike(kernels.rotate(x, rotation(size)), rope.rotate(x, rotation(size)), last_bit)
