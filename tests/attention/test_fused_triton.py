@@ -1,11 +1,13 @@
 """The fused kernels equal the plain code they stand for: compiled where there is a GPU, interpreted elsewhere."""
 
+import copy
 import os
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
@@ -13,13 +15,15 @@ pytest.importorskip("triton", reason="triton is not installed (it comes with lon
 
 from longtake.attention import fused_triton as kernels
 from longtake.attention import rope
-from longtake.models.wan import RMSNorm
+from longtake.models.wan import Block, RMSNorm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 drawn = partial(torch.randn, device=DEVICE)
 
 # Of float16 and bfloat16 the last bit, which sums in another order may turn.
-TYPES = pytest.mark.parametrize("dtype, last_bit", [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
+TYPES = pytest.mark.parametrize(
+    "dtype, last_bit", [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)]
+)
 # Rows that fill their tile and rows that do not; heads that are no power of two.
 WIDTHS = pytest.mark.parametrize("heads, size", [(2, 16), (3, 20), (12, 128)])
 
@@ -58,3 +62,45 @@ def test_queries_and_keys_are_normed_and_turned(
 def test_held_keys_are_turned(heads: int, size: int, dtype: torch.dtype, last_bit: float) -> None:
     x = drawn(2, 8, heads, size).to(dtype)[:, :6]  # a part of a buffer
     assert_alike(kernels.rotate(x, rotation(size)), rope.rotate(x, rotation(size)), last_bit)
+
+
+def modulated(dtype: torch.dtype, width: int) -> tuple[Block, list[Tensor]]:
+    """A layer; tokens of two clips of three frames, others to add to them, and a level embedding of each frame."""
+    block = Block(width, 1, 8).to(DEVICE, dtype).requires_grad_(False)
+    block.norm3.weight.data, block.norm3.bias.data = drawn(2, width).to(dtype)
+    sizes = [(2, 3, 5, width), (2, 3, 5, width), (2, 3, 6, width)]
+    return block, [drawn(*size).to(dtype) for size in sizes]
+
+
+@TYPES
+@pytest.mark.parametrize("width", [64, 60, 1536])
+@pytest.mark.parametrize("scale", [1.0, 1e-3])
+def test_norms_and_residuals_are_modulated_by_frame(
+    width: int, dtype: torch.dtype, last_bit: float, scale: float
+) -> None:
+    """Against the plain code in float32 of the same rounded numbers: between its steps plain code rounds more often."""
+    block, (x, more, levels) = modulated(dtype, width)
+    x, more = scale * x, scale * more
+    wide = copy.deepcopy(block).float()
+    shift, scale_, gate, ffn_shift, ffn_scale, ffn_gate = wide._modulation(levels.float())
+
+    def norm(total: Tensor) -> Tensor:
+        """Of what is first rounded, for so it goes on."""
+        return functional.layer_norm(total.to(dtype).float(), (width,), eps=1e-6)
+
+    layer, wide_x, wide_more = (levels, block.modulation), x.float(), more.float()
+    norm3 = block.norm3.weight, block.norm3.bias
+    gated, added = wide_x + gate * wide_more, wide_x + wide_more
+    pairs = [
+        (kernels.modulate(x, *layer), norm(x) * (1 + scale_) + shift),
+        *zip(
+            kernels.add_gated_norm(x, more, *layer, *norm3),
+            (gated, norm(gated) * wide.norm3.weight + wide.norm3.bias),
+            strict=True,
+        ),
+        *zip(kernels.add_modulate(x, more, *layer), (added, norm(added) * (1 + ffn_scale) + ffn_shift), strict=True),
+        (kernels.add_gated(x, more, *layer), wide_x + ffn_gate * wide_more),
+    ]
+    for got, want in pairs:
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.float(), want, atol=3 * last_bit, rtol=3 * last_bit)

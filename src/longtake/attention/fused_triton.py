@@ -8,6 +8,8 @@ one head. Tiles are powers of two; what they have beyond a row or a head is read
 Shapes: B batch, F latent frames, T tokens, N heads, D per head, E model width (N * D).
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -43,6 +45,46 @@ def rotate(x_BTND: Tensor, rotation: Rotation) -> Tensor:
     turned, width = torch.empty_like(x), heads * size
     _rotate[(batch * tokens,)](x, *rotation, turned, tokens, width, size // 2, **_launch(width))
     return turned
+
+
+def modulate(x_BFTE: Tensor, levels_BF6E: Tensor, modulation: Tensor) -> Tensor:
+    """Layer norm, scale and shift of each frame: what queries, keys and values are made of.
+
+    Truth: `models.wan.Block.before_attention`, as of the other three `after_attention`. modulation: the layer's own,
+    [1, 6, E], on top of the level's: shift, scale, gate, and the same again for the feed-forward part.
+    """
+    out = torch.empty_like(x_BFTE)
+    _by_frame(_modulate, x_BFTE, levels_BF6E, modulation, out)
+    return out
+
+
+def add_gated_norm(
+    x_BFTE: Tensor, attended_BFTE: Tensor, levels_BF6E: Tensor, modulation: Tensor, weight_E: Tensor, bias_E: Tensor
+) -> tuple[Tensor, Tensor]:
+    """x + gate * attended, and its layer norm with weight and bias: what asks the prompt."""
+    total, normed = torch.empty_like(x_BFTE), torch.empty_like(x_BFTE)
+    _by_frame(_add_gated_norm, x_BFTE, attended_BFTE, levels_BF6E, modulation, weight_E, bias_E, total, normed)
+    return total, normed
+
+
+def add_modulate(x_BFTE: Tensor, read_BFTE: Tensor, levels_BF6E: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor]:
+    """x + what was read of the prompt, and its modulated norm: what the feed-forward part takes."""
+    total, modulated = torch.empty_like(x_BFTE), torch.empty_like(x_BFTE)
+    _by_frame(_add_modulate, x_BFTE, read_BFTE, levels_BF6E, modulation, total, modulated)
+    return total, modulated
+
+
+def add_gated(x_BFTE: Tensor, made_BFTE: Tensor, levels_BF6E: Tensor, modulation: Tensor) -> Tensor:
+    """x + gate * what the feed-forward part made."""
+    total = torch.empty_like(x_BFTE)
+    _by_frame(_add_gated, x_BFTE, made_BFTE, levels_BF6E, modulation, total)
+    return total
+
+
+def _by_frame(kernel: Any, x_BFTE: Tensor, *others: Tensor) -> None:
+    """Run over the rows, whose kernel needs to know how many tokens a frame has."""
+    width = x_BFTE.shape[-1]
+    kernel[(x_BFTE.numel() // width,)](x_BFTE, *others, x_BFTE.shape[2], width, **_launch(width))
 
 
 def _launch(width: int) -> dict[str, int]:
@@ -103,3 +145,69 @@ def _rotate(x_ptr, cos_ptr, sin_ptr, turned_ptr, tokens, WIDTH: tl.constexpr, HA
     row, column, real = _place(WIDTH, TILE)
     turned = _turned(_load(x_ptr + row, column, real), cos_ptr, sin_ptr, tokens, WIDTH, HALF, TILE)
     tl.store(turned_ptr + row + column, turned.to(x_ptr.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _layer_normed(x, real, WIDTH: tl.constexpr):
+    apart = tl.where(real, x - tl.sum(x, 0) / WIDTH, 0.0)
+    return apart * tl.rsqrt(tl.sum(apart * apart, 0) / WIDTH + EPS)
+
+
+@triton.jit
+def _modulation(which: tl.constexpr, levels_ptr, modulation_ptr, tokens, column, real, WIDTH: tl.constexpr):
+    """One of the six rows of this program's frame: the level's, and the layer's own."""
+    at = which * WIDTH + column
+    frame = (tl.program_id(0) // tokens).to(tl.int64)
+    return _load(levels_ptr + frame * 6 * WIDTH, at, real) + _load(modulation_ptr, at, real)
+
+
+@triton.jit
+def _modulated(
+    x, first: tl.constexpr, levels_ptr, modulation_ptr, tokens, column, real, WIDTH: tl.constexpr
+):  # fmt: skip
+    shift = _modulation(first, levels_ptr, modulation_ptr, tokens, column, real, WIDTH)
+    scale = _modulation(first + 1, levels_ptr, modulation_ptr, tokens, column, real, WIDTH)
+    return _layer_normed(x, real, WIDTH) * (1 + scale) + shift
+
+
+@triton.jit
+def _modulate(x_ptr, levels_ptr, modulation_ptr, out_ptr, tokens, WIDTH: tl.constexpr, TILE: tl.constexpr):
+    row, column, real = _place(WIDTH, TILE)
+    x = _load(x_ptr + row, column, real)
+    out = _modulated(x, 0, levels_ptr, modulation_ptr, tokens, column, real, WIDTH)
+    tl.store(out_ptr + row + column, out.to(out_ptr.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _add_gated_norm(
+    x_ptr, attended_ptr, levels_ptr, modulation_ptr, weight_ptr, bias_ptr, total_ptr, normed_ptr, tokens,
+    WIDTH: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    row, column, real = _place(WIDTH, TILE)
+    gate = _modulation(2, levels_ptr, modulation_ptr, tokens, column, real, WIDTH)
+    total = _load(x_ptr + row, column, real) + gate * _load(attended_ptr + row, column, real)
+    total = total.to(total_ptr.dtype.element_ty)
+    tl.store(total_ptr + row + column, total, mask=real)
+    normed = _layer_normed(total.to(tl.float32), real, WIDTH) * _load(weight_ptr, column, real)
+    normed += _load(bias_ptr, column, real)
+    tl.store(normed_ptr + row + column, normed.to(normed_ptr.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _add_modulate(
+    x_ptr, read_ptr, levels_ptr, modulation_ptr, total_ptr, out_ptr, tokens, WIDTH: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
+    row, column, real = _place(WIDTH, TILE)
+    total = _load(x_ptr + row, column, real) + _load(read_ptr + row, column, real)
+    total = total.to(total_ptr.dtype.element_ty)
+    tl.store(total_ptr + row + column, total, mask=real)
+    out = _modulated(total.to(tl.float32), 3, levels_ptr, modulation_ptr, tokens, column, real, WIDTH)
+    tl.store(out_ptr + row + column, out.to(out_ptr.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _add_gated(x_ptr, made_ptr, levels_ptr, modulation_ptr, total_ptr, tokens, WIDTH: tl.constexpr, TILE: tl.constexpr):
+    row, column, real = _place(WIDTH, TILE)
+    gate = _modulation(5, levels_ptr, modulation_ptr, tokens, column, real, WIDTH)
+    total = _load(x_ptr + row, column, real) + gate * _load(made_ptr + row, column, real)
+    tl.store(total_ptr + row + column, total.to(total_ptr.dtype.element_ty), mask=real)
