@@ -164,13 +164,7 @@ class Block(nn.Module):
     def _read_prompt(self, x_BFTE: Tensor, prompt: tuple[Tensor, Tensor], prompt_BF: Tensor | None) -> Tensor:
         """Cross-attention of each frame to its own prompt; without `prompt_BF` there is one prompt for all."""
         q = self.cross_attn.queries(self.norm3(x_BFTE))
-        k, v = prompt
-        if prompt_BF is None:
-            read = dense(q.flatten(1, 2), k[:, 0], v[:, 0])
-        else:
-            k_BFLND, v_BFLND = _of_frames(k, prompt_BF), _of_frames(v, prompt_BF)
-            read = dense(q.flatten(0, 1), k_BFLND.flatten(0, 1), v_BFLND.flatten(0, 1))
-        return self.cross_attn.o(read.flatten(2)).view_as(x_BFTE)
+        return self.cross_attn.o(read_prompt(q, prompt, prompt_BF)).view_as(x_BFTE)
 
 
 class Head(nn.Module):
@@ -375,6 +369,15 @@ def _zero_linear(size: int) -> nn.Linear:
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
+
+
+def read_prompt(q_BFTND: Tensor, prompt: tuple[Tensor, Tensor], prompt_BF: Tensor | None) -> Tensor:
+    """What queries of cross-attention read of their frames' prompts: [B, F * T, E], or [B * F, T, E] of several."""
+    k, v = prompt
+    if prompt_BF is None:
+        return dense(q_BFTND.flatten(1, 2), k[:, 0], v[:, 0]).flatten(2)
+    k_BFLND, v_BFLND = _of_frames(k, prompt_BF), _of_frames(v, prompt_BF)
+    return dense(q_BFTND.flatten(0, 1), k_BFLND.flatten(0, 1), v_BFLND.flatten(0, 1)).flatten(2)
 
 
 def _of_frames(keys_BPLND: Tensor, prompt_BF: Tensor) -> Tensor:
