@@ -22,7 +22,7 @@ from longtake.attention.rope import Grid, RotaryAxes, Rotation, rotate, split_li
 from longtake.memory.far import FarShape, Keep
 from longtake.memory.span_memory import SpanShape, SpanView
 from longtake.memory.stream_memory import LayerKeys, MemoryShape, StreamMemory
-from longtake.memory.view import ClipView, LayeredView, MemoryView, TeacherForcedView, Tokens, View, frame_mask
+from longtake.memory.view import ClipView, LayeredView, MemoryView, Rotate, TeacherForcedView, Tokens, View, frame_mask
 from longtake.memory.window import WindowShape
 from longtake.models.features import Conversion, LearnedForm
 
@@ -263,14 +263,15 @@ class WanTransformer(nn.Module):
         return SpanView(rotation, {i: SpanShape(span=conversion.span, grid=grid, far=far) for i, far in shapes})
 
     def memory_view(
-        self, memory: StreamMemory, latents_BFCHW: Tensor, *, commits: bool = False, text: Sequence[Tensor] = ()
-    ) -> MemoryView:
+        self, memory: StreamMemory, latents_BFCHW: Tensor, *, commits: bool = False, text: Sequence[Tensor] = (),
+        rotate: Rotate = rotate,
+    ) -> MemoryView:  # fmt: skip
         """A view of a memory for the passes of its next frames, of the shape of these latents, or for their commit.
 
-        text: the mean keys of their prompt, which a memory with a bank chooses by.
+        text: the mean keys of their prompt, which a memory with a bank chooses by. rotate: what turns remembered keys.
         """
-        grid, count = self.grid(latents_BFCHW), latents_BFCHW.shape[1]
-        return memory.view(grid, count, latents_BFCHW.device, self.projections, commits=commits, text=text)
+        grid, count, place = self.grid(latents_BFCHW), latents_BFCHW.shape[1], latents_BFCHW.device
+        return memory.view(grid, count, place, self.projections, commits=commits, text=text, rotate=rotate)
 
     def grid(self, latents_BFCHW: Tensor) -> Grid:
         """Where the tokens of one frame of these latents stand."""
