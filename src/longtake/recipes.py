@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from difflib import get_close_matches
 from functools import cache, partial
 from importlib import resources
+from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longtake import parallel
 from longtake.attention.block_sparse import block_sparse
 from longtake.attention.linear import WIDTHS
 from longtake.distillation.trainer import STATE_FILE
@@ -30,6 +32,7 @@ from longtake.generation.recipe import Recipe
 from longtake.generation.rolling import rolling
 from longtake.generation.stream import Engine, to_uint8
 from longtake.memory.far import RULES, Decay, Delta, FarShape, Keep, MassCap, rule_named
+from longtake.memory.fixed_view import FixedView, FixedViews
 from longtake.memory.policies import Absolute, BackAndForth, BankShape, EndToEnd, Policy, Recache
 from longtake.models import checkpoints
 from longtake.models.codec import Codec
@@ -328,6 +331,7 @@ def load(
     dtype: torch.dtype | None = None,
     levels: int | None = None,
     codec: str | Path | None = None,
+    compile: bool = False,
 ) -> Engine:
     """Put text encoder, network and codec together under a recipe, with options if any follow its name.
 
@@ -336,13 +340,14 @@ def load(
     with its defaults. device: the GPU if there is one. dtype: by default bfloat16 on a GPU; on a CPU whichever of
     float32 and bfloat16 a short trial finds faster. levels: the number of denoising steps, 1 to 1000; by default the
     recipe's own. codec: for `load_wan` alone. Streams that go on from pictures need codec_encoder.safetensors beside
-    the codec; it is loaded when first needed.
+    the codec; it is loaded when first needed. compile: whether the network's passes go by fused kernels and recorded
+    graphs where there is a GPU with Triton; elsewhere nothing changes. Such a network is for streams alone.
     Raises ValueError, with what to do, for unknown names, for files that are not whole or do not fit, for a recipe that
     the network cannot be streamed under, and for one whose far state is not one that the weights learned to read, where
     their file says under which they were trained.
     """
     if _is_wan(model):
-        return load_wan(model, recipe=recipe, device=device, dtype=dtype, levels=levels, codec=codec)
+        return load_wan(model, recipe=recipe, device=device, dtype=dtype, levels=levels, codec=codec, compile=compile)
     if codec is not None:
         raise ValueError(f"model {model} has a codec of its own: others make pictures for networks of Wan's shape")
     chosen = recipe_named(recipe) if levels is None else recipe_named(recipe).with_levels(levels)
@@ -366,7 +371,30 @@ def load(
         encode=_encoding(codec_file, device),
     )
     engine.to(dtype or (_faster_dtype(engine) if device.type == "cpu" else torch.bfloat16))
-    return engine
+    return fused(engine) if compile else engine
+
+
+def fused(engine: Engine) -> Engine:
+    """The same engine, on a GPU its network's passes by fused kernels and, once a memory is full, by recorded graphs.
+
+    It is for streams alone, and stays in its precision. Without a GPU, or without Triton there, it is as it was.
+    """
+    if engine.device.type != "cuda" or find_spec("triton") is None:
+        return engine
+    from longtake.attention.fused_triton import rotate
+    from longtake.models import wan_triton
+
+    network = engine.network
+    wan_triton.fuse_layers(network)
+    view_of = partial(network.memory_view, rotate=rotate)
+    setattr(network, "memory_view", FixedViews(view_of, wan_triton.add_far))  # noqa: B010  # as in `parallel`
+    parallel.record_calls([network], ("forward", "keys_to_commit"), chosen=_reads_fixed_view, lends=True)
+    return replace(engine, fused=True)
+
+
+def _reads_fixed_view(*arguments: Any) -> bool:
+    """Of a network's pass. While a memory fills, every block is of another kind, and none comes again."""
+    return any(isinstance(one, FixedView) for one in arguments)
 
 
 def load_network(path: Path, device: torch.device) -> tuple[WordEncoder, WanTransformer, dict[str, Any]]:
@@ -435,6 +463,7 @@ def load_wan(
     dtype: torch.dtype | None = None,
     levels: int | None = None,
     codec: str | Path | None = None,
+    compile: bool = False,
 ) -> Engine:
     """Put a network of Wan's shape together with Wan's text encoder and VAE, under a recipe.
 
@@ -445,7 +474,7 @@ def load_wan(
     the registry's, and for a path 5, that of Self Forcing and most students. dtype: by default bfloat16 on a GPU and
     float32 on a CPU. levels: as for `load`. codec: what makes pictures in place of the base's VAE, as
     `models.checkpoints.load_codec` takes it: a light decoder, for previews. Given pictures are encoded by Wan's VAE all
-    the same, which is then loaded when first needed.
+    the same, which is then loaded when first needed. compile: as for `load`.
     ValueError, with what to do, for what is missing, does not fit or cannot be streamed.
     """
     chosen = recipe_named(recipe) if levels is None else recipe_named(recipe).with_levels(levels)
@@ -461,7 +490,7 @@ def load_wan(
     step = decoder.spatial_factor * network.config.patch
     if not height or not width or height % step or width % step:
         raise ValueError(f"pictures must be multiples of {step} high and wide, not {height} x {width}")
-    return Engine(
+    engine = Engine(
         model_name=str(model),
         recipe=chosen,
         text=UMT5Text(files, device=place),
@@ -473,6 +502,7 @@ def load_wan(
         encode=_wan_encoding(network, decoder, folder),
         codec_name=None if codec is None else str(codec),
     )
+    return fused(engine) if compile else engine
 
 
 def require_block(known: Published, chosen: Recipe) -> None:

@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
 pytest.importorskip("triton", reason="triton is not installed (it comes with longtake[dev] on Linux)")
 
 from longtake.attention import fused_triton as kernels
-from longtake.attention import rope
+from longtake.attention import join, linear, rope
 from longtake.models.wan import Block, RMSNorm
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -23,6 +23,9 @@ drawn = partial(torch.randn, device=DEVICE)
 # Of float16 and bfloat16 the last bit, which sums in another order may turn.
 TYPES = pytest.mark.parametrize(
     "dtype, last_bit", [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)]
+)
+BFLOAT16 = pytest.param(
+    torch.bfloat16, 1.6e-2, marks=pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter multiplies no bfloat16")
 )
 # Rows that fill their tile and rows that do not; heads that are no power of two.
 WIDTHS = pytest.mark.parametrize("heads, size", [(2, 16), (3, 20), (12, 128)])
@@ -104,3 +107,17 @@ def test_norms_and_residuals_are_modulated_by_frame(
     for got, want in pairs:
         assert got.dtype == dtype
         torch.testing.assert_close(got.float(), want, atol=3 * last_bit, rtol=3 * last_bit)
+
+
+@pytest.mark.parametrize("dtype, last_bit", [(torch.float32, 2e-6), (torch.float16, 2e-3), BFLOAT16])
+@pytest.mark.parametrize("tokens, size", [(6, 16), (70, 20)])
+def test_what_is_far_is_read_and_added(tokens: int, size: int, dtype: torch.dtype, last_bit: float) -> None:
+    """Two clips, of which one has nothing far."""
+    near, q, k, v = drawn(4, 2, tokens, 3, size).to(dtype)
+    turn = rope.RotaryAxes(split=rope.split_like_wan(size)).rotation([9], 1, tokens, DEVICE)
+    sums = linear.sums_of(linear.PAPER.of_keys(k, turn), v).scaled(torch.tensor([1.0, 0.0], device=DEVICE))
+    project = torch.nn.Linear(size, size).to(DEVICE, dtype).requires_grad_(False)
+    far = linear.read(sums, linear.PAPER.of_queries(q, turn))
+    want = join.added(near, far, project, sums.mass_B > 0)
+    assert_alike(kernels.add_far(near, q, turn, sums, project.weight, project.bias), want, last_bit)
+    assert torch.equal(want[1], near[1])

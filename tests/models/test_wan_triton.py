@@ -1,7 +1,9 @@
 """A network by the fused kernels answers as its definition does: compiled on a GPU, interpreted elsewhere."""
 
 import copy
+import math
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -13,8 +15,12 @@ pytest.importorskip("triton", reason="triton is not installed (it comes with lon
 
 from tests import tiny
 
+from longtake.attention.fused_triton import rotate
+from longtake.memory.fixed_view import FixedView, FixedViews
+from longtake.memory.stream_memory import StreamMemory
 from longtake.models.wan import WanTransformer
-from longtake.models.wan_triton import fuse_layers
+from longtake.models.wan_triton import add_far, fuse_layers
+from longtake.recipes import hybrid_forcing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -65,3 +71,22 @@ def test_with_gradients_a_pass_is_that_of_the_definition() -> None:
     ours, theirs = gradients(fused(plain)), gradients(plain)
     assert len(ours) == len(theirs) > 0
     assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("far", ["keep", "decay", "delta", "none"])
+@torch.no_grad()
+def test_what_is_far_is_added_as_its_definition_says(far: str) -> None:
+    """By a kernel or not, by the rule: "delta" reads its sums in another way."""
+    recipe = hybrid_forcing(far=far, frames=9.0 if far == "decay" else math.inf)
+    plain = tiny.network(reads_far=True).float().to(DEVICE)
+    for projection in plain.projections:
+        torch.nn.init.normal_(projection.weight)
+    memory = StreamMemory(recipe.memory(plain), plain.config.layers, ring=True)
+    said, level = plain.prompt_keys(tiny.text().float().to(DEVICE)), torch.ones(1, tiny.BLOCK, device=DEVICE)
+    for block in torch.randn(3, 1, *tiny.LATENTS, device=DEVICE):
+        keys = plain.keys_to_commit(block, level, said, plain.memory_view(memory, block))
+        memory.commit(keys, tiny.BLOCK, plain.grid(block))
+    views = FixedViews(partial(plain.memory_view, rotate=rotate), add_far)
+    view = views(memory, block)
+    assert isinstance(view, FixedView) and bool(view._far) == (far != "none")
+    assert_near(plain(block, level, said, view), plain(block, level, said, plain.memory_view(memory, block)), 1e-5)

@@ -15,9 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from longtake.attention.linear import Sums
 from longtake.attention.rope import Rotation
 
 EPS = tl.constexpr(1e-6)
+_TOKENS = 64  # of a head that one program answers
 
 
 def norm_rotate_(x_BTE: Tensor, weight_E: Tensor, heads: int, rotation: Rotation) -> tuple[Tensor, Tensor]:
@@ -79,6 +81,24 @@ def add_gated(x_BFTE: Tensor, made_BFTE: Tensor, levels_BF6E: Tensor, modulation
     total = torch.empty_like(x_BFTE)
     _by_frame(_add_gated, x_BFTE, made_BFTE, levels_BF6E, modulation, total)
     return total
+
+
+def add_far(
+    near_BTND: Tensor, plain_q_BTND: Tensor, rotation: Rotation, sums: Sums, weight_DD: Tensor, bias_D: Tensor
+) -> Tensor:  # fmt: skip
+    """Near answers plus what absorbed tokens answer, through a projection that heads share; the type of near.
+
+    Truth: `join.added` of `linear.read`, of the form `linear.PAPER`. Products are TF32 where answers have half
+    precision, which rounds more.
+    """
+    near, q = near_BTND.contiguous(), plain_q_BTND.contiguous()
+    (batch, tokens, heads, size), out = q.shape, torch.empty_like(near)
+    precision = "ieee" if near.dtype == torch.float32 else "tf32"
+    _add_far[triton.cdiv(tokens, _TOKENS), batch * heads](
+        near, q, *rotation, *(part.contiguous() for part in sums), weight_DD, bias_D, out, tokens, heads, size,
+        _TOKENS, max(16, triton.next_power_of_2(size)), precision, num_warps=8,
+    )  # fmt: skip
+    return out
 
 
 def _by_frame(kernel: Any, x_BFTE: Tensor, *others: Tensor) -> None:
@@ -211,3 +231,33 @@ def _add_gated(x_ptr, made_ptr, levels_ptr, modulation_ptr, total_ptr, tokens, W
     gate = _modulation(5, levels_ptr, modulation_ptr, tokens, column, real, WIDTH)
     total = _load(x_ptr + row, column, real) + gate * _load(made_ptr + row, column, real)
     tl.store(total_ptr + row + column, total.to(total_ptr.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _add_far(
+    near_ptr, q_ptr, cos_ptr, sin_ptr, kv_ptr, k_ptr, mass_ptr, weight_ptr, bias_ptr, out_ptr, tokens, heads,
+    HEAD: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Some tokens of one head of one clip; the program's second number counts heads, then clips."""
+    line = tl.program_id(1).to(tl.int64)
+    clip, head = line // heads, line % heads
+    token, dim, pair = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.arange(0, D), tl.arange(0, D // 2)
+    at = ((clip * tokens + token[:, None]) * heads + head) * HEAD + dim[None, :]
+    real = (token < tokens)[:, None] & (dim < HEAD)[None, :]
+    below = tl.maximum(_load(q_ptr, at, real), 0.0)
+    angle = token[:, None] * (HEAD // 2) + pair[None, :]
+    is_angle = (token < tokens)[:, None] & (pair < HEAD // 2)[None, :]
+    cos, sin = _load(cos_ptr, angle, is_angle), _load(sin_ptr, angle, is_angle)
+    even, odd = tl.split(tl.reshape(below, [TILE, D // 2, 2]))
+    above = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [TILE, D])
+    square, is_square = dim[:, None] * HEAD + dim[None, :], (dim < HEAD)[:, None] & (dim < HEAD)[None, :]
+    kv = _load(kv_ptr + line * HEAD * HEAD, square, is_square)
+    bar = tl.sum(below * _load(k_ptr + line * HEAD, dim, dim < HEAD)[None, :], 1)
+    mass = tl.load(mass_ptr + clip).to(tl.float32)
+    bar += EPS * tl.maximum(mass, 1.0)
+    read = tl.dot(above, kv, input_precision=PRECISION) / bar[:, None]
+    weight = tl.load(weight_ptr + square, mask=is_square, other=0.0)
+    far = tl.dot(read.to(weight.dtype), tl.trans(weight), input_precision=PRECISION)
+    far += _load(bias_ptr, dim, dim < HEAD)[None, :]
+    out = _load(near_ptr, at, real) + tl.where(mass > 0, far, 0.0)
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=real)

@@ -5,7 +5,7 @@ from typing import Any
 from tyro.extras import SubcommandApp
 
 from longtake.cli.engines import load_engine
-from longtake.cli.options import Codec, Device, Levels, Precision
+from longtake.cli.options import Codec, Compile, Device, Levels, Precision
 from longtake.cli.terminal import print_result
 
 app = SubcommandApp()
@@ -22,6 +22,7 @@ def bench_stream(
     prompt: str = "a red ball bounces over green hills",
     device: Device = None,
     dtype: Precision = "auto",
+    compile: Compile = True,
     json: bool = False,
 ) -> int:
     """Time one stream, network and codec together; the first block of each repeat is left out.
@@ -37,7 +38,8 @@ def bench_stream(
     """
     from longtake.evaluation import speed
 
-    result = speed.bench_stream(load_engine(model, recipe, levels, device, dtype, codec), prompt, seconds, repeats)
+    engine = load_engine(model, recipe, levels, device, dtype, codec, compile)
+    result = speed.bench_stream(engine, prompt, seconds, repeats)
     print_result(result, json, _speed_in_words)
     return 0
 

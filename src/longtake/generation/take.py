@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from longtake.generation.stream import Engine, Stream, Told
+from longtake.generation.stream import UNTOLD, Engine, Stream, Told
 
 _DESCRIPTION, _TENSOR = "longtake_take", "tensor"
 _FORM = 1  # of the file; another one is refused
@@ -80,7 +80,7 @@ class Take:
     def require_fit(self, engine: Engine) -> None:
         """ValueError, with the first difference, unless a stream of this engine would go on bit for bit."""
         for key, here in made_with(engine).items():
-            there = self.made_with.get(key)
+            there = {**UNTOLD, **self.made_with}.get(key)
             if key not in _NAMES and there != here:
                 name = key.replace("_", " ")
                 raise ValueError(

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from longtake.attention import fused_triton as fused
+from longtake.attention import linear
 from longtake.attention.rope import Rotation
-from longtake.memory.view import Tokens
+from longtake.memory.far import Keep
+from longtake.memory.view import FarView, Tokens
 from longtake.models.wan import Block, WanTransformer, read_prompt
 
 
@@ -61,3 +63,12 @@ def _feed_forward(ffn: nn.Sequential, x_BFTE: Tensor) -> Tensor:
     first, last = cast(nn.Linear, ffn[0]), cast(nn.Linear, ffn[2])
     hidden = torch._addmm_activation(first.bias, x_BFTE.flatten(0, 2), first.weight.t(), use_gelu=True)
     return last(hidden).view_as(x_BFTE)
+
+
+def add_far(far: FarView, near_BTND: Tensor, plain_q_BTND: Tensor) -> Tensor:
+    """As `FarView.add_to`: by a kernel where sums are read as published, in its plain form elsewhere."""
+    shape, sums = far.state.shape, far.state.sums
+    if shape.form is not linear.PAPER or not isinstance(shape.rule, Keep) or not isinstance(far.project, nn.Linear):
+        return far.add_to(near_BTND, plain_q_BTND)
+    assert sums is not None, "nothing was absorbed yet"
+    return fused.add_far(near_BTND, plain_q_BTND, far.rotation, sums, far.project.weight, far.project.bias)
