@@ -389,7 +389,8 @@ def fused(engine: Engine) -> Engine:
     view_of = partial(network.memory_view, rotate=rotate)
     setattr(network, "memory_view", FixedViews(view_of, wan_triton.add_far))  # noqa: B010  # as in `parallel`
     parallel.record_calls([network], ("forward", "keys_to_commit"), chosen=_reads_fixed_view, lends=True)
-    return replace(engine, fused=True)
+    far = engine.recipe.far and wan_triton.FusedFar.of(engine.recipe.far)
+    return replace(engine, recipe=replace(engine.recipe, far=far), fused=True)
 
 
 def _reads_fixed_view(*arguments: Any) -> bool:

@@ -109,8 +109,15 @@ def test_norms_and_residuals_are_modulated_by_frame(
         torch.testing.assert_close(got.float(), want, atol=3 * last_bit, rtol=3 * last_bit)
 
 
+def assert_sums(got: linear.Sums, want: linear.Sums, last_bit: float) -> None:
+    assert torch.equal(got.mass_B, want.mass_B)
+    for one, other in zip(got[:2], want[:2], strict=True):
+        assert one.dtype == other.dtype
+        assert (one - other).norm() <= 2 * last_bit * other.norm()
+
+
 @pytest.mark.parametrize("dtype, last_bit", [(torch.float32, 2e-6), (torch.float16, 2e-3), BFLOAT16])
-@pytest.mark.parametrize("tokens, size", [(6, 16), (70, 20)])
+@pytest.mark.parametrize("tokens, size", [(6, 16), (70, 20), (1100, 16)])
 def test_what_is_far_is_read_and_added(tokens: int, size: int, dtype: torch.dtype, last_bit: float) -> None:
     """Two clips, of which one has nothing far."""
     near, q, k, v = drawn(4, 2, tokens, 3, size).to(dtype)
@@ -118,6 +125,7 @@ def test_what_is_far_is_read_and_added(tokens: int, size: int, dtype: torch.dtyp
     sums = linear.sums_of(linear.PAPER.of_keys(k, turn), v).scaled(torch.tensor([1.0, 0.0], device=DEVICE))
     project = torch.nn.Linear(size, size).to(DEVICE, dtype).requires_grad_(False)
     far = linear.read(sums, linear.PAPER.of_queries(q, turn))
+    assert_sums(kernels.far_sums(k, v, turn), linear.sums_of(linear.PAPER.of_keys(k, turn), v), last_bit)
     want = join.added(near, far, project, sums.mass_B > 0)
     assert_alike(kernels.add_far(near, q, turn, sums, project.weight, project.bias), want, last_bit)
     assert torch.equal(want[1], near[1])

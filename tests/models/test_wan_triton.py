@@ -3,6 +3,7 @@
 import copy
 import math
 import os
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -19,7 +20,7 @@ from longtake.attention.fused_triton import rotate
 from longtake.memory.fixed_view import FixedView, FixedViews
 from longtake.memory.stream_memory import StreamMemory
 from longtake.models.wan import WanTransformer
-from longtake.models.wan_triton import add_far, fuse_layers
+from longtake.models.wan_triton import FusedFar, add_far, fuse_layers
 from longtake.recipes import hybrid_forcing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -76,17 +77,19 @@ def test_with_gradients_a_pass_is_that_of_the_definition() -> None:
 @pytest.mark.parametrize("far", ["keep", "decay", "delta", "none"])
 @torch.no_grad()
 def test_what_is_far_is_added_as_its_definition_says(far: str) -> None:
-    """By a kernel or not, by the rule: "delta" reads its sums in another way."""
+    """By a kernel or not, by the rule: "delta" makes and reads its sums in another way."""
     recipe = hybrid_forcing(far=far, frames=9.0 if far == "decay" else math.inf)
-    plain = tiny.network(reads_far=True).float().to(DEVICE)
-    for projection in plain.projections:
+    quick = replace(recipe, far=recipe.far and FusedFar.of(recipe.far))
+    assert isinstance(quick.far, FusedFar) == (far in ("keep", "decay"))
+    made = tiny.network(reads_far=True).float().to(DEVICE)
+    for projection in made.projections:
         torch.nn.init.normal_(projection.weight)
-    memory = StreamMemory(recipe.memory(plain), plain.config.layers, ring=True)
-    said, level = plain.prompt_keys(tiny.text().float().to(DEVICE)), torch.ones(1, tiny.BLOCK, device=DEVICE)
-    for block in torch.randn(3, 1, *tiny.LATENTS, device=DEVICE):
-        keys = plain.keys_to_commit(block, level, said, plain.memory_view(memory, block))
-        memory.commit(keys, tiny.BLOCK, plain.grid(block))
-    views = FixedViews(partial(plain.memory_view, rotate=rotate), add_far)
-    view = views(memory, block)
+    plain, fast = (StreamMemory(one.memory(made), made.config.layers, ring=True) for one in (recipe, quick))
+    said, level = made.prompt_keys(tiny.text().float().to(DEVICE)), torch.ones(1, tiny.BLOCK, device=DEVICE)
+    for block in torch.randn(4, 1, *tiny.LATENTS, device=DEVICE):
+        keys = made.keys_to_commit(block, level, said, made.memory_view(plain, block))
+        for memory in (plain, fast):
+            memory.commit(keys, tiny.BLOCK, made.grid(block))
+    view = FixedViews(partial(made.memory_view, rotate=rotate), add_far)(fast, block)
     assert isinstance(view, FixedView) and bool(view._far) == (far != "none")
-    assert_near(plain(block, level, said, view), plain(block, level, said, plain.memory_view(memory, block)), 1e-5)
+    assert_near(made(block, level, said, view), made(block, level, said, made.memory_view(plain, block)), 1e-5)

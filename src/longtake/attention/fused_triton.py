@@ -19,7 +19,8 @@ from longtake.attention.linear import Sums
 from longtake.attention.rope import Rotation
 
 EPS = tl.constexpr(1e-6)
-_TOKENS = 64  # of a head that one program answers
+_TOKENS = 64  # of a head that make a tile
+_TILES_SUMMED = 8  # by one program, before what programs summed is summed
 
 
 def norm_rotate_(x_BTE: Tensor, weight_E: Tensor, heads: int, rotation: Rotation) -> tuple[Tensor, Tensor]:
@@ -99,6 +100,22 @@ def add_far(
         _TOKENS, max(16, triton.next_power_of_2(size)), precision, num_warps=8,
     )  # fmt: skip
     return out
+
+
+def far_sums(k_BTND: Tensor, v_BTND: Tensor, rotation: Rotation) -> Sums:
+    """The sums of these tokens alone. Truth: `linear.sums_of`, of the form `linear.PAPER`. Products as in `add_far`."""
+    k, v = k_BTND.contiguous(), v_BTND.contiguous()
+    batch, tokens, heads, size = k.shape
+    parts = triton.cdiv(tokens, _TOKENS * _TILES_SUMMED)
+    kv = k.new_empty(parts, batch, heads, size, size, dtype=torch.float32)
+    k_sums = k.new_empty(parts, batch, heads, size, dtype=torch.float32)
+    precision = "ieee" if k.dtype == torch.float32 else "tf32"
+    _far_sums[parts, batch * heads](
+        k, v, *rotation, kv, k_sums, tokens, heads, size,
+        _TOKENS, _TILES_SUMMED, max(16, triton.next_power_of_2(size)), precision, num_warps=8, num_stages=1,
+    )  # fmt: skip
+    mass_B = torch.full((batch,), float(tokens), dtype=torch.float64, device=k.device)
+    return Sums(kv.sum(0), k_sums.sum(0), mass_B)
 
 
 def _by_frame(kernel: Any, x_BFTE: Tensor, *others: Tensor) -> None:
@@ -234,30 +251,66 @@ def _add_gated(x_ptr, made_ptr, levels_ptr, modulation_ptr, total_ptr, tokens, W
 
 
 @triton.jit
-def _add_far(
-    near_ptr, q_ptr, cos_ptr, sin_ptr, kv_ptr, k_ptr, mass_ptr, weight_ptr, bias_ptr, out_ptr, tokens, heads,
-    HEAD: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+def _far_features(
+    x_ptr, cos_ptr, sin_ptr, token, tokens, heads, HEAD: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr
 ):  # fmt: skip
-    """Some tokens of one head of one clip; the program's second number counts heads, then clips."""
-    line = tl.program_id(1).to(tl.int64)
-    clip, head = line // heads, line % heads
-    token, dim, pair = tl.program_id(0) * TILE + tl.arange(0, TILE), tl.arange(0, D), tl.arange(0, D // 2)
-    at = ((clip * tokens + token[:, None]) * heads + head) * HEAD + dim[None, :]
+    """Features below the bar and above it, [TILE, D] each, of some tokens of this program's head.
+
+    Where the tokens lie comes with them, and which of the places are real. The second number of a program counts heads,
+    then clips.
+    """
+    line, dim, pair = tl.program_id(1).to(tl.int64), tl.arange(0, D), tl.arange(0, D // 2)
+    at = ((line // heads * tokens + token[:, None]) * heads + line % heads) * HEAD + dim[None, :]
     real = (token < tokens)[:, None] & (dim < HEAD)[None, :]
-    below = tl.maximum(_load(q_ptr, at, real), 0.0)
+    below = tl.maximum(_load(x_ptr, at, real), 0.0)
     angle = token[:, None] * (HEAD // 2) + pair[None, :]
     is_angle = (token < tokens)[:, None] & (pair < HEAD // 2)[None, :]
     cos, sin = _load(cos_ptr, angle, is_angle), _load(sin_ptr, angle, is_angle)
     even, odd = tl.split(tl.reshape(below, [TILE, D // 2, 2]))
     above = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [TILE, D])
-    square, is_square = dim[:, None] * HEAD + dim[None, :], (dim < HEAD)[:, None] & (dim < HEAD)[None, :]
+    return below, above, at, real
+
+
+@triton.jit
+def _square(HEAD: tl.constexpr, D: tl.constexpr):
+    """Where the numbers of a head's matrix lie, and which are any."""
+    dim = tl.arange(0, D)
+    return dim[:, None] * HEAD + dim[None, :], (dim < HEAD)[:, None] & (dim < HEAD)[None, :]
+
+
+@triton.jit
+def _add_far(
+    near_ptr, q_ptr, cos_ptr, sin_ptr, kv_ptr, k_ptr, mass_ptr, weight_ptr, bias_ptr, out_ptr, tokens, heads,
+    HEAD: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    line, dim = tl.program_id(1).to(tl.int64), tl.arange(0, D)
+    token = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    below, above, at, real = _far_features(q_ptr, cos_ptr, sin_ptr, token, tokens, heads, HEAD, TILE, D)
+    square, is_square = _square(HEAD, D)
     kv = _load(kv_ptr + line * HEAD * HEAD, square, is_square)
-    bar = tl.sum(below * _load(k_ptr + line * HEAD, dim, dim < HEAD)[None, :], 1)
-    mass = tl.load(mass_ptr + clip).to(tl.float32)
-    bar += EPS * tl.maximum(mass, 1.0)
+    mass = tl.load(mass_ptr + line // heads).to(tl.float32)
+    bar = tl.sum(below * _load(k_ptr + line * HEAD, dim, dim < HEAD)[None, :], 1) + EPS * tl.maximum(mass, 1.0)
     read = tl.dot(above, kv, input_precision=PRECISION) / bar[:, None]
     weight = tl.load(weight_ptr + square, mask=is_square, other=0.0)
     far = tl.dot(read.to(weight.dtype), tl.trans(weight), input_precision=PRECISION)
     far += _load(bias_ptr, dim, dim < HEAD)[None, :]
     out = _load(near_ptr, at, real) + tl.where(mass > 0, far, 0.0)
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _far_sums(
+    k_ptr, v_ptr, cos_ptr, sin_ptr, kv_ptr, k_sums_ptr, tokens, heads,
+    HEAD: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Sums of some tiles of one head of one clip."""
+    kv, k_sum = tl.zeros([D, D], tl.float32), tl.zeros([D], tl.float32)
+    for tile in range(TILES):
+        token = (tl.program_id(0) * TILES + tile) * TILE + tl.arange(0, TILE)
+        below, above, at, real = _far_features(k_ptr, cos_ptr, sin_ptr, token, tokens, heads, HEAD, TILE, D)
+        kv += tl.dot(tl.trans(above), _load(v_ptr, at, real), input_precision=PRECISION)
+        k_sum += tl.sum(below, 0)
+    part = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    square, is_square = _square(HEAD, D)
+    tl.store(kv_ptr + part * HEAD * HEAD + square, kv, mask=is_square)
+    tl.store(k_sums_ptr + part * HEAD + tl.arange(0, D), k_sum, mask=tl.arange(0, D) < HEAD)

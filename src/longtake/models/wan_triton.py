@@ -1,5 +1,6 @@
 """Layers of Wan's shape by kernels that read and write each number once. `models.wan` is their definition."""
 
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -7,9 +8,11 @@ from torch import Tensor, nn
 
 from longtake.attention import fused_triton as fused
 from longtake.attention import linear
+from longtake.attention.linear import Sums
 from longtake.attention.rope import Rotation
-from longtake.memory.far import Keep
+from longtake.memory.far import FarShape, Keep
 from longtake.memory.view import FarView, Tokens
+from longtake.memory.window import Keys
 from longtake.models.wan import Block, WanTransformer, read_prompt
 
 
@@ -65,10 +68,28 @@ def _feed_forward(ffn: nn.Sequential, x_BFTE: Tensor) -> Tensor:
     return last(hidden).view_as(x_BFTE)
 
 
+@dataclass(frozen=True, kw_only=True)
+class FusedFar(FarShape):
+    """A far state of the published form, under a rule that adds, whose sums a kernel makes."""
+
+    @classmethod
+    def of(cls, shape: FarShape) -> FarShape:
+        """The same by kernels, if it is one; others come back as they are."""
+        if shape.form is not linear.PAPER or not isinstance(shape.rule, Keep):
+            return shape
+        return cls(form=shape.form, rule=shape.rule, sink=shape.sink, turns_with_frames=shape.turns_with_frames)
+
+    def absorb(self, sums: Sums | None, keys: Keys, rotation: Rotation) -> Sums:
+        """As `FarShape.absorb`; with gradients it is that."""
+        if torch.is_grad_enabled() or not isinstance(self.rule, Keep):
+            return super().absorb(sums, keys, rotation)
+        return self.rule.add(sums, fused.far_sums(keys.k_BTND, keys.v_BTND, rotation), len(keys.frames))
+
+
 def add_far(far: FarView, near_BTND: Tensor, plain_q_BTND: Tensor) -> Tensor:
-    """As `FarView.add_to`: by a kernel where sums are read as published, in its plain form elsewhere."""
-    shape, sums = far.state.shape, far.state.sums
-    if shape.form is not linear.PAPER or not isinstance(shape.rule, Keep) or not isinstance(far.project, nn.Linear):
+    """As `FarView.add_to`: by a kernel for a `FusedFar`, in its plain form for others."""
+    sums = far.state.sums
+    if not isinstance(far.state.shape, FusedFar) or not isinstance(far.project, nn.Linear):
         return far.add_to(near_BTND, plain_q_BTND)
     assert sums is not None, "nothing was absorbed yet"
     return fused.add_far(near_BTND, plain_q_BTND, far.rotation, sums, far.project.weight, far.project.bias)
