@@ -1,6 +1,7 @@
 """Streams by fused kernels and recorded graphs are those of the plain network, within rounding."""
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,11 @@ def test_without_a_gpu_an_engine_stays_as_it_is() -> None:
     engine = tiny.engine()
     assert fused(engine) is engine
     assert engine.circumstances["passes"] == "eager"
+
+
+class TextOnGPU(tiny.AnyText):
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        return super().encode(prompts).cuda()
 
 
 def latents(engine: Engine, blocks: int) -> list[Tensor]:
@@ -47,8 +53,11 @@ def latents(engine: Engine, blocks: int) -> list[Tensor]:
 def test_streams_on_a_gpu_agree_with_the_plain_network(name: str) -> None:
     recipe = tiny.rolling_recipe() if name == "rolling_forcing" else RECIPES[name]()
     plain = tiny.engine(recipe)
+    for projection in plain.network.projections:
+        torch.nn.init.normal_(projection.weight, std=0.1)
     plain.network.cuda()
     plain.codec.cuda()
+    plain = replace(plain, text=TextOnGPU())
     quick = fused(replace(plain, network=copy.deepcopy(plain.network)))
     assert quick.circumstances["passes"] == "fused"
     for _ in range(2):  # the second time from the records of the first

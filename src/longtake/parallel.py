@@ -169,7 +169,7 @@ class Recorded:
     (see `rope.lasting`). Elsewhere, and with gradients, calls are as they were.
 
     chosen: tells of arguments whether their kind is worth a record; by default all are. lends: whether a call gives the
-    record's own tensors, good until the next one of the kind, and no copies of them.
+    record's own tensors, and no copies of them: good until the next replay of any record, for all work in one memory.
     """
 
     def __init__(
@@ -218,7 +218,8 @@ class Recorded:
 
 @cache
 def _common() -> torch.cuda.CUDAGraph:
-    """A graph whose memory all records work in: they are replayed one after the other, and what they give is copied.
+    """A graph whose memory all records work in: they are replayed one after the other, and what one gives is copied, or
+    used up before the next.
 
     It lives for good, since memory that no graph uses any more cannot be taken up again.
     """

@@ -9,9 +9,7 @@ DeviceName = Annotated[str | None, arg(metavar="NAME")]
 Device = Annotated[str | None, arg(metavar="NAME", help="cpu, cuda, cuda:1, ...; unless given, the best there is.")]
 PrecisionName = Literal["auto", "float32", "bfloat16"]
 Precision = Annotated[PrecisionName, arg(help="Precision; auto takes the fastest that is safe.")]
-Compile = Annotated[
-    bool, arg(help="On a GPU, run passes by fused kernels and recorded graphs; otherwise by plain torch.")
-]
+Compile = Annotated[bool, arg(help="By plain torch on a GPU too, without fused kernels and recorded graphs.")]
 Levels = Annotated[
     int | None, arg(metavar="N", help="Denoising steps of a block; unless given, as many as the recipe has.")
 ]
