@@ -63,3 +63,11 @@ def test_streams_on_a_gpu_agree_with_the_plain_network(name: str) -> None:
     for _ in range(2):  # the second time from the records of the first
         for one, other in zip(latents(plain, 14), latents(quick, 14), strict=True):
             torch.testing.assert_close(other, one, atol=1e-3, rtol=1e-3)
+
+
+def test_another_gpu_than_the_current_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(Engine, "device", torch.device("cuda:1"))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    with pytest.raises(ValueError, match=r"not cuda:1.*--no-compile"):
+        fused(tiny.engine())

@@ -378,9 +378,15 @@ def fused(engine: Engine) -> Engine:
     """The same engine, on a GPU its network's passes by fused kernels and, once a memory is full, by recorded graphs.
 
     It is for streams alone, and stays in its precision. Without a GPU, or without Triton there, it is as it was.
+    ValueError for a GPU that is not the process's current one, on which kernels run.
     """
     if engine.device.type != "cuda" or find_spec("triton") is None:
         return engine
+    if engine.device.index != torch.cuda.current_device():
+        raise ValueError(
+            f"fused kernels run on the current GPU, which is not {engine.device}: choose it by CUDA_VISIBLE_DEVICES, "
+            "or leave them out (--no-compile)"
+        )
     from longtake.attention.fused_triton import rotate
     from longtake.models import wan_triton
 

@@ -53,7 +53,7 @@ class FixedViews:
     def __init__(self, view_of: Callable[..., MemoryView], add_far: AddFar = FarView.add_to):
         self._view_of, self._add_far = view_of, add_far
         self._made: dict[Hashable, FixedView] = {}
-        self._room: list[tuple[Tensor, Tensor]] = []
+        self._room: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, memory: StreamMemory, *arguments: Any, **more: Any) -> MemoryView | FixedView:
         view = self._view_of(memory, *arguments, **more)
@@ -66,19 +66,22 @@ class FixedViews:
         return self._made[kind]
 
     def _rooms(self, view: MemoryView) -> list[tuple[Tensor, Tensor]]:
-        """Room for what a view remembers and for its own tokens. What is too small is left to those made before."""
+        """Room for what a view remembers and for its own tokens, layer by layer."""
         own, rooms = len(view.rotation.cos_TA), []
         for layer, remembered in enumerate(view.layers):
-            assert remembered is not None
-            k_BTND = remembered[0]
-            shape = torch.Size((k_BTND.shape[0], k_BTND.shape[1] + own, *k_BTND.shape[2:]))
-            if layer == len(self._room):
-                self._room.append((k_BTND[:0].flatten(), k_BTND[:0].flatten()))
-            room = self._room[layer]
-            if room[0].dtype != k_BTND.dtype or room[0].numel() < shape.numel():
-                room = self._room[layer] = k_BTND.new_empty(shape.numel()), k_BTND.new_empty(shape.numel())
-            rooms.append((room[0][: shape.numel()].view(shape), room[1][: shape.numel()].view(shape)))
+            assert remembered is not None, "there is no room without keys to be like"
+            batch, held, *sizes = remembered[0].shape
+            shape = torch.Size((batch, held + own, *sizes))
+            k, v = (x[: shape.numel()].view(shape) for x in self._room_like(remembered[0], layer, shape.numel()))
+            rooms.append((k, v))
         return rooms
+
+    def _room_like(self, k_BTND: Tensor, layer: int, size: int) -> tuple[Tensor, Tensor]:
+        """A layer's room, of that size at least. One that is too small is left to the views that were made in it."""
+        room = self._room.get(layer)
+        if room is None or room[0].dtype != k_BTND.dtype or room[0].numel() < size:
+            room = self._room[layer] = k_BTND.new_empty(size), k_BTND.new_empty(size)
+        return room
 
 
 def _kind(view: MemoryView) -> Hashable:
