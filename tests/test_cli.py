@@ -149,16 +149,16 @@ def test_a_video_has_the_length_asked_for(engine, capsys, seconds, pictures):
 
 def test_generate_asks_for_what_it_was_told(engine):
     arguments = "--seed 7 --recipe self_forcing --model folder --codec taew2_1.pth --levels 2 --device cpu --seconds 1"
-    main(["generate", "a red ball", *arguments.split(), "--dtype", "bfloat16", "--out", "out.mp4"])
+    main(["generate", "a red ball", *arguments.split(), "--dtype", "bfloat16", "--compile", "--out", "out.mp4"])
     options = {"recipe": "self_forcing", "levels": 2, "device": "cpu", "dtype": torch.bfloat16, "codec": "taew2_1.pth"}
-    assert engine.asked_for == [("folder", options)]
+    assert engine.asked_for == [("folder", options | {"compile": True})]
     assert engine.opened == [("a red ball", 7)]
 
 
 def test_generate_by_default(engine):
     main(["generate", "a red ball", "--seconds", "1"])
     options = {"recipe": "self_forcing_sink", "levels": None, "device": None, "dtype": None, "codec": None}
-    assert engine.asked_for == [("toy", options)]
+    assert engine.asked_for == [("toy", options | {"compile": False})]
     assert engine.opened == [("a red ball", 42)]
 
 
@@ -521,9 +521,8 @@ def test_evaluate_gives_one_object_a_recipe(scorer, engine, capsys):
     assert main(arguments.split()) == 0
     assert json.loads(capsys.readouterr().out) == [SCORES, SCORES]
     assert scorer == [(("truth", "codec"), 3, None, 4, (5, 60), ["codec"], "cpu")]
-    assert engine.asked_for == [
-        ("toy", {"recipe": "self_forcing", "levels": 2, "device": torch.device("cpu"), "dtype": None, "codec": None}),
-    ]
+    options = {"recipe": "self_forcing", "levels": 2, "device": torch.device("cpu"), "dtype": None, "codec": None}
+    assert engine.asked_for == [("toy", options | {"compile": False})]
 
 
 def test_evaluate_reads_captions_from_a_file(scorer, capsys, tmp_path):

@@ -147,3 +147,12 @@ def test_a_replay_draws_anew() -> None:
     with torch.no_grad():
         first, second = (draw(torch.zeros(100, device="cuda")) for _ in range(2))
     assert not torch.equal(first, second)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels are recorded on a GPU alone")
+def test_a_record_lends_its_own_tensors_for_chosen_calls_alone() -> None:
+    double = parallel.Recorded(lambda x: 2 * x, chosen=lambda x: len(x) == 3, lends=True)
+    with torch.no_grad():
+        lent, own = double(torch.ones(3, device="cuda")), double(torch.ones(2, device="cuda"))
+        assert double(torch.full((3,), 5.0, device="cuda")) is lent and lent.eq(10).all()
+        assert double(torch.ones(2, device="cuda")) is not own

@@ -138,13 +138,16 @@ def checkpoint_layers(layers: Iterable[nn.Module], methods: Iterable[str]) -> No
         setattr(layer, method, partial(checkpoint, getattr(layer, method), use_reentrant=False))
 
 
-def record_calls(modules: Iterable[nn.Module], methods: Iterable[str]) -> None:
+def record_calls(
+    modules: Iterable[nn.Module], methods: Iterable[str], *,
+    chosen: Callable[..., bool] | None = None, lends: bool = False,
+) -> None:  # fmt: skip
     """Replay calls of the named methods without gradients as recorded kernels, see `Recorded`.
 
     Parameters must keep their storage. Goes around compiled methods: compile first.
     """
     for module, method in product(modules, tuple(methods)):
-        setattr(module, method, Recorded(getattr(module, method)))
+        setattr(module, method, Recorded(getattr(module, method), chosen=chosen, lends=lends))
 
 
 @dataclass(frozen=True)
@@ -164,10 +167,15 @@ class Recorded:
     of the tensors in it. The function must do the same for all arguments of a kind, without a look at values on the
     host; it may draw random numbers on the device. What it reads beside its arguments must live as long as the records
     (see `rope.lasting`). Elsewhere, and with gradients, calls are as they were.
+
+    chosen: tells of arguments whether their kind is worth a record; by default all are. lends: whether a call gives the
+    record's own tensors, and no copies of them: good until the next replay of any record, for all work in one memory.
     """
 
-    def __init__(self, call: Callable[..., Any]):
-        self._call = call
+    def __init__(
+        self, call: Callable[..., Any], *, chosen: Callable[..., bool] | None = None, lends: bool = False
+    ):  # fmt: skip
+        self._call, self._chosen, self._lends = call, chosen, lends
         self._records: dict[Hashable, _Record] = {}
 
     def __call__(self, *arguments: Any) -> Any:
@@ -175,13 +183,15 @@ class Recorded:
         mapped_tensors(arguments, tensors.append)
         if torch.is_grad_enabled() or not tensors or not all(x.is_cuda for x in tensors):
             return self._call(*arguments)
+        if self._chosen and not self._chosen(*arguments):
+            return self._call(*arguments)
         kind = kind_of(arguments)
         if kind not in self._records:
             self._records[kind] = self._record(arguments)
         record = self._records[kind]
         torch._foreach_copy_(record.inputs, tensors)
         record.graph.replay()
-        return mapped_tensors(record.output, Tensor.clone)
+        return record.output if self._lends else mapped_tensors(record.output, Tensor.clone)
 
     def _record(self, arguments: tuple[Any, ...]) -> _Record:
         inputs: list[Tensor] = []
@@ -208,7 +218,8 @@ class Recorded:
 
 @cache
 def _common() -> torch.cuda.CUDAGraph:
-    """A graph whose memory all records work in: they are replayed one after the other, and what they give is copied.
+    """A graph whose memory all records work in: they are replayed one after the other, and what one gives is copied, or
+    used up before the next.
 
     It lives for good, since memory that no graph uses any more cannot be taken up again.
     """

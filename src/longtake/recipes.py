@@ -12,6 +12,7 @@ from dataclasses import asdict, replace
 from difflib import get_close_matches
 from functools import cache, partial
 from importlib import resources
+from importlib.util import find_spec
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from longtake import parallel
 from longtake.attention.block_sparse import block_sparse
 from longtake.attention.linear import WIDTHS
 from longtake.distillation.trainer import STATE_FILE
@@ -30,6 +32,7 @@ from longtake.generation.recipe import Recipe
 from longtake.generation.rolling import rolling
 from longtake.generation.stream import Engine, to_uint8
 from longtake.memory.far import RULES, Decay, Delta, FarShape, Keep, MassCap, rule_named
+from longtake.memory.fixed_view import FixedView, FixedViews
 from longtake.memory.policies import Absolute, BackAndForth, BankShape, EndToEnd, Policy, Recache
 from longtake.models import checkpoints
 from longtake.models.codec import Codec
@@ -340,6 +343,7 @@ def load(
     dtype: torch.dtype | None = None,
     levels: int | None = None,
     codec: str | Path | None = None,
+    compile: bool = False,
 ) -> Engine:
     """Put text encoder, network and codec together under a recipe, with options if any follow its name.
 
@@ -348,13 +352,14 @@ def load(
     with its defaults. device: the GPU if there is one. dtype: by default bfloat16 on a GPU; on a CPU whichever of
     float32 and bfloat16 a short trial finds faster. levels: the number of denoising steps, 1 to 1000; by default the
     recipe's own. codec: for `load_wan` alone. Streams that go on from pictures need codec_encoder.safetensors beside
-    the codec; it is loaded when first needed.
+    the codec; it is loaded when first needed. compile: whether the network's passes go by fused kernels and recorded
+    graphs where there is a GPU with Triton; elsewhere nothing changes. Such a network is for streams alone.
     Raises ValueError, with what to do, for unknown names, for files that are not whole or do not fit, for a recipe that
     the network cannot be streamed under, and for one whose far state is not one that the weights learned to read, where
     their file says under which they were trained.
     """
     if _is_wan(model):
-        return load_wan(model, recipe=recipe, device=device, dtype=dtype, levels=levels, codec=codec)
+        return load_wan(model, recipe=recipe, device=device, dtype=dtype, levels=levels, codec=codec, compile=compile)
     if codec is not None:
         raise ValueError(f"model {model} has a codec of its own: others make pictures for networks of Wan's shape")
     chosen = recipe_named(recipe) if levels is None else recipe_named(recipe).with_levels(levels)
@@ -378,7 +383,37 @@ def load(
         encode=_encoding(codec_file, device),
     )
     engine.to(dtype or (_faster_dtype(engine) if device.type == "cpu" else torch.bfloat16))
-    return engine
+    return fused(engine) if compile else engine
+
+
+def fused(engine: Engine) -> Engine:
+    """The same engine, on a GPU its network's passes by fused kernels and, once a memory is full, by recorded graphs.
+
+    It is for streams alone, and stays in its precision. Without a GPU, or without Triton there, it is as it was.
+    ValueError for a GPU that is not the process's current one, on which kernels run.
+    """
+    if engine.device.type != "cuda" or find_spec("triton") is None:
+        return engine
+    if engine.device.index != torch.cuda.current_device():
+        raise ValueError(
+            f"fused kernels run on the current GPU, which is not {engine.device}: choose it by CUDA_VISIBLE_DEVICES, "
+            "or leave out --compile"
+        )
+    from longtake.attention.fused_triton import rotate
+    from longtake.models import wan_triton
+
+    network = engine.network
+    wan_triton.fuse_layers(network)
+    view_of = partial(network.memory_view, rotate=rotate)
+    setattr(network, "memory_view", FixedViews(view_of, wan_triton.add_far))  # noqa: B010  # as in `parallel`
+    parallel.record_calls([network], ("forward", "keys_to_commit"), chosen=_reads_fixed_view, lends=True)
+    far = engine.recipe.far and wan_triton.FusedFar.of(engine.recipe.far)
+    return replace(engine, recipe=replace(engine.recipe, far=far), fused=True)
+
+
+def _reads_fixed_view(*arguments: Any) -> bool:
+    """Of a network's pass. While a memory fills, every block is of another kind, and none comes again."""
+    return any(isinstance(one, FixedView) for one in arguments)
 
 
 def load_network(path: Path, device: torch.device) -> tuple[WordEncoder, WanTransformer, dict[str, Any]]:
@@ -447,6 +482,7 @@ def load_wan(
     dtype: torch.dtype | None = None,
     levels: int | None = None,
     codec: str | Path | None = None,
+    compile: bool = False,
 ) -> Engine:
     """Put a network of Wan's shape together with Wan's text encoder and VAE, under a recipe.
 
@@ -457,7 +493,7 @@ def load_wan(
     the registry's, and for a path 5, that of Self Forcing and most students. dtype: by default bfloat16 on a GPU and
     float32 on a CPU. levels: as for `load`. codec: what makes pictures in place of the base's VAE, as
     `models.checkpoints.load_codec` takes it: a light decoder, for previews. Given pictures are encoded by Wan's VAE all
-    the same, which is then loaded when first needed.
+    the same, which is then loaded when first needed. compile: as for `load`.
     ValueError, with what to do, for what is missing, does not fit or cannot be streamed.
     """
     chosen = recipe_named(recipe) if levels is None else recipe_named(recipe).with_levels(levels)
@@ -470,7 +506,7 @@ def load_wan(
     network = load_wan_network(model, recipe=recipe, device=place, dtype=dtype)
     chosen.memory(network)  # refuses what the network cannot read
     sides = _latent_sides(size or (known.height, known.width), decoder.spatial_factor, network.config.patch)
-    return Engine(
+    engine = Engine(
         model_name=str(model),
         recipe=chosen,
         text=UMT5Text(files, device=place),
@@ -482,6 +518,7 @@ def load_wan(
         encode=_wan_encoding(network, decoder, folder),
         codec_name=None if codec is None else str(codec),
     )
+    return fused(engine) if compile else engine
 
 
 def load_random(
@@ -493,13 +530,14 @@ def load_random(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     levels: int | None = None,
+    compile: bool = False,
 ) -> Engine:
     """An engine of a published model's size whose weights are random numbers: as fast and as large as the real one.
 
     model: a name of `longtake models` that is a network; nothing needs to be pulled. The network can read whatever the
     recipe remembers. size: height and width of pictures, by default those of the registry. decoder: of `DECODERS`:
     Wan's VAE, the light one in TAEHV's layout, or none, whose pictures have no pixels. Random numbers stand in for
-    text. device, dtype, levels: as for `load_wan`. ValueError for unknown names, and for what cannot be.
+    text. device, dtype, levels, compile: as for `load_wan`. ValueError for unknown names, and for what cannot be.
     """
     chosen = recipe_named(recipe) if levels is None else recipe_named(recipe).with_levels(levels)
     config, height, width = published_sizes(model, size)
@@ -508,7 +546,7 @@ def load_random(
     codec = drawn(decoder_named(decoder), place, dtype)
     network = drawn(lambda: WanTransformer(reading(config, chosen)), place, dtype)
     chosen.memory(network)  # refuses what the network cannot read
-    return Engine(
+    engine = Engine(
         model_name=model,
         recipe=chosen,
         text=RandomText(LENGTH, config.text_dim, place),
@@ -518,6 +556,7 @@ def load_random(
         frame_rate=WAN_RATE,
         shift=WAN_SHIFT,
     )
+    return fused(engine) if compile else engine
 
 
 def published_sizes(model: str, size: tuple[int, int] | None = None) -> tuple[WanConfig, int, int]:

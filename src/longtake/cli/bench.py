@@ -9,7 +9,7 @@ from tyro.conf import arg
 from tyro.extras import SubcommandApp
 
 from longtake.cli.engines import load_engine, precision_named
-from longtake.cli.options import Codec, Device, Levels, Precision
+from longtake.cli.options import Codec, Compile, Device, Levels, Precision
 from longtake.cli.terminal import print_result, say
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def bench_stream(
     prompt: str = "a red ball bounces over green hills",
     device: Device = None,
     dtype: Precision = "auto",
+    compile: Compile = False,
     out: Annotated[Path | None, arg(aliases=["-o"], metavar="DIR")] = None,
     json: bool = False,
 ) -> int:
@@ -72,12 +73,12 @@ def bench_stream(
 
     def engine(name: str) -> "Engine":
         if not random_weights:
-            return load_engine(model, name, levels, device, dtype, codec)
+            return load_engine(model, name, levels, device, dtype, codec, compile)
         from longtake.recipes import load_random
 
         return load_random(
             model, recipe=name, size=_height_width(size), decoder=decoder or "wan", device=device,
-            dtype=precision_named(dtype), levels=levels,
+            dtype=precision_named(dtype), levels=levels, compile=compile,
         )  # fmt: skip
 
     timed = STEADY_BLOCKS if blocks is None else blocks

@@ -12,20 +12,24 @@ if TYPE_CHECKING:
 
 def load_engine(
     model: str, recipe: str, levels: int | None, device: "str | torch.device | None", dtype: str,
-    codec: str | None = None,
+    codec: str | None = None, compile: bool = False,
 ) -> "Engine":  # fmt: skip
     """The engine that options name. ValueError or OSError where there is no such."""
     from longtake.recipes import load
 
-    return load(model, recipe=recipe, levels=levels, device=device, dtype=precision_named(dtype), codec=codec)
+    precision = precision_named(dtype)
+    return load(model, recipe=recipe, levels=levels, device=device, dtype=precision, codec=codec, compile=compile)
 
 
 def load_again(said: dict[str, Any], levels: int, device: str | None) -> "Engine":
     """The engine of a take or a record, by default on its kind of device. ValueError if there is none such here."""
+    from longtake.generation.stream import UNTOLD
+
     if said["dtype"] not in ("float32", "bfloat16"):
         raise ValueError(f"precision is float32 or bfloat16, not {said['dtype']}")
     place = device or said.get("device", "").partition(" ")[0] or None
-    return load_engine(said["model"], said["recipe"], levels, place, said["dtype"], said.get("codec"))
+    fused = (UNTOLD | said)["passes"] == "fused"
+    return load_engine(said["model"], said["recipe"], levels, place, said["dtype"], said.get("codec"), fused)
 
 
 def precision_named(name: str) -> "torch.dtype | None":

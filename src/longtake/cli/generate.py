@@ -10,7 +10,7 @@ from tyro.conf import Positional, arg
 
 from longtake.cli.engines import load_engine, together
 from longtake.cli.filming import made, opening, show
-from longtake.cli.options import Codec, Device, Levels, Mp4, OneFile, Opening, Precision, Seconds
+from longtake.cli.options import Codec, Compile, Device, Levels, Mp4, OneFile, Opening, Precision, Seconds
 from longtake.cli.terminal import say
 from longtake.cli.videos import free_name, length_of, require_length, require_writable_take
 from longtake.files import require_free
@@ -40,6 +40,7 @@ def generate(
     take: OneFile = None,
     device: Device = None,
     dtype: Precision = "auto",
+    compile: Compile = False,
     json: bool = False,
 ) -> int:
     """Make a video from a text, or one for each text in a file, and print where it is. Ctrl-C keeps what is made.
@@ -69,7 +70,7 @@ def generate(
     require_length(seconds)
 
     def load(place: "str | torch.device | None") -> "Engine":
-        return load_engine(model, recipe, levels, place, dtype, codec)
+        return load_engine(model, recipe, levels, place, dtype, codec, compile)
 
     if prompts is not None:
         if image is not None:

@@ -72,12 +72,14 @@ def _require_said(path: Path, record: dict[str, Any]) -> None:
 
 def _require_same(path: Path, record: dict[str, Any], engine: "Engine") -> None:
     """ValueError for other weights; other versions and devices, which may change bits, are told."""
+    from longtake.generation.stream import UNTOLD
+
     for key, here in (("weights", engine.weights), ("codec_weights", engine.codec_weights)):
         if record.get(key, here) != here:
             name = key.replace("_", " ")
             raise ValueError(f"{path} was made with {name} {record[key]}, and {engine.model_name} has {here}")
     for key, here in engine.circumstances.items():
-        if (there := record.get(key, "unknown")) != here:
+        if (there := (UNTOLD | record).get(key, "unknown")) != here:
             say(f"{path} was made with {key} {there}, and this is {here}: pictures may differ")
 
 

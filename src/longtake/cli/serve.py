@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import arg
 
 from longtake.cli.engines import load_engine
-from longtake.cli.options import Codec, Device, Levels, Precision
+from longtake.cli.options import Codec, Compile, Device, Levels, Precision
 
 if TYPE_CHECKING:
     from longtake.generation.stream import Engine
@@ -34,6 +34,7 @@ def serve(
     log_prompts: bool = False,
     device: Device = None,
     dtype: Precision = "auto",
+    compile: Compile = False,
 ) -> int:
     """Serve a page that plays at once, and live streams over a socket, until Ctrl-C. See docs/serve.md.
 
@@ -80,7 +81,7 @@ def serve(
         # They are the device's thread's alone. With a team in this thread too, blocks took nearly twice as long:
         # more of OpenMP's threads than cores are likely to be sent to sleep at every turn.
         torch.set_num_threads(1)
-        engine = load_engine(model, recipe, levels, device, dtype, codec)
+        engine = load_engine(model, recipe, levels, device, dtype, codec, compile)
         known = registry().get(model)
         served = Served(
             licence=known.licence if known else "Apache-2.0" if model == "toy" else "unknown",

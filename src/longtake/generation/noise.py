@@ -28,7 +28,12 @@ class SeededNoise:
 
     def __call__(self, block: int, step: int) -> Tensor:
         drawn = {seed: torch.randn(self.shape, generator=generator_for(seed, block, step)) for seed in set(self.seeds)}
-        return torch.stack([drawn[seed] for seed in self.seeds]).to(device=self.device, dtype=self.dtype)
+        made = torch.stack([drawn[seed] for seed in self.seeds]).to(self.dtype)
+        if (
+            torch.device(self.device).type == "cuda"
+        ):  # from other memory of the host a copy waits until the device is idle
+            made = made.pin_memory()
+        return made.to(self.device, non_blocking=True)
 
 
 def generator_for(*key: int) -> torch.Generator:

@@ -33,6 +33,9 @@ FAR_AFTER_CUT = 0.0  # a new shot owes nothing to the old one
 MOST_TOLD = 10_000
 """Things that a stream was told, the latest, that its history keeps; without its beginning it cannot be retraced."""
 
+UNTOLD = {"passes": "eager"}
+"""Circumstances that files of earlier versions do not tell, as they were."""
+
 PromptInFlight = Literal["own", "new"]
 """Which prompt blocks in flight go on under after a redirect: the one that they began with, or the new one."""
 
@@ -107,7 +110,8 @@ class Engine:
 
     latent_size: [C, H, W] of a latent frame. shift: of the levels the network was trained with. encode: from pictures
     [B, T, C, H, W] in -1..1 to latents, for streams that go on from given pictures; None if the codec only decodes.
-    codec_name: of a codec that was chosen in place of the model's own.
+    codec_name: of a codec that was chosen in place of the model's own. fused: whether the network's passes go by fused
+    kernels and recorded graphs.
     """
 
     model_name: str
@@ -120,6 +124,7 @@ class Engine:
     shift: float
     encode: Callable[[Tensor], Tensor] | None = None
     codec_name: str | None = None
+    fused: bool = False
 
     @property
     def height(self) -> int:
@@ -149,7 +154,7 @@ class Engine:
 
     @property
     def circumstances(self) -> dict[str, str]:
-        """What bits hang on beside weights, recipe and seed: versions, kind of device, precision."""
+        """What bits hang on beside weights, recipe and seed: versions, kind of device, precision, kernels."""
         on_gpu = self.device.type == "cuda"
         kind = torch.cuda.get_device_name(self.device) if on_gpu else torch.backends.cpu.get_cpu_capability()
         return {
@@ -157,6 +162,7 @@ class Engine:
             "torch": torch.__version__,
             "device": f"{self.device.type} {kind}",
             "dtype": str(self.dtype).removeprefix("torch."),
+            "passes": "fused" if self.fused else "eager",
         }
 
     def wait(self) -> None:

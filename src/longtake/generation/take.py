@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from longtake.files import claim, require_free
-from longtake.generation.stream import MOST_TOLD, Engine, Stream, Told
+from longtake.generation.stream import MOST_TOLD, UNTOLD, Engine, Stream, Told
 
 _DESCRIPTION, _TENSOR = "longtake_take", "tensor"
 _FORM = 1  # of the file; another one is refused
@@ -85,7 +85,7 @@ class Take:
     def require_fit(self, engine: Engine) -> None:
         """Unfit, with the first difference, unless a stream of this engine would go on bit for bit."""
         for key, here in made_with(engine).items():
-            there = self.made_with.get(key)
+            there = {**UNTOLD, **self.made_with}.get(key)
             if key not in _NAMES and there != here:
                 name = key.replace("_", " ")
                 raise Unfit(f"this take does not go on here: it was made with {name} {there}, and here it is {here}")

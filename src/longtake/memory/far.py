@@ -137,6 +137,10 @@ class FarShape:
         """Of the features of the tokens of frames at these positions. Frames all at 0 do not turn with their axis."""
         return grid.rotation(positions if self.turns_with_frames else [0] * len(positions), device)
 
+    def absorb(self, sums: Sums | None, keys: Keys, rotation: Rotation) -> Sums:
+        """The sums after these frames too, placed once and for all by `rotation`."""
+        return self.rule.absorb(sums, self.form.of_keys(keys.k_BTND, rotation), keys.v_BTND, len(keys.frames))
+
 
 # Hybrid Forcing (2604.10103): its paper, its released training code, its released inference code.
 PAPER = FarShape()
@@ -153,8 +157,7 @@ class FarState:
 
     def absorb(self, keys: Keys, rotation: Rotation) -> Self:
         """The state after these frames too, placed once and for all by `rotation`."""
-        features = self.shape.form.of_keys(keys.k_BTND, rotation)
-        return self._with(self.shape.rule.absorb(self.sums, features, keys.v_BTND, len(keys.frames)))
+        return self._with(self.shape.absorb(self.sums, keys, rotation))
 
     def read(self, plain_q_BTND: Tensor, rotation: Rotation) -> Tensor:
         """What the far past answers to unrotated queries that stand at `rotation`."""

@@ -6,10 +6,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from longtake.attention.rope import Grid
+from longtake.attention.rope import Grid, rotate
 from longtake.memory.far import stacked
 from longtake.memory.stream_memory import LayerKeys, MemoryShape, StreamMemory
-from longtake.memory.view import MemoryView
+from longtake.memory.view import MemoryView, Rotate
 
 
 class Memory(Protocol):
@@ -26,11 +26,14 @@ class Memory(Protocol):
     @property
     def latents(self) -> tuple[Tensor, ...]: ...
     @property
+    def is_full(self) -> bool: ...
+    @property
     def clip_is_full(self) -> bool: ...
 
     def view(
         self, grid: Grid, count: int, device: torch.device | str,
         projections: Sequence[Callable[[Tensor], Tensor]] = (), *, commits: bool = False, text: Sequence[Tensor] = (),
+        rotate: Rotate = rotate,
     ) -> MemoryView: ...  # fmt: skip
 
     def commit(
@@ -60,6 +63,10 @@ class Rows:
         return self._memories[0].blocks
 
     @property
+    def is_full(self) -> bool:
+        return all(memory.is_full for memory in self._memories)
+
+    @property
     def clip_is_full(self) -> bool:
         return self._memories[0].clip_is_full
 
@@ -70,10 +77,11 @@ class Rows:
     def view(
         self, grid: Grid, count: int, device: torch.device | str,
         projections: Sequence[Callable[[Tensor], Tensor]] = (), *, commits: bool = False, text: Sequence[Tensor] = (),
+        rotate: Rotate = rotate,
     ) -> MemoryView:  # fmt: skip
         """As `StreamMemory.view`, with a row of `text` for each memory."""
         views = [
-            memory.view(grid, count, device, projections, commits=commits, text=_row(text, row))
+            memory.view(grid, count, device, projections, commits=commits, text=_row(text, row), rotate=rotate)
             for row, memory in enumerate(self._memories)
         ]
         layers = [_joined(parts) for parts in zip(*(view.layers for view in views), strict=True)]

@@ -12,7 +12,7 @@ from longtake.attention.linear import Sums
 from longtake.attention.rope import Grid, rotate
 from longtake.memory.far import FarShape, FarState, SinkInFar, require_share
 from longtake.memory.policies import PLAIN, Average, Bank, Policy
-from longtake.memory.view import Attend, FarView, MemoryView, fitting, place_frames, rotated
+from longtake.memory.view import Attend, FarView, MemoryView, Rotate, fitting, place_frames, rotated
 from longtake.memory.window import Keys, RingWindow, Window, WindowShape
 
 LayerKeys = Sequence[tuple[Tensor, Tensor]]
@@ -139,6 +139,11 @@ class StreamMemory:
         return self._banks[layer]
 
     @property
+    def is_full(self) -> bool:
+        """Whether every window is a ring buffer that holds all frames it ever will: what is read grows no more."""
+        return all(isinstance(window, RingWindow) and window.is_full for window in self._windows)
+
+    @property
     def clip_is_full(self) -> bool:
         """Whether the next block would see less than all of its clip, where the policy goes clip by clip."""
         recache = self.shape.policy.recache
@@ -174,11 +179,13 @@ class StreamMemory:
     def view(
         self, grid: Grid, count: int, device: torch.device | str,
         projections: Sequence[Callable[[Tensor], Tensor]] = (), *, commits: bool = False, text: Sequence[Tensor] = (),
+        rotate: Rotate = rotate,
     ) -> MemoryView:  # fmt: skip
         """What the passes of the next `count` frames read: keys rotated once, at the positions of this moment.
 
         projections: of what each layer reads from its far state, where there are any. commits: whether it is for the
         pass that commits them. text: each layer's mean key of the prompt, [B, N, D], which chooses from a bank.
+        rotate: what turns the keys of a window.
         """
         if self.shape.far and len(projections) < self.layers:
             raise ValueError(f"{self.layers} layers have a far state, but {len(projections)} a projection to read it")
@@ -189,7 +196,7 @@ class StreamMemory:
         for window in self._windows:
             held = self._readable(window, count, commits)
             frames, places = policy.reads(held.frames if held else (), current, window.shape, extent)
-            layers.append(rotated(held.seen(frames), grid, places.held) if held and frames else None)
+            layers.append(rotated(held.seen(frames), grid, places.held, rotate) if held and frames else None)
         own = places.current if self._jump is None else range(self._jump, self._jump + count)
         if self._banks:
             banks = [bank.chosen(text_BND, grid) for bank, text_BND in zip(self._banks, text, strict=True)]

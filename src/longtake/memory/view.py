@@ -21,6 +21,9 @@ from longtake.memory.window import Keys, WindowShape
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries [B, T, N, D], keys and values [B, S, N, D] -> [B, T, N, D]."""
 
+Rotate = Callable[[Tensor, Rotation], Tensor]
+"""Keys [B, T, N, D], turned by the angles of their tokens; `rope.rotate` defines it."""
+
 
 class Tokens(NamedTuple):
     """A layer's own tokens, [B, T, N, D] each: queries and keys rotated at their positions, both plain, values."""
@@ -247,7 +250,7 @@ def fitting(held: Sequence[int], current: int, sink: int, extent: int | None) ->
     return [frame for frame in held if frame not in others[:too_many]]
 
 
-def rotated(keys: Keys, grid: Grid, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
+def rotated(keys: Keys, grid: Grid, positions: Sequence[int], rotate: Rotate = rotate) -> tuple[Tensor, Tensor]:
     """A window's keys at the given positions, with their values: what a `MemoryView` reads."""
     return rotate(keys.k_BTND, grid.rotation(positions, keys.k_BTND.device)), keys.v_BTND
 

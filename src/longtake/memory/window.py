@@ -101,6 +101,11 @@ class RingWindow:
         count = len(self._frames)
         return Keys(self._k[:, :count].flatten(1, 2), self._v[:, :count].flatten(1, 2), tuple(self._frames))
 
+    @property
+    def is_full(self) -> bool:
+        """Whether it holds as many frames as it ever will."""
+        return len(self._frames) == self.shape.frames
+
     def append(self, new: Keys) -> Keys | None:
         """Take `new` frames in place of the oldest of the past; returns copies of what slid out."""
         numbers = tuple(self._frames) + new.frames
@@ -135,6 +140,8 @@ class RingWindow:
 
     def _copy(self, indices: list[int], new: Keys) -> Keys:
         held = self.held
+        if held is not None and max(indices) < len(held.frames):
+            return held.select(indices)
         return (new if held is None else held.joined(new)).select(indices)
 
     def _write(self, slot: int, index: int, new: Keys) -> None:

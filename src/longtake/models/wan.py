@@ -23,7 +23,7 @@ from longtake.memory.far import FarShape, Keep
 from longtake.memory.rows import Memory
 from longtake.memory.span_memory import SpanShape, SpanView
 from longtake.memory.stream_memory import LayerKeys, MemoryShape
-from longtake.memory.view import ClipView, LayeredView, MemoryView, TeacherForcedView, Tokens, View, frame_mask
+from longtake.memory.view import ClipView, LayeredView, MemoryView, Rotate, TeacherForcedView, Tokens, View, frame_mask
 from longtake.memory.window import WindowShape
 from longtake.models.features import Conversion, LearnedForm
 
@@ -165,13 +165,7 @@ class Block(nn.Module):
     def _read_prompt(self, x_BFTE: Tensor, prompt: tuple[Tensor, Tensor], prompt_BF: Tensor | None) -> Tensor:
         """Cross-attention of each frame to its own prompt; without `prompt_BF` there is one prompt for all."""
         q = self.cross_attn.queries(self.norm3(x_BFTE))
-        k, v = prompt
-        if prompt_BF is None:
-            read = dense(q.flatten(1, 2), k[:, 0], v[:, 0])
-        else:
-            k_BFLND, v_BFLND = _of_frames(k, prompt_BF), _of_frames(v, prompt_BF)
-            read = dense(q.flatten(0, 1), k_BFLND.flatten(0, 1), v_BFLND.flatten(0, 1))
-        return self.cross_attn.o(read.flatten(2)).view_as(x_BFTE)
+        return self.cross_attn.o(read_prompt(q, prompt, prompt_BF)).view_as(x_BFTE)
 
 
 class Head(nn.Module):
@@ -270,14 +264,15 @@ class WanTransformer(nn.Module):
         return SpanView(rotation, {i: SpanShape(span=conversion.span, grid=grid, far=far) for i, far in shapes})
 
     def memory_view(
-        self, memory: Memory, latents_BFCHW: Tensor, *, commits: bool = False, text: Sequence[Tensor] = ()
-    ) -> MemoryView:
+        self, memory: Memory, latents_BFCHW: Tensor, *, commits: bool = False, text: Sequence[Tensor] = (),
+        rotate: Rotate = rotate,
+    ) -> MemoryView:  # fmt: skip
         """A view of a memory for the passes of its next frames, of the shape of these latents, or for their commit.
 
-        text: the mean keys of their prompt, which a memory with a bank chooses by.
+        text: the mean keys of their prompt, which a memory with a bank chooses by. rotate: what turns remembered keys.
         """
-        grid, count = self.grid(latents_BFCHW), latents_BFCHW.shape[1]
-        return memory.view(grid, count, latents_BFCHW.device, self.projections, commits=commits, text=text)
+        grid, count, place = self.grid(latents_BFCHW), latents_BFCHW.shape[1], latents_BFCHW.device
+        return memory.view(grid, count, place, self.projections, commits=commits, text=text, rotate=rotate)
 
     def grid(self, latents_BFCHW: Tensor) -> Grid:
         """Where the tokens of one frame of these latents stand."""
@@ -376,6 +371,15 @@ def _zero_linear(size: int) -> nn.Linear:
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
+
+
+def read_prompt(q_BFTND: Tensor, prompt: tuple[Tensor, Tensor], prompt_BF: Tensor | None) -> Tensor:
+    """What queries of cross-attention read of their frames' prompts: [B, F * T, E], or [B * F, T, E] of several."""
+    k, v = prompt
+    if prompt_BF is None:
+        return dense(q_BFTND.flatten(1, 2), k[:, 0], v[:, 0]).flatten(2)
+    k_BFLND, v_BFLND = _of_frames(k, prompt_BF), _of_frames(v, prompt_BF)
+    return dense(q_BFTND.flatten(0, 1), k_BFLND.flatten(0, 1), v_BFLND.flatten(0, 1)).flatten(2)
 
 
 def _of_frames(keys_BPLND: Tensor, prompt_BF: Tensor) -> Tensor:

@@ -1,0 +1,95 @@
+"""Layers of Wan's shape by kernels that read and write each number once. `models.wan` is their definition."""
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from longtake.attention import fused_triton as fused
+from longtake.attention import linear
+from longtake.attention.linear import Sums
+from longtake.attention.rope import Rotation
+from longtake.memory.far import FarShape, Keep
+from longtake.memory.view import FarView, Tokens
+from longtake.memory.window import Keys
+from longtake.models.wan import Block, WanTransformer, read_prompt
+
+
+def fuse_layers(network: WanTransformer) -> None:
+    """Let calls without gradients pass through the layers by the fused kernels; those with gradients are as they were.
+
+    Goes around what was compiled or checkpointed before. Answers differ from the definition's by rounding.
+    """
+    for block in network.layers:
+        layer = FusedLayer(block)
+        setattr(block, "before_attention", layer.before_attention)  # noqa: B010  # a type checker forbids the plain way
+        setattr(block, "after_attention", layer.after_attention)  # noqa: B010
+
+
+class FusedLayer:
+    """The two halves of a layer, whose parameters stay its own."""
+
+    def __init__(self, block: Block):
+        self._block = block
+        self._before, self._after = block.before_attention, block.after_attention
+
+    def before_attention(self, x_BFTE: Tensor, levels_BF6E: Tensor, rotation: Rotation) -> Tokens:
+        """As `Block.before_attention`."""
+        if torch.is_grad_enabled():
+            return self._before(x_BFTE, levels_BF6E, rotation)
+        own = self._block.self_attn
+        x = fused.modulate(x_BFTE, levels_BF6E, self._block.modulation).flatten(1, 2)
+        q, plain_q = fused.norm_rotate_(own.q(x), own.norm_q.weight, own.heads, rotation)
+        k, plain_k = fused.norm_rotate_(own.k(x), own.norm_k.weight, own.heads, rotation)
+        return Tokens(q, k, plain_q, plain_k, own.v(x).unflatten(-1, (own.heads, -1)))
+
+    def after_attention(
+        self, x_BFTE: Tensor, attended_BTND: Tensor, levels_BF6E: Tensor,
+        prompt: tuple[Tensor, Tensor], prompt_BF: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """As `Block.after_attention`."""
+        if torch.is_grad_enabled():
+            return self._after(x_BFTE, attended_BTND, levels_BF6E, prompt, prompt_BF)
+        block, cross, layer = self._block, self._block.cross_attn, (levels_BF6E, self._block.modulation)
+        attended = block.self_attn.o(attended_BTND.flatten(2))
+        x, asks = fused.add_gated_norm(x_BFTE, attended, *layer, block.norm3.weight, block.norm3.bias)
+        q = fused.norm_(cross.q(asks), cross.norm_q.weight).unflatten(-1, (cross.heads, -1))
+        x, modulated = fused.add_modulate(x, cross.o(read_prompt(q, prompt, prompt_BF)), *layer)
+        return fused.add_gated(x, _feed_forward(block.ffn, modulated), *layer)
+
+
+def _feed_forward(ffn: nn.Sequential, x_BFTE: Tensor) -> Tensor:
+    """On a GPU the activation is applied where the first product is written."""
+    if not x_BFTE.is_cuda:
+        return ffn(x_BFTE)
+    first, last = cast(nn.Linear, ffn[0]), cast(nn.Linear, ffn[2])
+    hidden = torch._addmm_activation(first.bias, x_BFTE.flatten(0, 2), first.weight.t(), use_gelu=True)
+    return last(hidden).view_as(x_BFTE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedFar(FarShape):
+    """A far state of the published form, under a rule that adds, whose sums a kernel makes."""
+
+    @classmethod
+    def of(cls, shape: FarShape) -> FarShape:
+        """The same by kernels, if it is one; others come back as they are."""
+        if shape.form is not linear.PAPER or not isinstance(shape.rule, Keep):
+            return shape
+        return cls(form=shape.form, rule=shape.rule, sink=shape.sink, turns_with_frames=shape.turns_with_frames)
+
+    def absorb(self, sums: Sums | None, keys: Keys, rotation: Rotation) -> Sums:
+        """As `FarShape.absorb`; with gradients it is that."""
+        if torch.is_grad_enabled() or not isinstance(self.rule, Keep):
+            return super().absorb(sums, keys, rotation)
+        return self.rule.add(sums, fused.far_sums(keys.k_BTND, keys.v_BTND, rotation), len(keys.frames))
+
+
+def add_far(far: FarView, near_BTND: Tensor, plain_q_BTND: Tensor) -> Tensor:
+    """As `FarView.add_to`: by a kernel for a `FusedFar`, in its plain form for others."""
+    sums = far.state.sums
+    if not isinstance(far.state.shape, FusedFar) or not isinstance(far.project, nn.Linear):
+        return far.add_to(near_BTND, plain_q_BTND)
+    assert sums is not None, "nothing was absorbed yet"
+    return fused.add_far(near_BTND, plain_q_BTND, far.rotation, sums, far.project.weight, far.project.bias)
