@@ -1,12 +1,12 @@
 """Where a block's time goes: parts of a stream are marked from outside, by what is called in it.
 
 The same marks count arithmetic, where the stream runs on torch's meta device. Each part has what is spent in it and not
-in another part inside it. What runs as a recorded graph is one call, and parts inside it are not seen.
+in another part inside it. A pass that runs as a recorded graph is one call, and parts inside it are not seen.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import islice
 from time import perf_counter
@@ -23,7 +23,7 @@ from longtake.attention.dense import dense
 from longtake.attention.reference import kept_blocks
 from longtake.generation import stream as streams
 from longtake.generation.stream import Engine
-from longtake.memory.far import FarState
+from longtake.memory.far import FarShape, FarState
 from longtake.memory.stream_memory import StreamMemory
 from longtake.memory.view import Attend, FarView
 from longtake.models.standins import Fused, RandomText, without_numbers
@@ -107,9 +107,9 @@ def _add(found: dict[str, list[float]], name: str, spent: Sequence[float], sign:
 def marked(engine: Engine, marks: Marks) -> Iterator[None]:
     """Streams of this engine are noted in here: passes, commits, what memory and far state take, and decoding."""
     calls: list[tuple[Any, str, str]] = [
-        (WanTransformer, "forward", PASS),
-        (WanTransformer, "keys_to_commit", "commit"),
-        (StreamMemory, "view", "memory"),
+        (engine.network, "forward", PASS),  # this network's own, which may be a recorded graph
+        (engine.network, "keys_to_commit", "commit"),
+        (engine.network, "memory_view", "memory"),
         (StreamMemory, "commit", "memory"),
         (FarState, "absorb", "far state"),
         (FarView, "add_to", "far state"),
@@ -179,12 +179,14 @@ def work_by_part(engine: Engine, prompt: str, blocks: int = 1) -> dict[str, Work
     chosen blocks alone, whose choice is left out.
     """
     rows = engine.text.encode([prompt]).shape[1]
+    with META:  # anew, as the engine's own may pass through fused kernels and recorded graphs
+        network = WanTransformer(engine.network.config).to(engine.dtype)
     twin = replace(
         engine,
-        network=without_numbers(engine.network),
+        network=network.requires_grad_(False),
         codec=without_numbers(engine.codec),
         text=RandomText(rows, engine.network.config.text_dim, META),
-        recipe=replace(engine.recipe, near=_counted(engine.recipe.near)),
+        recipe=replace(engine.recipe, near=_counted(engine.recipe.near), far=_plain(engine.recipe.far)),
     )
     full = engine.recipe.memory(engine.network).blocks_until_full(engine.recipe.block)
     counting = Counting()
@@ -236,6 +238,11 @@ def _moves_nothing(function: Any, given: Sequence[Tensor], out: Sequence[Tensor]
         return True
     known = {x.untyped_storage()._cdata for x in given}
     return not function._schema.is_mutable and all(x.untyped_storage()._cdata in known for x in out)
+
+
+def _plain(far: FarShape | None) -> FarShape | None:
+    """The same far state, summed by plain torch."""
+    return None if far is None else FarShape(**{one.name: getattr(far, one.name) for one in fields(FarShape)})
 
 
 def _counted(near: Attend) -> Attend:
