@@ -20,6 +20,7 @@ from longtake.models.checkpoints import WAN_1_3B
 from longtake.models.standins import RandomText
 from longtake.models.wan import WanTransformer
 from longtake.models.wan_vae import WanVAE, WanVAEConfig
+from longtake.plan import bytes_of_stream
 from longtake.recipes import hybrid_forcing, longlive, reading, rehyat, rolling_forcing, self_forcing_sink
 
 PASSES = [f"{PASS} {number}" for number in range(1, 5)]
@@ -99,8 +100,9 @@ def test_passes_that_are_put_around_a_network_are_told_and_counted_as_its_own() 
     assert all(seconds[name] > 0 for name in (*PASSES, "commit", "memory", "decode"))
     assert made.forward is record and made.memory_view is views
     wan_triton.fuse_layers(made)
-    recipe = replace(engine.recipe, far=wan_triton.FusedFar.of(engine.recipe.far))
-    assert work_by_part(replace(engine, recipe=recipe), "any") == work_by_part(plain, "any")
+    engine = replace(engine, recipe=replace(engine.recipe, far=wan_triton.FusedFar.of(engine.recipe.far)))
+    assert work_by_part(engine, "any") == work_by_part(plain, "any")
+    assert bytes_of_stream(engine) == bytes_of_stream(plain)
 
 
 def counted_by_torch(engine: Engine) -> float:

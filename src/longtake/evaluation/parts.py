@@ -6,7 +6,7 @@ in another part inside it. A pass that runs as a recorded graph is one call, and
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from time import perf_counter
@@ -23,11 +23,10 @@ from longtake.attention.dense import dense
 from longtake.attention.reference import kept_blocks
 from longtake.generation import stream as streams
 from longtake.generation.stream import Engine
-from longtake.memory.far import FarShape, FarState
+from longtake.memory.far import FarState
 from longtake.memory.stream_memory import StreamMemory
 from longtake.memory.view import Attend, FarView
-from longtake.models.standins import Fused, RandomText, without_numbers
-from longtake.models.wan import WanTransformer
+from longtake.models.standins import Fused, RandomText, network_without_numbers, without_numbers
 
 PASS = "network pass"  # those of a block are numbered
 META = torch.device("meta")
@@ -178,15 +177,13 @@ def work_by_part(engine: Engine, prompt: str, blocks: int = 1) -> dict[str, Work
     same operations, but move fewer bytes than are counted here. Attention counts as fused, a block-sparse window as the
     chosen blocks alone, whose choice is left out.
     """
-    rows = engine.text.encode([prompt]).shape[1]
-    with META:  # anew, as the engine's own may pass through fused kernels and recorded graphs
-        network = WanTransformer(engine.network.config).to(engine.dtype)
+    rows, far = engine.text.encode([prompt]).shape[1], engine.recipe.far and engine.recipe.far.plain()
     twin = replace(
         engine,
-        network=network.requires_grad_(False),
+        network=network_without_numbers(engine.network),
         codec=without_numbers(engine.codec),
         text=RandomText(rows, engine.network.config.text_dim, META),
-        recipe=replace(engine.recipe, near=_counted(engine.recipe.near), far=_plain(engine.recipe.far)),
+        recipe=replace(engine.recipe, near=_counted(engine.recipe.near), far=far),
     )
     full = engine.recipe.memory(engine.network).blocks_until_full(engine.recipe.block)
     counting = Counting()
@@ -238,11 +235,6 @@ def _moves_nothing(function: Any, given: Sequence[Tensor], out: Sequence[Tensor]
         return True
     known = {x.untyped_storage()._cdata for x in given}
     return not function._schema.is_mutable and all(x.untyped_storage()._cdata in known for x in out)
-
-
-def _plain(far: FarShape | None) -> FarShape | None:
-    """The same far state, summed by plain torch."""
-    return None if far is None else FarShape(**{one.name: getattr(far, one.name) for one in fields(FarShape)})
 
 
 def _counted(near: Attend) -> Attend:
