@@ -408,7 +408,7 @@ def test_bench_of_random_weights_prints_json_alone_and_keeps_files(small_wan, ca
     assert all((result["size"], result["blocks"], result["levels"]) == ("32x16", 2, [1000, 500]) for result in results)
     files = {path.name: json.loads(path.read_text()) for path in folder.iterdir()}
     assert files == {
-        f"wan2.1-1.3b-{recipe}-NoDecoder-32x16-2levels.json": result
+        f"wan2.1-1.3b-{recipe}-NoDecoder-32x16-float32-eager-2levels.json": result
         for recipe, result in zip(("self_forcing", "hybrid_forcing_tokens_2"), results, strict=True)
     }
     assert "hybrid_forcing:tokens=2: counting" in captured.err

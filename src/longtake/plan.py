@@ -11,7 +11,6 @@ encoder works with. Nothing here was measured on a GPU. On a CPU, tiny streams t
 within 2 %; Self Forcing's own code at 1.3B was measured at 7.5 GiB where this says 6.2 of ours (docs/checkpoints.md).
 """
 
-import copy
 import itertools
 import re
 import weakref
@@ -21,7 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from inspect import signature
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +37,7 @@ from longtake.models.checkpoints import NETWORKS
 from longtake.models.codec import Codec, CodecState
 from longtake.models.hub import registry
 from longtake.models.light_codec import LightCodec, LightCodecConfig
-from longtake.models.standins import Fused, RandomText
+from longtake.models.standins import Fused, RandomText, network_without_numbers, without_numbers
 from longtake.models.text import WordEncoder, WordEncoderConfig, WordText
 from longtake.models.umt5 import LENGTH
 from longtake.models.wan import PromptKeys, WanConfig, WanTransformer
@@ -59,7 +58,6 @@ from longtake.toy.scenes import HEIGHT, WIDTH
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 META = torch.device("meta")
-M = TypeVar("M", bound=nn.Module)
 MOST_SIDE = 4096  # pixels
 GIB = 2**30
 UMT5_XXL = {"words": 256384, "dim": 4096, "inner": 4096, "ffn": 10240, "layers": 24, "heads": 64, "buckets": 32}
@@ -180,26 +178,16 @@ def bytes_of_stream(engine: Engine) -> tuple[int, int, int]:
     """
     words = engine.text.encoder.config.length if isinstance(engine.text, WordText) else None
     made = Stream(
-        network=_on_meta(engine.network), codec=_on_meta(engine.codec),
+        network=network_without_numbers(engine.network), codec=without_numbers(engine.codec),
         text_bytes=2 * umt5_parameters() if words is None else 0, text_rows=words or LENGTH, text_leaves=words is None,
     )  # fmt: skip
+    recipe = replace(engine.recipe, near=dense, far=engine.recipe.far and engine.recipe.far.plain())
     with Fused():
-        working = streamed(made, replace(engine.recipe, near=dense), (engine.width, engine.height))
+        working = streamed(made, recipe, (engine.width, engine.height))
     kept, peaks = sum(working.kept.values()), working.peaks
     block = max(peaks["network pass"], peaks["decoding"])
     prompt = max(peaks["new prompt read"] + made.text_bytes, peaks["new prompt taken"])
     return kept, block - kept, prompt - kept
-
-
-def _on_meta(module: M) -> M:
-    """A copy without numbers; nothing else is copied to make it."""
-    empty = {
-        id(one): nn.Parameter(torch.empty_like(one, device=META), requires_grad=False)
-        if isinstance(one, nn.Parameter)
-        else torch.empty_like(one, device=META)
-        for one in (*module.parameters(), *module.buffers())
-    }
-    return copy.deepcopy(module, empty)
 
 
 def take_sizes(model: str, recipe: str, *, dtype: str = "bfloat16") -> dict[str, int]:

@@ -389,10 +389,11 @@ def load(
 def fused(engine: Engine) -> Engine:
     """The same engine, on a GPU its network's passes by fused kernels and, once a memory is full, by recorded graphs.
 
-    It is for streams alone, and stays in its precision. Without a GPU, or without Triton there, it is as it was.
+    It is for streams alone, and stays in its precision. Without a GPU, or without Triton there, it is as it was, as is
+    one that goes so already.
     ValueError for a GPU that is not the process's current one, on which kernels run.
     """
-    if engine.device.type != "cuda" or find_spec("triton") is None:
+    if engine.fused or engine.device.type != "cuda" or find_spec("triton") is None:
         return engine
     if engine.device.index != torch.cuda.current_device():
         raise ValueError(

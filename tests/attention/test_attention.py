@@ -30,6 +30,14 @@ def test_dense_attention_equals_its_definition(queries: int, keys: int, masked: 
     assert_alike(lambda q, k, v: dense.dense(q, k, v, mask), lambda q, k, v: reference.dense(q, k, v, mask), [q, k, v])
 
 
+@pytest.mark.parametrize("split", [(44, 42, 42), (8, 0, 4)])
+@pytest.mark.parametrize("frames", [(), (3,), (0, 7.5, -3.25, 40_000_000)])
+def test_a_rotation_is_that_of_its_angles(frames: tuple[float, ...], split: tuple[int, int, int]) -> None:
+    axes = rope.RotaryAxes(split=split)
+    angles, rotation = axes.angles(frames, 5, 7), axes.rotation(frames, 5, 7, "cpu")
+    assert torch.equal(rotation.cos_TA, angles.cos().float()) and torch.equal(rotation.sin_TA, angles.sin().float())
+
+
 @pytest.mark.parametrize("frames", [(0,), (5, 6, 7), (0, 1, 40_000_000)])
 def test_rotation_equals_its_definition(frames: tuple[int, ...]) -> None:
     axes = rope.RotaryAxes(split=(8, 4, 4))

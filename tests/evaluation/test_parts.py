@@ -10,14 +10,17 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from longtake import parallel
 from longtake.evaluation.parts import PASS, Counting, Marks, Work, _difference, marked, seconds_by_part, work_by_part
 from longtake.generation.recipe import Recipe
 from longtake.generation.stream import Engine
 from longtake.memory.far import FarState
+from longtake.memory.fixed_view import FixedViews
 from longtake.models.checkpoints import WAN_1_3B
 from longtake.models.standins import RandomText
 from longtake.models.wan import WanTransformer
 from longtake.models.wan_vae import WanVAE, WanVAEConfig
+from longtake.plan import bytes_of_stream
 from longtake.recipes import hybrid_forcing, longlive, reading, rehyat, rolling_forcing, self_forcing_sink
 
 PASSES = [f"{PASS} {number}" for number in range(1, 5)]
@@ -50,11 +53,12 @@ def test_calls_that_cannot_be_marked_are_left_out() -> None:
 
 def test_nothing_stays_marked() -> None:
     engine = tiny.engine()
-    before = WanTransformer.forward, FarState.absorb, type(engine.codec).decode
+    before = engine.network.forward, FarState.absorb, type(engine.codec).decode
     with pytest.raises(KeyError), marked(engine, Marks(lambda: 0.0)):
-        assert WanTransformer.forward is not before[0]
+        assert engine.network.forward != before[0]
         raise KeyError
-    assert (WanTransformer.forward, FarState.absorb, type(engine.codec).decode) == before
+    assert (engine.network.forward, FarState.absorb, type(engine.codec).decode) == before
+    assert "forward" not in vars(engine.network)
     assert "decode" not in vars(type(engine.codec))  # as it was: from the class above
 
 
@@ -78,6 +82,27 @@ def test_a_recipe_has_the_parts_that_it_is_made_of(recipe: Recipe, parts: list[s
     assert set(seconds) == {*parts, "copy to host", "other"}
     assert all(spent > 0 for name, spent in seconds.items() if name in parts)
     assert set(work_by_part(engine, "any")) == set(parts)
+
+
+def test_passes_that_are_put_around_a_network_are_told_and_counted_as_its_own() -> None:
+    """As for a GPU: what is recorded, and views at fixed addresses, can be neither copied nor without numbers."""
+    wan_triton = pytest.importorskip("longtake.models.wan_triton")
+    plain, engine = (tiny.engine(hybrid_forcing()) for _ in range(2))
+    made = engine.network
+    views, record = FixedViews(made.memory_view), parallel.Recorded(made.forward)
+    record._records["a graph"] = (_ for _ in ())  # type: ignore[assignment]
+    made.memory_view, made.forward = views, record
+    parallel.record_calls([made], ["keys_to_commit"])
+    with engine.stream("any") as stream:
+        for _ in islice(stream, 8):
+            pass
+        seconds = seconds_by_part(engine, stream, 2)
+    assert all(seconds[name] > 0 for name in (*PASSES, "commit", "memory", "decode"))
+    assert made.forward is record and made.memory_view is views
+    wan_triton.fuse_layers(made)
+    engine = replace(engine, recipe=replace(engine.recipe, far=wan_triton.FusedFar.of(engine.recipe.far)))
+    assert work_by_part(engine, "any") == work_by_part(plain, "any")
+    assert bytes_of_stream(engine) == bytes_of_stream(plain)
 
 
 def counted_by_torch(engine: Engine) -> float:

@@ -29,6 +29,7 @@ def test_a_stream_is_told_with_all_that_its_numbers_hang_on(recipe: Recipe) -> N
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert result["finite"] and result["blocks"] == 3 and result["pictures_a_block"] == 12
     assert result["recipe"] == recipe.name and result["size"] == "48x32" and result["precision"] == "float32"
+    assert result["passes"] == "eager"
     assert result["window"]["past"] == recipe.past and result["window"]["in_flight"] == recipe.in_flight
     assert (result["sparsity"] or {}).get("share") == (0.5 if recipe.far else None)
     assert result["versions"]["torch"] == torch.__version__ and result["device"]
@@ -89,4 +90,5 @@ def test_a_call_is_timed_after_it_is_warm() -> None:
 
 def test_files_are_called_by_what_ran() -> None:
     result = {"model": "toy", "recipe": "hybrid_forcing:share=0.1,far=none", "decoder": "WanVAE", "size": "48x32"}
-    assert file_name(result | {"levels": [1000]}) == "toy-hybrid_forcing_share_0.1_far_none-WanVAE-48x32-1levels.json"
+    result |= {"precision": "float32", "passes": "fused", "levels": [1000]}
+    assert file_name(result) == "toy-hybrid_forcing_share_0.1_far_none-WanVAE-48x32-float32-fused-1levels.json"

@@ -107,8 +107,17 @@ class FakeEngine:
         self.clock = clock or Clock()
         self.block_seconds, self.gain = block_seconds, gain
         self.passes: list[int] = []
+        self.network, self.until_full = None, 1
+        memory = SimpleNamespace(blocks_until_full=lambda block: self.until_full)
         self.recipe = SimpleNamespace(
-            in_flight=in_flight, name="fake_recipe", steps=(1,), sink=0, past=0, block=3, levels=lambda shift: [1.0]
+            memory=lambda network: memory,
+            in_flight=in_flight,
+            name="fake_recipe",
+            steps=(1,),
+            sink=0,
+            past=0,
+            block=3,
+            levels=lambda shift: [1.0],
         )
         self.open_streams: set[FakeStream] = set()
         self.words: dict[int, str] = {}

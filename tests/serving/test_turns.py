@@ -56,6 +56,14 @@ def test_a_trial_finds_what_pays(gain, sizes):
     assert list(gains) == sizes and all(found == pytest.approx(gain) for found in gains.values())
 
 
+def test_a_trial_measures_full_memories():
+    engine = FakeEngine(gain=0.5)
+    engine.until_full = 5
+    gains = {}
+    assert [*trial(engine, "a ball", 2, gains)] and gains == {2: pytest.approx(0.5)}
+    assert engine.passes == [2] * (5 + 2)
+
+
 def test_a_trial_that_fails_finds_nothing_and_ends_nothing():
     engine, gains = FakeEngine(gain=0.5), {}
     assert [*trial(engine, "explode", 4, gains)] == [] and gains == {} and not engine.open_streams

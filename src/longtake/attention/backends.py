@@ -49,7 +49,8 @@ def _torch(kind: SDPBackend) -> Kernel:
 
 def _flash_attention(module: str) -> Kernel:
     def attend(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> Tensor:
-        made = import_module(module).flash_attn_func(q_BTND, k_BSND, v_BSND)
+        with torch.cuda.device_of(q_BTND):  # such kernels run on the current GPU, wherever their tensors are
+            made = import_module(module).flash_attn_func(q_BTND, k_BSND, v_BSND)
         return made[0] if isinstance(made, tuple) else made  # some versions hand over a log-sum-exp too
 
     return attend
@@ -62,7 +63,8 @@ def _triton(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor, *, block: int = 64) 
     queries, keys = (-(-x.shape[1] // block) for x in (q_BTND, k_BSND))
     all_of_them = torch.arange(keys, device=q_BTND.device, dtype=torch.int32)
     chosen_BNIK = all_of_them.expand(q_BTND.shape[0], q_BTND.shape[2], queries, keys)
-    return block_sparse_triton.attend_blocks(q_BTND, k_BSND, v_BSND, chosen_BNIK, block_q=block, block_k=block)
+    with torch.cuda.device_of(q_BTND):
+        return block_sparse_triton.attend_blocks(q_BTND, k_BSND, v_BSND, chosen_BNIK, block_q=block, block_k=block)
 
 
 @dataclass(frozen=True)
@@ -155,8 +157,8 @@ def choose(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> Choice:
             continue
         try:
             seconds[name] = _seconds(backend.attend, q_BTND, k_BSND, v_BSND)
-        except RuntimeError as error:  # of a shape that a kernel does not take, or has no room for
-            refused[name] = _line(error)
+        except Exception as error:  # of a shape that a kernel does not take, or has no room for: it raises anything
+            refused[name] = one_line(error)
     if not seconds:
         raise ValueError(f"no attention backend runs on {kind[0]} in {kind[1]}: {refused}")
     return Choice(preferred(seconds), seconds, refused)
@@ -180,7 +182,7 @@ def verdict(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) 
             warnings.simplefilter("ignore")
             answer = backend.attend(q, k, v)
     except Exception as error:  # kernels and compilers raise anything; another kernel is there to be taken
-        return _line(error)
+        return one_line(error)
     off = distance(answer, reference.dense(q.double(), k.double(), v.double()))
     if off <= tolerance(dtype):
         return None
@@ -214,7 +216,8 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """What an error says first."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 

@@ -46,7 +46,8 @@ def block_scores(
     """
     kernels = _kernels(q_BTND)
     means = kernels.block_means if kernels else _block_means
-    q_BNID, k_BNJD = means(q_BTND, block_q), means(k_BSND, block_k)
+    with torch.cuda.device_of(q_BTND):  # Triton runs on the current GPU, wherever the tensors are
+        q_BNID, k_BNJD = means(q_BTND, block_q), means(k_BSND, block_k)
     if centre_heads:
         k_BNJD = k_BNJD - k_BNJD.mean(dim=1, keepdim=True)
     with torch.autocast(q_BTND.device.type, enabled=False):  # it would round the scores, and change choices
@@ -56,7 +57,8 @@ def block_scores(
 def best_blocks(scores_BNIJ: Tensor, share: float) -> Tensor:
     """Numbers of the best share of key blocks, rising, at least one; the earlier of equals. Returns [B, N, I, K]."""
     kernels = _kernels(scores_BNIJ)
-    return (kernels or reference).best_blocks(scores_BNIJ, share)
+    with torch.cuda.device_of(scores_BNIJ):
+        return (kernels or reference).best_blocks(scores_BNIJ, share)
 
 
 def attend_blocks(
@@ -65,7 +67,8 @@ def attend_blocks(
     """Softmax attention over the tokens of the chosen key blocks; returns [B, T, N, D]."""
     kernels = _kernels(q_BTND)
     run = kernels.attend_blocks if kernels else _attend_gathered
-    return run(q_BTND, k_BSND, v_BSND, chosen_BNIK, block_q=block_q, block_k=block_k)
+    with torch.cuda.device_of(q_BTND):
+        return run(q_BTND, k_BSND, v_BSND, chosen_BNIK, block_q=block_q, block_k=block_k)
 
 
 def _kernels(x: Tensor) -> ModuleType | None:

@@ -3,7 +3,7 @@
 Truth of the rotation: `reference.rotate`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -65,8 +65,19 @@ class Grid:
 
 @lru_cache(maxsize=64)
 def _rotation(axes: RotaryAxes, frames: tuple[float, ...], rows: int, columns: int, device: torch.device) -> Rotation:
-    angles = axes.angles(frames, rows, columns)
-    return Rotation(angles.cos().float().to(device), angles.sin().float().to(device))
+    """Made axis by axis and spread out on the device: positions that grow with a stream are new for every block."""
+    sides, places = (len(frames), rows, columns), (frames, range(rows), range(columns))
+    angles = [
+        torch.tensor(place, dtype=torch.float64)[:, None] * axes._frequencies(size)
+        for place, size in zip(places, axes.split, strict=True)
+    ]
+
+    def spread(of: Callable[[Tensor], Tensor]) -> Tensor:
+        frame, row, column = (of(one).float().to(device) for one in angles)
+        parts = frame[:, None, None], row[None, :, None], column[None, None]
+        return torch.cat([part.expand(*sides, part.shape[-1]) for part in parts], dim=-1).flatten(0, 2)
+
+    return Rotation(spread(torch.cos), spread(torch.sin))
 
 
 _recorded: list[Tensor] = []

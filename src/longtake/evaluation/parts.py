@@ -1,7 +1,7 @@
 """Where a block's time goes: parts of a stream are marked from outside, by what is called in it.
 
 The same marks count arithmetic, where the stream runs on torch's meta device. Each part has what is spent in it and not
-in another part inside it. What runs as a recorded graph is one call, and parts inside it are not seen.
+in another part inside it. A pass that runs as a recorded graph is one call, and parts inside it are not seen.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,8 +26,7 @@ from longtake.generation.stream import Engine
 from longtake.memory.far import FarState
 from longtake.memory.stream_memory import StreamMemory
 from longtake.memory.view import Attend, FarView
-from longtake.models.standins import Fused, RandomText, without_numbers
-from longtake.models.wan import WanTransformer
+from longtake.models.standins import Fused, RandomText, network_without_numbers, without_numbers
 
 PASS = "network pass"  # those of a block are numbered
 META = torch.device("meta")
@@ -107,9 +106,9 @@ def _add(found: dict[str, list[float]], name: str, spent: Sequence[float], sign:
 def marked(engine: Engine, marks: Marks) -> Iterator[None]:
     """Streams of this engine are noted in here: passes, commits, what memory and far state take, and decoding."""
     calls: list[tuple[Any, str, str]] = [
-        (WanTransformer, "forward", PASS),
-        (WanTransformer, "keys_to_commit", "commit"),
-        (StreamMemory, "view", "memory"),
+        (engine.network, "forward", PASS),  # this network's own, which may be a recorded graph
+        (engine.network, "keys_to_commit", "commit"),
+        (engine.network, "memory_view", "memory"),
         (StreamMemory, "commit", "memory"),
         (FarState, "absorb", "far state"),
         (FarView, "add_to", "far state"),
@@ -178,13 +177,13 @@ def work_by_part(engine: Engine, prompt: str, blocks: int = 1) -> dict[str, Work
     same operations, but move fewer bytes than are counted here. Attention counts as fused, a block-sparse window as the
     chosen blocks alone, whose choice is left out.
     """
-    rows = engine.text.encode([prompt]).shape[1]
+    rows, far = engine.text.encode([prompt]).shape[1], engine.recipe.far and engine.recipe.far.plain()
     twin = replace(
         engine,
-        network=without_numbers(engine.network),
+        network=network_without_numbers(engine.network),
         codec=without_numbers(engine.codec),
         text=RandomText(rows, engine.network.config.text_dim, META),
-        recipe=replace(engine.recipe, near=_counted(engine.recipe.near)),
+        recipe=replace(engine.recipe, near=_counted(engine.recipe.near), far=far),
     )
     full = engine.recipe.memory(engine.network).blocks_until_full(engine.recipe.block)
     counting = Counting()

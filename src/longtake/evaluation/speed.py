@@ -3,6 +3,7 @@
 Short streams from their first block on; for one that remembers all that it can see `steady`.
 """
 
+import gc
 import math
 import platform
 import resource
@@ -97,5 +98,6 @@ def cpu_name() -> str:
 def forget_peak_memory(device: torch.device) -> None:
     """Let `peak_memory_mib` count anew, on a GPU, and give back what is not in use; a process on the CPU cannot."""
     if device.type == "cuda":
+        gc.collect()  # a network with recorded passes and what they hold know each other
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

@@ -156,6 +156,7 @@ def circumstances(engine: Engine) -> dict[str, Any]:
         "far_state": recipe.far is not None or recipe.joint is not None,
         "decoder": type(engine.codec).__name__,
         "precision": str(engine.dtype).removeprefix("torch."),
+        "passes": engine.circumstances["passes"],
         "attention": attention_taken(),
         **machine(engine.device),
     }  # fmt: skip
@@ -170,9 +171,9 @@ def attention_taken() -> dict[str, str]:
 
 
 def file_name(result: Mapping[str, Any]) -> str:
-    """For a result's file: model, recipe, decoder, size and levels, in letters that every file system takes."""
-    parts = [result["model"], result["recipe"], result["decoder"], result["size"], f"{len(result['levels'])}levels"]
-    return re.sub(r"[^\w.-]+", "_", "-".join(parts)) + ".json"
+    """For a result's file: what tells it from others of one machine, in letters that every file system takes."""
+    told = [result[name] for name in ("model", "recipe", "decoder", "size", "precision", "passes")]
+    return re.sub(r"[^\w.-]+", "_", "-".join([*told, f"{len(result['levels'])}levels"])) + ".json"
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -6,7 +6,7 @@ concatenated states. A rule says how much of the old stays when new tokens come,
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import Enum, auto
 from typing import Protocol, Self
 
@@ -136,6 +136,10 @@ class FarShape:
     def rotation(self, grid: Grid, positions: Sequence[float], device: torch.device | str) -> Rotation:
         """Of the features of the tokens of frames at these positions. Frames all at 0 do not turn with their axis."""
         return grid.rotation(positions if self.turns_with_frames else [0] * len(positions), device)
+
+    def plain(self) -> "FarShape":
+        """The same, of whose sums no kernel takes care."""
+        return FarShape(**{one.name: getattr(self, one.name) for one in fields(FarShape)})
 
     def absorb(self, sums: Sums | None, keys: Keys, rotation: Rotation) -> Sums:
         """The sums after these frames too, placed once and for all by `rotation`."""

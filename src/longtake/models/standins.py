@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from longtake.models.codec import PICTURE_CHANNELS, Carry, Codec
+from longtake.models.wan import WanTransformer
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -53,6 +54,15 @@ def without_numbers(module: M) -> M:
     empty = {id(one): torch.empty_like(one, device="meta", requires_grad=False) for one in tensors}
     kinds = {id(one): nn.Parameter(empty[id(one)], False) for one in tensors if isinstance(one, nn.Parameter)}
     return deepcopy(module, empty | kinds)
+
+
+def network_without_numbers(network: WanTransformer) -> WanTransformer:
+    """A network of its sizes on the meta device: made anew, so that its passes are those of plain torch, whichever
+    kernels and recorded graphs were put around this one.
+    """
+    with torch.device("meta"):
+        made = WanTransformer(network.config)
+    return made.to(network.patch_embedding.weight.dtype).requires_grad_(False)
 
 
 @dataclass(frozen=True)

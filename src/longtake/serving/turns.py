@@ -34,7 +34,8 @@ def how_many(dry_at: Sequence[float], now: float, alone: float, gains: Mapping[i
 
 
 def trial(engine: Engine, prompt: str, most: int, gains: dict[int, float], rounds: int = 2) -> Iterator[None]:
-    """Measure passes over 2, 4, 8, ... streams, up to `most`: sizes that pay enter `gains`, see `how_many`.
+    """Measure passes over 2, 4, 8, ... streams, up to `most`, once all that they remember is full: sizes that pay enter
+    `gains`, see `how_many`.
 
     One pass for each step, so that it can be left in between; another trial goes on with the sizes that are not in
     `gains`. It ends with the first that does not pay, or fails, say for want of memory.
@@ -53,8 +54,9 @@ def _gain(engine: Engine, prompt: str, size: int, rounds: int) -> Generator[None
     with ExitStack() as opened:
         try:
             streams = [opened.enter_context(engine.stream(prompt, seed=seed)) for seed in range(size)]
-            engine.next_together(streams)  # the first pays for the start
-            yield
+            for _ in range(engine.recipe.memory(engine.network).blocks_until_full(engine.recipe.block)):
+                engine.next_together(streams)  # while memories fill, kernels are tried and recorded
+                yield
             for _ in range(rounds):
                 in_turn = 0.0
                 for stream in streams:
