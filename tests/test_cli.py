@@ -552,8 +552,8 @@ def test_redirects_in_words_and_json(engine, capsys, monkeypatch):
     }
     asked = []
 
-    def evaluate_redirect(recipes, engine_of, *, prompts, seeds, in_flight, progress):
-        asked.append((recipes, engine_of("self_forcing"), prompts, seeds, in_flight))
+    def evaluate_redirect(recipes, engine_of, *, prompts, seeds, transition, far, in_flight, progress):
+        asked.append((recipes, engine_of("self_forcing"), prompts, seeds, transition, far, in_flight))
         return [result]
 
     judge = SimpleNamespace(evaluate_redirect=evaluate_redirect)
@@ -567,7 +567,7 @@ def test_redirects_in_words_and_json(engine, capsys, monkeypatch):
         "self_forcing: reached within 4 s: time 0.50, weather - (by chance: time 0.00, weather -), "
         "after 1.50 s in the middle; kept 0.90 (1.00 when left alone)\n"
     )
-    assert asked == [(("self_forcing",), engine, 3, 2, in_flight) for in_flight in ("own", "new")]
+    assert asked == [(("self_forcing",), engine, 3, 2, "redirect", None, in_flight) for in_flight in ("own", "new")]
 
 
 def test_recall_in_words_and_json(engine, capsys, monkeypatch):

@@ -165,6 +165,25 @@ def test_a_corrected_map_is_the_best_whatever_the_order_of_tokens(ratio: float, 
     torch.testing.assert_close(mixed.kv_BNRD, got.kv_BNRD, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("stiffness", [1.0, 0.1, 0.01, 0.001])
+def test_a_corrected_map_is_that_of_a_solver_gradients_included(stiffness: float) -> None:
+    k, v, rotation = tokens(30)
+    old = absorbed(linear.PAPER, k, v, rotation, [30])
+    k, v = (x.flip(1).clone().requires_grad_() for x in (k, v))
+
+    def solved() -> Tensor:
+        unit = torch.nn.functional.normalize(linear.PAPER.of_keys(k, rotation).above, dim=-1)
+        gram = torch.einsum("btnr,btns->bnrs", unit, unit) / 30 + stiffness * torch.eye(unit.shape[-1])
+        error = v - torch.einsum("btnr,bnrd->btnd", unit, old.kv_BNRD)
+        return old.kv_BNRD + torch.linalg.solve(gram, torch.einsum("btnr,btnd->bnrd", unit, error) / 30)
+
+    expected, got = solved(), linear.correct(old, linear.PAPER.of_keys(k, rotation), v, stiffness).kv_BNRD
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+    towards = torch.randn(got.shape, generator=torch.Generator().manual_seed(0))
+    for one, other in zip(*(torch.autograd.grad(x, (k, v), towards) for x in (got, expected)), strict=True):
+        torch.testing.assert_close(one, other, atol=1e-3 * other.abs().max().item(), rtol=1e-3)
+
+
 def test_a_corrected_map_answers_with_what_was_written_last() -> None:
     """Where sums would answer with the mean of both."""
     k, v, rotation = tokens(4)

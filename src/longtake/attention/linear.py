@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -183,9 +183,40 @@ def correct(sums: Sums | None, keys: Features, v_BTND: Tensor, stiffness: float)
     with _unrounded(v_BTND):
         error_BTND = v_BTND.float() - torch.einsum("btnr,bnrd->btnd", unit, old)
         gram = torch.einsum("btnr,btns->bnrs", unit, unit) / v_BTND.shape[1]
-        gram = gram + stiffness * torch.eye(gram.shape[-1], device=gram.device)
-        change = torch.linalg.solve(gram, torch.einsum("btnr,btnd->bnrd", unit, error_BTND) / v_BTND.shape[1])
+        towards = torch.einsum("btnr,btnd->bnrd", unit, error_BTND) / v_BTND.shape[1]
+        change = _StiffSolve.apply(gram, towards, stiffness)
     return after._replace(kv_BNRD=old + change)
+
+
+class _StiffSolve(torch.autograd.Function):
+    """(gram + stiffness)^-1 towards, of mean squares of unit vectors [..., R, R], whose eigenvalues are 0 to 1.
+
+    By Newton's iteration (Schulz, 1933), products alone: a solver waits for the host, and no CUDA graph can hold it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gram: Tensor, towards: Tensor, stiffness: float) -> Tensor:
+        one = torch.eye(gram.shape[-1], device=gram.device)
+        stiff = gram + stiffness * one
+        inverse = one * (2 / (1 + 2 * stiffness))
+        far_off = 1 / (1 + 2 * stiffness)  # of the product from one, at most; each turn squares it
+        for _ in range(math.ceil(math.log2(math.log(EPS) / math.log(far_off)))):
+            inverse = 2 * inverse - inverse @ stiff @ inverse
+        solved = _refined(stiff, inverse, towards)
+        ctx.save_for_backward(stiff, inverse, solved)
+        return solved
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        stiff, inverse, solved = ctx.saved_tensors
+        grad = _refined(stiff, inverse, grad)
+        return -grad @ solved.mT, grad, None
+
+
+def _refined(stiff: Tensor, inverse: Tensor, towards: Tensor) -> Tensor:
+    """What the inverse answers, and once more of what that leaves over: rounding counts where stiffness is small."""
+    answer = inverse @ towards
+    return answer + inverse @ (towards - stiff @ answer)
 
 
 def recall(sums: Sums, queries: Features) -> Tensor:

@@ -4,12 +4,18 @@ from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from tyro.conf import arg, create_mutex_group
+from tyro.conf import Positional, arg, create_mutex_group
 from tyro.extras import SubcommandApp
 
 from longtake.cli.engines import load_engine, precision_named, together
 from longtake.cli.options import Device, Levels, Precision, PrecisionName
-from longtake.cli.scores import memory_in_words, recall_in_words, redirects_in_words, scores_in_words
+from longtake.cli.scores import (
+    differences_in_words,
+    memory_in_words,
+    recall_in_words,
+    redirects_in_words,
+    scores_in_words,
+)
 from longtake.cli.terminal import print_result, say
 
 if TYPE_CHECKING:
@@ -73,6 +79,8 @@ def evaluate_redirect(
     levels: Levels = None,
     prompts: int = 40,
     seeds: int = 2,
+    transition: Literal["redirect", "cut"] = "redirect",
+    far: Annotated[float | None, arg(metavar="SHARE")] = None,
     in_flight: Literal["own", "new"] = "own",
     device: Device = None,
     dtype: Precision = "auto",
@@ -85,6 +93,8 @@ def evaluate_redirect(
         model: The weights to score; `longtake models` lists them.
         prompts: How many held-out captions.
         seeds: Streams for each caption.
+        transition: Whether streams are redirected or begin a new shot.
+        far: The share of the far state that weighs on then, 0 to 1, where a recipe has any; unless given, its default.
         in_flight: The prompt that blocks in flight go on under, their own or the new one, where a recipe has any.
         json: Print a JSON list with one object for each recipe.
     """
@@ -96,6 +106,8 @@ def evaluate_redirect(
             lambda name: load_engine(model, name, levels, place, dtype),
             prompts=prompts,
             seeds=seeds,
+            transition=transition,
+            far=far,
             in_flight=in_flight,
             progress=say,
         )
@@ -201,6 +213,31 @@ def evaluate_memory(
         print(dumps(results) if json else memory_in_words(results))
     if first and plot is not None:
         memory_plot.draw(results, plot)
+    return 0
+
+
+@app.command(name="compare")
+def evaluate_compare(file: Annotated[tuple[Path, ...], Positional], json: bool = False) -> int:
+    """Compare scores of the same videos in pairs: the first table of the first file with each of the others.
+
+    Args:
+        file: What `evaluate toy`, `redirect` or `recall` printed with --json.
+        json: Print a JSON list with one object for each comparison.
+    """
+    from longtake.evaluation.compare import compared, tables_in
+
+    first, *others = [table for path in file for table in tables_in(path)]
+    if not others:
+        raise ValueError("nothing to compare with: name another file, or one with several recipes")
+    results = [
+        {
+            "first": first["recipe"],
+            "second": other["recipe"],
+            "differences": {name: one._asdict() for name, one in compared(first, other).items()},
+        }
+        for other in others
+    ]
+    print_result(results, json, differences_in_words)
     return 0
 
 

@@ -33,6 +33,15 @@ def recall_in_words(results: list[dict[str, Any]]) -> str:
     )
 
 
+def differences_in_words(results: list[dict[str, Any]]) -> str:
+    return "\n".join(
+        f"{result['second']} less {result['first']}, {name}: {one['second'] - one['first']:+.3f} "
+        f"({one['interval_95'][0]:+.3f} to {one['interval_95'][1]:+.3f}; {one['pairs']} videos of each)"
+        for result in results
+        for name, one in result["differences"].items()
+    )
+
+
 def memory_in_words(results: list[dict[str, Any]]) -> str:
     return "\n".join(line for result in results for line in _memory_lines(result))
 

@@ -288,7 +288,7 @@ def _read(pieces: Iterator[Tensor], batch: Sequence[Opening], gaps: Sequence[int
                 scores[gap] |= _recalled(window_BTHWC, stacked([one.scene for one in batch]))
             if mark == _away_mark(gap, lead):
                 none = detect(window_BTHWC[:, -RATE:]).count == 0
-                scores[gap]["stayed_away"] = Tally(int(none.sum()), len(none))
+                scores[gap]["stayed_away"] = Tally(_bits(none))
     return scores
 
 
@@ -296,7 +296,11 @@ def _recalled(window_BTHWC: Tensor, scenes: Scenes) -> Score:
     found = detect(window_BTHWC)
     seen = (found.subject >= 0) | (found.landmark >= 0)
     score = {name: tally(getattr(found, name), _first(scenes, name)) for name in RECALLED}
-    return score | {"returned": Tally(int(seen.sum()), len(seen))}
+    return score | {"returned": Tally(_bits(seen))}
+
+
+def _bits(right_B: Tensor) -> str:
+    return "".join(str(int(one)) for one in right_B.tolist())
 
 
 def _table(scores: dict[int, Score]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import product
 from random import Random
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ from torch import Tensor
 from longtake import parallel
 from longtake.evaluation.scores import Score, Tally, asked_for, joined, tally
 from longtake.evaluation.sources import batches, clip_seed, held_out_captions, seed_list
-from longtake.generation.stream import Engine, PromptInFlight
+from longtake.generation.stream import Engine, PromptInFlight, StreamBatch
 from longtake.toy.captions import (
     COLOUR_CLAUSES,
     PHRASES,
@@ -41,6 +41,8 @@ from longtake.toy.captions import (
 from longtake.toy.detect import Detections, detect
 from longtake.toy.scenes import ATTRIBUTES, CHANGEABLE, RATE
 
+Transition = Literal["redirect", "cut"]
+Change = Callable[[StreamBatch, Sequence[str]], None]
 FORMS = ("short", "full")
 KEPT = ("subject", *CHANGEABLE)
 BEFORE_SECONDS, AFTER_SECONDS, LAST_SECONDS = 5, 5, 3
@@ -101,6 +103,8 @@ def evaluate_redirect(
     *,
     prompts: int = 40,
     seeds: int = 2,
+    transition: Transition = "redirect",
+    far: float | None = None,
     in_flight: PromptInFlight = "own",
     progress: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
@@ -111,6 +115,8 @@ def evaluate_redirect(
         engine_of: loads the engine of a recipe.
         prompts: how many captions of the fixed held-out list, 1 to 1000.
         seeds: streams for each caption, with seeds 0, 1, ...
+        transition: whether streams are redirected, or begin a new shot, as by `Stream.cut`.
+        far: the share of the far state that weighs on, 0 to 1; None: the transition's own default.
         in_flight: which prompt blocks in flight go on under, their own or the new one, as for `Stream.redirect`.
         progress: is told, in words, how far it is.
 
@@ -119,10 +125,20 @@ def evaluate_redirect(
         median_seconds counts a redirect that never acts as infinite, and is None if half of them never do.
 
     Raises:
-        ValueError: no captions, more than there are, or no seeds.
+        ValueError: no captions, more than there are, no seeds, or a share that is none.
     """
+    if transition == "cut" and in_flight != "own":
+        raise ValueError("a cut drops blocks in flight: in_flight is for redirects")
+    fade = {} if far is None else {"far": far}
     chosen = redirects(held_out_captions(prompts), seed_list(seeds))
-    watch = partial(_watch, chosen=chosen, in_flight=in_flight, progress=progress)
+
+    def change(streams: StreamBatch, told: Sequence[str]) -> None:
+        if transition == "cut":
+            streams.cut(told, **fade)
+        else:
+            streams.redirect(told, in_flight=in_flight, **fade)
+
+    watch = partial(_watch, chosen=chosen, change=change, progress=progress)
     engines = {recipe: engine_of(recipe) for recipe in recipes}  # an unknown name is refused before work begins
     results = []
     for recipe, engine in engines.items():
@@ -135,6 +151,8 @@ def evaluate_redirect(
                 "weights": engine.weights,
                 "prompts": prompts,
                 "seeds": seeds,
+                "transition": transition,
+                "far": far,
                 "in_flight": in_flight,
                 **_table(chosen, told, control),
                 "seed_list": seed_list(seeds),
@@ -159,14 +177,14 @@ class _Watched(NamedTuple):
 
 def _watch(
     name: str, engine: Engine, told: Sequence[str],
-    *, chosen: Sequence[Redirect], in_flight: PromptInFlight, progress: Callable[[str], None],
+    *, chosen: Sequence[Redirect], change: Change, progress: Callable[[str], None],
 ) -> _Watched:  # fmt: skip
     """Stream every caption, go on as told, and read the pictures, a batch at a time."""
     streams = zip(range(1, len(chosen) + 1), chosen, told, strict=True)
 
     def read(job: Sequence[tuple[int, Redirect, str]]) -> _Watched:
         numbers, batch, texts = zip(*job, strict=True)
-        watched = _read(*_pictures(engine, batch, texts, in_flight), batch)
+        watched = _read(*_pictures(engine, batch, texts, change), batch)
         progress(f"{name}: streams {numbers[0]} to {numbers[-1]} of {len(chosen)}")
         return watched
 
@@ -174,13 +192,11 @@ def _watch(
     return _Watched(joined(before), torch.cat(reads), joined(last))
 
 
-def _pictures(
-    engine: Engine, batch: Sequence[Redirect], told: Sequence[str], in_flight: PromptInFlight
-) -> tuple[Tensor, Tensor]:
+def _pictures(engine: Engine, batch: Sequence[Redirect], told: Sequence[str], change: Change) -> tuple[Tensor, Tensor]:
     """The pictures before and after streams are told how to go on: [B, T, H, W, 3] each."""
     with engine.stream_batch([one.caption for one in batch], seeds=[one.seed for one in batch]) as streams:
         before = _at_least(BEFORE_SECONDS * RATE, streams)
-        streams.redirect(told, in_flight=in_flight)
+        change(streams, told)
         return before, _at_least(AFTER_SECONDS * RATE, streams)
 
 
@@ -254,7 +270,9 @@ def _scores(
     reached, unread = _seconds(watched.read_BW, chosen).isfinite(), (watched.read_BW < 0).all(1)
     scores = dict.fromkeys(CHANGEABLE, Tally())
     for one, right, nothing, counts in zip(chosen, reached.tolist(), unread.tolist(), counted, strict=True):
-        scores[one.attribute] += Tally(int(right), 1, int(nothing)) if counts else Tally()
+        verdict = "1" if right else "?" if nothing else "0"
+        for name in CHANGEABLE:
+            scores[name] += Tally(verdict if counts and name == one.attribute else "-")
     return scores, _kept(watched, chosen, torch.tensor(counted))
 
 

@@ -17,14 +17,24 @@ from longtake.toy.scenes import ATTRIBUTES
 
 @dataclass(frozen=True)
 class Tally:
-    """How many clips were right, out of how many that could be."""
+    """What became of clips, in order, a character each: 1 right, 0 wrong, ? abstained and so wrong, - not scored."""
 
-    right: int = 0
-    scored: int = 0
-    abstained: int = 0
+    verdicts: str = ""
 
     def __add__(self, other: "Tally") -> "Tally":
-        return Tally(self.right + other.right, self.scored + other.scored, self.abstained + other.abstained)
+        return Tally(self.verdicts + other.verdicts)
+
+    @property
+    def right(self) -> int:
+        return self.verdicts.count("1")
+
+    @property
+    def scored(self) -> int:
+        return len(self.verdicts) - self.verdicts.count("-")
+
+    @property
+    def abstained(self) -> int:
+        return self.verdicts.count("?")
 
     @property
     def share(self) -> float | None:
@@ -47,6 +57,7 @@ class Tally:
             "scored": self.scored,
             "abstained": self.abstained,
             "interval_95": self.interval,
+            "verdicts": self.verdicts,
         }
 
 
@@ -54,11 +65,14 @@ Score = dict[str, Tally]  # by attribute
 
 
 def tally(found_B: Tensor, wanted_B: Tensor) -> Tally:
-    """Count indices where something is wanted (0 or more); -1 as found is to abstain, and wrong."""
-    found, wanted = found_B.cpu(), wanted_B.cpu()
-    scored = wanted >= 0
-    counts = ((found == wanted) & scored, scored, (found < 0) & scored)
-    return Tally(*(int(count.sum()) for count in counts))
+    """Compare indices where something is wanted (0 or more); -1 as found is to abstain, and wrong."""
+    return Tally("".join(map(_verdict, found_B.tolist(), wanted_B.tolist())))
+
+
+def _verdict(found: int, wanted: int) -> str:
+    if wanted < 0:
+        return "-"
+    return "?" if found < 0 else str(int(found == wanted))
 
 
 def asked_for(name: str, said: Sequence[Mapping[str, str]]) -> Tensor:

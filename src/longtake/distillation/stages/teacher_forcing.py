@@ -14,7 +14,6 @@ from longtake.distillation.stages.strips import stream_strips
 from longtake.distillation.stages.world import World, drawn, embed, parts_of
 from longtake.distillation.trainer import Learner, Run, train
 from longtake.generation.recipe import Recipe
-from longtake.memory.far import Delta
 from longtake.models.text import WordEncoder
 from longtake.models.wan import WanTransformer
 
@@ -75,5 +74,4 @@ def forced_lesson(
             )  # fmt: skip
         return weight * found
 
-    solved = memory.far is not None and isinstance(memory.far.rule, Delta)  # on the host, which no graph records
-    return learner.taught_by(loss, recorded=not (by_block or solved or memory.converted))
+    return learner.taught_by(loss, recorded=not (by_block or memory.converted))
