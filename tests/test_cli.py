@@ -580,8 +580,8 @@ def test_recall_in_words_and_json(engine, capsys, monkeypatch):
     }
     asked = []
 
-    def evaluate_recall(recipes, engine_of, *, prompts, seeds, after, absence, codec, device, progress):
-        asked.append((recipes, engine_of("self_forcing"), prompts, seeds, after, absence, codec, device.type))
+    def evaluate_recall(recipes, engine_of, *, prompts, seeds, after, lead, absence, codec, device, progress):
+        asked.append((recipes, engine_of("self_forcing"), prompts, seeds, after, lead, absence, codec, device.type))
         return [result]
 
     judge = SimpleNamespace(evaluate_recall=evaluate_recall)
@@ -596,7 +596,7 @@ def test_recall_in_words_and_json(engine, capsys, monkeypatch):
         "self_forcing, seen later, after 4 s: colour 0.00, landmark 0.00 (returned 0.00, stayed away 0.50)\n"
         "self_forcing, seen first, after 2 s: colour 1.00 (returned 1.00, stayed away 0.00)\n"
     )
-    assert asked == [(("self_forcing",), engine, 40, 2, (2, 4), "streamed", None, "cpu")] * 2
+    assert asked == [(("self_forcing",), engine, 40, 2, (2, 4), 3, "streamed", None, "cpu")] * 2
 
 
 def test_models_lists_what_runs(capsys):
@@ -645,3 +645,29 @@ def test_explain_in_words_and_json(capsys):
     assert main(["explain", "hybrid_forcing", "--blocks", "2", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert [row["frames"] for row in told["blocks"]] == [[0, 1, 2], [3, 4, 5]]
+
+
+def test_scores_are_compared_in_pairs(tmp_path, capsys):
+    def scores(recipe: str, verdicts: str, **more: object) -> str:
+        table = {"recipe": recipe, "prompts": 2, "counts": {"5": {"at": {"camera": {"verdicts": verdicts}}}}}
+        path = tmp_path / f"{recipe}.json"
+        path.write_text(json.dumps([table | more]))
+        return str(path)
+
+    one, other = scores("self_forcing", "1100"), scores("hybrid_forcing", "1110")
+    assert main(["evaluate", "compare", one, other]) == 0
+    assert capsys.readouterr().out == (
+        "hybrid_forcing less self_forcing, 5 at camera: +0.250 (+0.000 to +0.500; 4 videos of each)\n"
+    )
+    assert main(["evaluate", "compare", one, other, "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)
+    assert found["differences"]["5 at camera"]["interval_95"] == [0, 0.5]
+    (tmp_path / "broken.json").write_text("[")
+    for files, wrong in (
+        ([one], "nothing to compare with"),
+        ([one, str(tmp_path / "none.json")], "cannot read"),
+        ([one, str(tmp_path / "broken.json")], "is not JSON"),
+        ([one, scores("longlive", "1110", seed_list=[1])], "these scores are of other videos: seed_list"),
+    ):
+        assert main(["evaluate", "compare", *files]) == 2
+        assert wrong in capsys.readouterr().err

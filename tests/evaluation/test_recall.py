@@ -124,6 +124,21 @@ def test_where_the_absence_is_given_only_the_return_is_streamed() -> None:
     assert forgets["after"] == {"4": NOTHING} and forgets["returned"] == {"4": 1.0}
 
 
+def test_a_longer_lead_is_landscape_before_the_same() -> None:
+    scene = recall.openings(1, [0])[0].scene
+    end = round(recall.TURNED_SECONDS * RATE)
+    long = truth(recall.turning(scene, 20), 20 * RATE + end, -20 * RATE)
+    assert max(long.visible[:, : 18 * RATE].max(), long.landmark_visible[:, : 18 * RATE].max()) == 0
+    engine = SeeingEngine()
+    table = score(engine, prompts=1, after=[2], lead=20)
+    assert table["after"] == {"2": EVERYTHING} and table["lead"] == 20
+    assert engine.given[0] == 429, "the first whole block after 20 + 6.5 seconds"
+    with pytest.raises(ValueError, match="a lead is 3 seconds"):
+        score(SeeingEngine(), lead=2)
+    with pytest.raises(ValueError, match="a lead is 3 seconds"):
+        score(SeeingEngine(), lead=4, absence="given")
+
+
 def test_one_stream_is_read_after_every_gap() -> None:
     """Its camera is back after two seconds: too early for a gap of four, but what is there is the same."""
     engine = SeeingEngine()
@@ -157,7 +172,7 @@ def test_captions_do_not_tell_what_is_to_be_recalled() -> None:
 def test_what_is_seen_later_is_out_of_sight_at_first_and_for_the_whole_gap(gap: int) -> None:
     sink = toy_codec().pictures(self_forcing_sink().sink)
     scenes = recall.turning(stacked([one.scene for one in recall.openings(20, [0])]), gap)
-    lead = recall.LEADS["later"] * RATE
+    lead = recall.LEAD * RATE
     true = truth(scenes, lead + round((recall.TURNED_SECONDS + gap) * RATE), -lead)
     for visible_BF in (true.visible, true.landmark_visible):
         assert visible_BF[:, : 2 * sink].max() == 0  # by far: the codec does not look ahead

@@ -124,6 +124,7 @@ def evaluate_recall(
     prompts: int = 40,
     seeds: int = 2,
     after: tuple[int, ...] = (2, 4, 8, 16),
+    lead: Annotated[int, arg(metavar="SECONDS")] = 3,
     absence: Literal["streamed", "given"] = "streamed",
     device: Device = None,
     dtype: Precision = "auto",
@@ -139,6 +140,7 @@ def evaluate_recall(
         prompts: How many scenes that open a stream, for each seed.
         seeds: How many lists of scenes.
         after: Seconds out of sight, 2 or more each.
+        lead: Seconds of landscape before what is seen later comes into sight.
         absence: Whether streams stay away by themselves, or the absence is given to them as well.
         json: Print a JSON list with one object for each recipe.
     """
@@ -152,6 +154,7 @@ def evaluate_recall(
             prompts=prompts,
             seeds=seeds,
             after=after,
+            lead=lead,
             absence=absence,
             codec=toy_codec(place, model=model) if "codec" in recipe else None,
             device=place,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 RESAMPLES, DICE_SEED = 10_000, 0
-SAME = ("prompts", "seed_list", "seed_of_a_video", "absence")  # without which two tables have no pairs
+SAME = ("prompts", "seed_list", "seed_of_a_video", "lead", "absence")  # without which two tables have no pairs
 
 
 class Difference(NamedTuple):

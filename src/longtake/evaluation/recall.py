@@ -17,6 +17,8 @@ Nothing but the caption makes a stream's camera stay or return. What does not re
 stream that comes back too early has a chance to remember what it showed then. Where the absence is given, too, that
 cannot be: streams go on from truth up to the last whole block before the camera turns back.
 
+A longer lead, minutes of landscape before the camera comes, asks how much a memory that is full still learns.
+
 Shapes: B streams, T pictures.
 """
 
@@ -67,7 +69,7 @@ SEEN_SECONDS = 2  # in so many, all that is to be recalled is clear to see for 1
 TURNED_SECONDS = SHOWN_SECONDS + SWEEP_SECONDS  # when it has turned away; streams go on from there
 SHORTEST_GAP = 2  # so that there is a whole second out of sight to look at
 # Before its coming, what is seen later is out of sight for 1.5 seconds and a sweep: the sink is the first half second.
-LEADS = {"later": 3, "first": 0}  # the seconds of video before the camera has come
+LEAD = 3  # the seconds of video before the camera comes to what is seen later
 
 
 class Opening(NamedTuple):
@@ -135,6 +137,7 @@ def evaluate_recall(
     prompts: int = 40,
     seeds: int = 2,
     after: Sequence[int] = (2, 4, 8, 16),
+    lead: int = LEAD,
     absence: Absence = "streamed",
     codec: Codec | None = None,
     device: torch.device = CPU,
@@ -148,6 +151,7 @@ def evaluate_recall(
         prompts: how many openings for each seed, 1 to 500.
         seeds: lists of openings; those of one list differ from those of the others, and so does the noise.
         after: the gaps, in seconds out of sight, each at least 2.
+        lead: of what is seen later, the seconds of video before the camera comes to it, 3 or more.
         absence: whether streams begin when the camera has turned away ("streamed") or when it turns back ("given").
         codec: what "codec" encodes and decodes with.
         device: where truth is rendered.
@@ -159,8 +163,11 @@ def evaluate_recall(
         included that never return.
 
     Raises:
-        ValueError: no openings, more than there are, no seeds, or a gap that is too short.
+        ValueError: no openings, more than there are, no seeds, a gap or a lead that is too short, or a longer lead
+            where the absence is given: scenes cannot have both.
     """
+    if lead < LEAD or (lead > LEAD and absence == "given"):
+        raise ValueError(f"a lead is {LEAD} seconds, or longer where the absence is streamed, got {lead} ({absence})")
     gaps = sorted(set(after))
     if not gaps or gaps[0] < SHORTEST_GAP:
         raise ValueError(f"what is recalled is out of sight for {SHORTEST_GAP} seconds or longer, got {list(after)}")
@@ -174,9 +181,10 @@ def evaluate_recall(
             "weights": source.weights,
             "prompts": prompts,
             "seeds": seeds,
+            "lead": lead,
             "absence": absence,
-            **_table(_watch(name, source, chosen, "later", gaps, progress)),
-            "seen_first": _table(_watch(name, source, chosen, "first", gaps, progress)),
+            **_table(_watch(f"{name}, seen later", source, chosen, lead, gaps, progress)),
+            "seen_first": _table(_watch(f"{name}, seen first", source, chosen, 0, gaps, progress)),
             "seed_list": seed_list(seeds),
             "seed_of_a_video": "100000 * seed + number of the opening, from 0",
         }
@@ -225,7 +233,8 @@ def _streams(engine: Engine, absence: Absence) -> _Source:
         return list(takewhile(lambda n: n <= turned + gap * RATE, map(engine.pictures_in, count(1))))[-1]
 
     def play(batch: Sequence[Opening], gap: int, lead: int) -> Iterator[Tensor]:
-        given_BTHWC = rendered(_scenes(batch, gap).to(engine.device), given_pictures(gap, lead), -lead * RATE)
+        scenes = _scenes(batch, max(gap, lead)).to(engine.device)  # turned away for as long before it comes
+        given_BTHWC = rendered(scenes, given_pictures(gap, lead), -lead * RATE)
         yield given_BTHWC
         captions, seeds = [one.caption for one in batch], [one.seed for one in batch]
         with engine.stream_batch(captions, seeds=seeds, pictures=given_BTHWC) as streams:
@@ -258,20 +267,19 @@ def _watch(
     name: str,
     source: _Source,
     chosen: Sequence[Opening],
-    seen: str,
+    lead: int,
     gaps: Sequence[int],
     progress: Callable[[str], None],
 ) -> dict[int, Score]:
     """Make all videos of one kind and count what is recalled after each gap, a batch at a time."""
     videos = [[gap] for gap in gaps] if source.scripted else [list(gaps)]
-    lead = LEADS[seen]
 
     def read(job: Sequence[tuple[int, Opening]]) -> dict[int, Score]:
         batch = [one for _, one in job]
         scores: dict[int, Score] = {}
         for together in videos:
             scores |= _read(source.play(batch, together[0], lead), batch, together, lead)
-        progress(f"{name}, seen {seen}: streams {job[0][0]} to {job[-1][0]} of {len(chosen)}")
+        progress(f"{name}: streams {job[0][0]} to {job[-1][0]} of {len(chosen)}")
         return scores
 
     parts = parallel.share_out(batches(list(enumerate(chosen, 1)), source.device), read)
