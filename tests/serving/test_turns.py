@@ -156,19 +156,38 @@ def test_how_long_a_block_takes_alone_is_not_learned_from_company():
     assert engine.passes and worker._alone_share == pytest.approx(0.2 / worker.block_seconds)
 
 
-def test_of_a_pass_that_fails_streams_that_are_half_made_end_with_its_reason():
+@pytest.mark.parametrize("guilty", [False, True])
+def test_a_decoder_that_fails_for_several_is_asked_for_each_in_its_turn(guilty):
+    """As for want of memory; guilty: it fails for one alone, too."""
     made, clock = tiny.engine(), Clock()
     worker = Worker(made, clock=clock)
     worker.gains = {2: 0.5}
     sessions = [opened(worker, seed=seed) for seed in (1, 2)]
-    watch(worker, clock, sessions, 3)
+    doomed, other = sessions
+    got = watch(worker, clock, sessions, 3)
+    decode, failed = made.codec.decode, []
 
-    def fail(*_, **__):
-        raise RuntimeError("out of memory")
+    def fail(latents, state):
+        its_own = guilty and failed and not failed[1:]  # of the first in turn
+        if len(latents) > 1 or its_own:
+            failed.append(len(latents))
+            raise RuntimeError("out of memory")
+        return decode(latents, state)
 
     made.codec.decode = fail
-    watch(worker, clock, sessions, 3)
-    assert [session.end for session in sessions] == ["RuntimeError: out of memory"] * 2
+    more = watch(worker, clock, sessions, 5)
+    assert failed == ([2, 1] if guilty else [2]) and worker.gains == {}
+    ends = [session.end for session in (doomed, other)]
+    assert sorted(ends) == (["", "RuntimeError: out of memory"] if guilty else ["", ""])
+    for session in sessions:
+        if not session.end:
+            pieces = got[session] + more[session]
+            with made.stream("a ball", seed=session.seed) as stream:
+                alone = [next(stream) for _ in pieces]
+            assert [piece.number for piece in pieces] == [chunk.index for chunk in alone]
+            for piece, chunk in zip(pieces, alone, strict=True):
+                assert np.abs(piece.frames.astype(int) - chunk.frames).max() <= 1
+            assert len(more[session]) > 3
 
 
 def test_a_pass_that_fails_ends_only_the_stream_that_fails_alone():

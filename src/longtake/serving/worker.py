@@ -334,15 +334,10 @@ class Worker:
         try:
             chunks = self._chunks([session.stream for session in sessions if session.stream is not None])
         except Exception as error:  # whatever it is, it ends no other stream
-            if len(sessions) > 1:
-                log.exception("a pass over %d streams failed: they go on one by one", len(sessions))
-                for size in [size for size in self.gains if size >= len(sessions)]:
-                    del self.gains[size]
-            with self._lock:
-                for session in sessions:
-                    if len(sessions) == 1 or session.stream is None or session.stream.closed:  # half made
-                        session.failed = True
-                        self._end(session, f"{type(error).__name__}: {error}")
+            if len(sessions) == 1:
+                self._fail(sessions[0], error)
+            else:
+                self._make_in_turn(sessions)
             return
         with self._lock:
             if chunks[0].index:  # the first pays for the start
@@ -353,6 +348,19 @@ class Worker:
                     session.take_in(chunk, now)
         for session in sessions:
             session.changed()
+
+    def _make_in_turn(self, sessions: Sequence[Session]) -> None:
+        """After a pass over them failed: no command may come between, as some have a block that is not decoded."""
+        log.exception("a pass over %d streams failed: they go on one by one", len(sessions))
+        for size in [size for size in self.gains if size >= len(sessions)]:
+            del self.gains[size]
+        for session in sessions:
+            self._make([session])
+
+    def _fail(self, session: Session, error: Exception) -> None:
+        with self._lock:
+            session.failed = True
+            self._end(session, f"{type(error).__name__}: {error}")
 
     def _chunks(self, streams: Sequence[Stream]) -> list[Chunk]:
         return self.engine.next_together(streams) if len(streams) > 1 else [next(streams[0])]
