@@ -100,15 +100,20 @@ class House:
         self.store.close()
 
     async def _warm_up(self) -> None:
+        self.worker.start()
+        foreseeing = asyncio.create_task(asyncio.to_thread(self.worker.foresee))  # what it imports takes long, too
         try:
-            self.worker.start()
             await asyncio.wrap_future(self.worker.warm_up(self.first_words))
         except Exception:
             self.trouble = "the model failed when it was warmed up: see the server's log"
             log.exception(self.trouble)
-            return
-        self.ready = True
-        log.info("ready")
+        else:
+            self.ready = True
+            log.info("ready")
+        try:
+            await foreseeing
+        except Exception:
+            log.exception("what streams take of memory cannot be predicted: one at a time is taken")
 
     async def leave(self, patience: float = 5.0) -> None:
         """End every stream, and wait for its client to be told."""
