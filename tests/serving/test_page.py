@@ -185,6 +185,42 @@ def test_others_watch_the_same_stream_and_cannot_steer_it(page, browser, address
     page.click("#begin:enabled")
 
 
+def test_what_was_kept_when_the_connection_broke_is_listed_and_so_it_is_after_a_reload(browser, address):
+    """A snapshot whose pictures were still to come, and a recording that the server had to end."""
+    page = browser.new_context().new_page()
+    page.set_default_timeout(1000 * PATIENCE)
+    lines = []
+
+    def connect(line):
+        server = line.connect_to_server()
+        lines.append((line, server))
+
+    page.route_web_socket("**/v1/realtime/video*", connect)
+    page.goto(address)
+    for recordings, breaks in ((1, "the line"), (2, "the page")):
+        page.click("#begin:enabled")
+        until(page, DECODED, lambda count: count >= 10)
+        page.click("#record")
+        page.wait_for_selector("#recording:visible")
+        page.wait_for_timeout(2000)
+        page.press("#video", "s")
+        page.locator(".kept .rewind").nth(recordings - 1).wait_for()
+        if breaks == "the line":
+            line, server = lines.pop()
+            server.close(), line.close(code=4000)
+            page.wait_for_selector("#complaint:has-text('connection')")
+            assert page.is_visible("#cover") and not page.is_visible("#recording")
+        else:
+            page.reload()
+        page.locator(".kept .video").nth(recordings - 1).wait_for()
+        assert page.locator(".kept .rewind").count() == recordings
+    with page.expect_download() as coming:
+        page.locator(".video").first.click()
+    with av.open(str(coming.value.path())) as video:
+        assert len(list(video.decode(video=0))) > 10
+    page.context.close()
+
+
 SAID = """async (streams) => {
   const { commandLine, hindrance } = await import("/command.js");
   const model = { id: "a model", recipe: "one:past=6", levels: 4, codec: null, dtype: "float32", device: "cpu" };
