@@ -177,9 +177,13 @@ def test_others_watch_the_same_stream_and_cannot_steer_it(page, browser, address
     viewer.click("#begin:enabled")
     until(viewer, DECODED, lambda count: count >= 10)
     assert not viewer.is_visible("#words") and not viewer.is_visible("#pause")
+    viewer.wait_for_selector("#caption:has-text('ball')", timeout=1000 * PATIENCE)
     say(page, NIGHT)
     viewer.wait_for_selector(".part.current:has-text('night')", timeout=1000 * PATIENCE)
+    page.press("#prompt", "Enter")
     page.click("#stop")
+    page.wait_for_selector("#cover:visible")
+    assert page.locator(".part[data-state=sent], .part[data-state=accepted]").count() == 0  # it will never be shown
     viewer.wait_for_selector("#cover-text:has-text('It is over')", timeout=1000 * PATIENCE)
     viewer.context.close()
     page.click("#begin:enabled")

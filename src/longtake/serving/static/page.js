@@ -281,6 +281,8 @@ function ended() {
   const why = stream.error;
   if (rolling) kept.cutOff((stream.shown - rolling.from) / model.fps);
   const ran = stream.prompts.length > 0;
+  timeline.forgetWaiting();
+  draw();
   if (ran) last = stream;
   stream = rolling = null;
   showRecording();
