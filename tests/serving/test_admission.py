@@ -1,8 +1,11 @@
 """Whether another stream is taken: by number, speed and memory."""
 
+import threading
+
 import pytest
 import torch
 
+from longtake.cli.serve import _memory_for
 from longtake.generation import take
 from longtake.plan import bytes_of_stream, umt5_parameters
 from longtake.recipes import recipe_named
@@ -109,7 +112,9 @@ def test_a_first_stream_is_taken_whatever_it_takes():
 def test_what_a_stream_takes_is_predicted(recipe):
     """As much as one that really runs keeps: its prompt, memory and codec state."""
     engine = tiny.engine(tiny.rolling_recipe() if recipe == "rolling_forcing" else recipe_named(recipe))
-    kept, block, prompt = bytes_of_stream(engine)
+    waits = []
+    kept, block, prompt = bytes_of_stream(engine, lambda: waits.append(1))
+    assert len(waits) > 1000  # so that other work can go first
     with engine.stream("a ball") as stream:
         for _ in range(9):
             next(stream)
@@ -118,3 +123,15 @@ def test_what_a_stream_takes_is_predicted(recipe):
     assert real <= kept <= 1.5 * real + 1_500_000  # the prompt is as long as UMT5's here
     assert 0 < block < umt5_parameters() < prompt  # its encoder comes to the device for a prompt alone
     assert all(parameter.device == torch.device("cpu") for parameter in engine.network.parameters())
+
+
+def test_the_thread_that_predicts_has_no_team():
+    """One that idles is enough to make blocks nearly half slower: more of OpenMP's threads than cores do not spin."""
+    here, there = torch.get_num_threads(), set()
+    thread = threading.Thread(
+        target=_memory_for, args=(tiny.engine(), 2, lambda: there.add(torch.get_num_threads()))
+    )  # fmt: skip
+    thread.start()
+    thread.join(60)
+    assert there == {1} and torch.get_num_threads() == here
+    torch.set_num_threads(here)  # for threads that are yet to come

@@ -104,10 +104,13 @@ def serve(
 
 def _memory_for(engine: "Engine", sessions: int, wait: "Callable[[], object]") -> "Memory | None":
     """What streams take of the device, and how much there is; None where nobody tells, or would ask."""
+    import torch
+
     from longtake.doctor import free_memory
     from longtake.plan import bytes_of_stream
     from longtake.serving.admission import Memory
 
+    torch.set_num_threads(1)  # no team for this thread either, though it idles ever after
     if free_memory(engine.device) is None or sessions == 1:  # a first stream is always taken
         return None
     stream, block, prompt = bytes_of_stream(engine, wait)

@@ -378,7 +378,7 @@ class Worker:
             if len(sessions) == 1:
                 self._fail(sessions[0], error)
             else:
-                self._make_in_turn(sessions)
+                self._make_in_turn(sessions, error)
             return
         with self._lock:
             if chunks[0].index:  # the first pays for the start
@@ -390,13 +390,16 @@ class Worker:
         for session in sessions:
             session.changed()
 
-    def _make_in_turn(self, sessions: Sequence[Session]) -> None:
-        """After a pass over them failed: no command may come between, as some have a block that is not decoded."""
+    def _make_in_turn(self, sessions: Sequence[Session], error: Exception) -> None:
+        """After a pass over them failed: no command may come between, as they may have a block that is not decoded."""
         log.exception("a pass over %d streams failed: they go on one by one", len(sessions))
         for size in [size for size in self.gains if size >= len(sessions)]:
             del self.gains[size]
         for session in sessions:
-            self._make([session])
+            if session.stream is not None and session.stream.closed:  # its memory was being written
+                self._fail(session, error)
+            else:
+                self._make([session])
 
     def _fail(self, session: Session, error: Exception) -> None:
         with self._lock:

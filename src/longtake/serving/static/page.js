@@ -151,10 +151,10 @@ function hear(data) {
 function take(bytes) {
   const at = stream.shown / model.fps;
   if (watching) follow(at);
+  stream.words = about.prompt;
   for (const id of about.started_event_ids) {
     const change = stream.asked.get(id);
     if (!change) continue;
-    stream.words = change.prompt;
     timeline.activate(id, at);
     player.whenAt(at, () => ($("n-change").textContent = seconds((performance.now() - change.time) / 1000)));
     stream.asked.delete(id);
@@ -167,9 +167,8 @@ function take(bytes) {
 
 // What the owner of the stream has it show.
 function follow(at) {
-  if (!stream.shown) timeline.begin((stream.words = about.prompt));
+  if (!stream.shown) return timeline.begin(about.prompt);
   if (about.prompt === stream.words) return;
-  stream.words = about.prompt;
   timeline.ask(at, about.prompt);
   timeline.activate(at, at);
 }
