@@ -128,10 +128,10 @@ def test_what_a_stream_takes_is_predicted(recipe):
 def test_the_thread_that_predicts_has_no_team():
     """One that idles is enough to make blocks nearly half slower: more of OpenMP's threads than cores do not spin."""
     here, there = torch.get_num_threads(), set()
-    thread = threading.Thread(
-        target=_memory_for, args=(tiny.engine(), 2, lambda: there.add(torch.get_num_threads()))
-    )  # fmt: skip
+    torch.set_num_threads(here + 1)  # which threads that are yet to come begin with
+    given = tiny.engine(), 2, lambda: there.add(torch.get_num_threads())
+    thread = threading.Thread(target=_memory_for, args=given)
     thread.start()
     thread.join(60)
-    assert there == {1} and torch.get_num_threads() == here
-    torch.set_num_threads(here)  # for threads that are yet to come
+    assert there == {1} and torch.get_num_threads() == here + 1
+    torch.set_num_threads(here)
