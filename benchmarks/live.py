@@ -13,6 +13,9 @@ import re
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
+from contextlib import suppress
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -88,13 +91,21 @@ async def watched(address: str, pid: int, minutes: float) -> dict[str, Any]:
     return {"minutes": minutes, "viewers": viewers, "resident_mib": [*memory, resident_mib(pid)]}
 
 
+def wait_until_ready(address: str) -> None:
+    while True:
+        with suppress(urllib.error.HTTPError), urllib.request.urlopen(f"http://{address}/readyz"):
+            return
+        time.sleep(0.5)
+
+
 def main() -> None:
     command = [sys.executable, "-m", "longtake.cli", "serve", "--port", "0"]
     environment = {name: value for name, value in os.environ.items() if name != "LONGTAKE_API_KEY"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
         try:
             address = server.stdout.readline().strip().removeprefix("http://")
-            time.sleep(10)  # for it to warm up
+            wait_until_ready(address)
+            time.sleep(10)  # for it to foresee what streams take of memory, and to try passes over several
             print(json.dumps(asyncio.run(watched(address, server.pid, float(sys.argv[1]))), indent=1))
         finally:
             server.terminate()

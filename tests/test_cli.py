@@ -254,6 +254,26 @@ def test_what_a_full_disk_leaves_is_told(engine, capsys, monkeypatch, stops_afte
     assert not kept or len(read_frames("out.mp4")) == 9 + 12 + 12
 
 
+def test_a_full_disk_leaves_the_file_that_was_to_be_replaced_and_what_is_made_beside_it(engine, capsys, monkeypatch):
+    Path("out.mp4").write_text("precious")
+    write = Mp4Writer.write
+
+    def full(writer, frames):
+        write(writer, frames)
+        raise OSError(28, "No space left on device", "out.part.mp4")
+
+    arguments = ["generate", "a red ball", "--seconds", "1", "-o", "out.mp4", "--force"]
+    with monkeypatch.context() as patched:
+        patched.setattr(Mp4Writer, "write", full)
+        assert main(arguments) == 2
+    assert capsys.readouterr().err.endswith("; out.part.mp4 keeps what was made until then\n")
+    assert Path("out.mp4").read_text() == "precious" and len(read_frames("out.part.mp4")) == 9
+    assert main(arguments) == 2, "it is not written over by the next"
+    assert "move it away first\n" in capsys.readouterr().err and len(read_frames("out.part.mp4")) == 9
+    Path("out.part.mp4").unlink()
+    assert main(arguments) == 0 and len(read_frames("out.mp4")) == 16 and files() == ["out.mp4"]
+
+
 def test_interrupt_keeps_what_is_made(engine, capsys):
     engine.stops_at = 3
     assert main(["generate", "a red ball", "--seconds", "60", "-o", "out.mp4"]) == 130

@@ -150,6 +150,16 @@ def test_a_full_disk_keeps_what_is_made(tmp_path):
         assert len(list(itertools.islice(container.decode(video=0), 16))) == 16
 
 
+def test_a_full_disk_keeps_what_was_to_be_replaced(tmp_path):
+    (tmp_path / "out.mp4").write_text("precious")
+    options = ["--seconds", "60", "-o", "out.mp4", "--force"]
+    done = run("generate", PROMPT, *options, folder=tmp_path, limit=limited(60_000))
+    says_in_one_line(done, "out.part.mp4: File too large; out.part.mp4 keeps what was made until then")
+    assert (tmp_path / "out.mp4").read_text() == "precious"
+    with av.open(str(tmp_path / "out.part.mp4")) as container:
+        assert len(list(itertools.islice(container.decode(video=0), 16))) == 16
+
+
 def test_a_disk_on_which_nothing_fits(tmp_path):
     done = run("generate", PROMPT, "--seconds", "1", "-o", "out.mp4", folder=tmp_path, limit=limited(500))
     says_in_one_line(done, "out.part.mp4: File too large")
@@ -209,3 +219,21 @@ def test_bench_prints_json_alone(tmp_path):
     result = json.loads(done.stdout)
     assert result["frames_per_second"] > 0
     assert result["model"] == "toy"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["explain", "self_forcing"], ["models"]])
+def test_a_reader_who_has_gone_hears_no_complaints(arguments):
+    """As with `| head`, whether it goes before the first line or after."""
+    with subprocess.Popen(
+        [*LONGTAKE, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        running.stdout.close()
+        assert (running.stderr.read(), running.wait(60)) == ("", 141)
+
+
+def test_what_is_made_is_kept_though_nobody_hears_of_it(tmp_path):
+    command = [*LONGTAKE, "generate", PROMPT, "--seconds", "0.5", "--levels", "1", "-o", "out.mp4"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as running:
+        running.stdout.close()
+        assert running.wait(60) == 141
+    assert len(read_frames(tmp_path / "out.mp4")) == 8

@@ -15,7 +15,7 @@ import itertools
 import re
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -85,11 +85,14 @@ class Working:
 
 
 class Alive(TorchDispatchMode):
-    """Counts bytes of the storages on a device that are made or first seen while it is on, until they are let go."""
+    """Counts bytes of the storages on a device that are made or first seen while it is on, until they are let go.
 
-    def __init__(self, device: torch.device, known: Sequence[Tensor]):
+    wait: called before each thing that is done.
+    """
+
+    def __init__(self, device: torch.device, known: Sequence[Tensor], wait: Callable[[], object] = lambda: None):
         super().__init__()
-        self.device, self.now = device, 0
+        self.device, self.now, self._wait = device, 0, wait
         self.peaks: dict[str, int] = {}
         self.largest: dict[str, list[tuple[str, int, int]]] = {}
         self._held: dict[int, tuple[str, int]] = {}
@@ -110,6 +113,7 @@ class Alive(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
+        self._wait()
         made = function(*args, **(kwargs or {}))
         for tensor in tree_leaves((args, kwargs, made)):
             if isinstance(tensor, Tensor) and tensor.device == self.device:
@@ -170,11 +174,12 @@ def plan(
     }  # fmt: skip
 
 
-def bytes_of_stream(engine: Engine) -> tuple[int, int, int]:
+def bytes_of_stream(engine: Engine, wait: Callable[[], object] = lambda: None) -> tuple[int, int, int]:
     """Of a stream of an engine: bytes that it keeps from block to block at most, and what it takes on top while a block
     is made, and while a prompt is read or taken.
 
     Predicted, as by `plan`, for whatever weights there are; with a text encoder that comes to the device to encode.
+    wait: called before each of many thousand steps, so that work of other threads can go first.
     """
     words = engine.text.encoder.config.length if isinstance(engine.text, WordText) else None
     made = Stream(
@@ -183,7 +188,7 @@ def bytes_of_stream(engine: Engine) -> tuple[int, int, int]:
     )  # fmt: skip
     recipe = replace(engine.recipe, near=dense, far=engine.recipe.far and engine.recipe.far.plain())
     with Fused():
-        working = streamed(made, recipe, (engine.width, engine.height))
+        working = streamed(made, recipe, (engine.width, engine.height), wait)
     kept, peaks = sum(working.kept.values()), working.peaks
     block = max(peaks["network pass"], peaks["decoding"])
     prompt = max(peaks["new prompt read"] + made.text_bytes, peaks["new prompt taken"])
@@ -230,8 +235,10 @@ def _parts(known: Mapping[str, Any], chosen: Recipe, dtype: str) -> tuple[WanTra
 
 
 @torch.no_grad()
-def streamed(made: Stream, recipe: Recipe, size: tuple[int, int]) -> Working:
-    """Stream until the memory is full, then change the prompt, and count what is alive.
+def streamed(
+    made: Stream, recipe: Recipe, size: tuple[int, int], wait: Callable[[], object] = lambda: None
+) -> Working:  # fmt: skip
+    """Stream until the memory is full, then change the prompt, and count what is alive. wait: as for `Alive`.
 
     A schedule that finishes block by block takes two steps instead of its own: they are all alike.
     """
@@ -241,7 +248,7 @@ def streamed(made: Stream, recipe: Recipe, size: tuple[int, int]) -> Working:
     latents = (1, recipe.block, codec.latent_channels, size[1] // codec.spatial_factor, size[0] // codec.spatial_factor)
     levels = recipe.levels(WAN_SHIFT)
     shape, prompt = recipe.memory(network), network.prompt_keys(text)
-    alive = Alive(weight.device, [*network.parameters(), *codec.parameters(), *codec.buffers()])
+    alive = Alive(weight.device, [*network.parameters(), *codec.parameters(), *codec.buffers()], wait)
     memory = StreamMemory(shape, network.config.layers, ring=True)
     blocks = recipe.schedule(
         network, memory, lambda block: prompt, lambda block, step: torch.zeros(latents, device=weight.device),

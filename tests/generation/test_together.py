@@ -9,6 +9,7 @@ from tests import tiny
 from torch.utils._pytree import tree_leaves
 
 from longtake.generation.take import fork
+from longtake.memory.stream_memory import StreamMemory
 from longtake.recipes import recipe_named
 
 TOLERANCE = 1e-4  # of what is remembered, in float32; pictures are the same but for one step of 255
@@ -111,21 +112,49 @@ def test_what_does_not_go_together_is_refused():
         engine.next_together([old, new])
 
 
+def broken(*_, **__):
+    raise RuntimeError("out of memory")
+
+
+@pytest.mark.parametrize("name", ["self_forcing_sink", "rolling_forcing"])
 @pytest.mark.parametrize("fails", ["forward", "decode"])
-def test_a_pass_that_fails_leaves_streams_as_they_were_or_closed(fails, monkeypatch):
-    engine = engine_of("self_forcing_sink")
+def test_a_pass_that_fails_costs_no_stream_a_block(name, fails, monkeypatch):
+    engine = engine_of(name)
     streams = [engine.stream("a ball", seed=seed) for seed in range(2)]
+    for stream in streams:
+        next(stream)
     twins = [fork(stream) for stream in streams]
-
-    def fail(*_, **__):
-        raise RuntimeError("out of memory")
-
-    with monkeypatch.context() as broken:
-        broken.setattr(engine.network if fails == "forward" else engine.codec, fails, fail)
+    with monkeypatch.context() as failing:
+        failing.setattr(engine.network if fails == "forward" else engine.codec, fails, broken)
         with pytest.raises(RuntimeError, match="out of memory"):
             engine.next_together(streams)
     if fails == "decode":
-        assert all(stream.closed for stream in streams)
-    else:
-        for stream, twin in zip(streams, twins, strict=True):
-            np.testing.assert_array_equal(next(stream).frames, next(twin).frames)
+        for change in (
+            lambda: streams[0].state(),
+            lambda: streams[0].redirect("a cat"),
+            lambda: streams[0].cut("a cat"),
+        ):
+            with pytest.raises(RuntimeError, match="before this block was decoded"):
+                change()
+    for stream, twin in zip(streams, twins, strict=True):
+        for _ in range(3):
+            one, other = next(stream), next(twin)
+            assert (one.index, one.start_seconds) == (other.index, other.start_seconds)
+            assert np.abs(one.frames.astype(int) - other.frames).max() <= (0 if fails == "forward" else 1)
+
+
+def test_who_is_being_written_to_memory_when_a_pass_fails_is_closed_and_others_go_on(monkeypatch):
+    engine = engine_of("self_forcing_sink")
+    streams = [engine.stream("a ball", seed=seed) for seed in range(2)]
+    twin = fork(streams[1])
+    slide = StreamMemory._slide
+
+    def half(memory, layer, new):
+        return broken() if layer else slide(memory, layer, new)
+
+    with monkeypatch.context() as failing:
+        failing.setattr(StreamMemory, "_slide", half)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            engine.next_together(streams)
+    assert streams[0].closed and not streams[1].closed
+    np.testing.assert_array_equal(next(streams[1]).frames, next(twin).frames)

@@ -100,6 +100,7 @@ class FakeEngine:
     weights = codec_weights = "none"
     shift, latent_size, device = 1.0, (1, 1, 1), torch.device("cpu")
     circumstances = MappingProxyType({"dtype": "float32", "device": "cpu any"})
+    fused = False
 
     def __init__(
         self, clock: Clock | None = None, block_seconds: float = 0.2, in_flight: int = 1, gain: float = 1.0

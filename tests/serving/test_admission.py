@@ -1,25 +1,38 @@
 """Whether another stream is taken: by number, speed and memory."""
 
+import threading
+
 import pytest
 import torch
 
-from longtake.generation.take import bytes_of
+from longtake.cli.serve import _memory_for
+from longtake.generation import take
 from longtake.plan import bytes_of_stream, umt5_parameters
 from longtake.recipes import recipe_named
 from longtake.serving.admission import Busy, Limits, Memory, has_room
 from longtake.serving.worker import Worker
 from tests import tiny
-from tests.serving.fake import FakeEngine
+from tests.serving.fake import FakeEngine, FakeStream
 from tests.serving.watching import asked, opened
 
 MANY = Limits(sessions=100)
 
 
+def serving(engine, memory):
+    worker = Worker(engine, MANY, memory=lambda wait: memory, exact=True, clock=engine.clock)
+    asked(worker, worker.warm_up("a ball"))
+    return worker
+
+
+def bytes_of(stream=0, block=0, prompt=0, free=0):
+    return Memory(stream=stream, block=block, prompt=prompt, free=lambda: free)
+
+
 def test_streams_are_taken_as_far_as_memory_goes():
     engine = FakeEngine(block_seconds=0.001)
-    memory = Memory(stream=10, block=30, prompt=20, free=100)  # a tenth is left: 90 hold six and a block of one
-    worker = Worker(engine, MANY, memory=lambda: memory, exact=True, clock=engine.clock)
-    asked(worker, worker.warm_up("a ball"))
+    worker = serving(engine, bytes_of(stream=10, block=30, prompt=20, free=100))  # of which 90 hold six and a block
+    worker.foresee()
+    worker.step()
     sessions = [opened(worker) for _ in range(6)]
     with pytest.raises(Busy, match=r"busy, try in 10 s"):
         worker.admit("a ball")
@@ -27,34 +40,98 @@ def test_streams_are_taken_as_far_as_memory_goes():
     opened(worker)
 
 
+def test_until_it_is_known_what_streams_take_there_is_one():
+    engine = FakeEngine(block_seconds=0.001)
+    worker = serving(engine, bytes_of(stream=10, free=100))
+    opened(worker)
+    with pytest.raises(Busy, match=r"busy, try in 3 s"):
+        worker.admit("a ball")
+    worker.foresee()
+    worker.step()
+    opened(worker)
+
+
+def test_what_is_predicted_waits_while_a_block_is_made():
+    """Else it takes the lock of Python from the thread of the device, thousands of times a block."""
+    engine, waits = FakeEngine(), []
+
+    def predicted(wait):
+        waits.append(wait)
+        return bytes_of()
+
+    worker = serving(engine, lambda: None)
+    worker._predict = predicted
+    worker.foresee()
+    (wait,) = waits
+    assert wait(0)
+    during, chunk = [], FakeStream.chunk
+    session = opened(worker)
+    session.stream.chunk = lambda seconds: during.append(wait(0)) or chunk(session.stream, seconds)
+    worker.step()
+    assert during == [False] and wait(0)
+
+
+def test_what_is_free_is_asked_for_again_and_again_and_what_our_streams_hold_counts_as_theirs():
+    engine, free = FakeEngine(block_seconds=0.001), [100]
+    worker = serving(engine, Memory(stream=20, block=0, prompt=0, free=lambda: free[0]))
+    worker.foresee()
+    first = opened(worker)
+    state, kept = first.stream.state, torch.zeros(20, dtype=torch.uint8)
+    first.stream.state = lambda: state() | {"memory": {"keys": kept}}
+    free[0] = 30  # somebody else took the rest: 50 are free or ours, of which 45 hold two streams
+    engine.clock.now += 2
+    worker.step()
+    second = worker.admit("a ball")
+    worker.close(second)
+    free[0] = 20
+    assert worker.admit("a ball"), "it is looked at once a second"
+    engine.clock.now += 2
+    worker.step()
+    with pytest.raises(Busy):
+        worker.admit("a ball")
+
+
 def test_a_pass_over_several_takes_more():
     """Their blocks, and copies of what they keep."""
-    memory = Memory(stream=10, block=20, prompt=0, free=100)
-    assert memory.holds(7, together=1) and not memory.holds(8, together=1)
-    assert memory.holds(3, together=2) and not memory.holds(4, together=2)
-    assert has_room(2, MANY, 0.0, memory, together=2) and not has_room(2, MANY, 0.0, memory, together=4)
+    memory = bytes_of(stream=10, block=20)
+    assert memory.holds(7, 1, 100) and not memory.holds(8, 1, 100)
+    assert memory.holds(3, 2, 100) and not memory.holds(4, 2, 100)
 
 
 def test_one_prompt_is_read_at_a_time():
-    memory = Memory(stream=10, block=0, prompt=60, free=100)
-    assert memory.holds(3, together=3) and not memory.holds(4, together=1)
+    memory = bytes_of(stream=10, prompt=60)
+    assert memory.holds(3, 3, 100) and not memory.holds(4, 1, 100)
 
 
 def test_a_first_stream_is_taken_whatever_it_takes():
-    assert has_room(0, MANY, 5.0, Memory(stream=10, block=30, prompt=0, free=1), together=4)
-    assert not has_room(1, MANY, 0.0, Memory(stream=10, block=30, prompt=0, free=1), together=1)
+    assert has_room(0, MANY, 5.0, lambda streams: False) and not has_room(1, MANY, 0.0, lambda streams: False)
+    assert has_room(1, MANY, 0.4, lambda streams: True) and not has_room(1, MANY, 0.5, lambda streams: True)
 
 
 @pytest.mark.parametrize("recipe", ["self_forcing_sink", "hybrid_forcing", "rolling_forcing"])
 def test_what_a_stream_takes_is_predicted(recipe):
     """As much as one that really runs keeps: its prompt, memory and codec state."""
     engine = tiny.engine(tiny.rolling_recipe() if recipe == "rolling_forcing" else recipe_named(recipe))
-    kept, block, prompt = bytes_of_stream(engine)
+    waits = []
+    kept, block, prompt = bytes_of_stream(engine, lambda: waits.append(1))
+    assert len(waits) > 1000  # so that other work can go first
     with engine.stream("a ball") as stream:
         for _ in range(9):
             next(stream)
-        sizes = bytes_of(stream.state())
+        sizes = take.bytes_of(stream.state())
     real = sum(size for part, size in sizes.items() if part not in ("in_flight", "prompt_keys"))
     assert real <= kept <= 1.5 * real + 1_500_000  # the prompt is as long as UMT5's here
     assert 0 < block < umt5_parameters() < prompt  # its encoder comes to the device for a prompt alone
     assert all(parameter.device == torch.device("cpu") for parameter in engine.network.parameters())
+
+
+def test_the_thread_that_predicts_has_no_team():
+    """One that idles is enough to make blocks nearly half slower: more of OpenMP's threads than cores do not spin."""
+    here, there = torch.get_num_threads(), set()
+    torch.set_num_threads(here + 1)  # which threads that are yet to come begin with
+    given = tiny.engine(), 2, lambda: there.add(torch.get_num_threads())
+    thread = threading.Thread(target=_memory_for, args=given)
+    thread.start()
+    thread.join(60)
+    assert there == {1} and torch.get_num_threads() == here + 1
+    torch.set_num_threads(here)

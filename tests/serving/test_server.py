@@ -5,12 +5,13 @@ import io
 import json
 import signal
 import socket
+import sys
 import threading
 import time
 import urllib.request
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 import av
 import pytest
@@ -193,6 +194,21 @@ def test_a_missing_extra_is_named(capsys, monkeypatch):
     assert "pip install 'longtake[serve]'" in capsys.readouterr().err
 
 
+@contextmanager
+def serving_only(app):
+    """An application without a house, and its address."""
+    config = uvicorn.Config(app, lifespan="off", log_level="critical", http=serving._Http, ws=serving._Socket)
+    running = uvicorn.Server(config)
+    listening = serving.listen("127.0.0.1", 0)
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
+    thread.start()
+    try:
+        yield running, listening.getsockname()
+    finally:
+        running.should_exit = True
+        thread.join(20)
+
+
 def test_one_who_takes_nothing_does_not_keep_its_connection(monkeypatch):
     """Its network buffers are full, so not even the closing of the socket reaches it."""
     monkeypatch.setattr(serving, "_CLOSING_SECONDS", 0.2)
@@ -207,19 +223,45 @@ def test_one_who_takes_nothing_does_not_keep_its_connection(monkeypatch):
                     await send({"type": "websocket.send", "bytes": bytes(2**20)})
         left.set()
 
-    config = uvicorn.Config(flood, lifespan="off", log_level="critical", ws=serving._Socket)
-    running = uvicorn.Server(config)
-    listening = serving.listen("127.0.0.1", 0)
-    thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
-    thread.start()
-    try:
-        with socket.create_connection(listening.getsockname()) as silent:
-            silent.sendall(
-                b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-                b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
-            )
-            assert left.wait(20)
-            assert eventually(lambda: not running.server_state.connections)
-    finally:
-        running.should_exit = True
-        thread.join(20)
+    with serving_only(flood) as (running, address), socket.create_connection(address) as silent:
+        silent.sendall(
+            b"GET / HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+        )
+        assert left.wait(20)
+        assert eventually(lambda: not running.server_state.connections)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there is a connection dropped of which nothing is taken")
+def test_one_who_takes_nothing_of_a_file_does_not_keep_its_connection(monkeypatch):
+    monkeypatch.setattr(serving, "_TAKING_SECONDS", 1.0)
+    asked = threading.Event()
+
+    async def file(scope, receive, send):
+        asked.set()
+        await send({"type": "http.response.start", "status": 200})
+        for _ in range(100):
+            await send({"type": "http.response.body", "body": bytes(2**20), "more_body": True})
+
+    with serving_only(file) as (running, address), socket.create_connection(address) as silent:
+        silent.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert asked.wait(20) and running.server_state.connections
+        assert eventually(lambda: not running.server_state.connections)
+
+
+def test_one_who_asks_for_nothing_does_not_keep_its_connection(monkeypatch):
+    monkeypatch.setattr(serving, "_ASKING_SECONDS", 0.5)
+
+    async def accept(scope, receive, send):
+        await send({"type": "websocket.accept"})
+        while (await receive())["type"] != "websocket.disconnect":
+            pass
+
+    with (
+        serving_only(accept) as (running, address),
+        socket.create_connection(address, timeout=20) as silent,
+        connect(f"ws://{address[0]}:{address[1]}") as talking,
+    ):
+        assert silent.recv(1) == b""
+        time.sleep(0.5)
+        assert len(running.server_state.connections) == 1 and talking.ping().wait(5)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longtake.generation.recording import Notes
-from longtake.serving.admission import Limits
+from longtake.serving.admission import Limits, Memory
 from longtake.serving.turns import PAYS, how_many, trial
 from longtake.serving.worker import Worker
 from tests import tiny
@@ -66,7 +66,7 @@ def test_a_trial_measures_full_memories():
 
 def test_a_trial_that_fails_finds_nothing_and_ends_nothing():
     engine, gains = FakeEngine(gain=0.5), {}
-    assert [*trial(engine, "explode", 4, gains)] == [] and gains == {} and not engine.open_streams
+    assert len([*trial(engine, "explode", 4, gains)]) == 1 and gains == {} and not engine.open_streams
     worker = Worker(engine, clock=engine.clock)
     worker.warm_up("a ball")
     engine.next_together = lambda streams: {}["a recipe that cannot"]
@@ -74,7 +74,7 @@ def test_a_trial_that_fails_finds_nothing_and_ends_nothing():
     assert len(watch(worker, engine.clock, [session := opened(worker)], 5)[session]) > 5
 
 
-def test_who_comes_finds_no_trial_and_what_it_found_stays():
+def test_who_comes_during_a_trial_waits_for_one_pass_at_most_and_what_it_found_stays():
     engine = FakeEngine(gain=0.5)
     worker = Worker(engine, Limits(sessions=8), clock=engine.clock)
     worker.warm_up("a ball")
@@ -85,11 +85,49 @@ def test_who_comes_finds_no_trial_and_what_it_found_stays():
     while worker.read(session) is None:
         worker.step()
     assert engine.clock.now - began <= engine.block_seconds + 1e-9
-    watch(worker, engine.clock, [session], 10)
-    assert list(worker.gains) == [2] and engine.passes.count(2) == 3 and session.playback.misses == 0
     worker.close(session)
     idle(worker)
     assert list(worker.gains) == [2, 4, 8] and engine.passes.count(2) == 3 and not engine.open_streams
+
+
+@pytest.mark.parametrize("viewers", [1, 2])
+def test_a_server_that_is_never_empty_finishes_its_trial_and_nobody_waits_for_it(viewers):
+    engine = FakeEngine(gain=0.5)
+    worker = Worker(engine, Limits(sessions=4), clock=engine.clock)
+    worker.warm_up("a ball")
+    sessions = [opened(worker) for _ in range(viewers)]
+    watch(worker, engine.clock, sessions, 60)
+    assert list(worker.gains) == [2, 4] and {one.stream for one in sessions} == engine.open_streams
+    assert [one.playback.misses for one in sessions] == [0] * viewers
+
+
+def test_where_there_is_no_slack_or_no_room_or_graphs_are_recorded_a_trial_waits_for_an_empty_server():
+    def tried(engine, memory=None):
+        worker = Worker(engine, Limits(sessions=2), memory=memory and (lambda wait: memory), clock=engine.clock)
+        asked(worker, worker.warm_up("a ball"))
+        worker.foresee()
+        session = opened(worker)
+        watch(worker, engine.clock, [session], 30)
+        found = dict(worker.gains)
+        worker.close(session)
+        idle(worker)
+        assert list(worker.gains) == [2]
+        return found
+
+    def memory(free):
+        return Memory(stream=10, block=0, prompt=0, free=lambda: free)
+
+    fused = FakeEngine(gain=0.5)
+    fused.fused = True
+    assert tried(FakeEngine(gain=0.5)) == tried(FakeEngine(gain=0.5), memory(70)) == {2: pytest.approx(0.5)}
+    assert tried(FakeEngine(gain=0.5, block_seconds=0.5)) == tried(FakeEngine(gain=0.5), memory(30)) == {}
+    assert tried(fused) == {}
+
+
+def test_a_pass_that_would_keep_whoever_comes_waiting_is_not_tried():
+    engine = FakeEngine(gain=0.5, block_seconds=0.4)
+    worker = warm(engine, sessions=8)
+    assert list(worker.gains) == [2, 4]  # eight would take longer than a second
 
 
 def test_a_worker_that_stops_ends_its_trial():
@@ -156,19 +194,38 @@ def test_how_long_a_block_takes_alone_is_not_learned_from_company():
     assert engine.passes and worker._alone_share == pytest.approx(0.2 / worker.block_seconds)
 
 
-def test_of_a_pass_that_fails_streams_that_are_half_made_end_with_its_reason():
+@pytest.mark.parametrize("guilty", [False, True])
+def test_a_decoder_that_fails_for_several_is_asked_for_each_in_its_turn(guilty):
+    """As for want of memory; guilty: it fails for one alone, too."""
     made, clock = tiny.engine(), Clock()
     worker = Worker(made, clock=clock)
     worker.gains = {2: 0.5}
     sessions = [opened(worker, seed=seed) for seed in (1, 2)]
-    watch(worker, clock, sessions, 3)
+    doomed, other = sessions
+    got = watch(worker, clock, sessions, 3)
+    decode, failed = made.codec.decode, []
 
-    def fail(*_, **__):
-        raise RuntimeError("out of memory")
+    def fail(latents, state):
+        its_own = guilty and failed and not failed[1:]  # of the first in turn
+        if len(latents) > 1 or its_own:
+            failed.append(len(latents))
+            raise RuntimeError("out of memory")
+        return decode(latents, state)
 
     made.codec.decode = fail
-    watch(worker, clock, sessions, 3)
-    assert [session.end for session in sessions] == ["RuntimeError: out of memory"] * 2
+    more = watch(worker, clock, sessions, 5)
+    assert failed == ([2, 1] if guilty else [2]) and worker.gains == {}
+    ends = [session.end for session in (doomed, other)]
+    assert sorted(ends) == (["", "RuntimeError: out of memory"] if guilty else ["", ""])
+    for session in sessions:
+        if not session.end:
+            pieces = got[session] + more[session]
+            with made.stream("a ball", seed=session.seed) as stream:
+                alone = [next(stream) for _ in pieces]
+            assert [piece.number for piece in pieces] == [chunk.index for chunk in alone]
+            for piece, chunk in zip(pieces, alone, strict=True):
+                assert np.abs(piece.frames.astype(int) - chunk.frames).max() <= 1
+            assert len(more[session]) > 3
 
 
 def test_a_pass_that_fails_ends_only_the_stream_that_fails_alone():

@@ -12,7 +12,7 @@ from tyro.conf import FlagCreatePairsOff
 from tyro.extras import SubcommandApp
 
 from longtake.cli import bench, doctor, evaluate, explain, generate, models, plan, replay, serve, take, train, verify
-from longtake.cli.terminal import BAD_INPUT, INTERRUPTED, in_one_line, say
+from longtake.cli.terminal import BAD_INPUT, INTERRUPTED, UNREAD, in_one_line, leave_unread, say
 
 app = SubcommandApp()
 app.command(generate.generate)
@@ -31,8 +31,19 @@ app.command(doctor.doctor)
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code: 0 done, 1 a check failed (`verify`, `doctor`, `replay`), 2 bad input (one
-    line on stderr), 130 stopped by Ctrl-C.
+    line on stderr), 130 stopped by Ctrl-C, 141 stopped as nobody reads what it prints, as by `| head`.
     """
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()  # else what is left fails when Python ends, where nobody can catch it
+    except BrokenPipeError:
+        leave_unread()
+        return UNREAD
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     # Before torch is imported: by default its threads spin long for work, which beside one other busy process makes a
     # block take minutes; not spinning at all costs an idle machine almost half its speed.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
@@ -43,6 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args=_with_default_verb(sys.argv[1:] if arguments is None else arguments),
             config=(FlagCreatePairsOff,),
         )
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         say(in_one_line(error))
         return BAD_INPUT

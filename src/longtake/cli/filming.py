@@ -1,6 +1,5 @@
 """A stream on its way to an mp4: what it goes on from, Ctrl-C and full disks on the way, the take kept at its end."""
 
-import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -102,15 +101,16 @@ def _keep(stream: "Stream", path: Path, *, whole: bool) -> None:
 @contextmanager
 def _told_what_is_kept(path: Path) -> "Iterator[None]":
     """Adds to what went wrong while a video was written, say on a full disk, that its first pictures are there."""
+    from longtake.media.mp4 import part_of
     from longtake.media.reading import plays
 
-    before = path.stat() if path.exists() else None
+    kept = part_of(path) if path.exists() else path  # a file that is to be replaced stays
+    is_new = not kept.exists()
     try:
         yield
     except OSError as error:
-        is_new = path.exists() and not (before and os.path.samestat(before, path.stat()))
-        if is_new and plays(path):
-            raise OSError(f"{in_one_line(error)}; {path} keeps what was made until then") from None
+        if is_new and plays(kept):
+            raise OSError(f"{in_one_line(error)}; {kept} keeps what was made until then") from None
         raise
 
 

@@ -13,6 +13,8 @@ from longtake.cli.engines import load_engine
 from longtake.cli.options import Codec, Compile, Device, Levels, Precision
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from longtake.generation.stream import Engine
     from longtake.serving.admission import Memory
 
@@ -92,7 +94,7 @@ def serve(
         access = Access(key=key, origins=origins, loopback=is_loopback(host))
         limits = Limits(sessions=sessions)
         worker = Worker(
-            engine, limits, memory=lambda: _memory_for(engine, sessions), exact=exact, threads=threads
+            engine, limits, memory=lambda wait: _memory_for(engine, sessions, wait), exact=exact, threads=threads
         )  # fmt: skip
         where = listening.getsockname()
         print(f"http://{f'[{where[0]}]' if ':' in where[0] else where[0]}:{where[1]}", flush=True)
@@ -100,17 +102,19 @@ def serve(
     return 0
 
 
-def _memory_for(engine: "Engine", sessions: int) -> "Memory | None":
-    """What streams take of the device, and what there is; None where nobody tells, or would ask."""
+def _memory_for(engine: "Engine", sessions: int, wait: "Callable[[], object]") -> "Memory | None":
+    """What streams take of the device, and how much there is; None where nobody tells, or would ask."""
+    import torch
+
     from longtake.doctor import free_memory
     from longtake.plan import bytes_of_stream
     from longtake.serving.admission import Memory
 
-    free = free_memory(engine.device)
-    if free is None or sessions == 1:  # a first stream is always taken
+    torch.set_num_threads(1)  # no team for this thread either, though it idles ever after
+    if free_memory(engine.device) is None or sessions == 1:  # a first stream is always taken
         return None
-    stream, block, prompt = bytes_of_stream(engine)
-    return Memory(stream=stream, block=block, prompt=prompt, free=free)
+    stream, block, prompt = bytes_of_stream(engine, wait)
+    return Memory(stream=stream, block=block, prompt=prompt, free=lambda: free_memory(engine.device) or 0)
 
 
 def _to_stderr(name: str) -> None:

@@ -1,12 +1,13 @@
 """How every verb talks: results go to stdout, progress and complaints to stderr, and the exit code says how it went."""
 
+import os
 import sys
 from collections.abc import Callable
 from json import dumps
 from time import perf_counter
 from typing import Any
 
-CHECK_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
+CHECK_FAILED, BAD_INPUT, INTERRUPTED, UNREAD = 1, 2, 130, 141
 
 
 def say(text: str) -> None:
@@ -24,6 +25,13 @@ def in_one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split())
+
+
+def leave_unread() -> None:
+    """Print nothing more, not even what still waits: whoever read it has gone."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(nowhere, stream.fileno())
 
 
 class LiveLine:

@@ -230,7 +230,8 @@ class Engine:
         """The next chunk of each of several streams of this engine, in one pass of the network and the codec.
 
         They are what each makes alone, but for rounding; their timings are those of the pass. ValueError unless all
-        have the same `phase`. If it fails, streams whose block was not finished can go on alone, and others are closed.
+        have the same `phase`. If it fails, each goes on alone as if it had not been asked for: where all blocks were
+        finished, the next chunk of each is its block, decoded alone. Those whose memory was being written are closed.
         """
         return _next_together(self, streams)
 
@@ -241,6 +242,7 @@ def _require_words(prompts: Sequence[str]) -> None:
 
 
 _CLOSED = "this stream is closed, or failed: open another one"
+_UNDECODED = "a pass over several streams failed before this block was decoded: ask for the next chunk first"
 
 
 class _Closing(ABC):
@@ -291,6 +293,7 @@ class StreamBatch(_Closing):
         """Make the next blocks from what is remembered, and from blocks that are half made."""
         engine = self.engine
         self._memory: StreamMemory | None = memory
+        self._finished_BFCHW: Tensor | None = None  # a block that is committed and not decoded
         self._in_flight = in_flight
         self._noise = SeededNoise(
             self.seeds, (engine.recipe.block, *engine.latent_size), engine.device, torch.float32
@@ -316,8 +319,7 @@ class StreamBatch(_Closing):
 
         The next block writes over some of them, so whoever keeps it copies them. RuntimeError for closed streams.
         """
-        if self._memory is None:
-            raise RuntimeError(_CLOSED)
+        memory = self._open_memory()
         prompts = list(
             {id(keys): keys for keys in (self._prompt_keys, *(one.prompt for one in self._in_flight))}.values()
         )
@@ -334,7 +336,7 @@ class StreamBatch(_Closing):
                 for one in self._in_flight
             ],
             "codec": None if self._codec_state is None else list(self._codec_state.tensors),
-            "memory": self._memory.state(),
+            "memory": memory.state(),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -396,13 +398,12 @@ class StreamBatch(_Closing):
 
         A change that fails half way, or is stopped by Ctrl-C, closes the streams.
         """
-        if self._memory is None:
-            raise RuntimeError(_CLOSED)
+        memory = self._open_memory()
         if len(prompts) != len(self.seeds):
             raise ValueError(f"{len(self.seeds)} streams cannot go on under {len(prompts)} prompts")
         keys = self.engine.prompt_keys(*prompts)
         try:
-            change(self._memory, keys)
+            change(memory, keys)
         except ValueError:  # refused before anything changed
             raise
         except BaseException:  # Ctrl-C too: half a recache is in no state to go on from
@@ -424,7 +425,9 @@ class StreamBatch(_Closing):
 
     def _next_pictures(self, latents: Iterator[Tensor]) -> Tensor:
         started = time.perf_counter()
-        latents_BFCHW = next(latents)
+        latents_BFCHW, self._finished_BFCHW = self._finished_BFCHW, None
+        if latents_BFCHW is None:
+            latents_BFCHW = next(latents)
         self.engine.wait()
         made = time.perf_counter()
         pictures_BTHWC = self._decode(latents_BFCHW)
@@ -438,10 +441,16 @@ class StreamBatch(_Closing):
         self.blocks += 1
         self.pictures += pictures
 
-    def _making(self) -> Making:
+    def _open_memory(self) -> StreamMemory:
+        """The memory, between two blocks; RuntimeError where there is none, or a block is not decoded."""
         if self._memory is None:
             raise RuntimeError(_CLOSED)
-        return Making(self._memory, self._prompt_keys, self._in_flight, self._noise)
+        if self._finished_BFCHW is not None:
+            raise RuntimeError(_UNDECODED)
+        return self._memory
+
+    def _making(self) -> Making:
+        return Making(self._open_memory(), self._prompt_keys, self._in_flight, self._noise)
 
     @property
     def phase(self) -> Hashable:
@@ -455,7 +464,7 @@ class StreamBatch(_Closing):
 
     def close(self) -> None:
         """Let go of memory and codec state; closed streams make no more pictures."""
-        self._latents = self._memory = self._codec_state = None  # the schedule holds the memory too
+        self._latents = self._memory = self._codec_state = self._finished_BFCHW = None  # the schedule holds memory too
         self._in_flight.clear()
 
     @torch.no_grad()
@@ -581,39 +590,48 @@ def _next_together(engine: Engine, streams: Sequence[Stream]) -> list[Chunk]:
     if any(stream.engine is not engine for stream in streams) or len({stream.phase for stream in streams}) != 1:
         raise ValueError("streams are made together if they are of one engine and in one phase")
     batches = [stream._batch for stream in streams]
+    started = time.perf_counter()
+    latents_BFCHW = _latents_together(engine, batches)
+    engine.wait()
+    made = time.perf_counter()
+    frames_BTHWC, codec_states = _decoded_together(engine, batches, latents_BFCHW)
+    decoded = time.perf_counter()
+    timings = Timings(made - started, decoded - made, decoded - started)
+    chunks = []
+    for batch, frames_THWC, codec_state in zip(batches, frames_BTHWC, codec_states, strict=True):
+        chunks.append(Chunk(frames_THWC.copy(), batch.blocks, batch.pictures / engine.frame_rate, timings))
+        batch._codec_state, batch._finished_BFCHW = codec_state, None
+        batch._count(len(frames_THWC), timings)
+    return chunks
+
+
+def _latents_together(engine: Engine, batches: Sequence[StreamBatch]) -> Tensor:
+    """The next block of each, [B, F, C, H, W], finished and committed; they are left with it to decode."""
     several = [batch._making() for batch in batches]
     blocks = [one.memory.blocks for one in several]
-    started = time.perf_counter()
     try:
         latents_BFCHW = next_latents(engine.network, engine.recipe, engine.recipe.levels(engine.shift), several)
-        engine.wait()
-        made = time.perf_counter()
-        pictures_BTHWC = _decoded_together(engine, batches, latents_BFCHW)
-        frames_BTHWC: np.ndarray = pictures_BTHWC.cpu().numpy()
-        decoded = time.perf_counter()
-        timings = Timings(made - started, decoded - made, decoded - started)
-        chunks = []
-        for batch, one, frames_THWC in zip(batches, several, frames_BTHWC, strict=True):
-            chunks.append(Chunk(frames_THWC.copy(), batch.blocks, batch.pictures / engine.frame_rate, timings))
-            batch._count(len(frames_THWC), timings)
-            batch.in_company = True
-            batch._go_on_with(one.memory, one.in_flight)  # a schedule that rolls compares with its own last block
     except BaseException:  # Ctrl-C too
         for batch, one, before in zip(batches, several, blocks, strict=True):
             if one.memory.blocks != before:
                 batch.close()
         raise
-    return chunks
+    for row, (batch, one) in enumerate(zip(batches, several, strict=True)):
+        batch._go_on_with(one.memory, one.in_flight)  # a schedule that rolls compares with its own last block
+        batch._finished_BFCHW = latents_BFCHW[row : row + 1]
+        batch.in_company = True
+    return latents_BFCHW
 
 
 @torch.no_grad()
-def _decoded_together(engine: Engine, batches: Sequence[StreamBatch], latents_BFCHW: Tensor) -> Tensor:
+def _decoded_together(
+    engine: Engine, batches: Sequence[StreamBatch], latents_BFCHW: Tensor
+) -> tuple[np.ndarray, Sequence[CodecState]]:
+    """Pictures, uint8 [B, T, H, W, 3], and the codec state of each: nothing is changed, lest it fails half way."""
     states = [batch._codec_state for batch in batches]
     joined = CodecState.joined([state for state in states if state is not None])
     frames, after = engine.codec.decode(latents_BFCHW.to(engine.dtype), joined)
-    for batch, state in zip(batches, after.rows(), strict=True):
-        batch._codec_state = state
-    return to_uint8(frames)
+    return to_uint8(frames).cpu().numpy(), after.rows()
 
 
 def to_uint8(frames_BFCHW: Tensor) -> Tensor:

@@ -30,7 +30,9 @@ class Mp4Writer:
     """Writes pictures to an mp4 as they come.
 
     The file grows beside its final name (`out.part.mp4` for `out.mp4`) and takes that name when it is closed, which
-    happens on Ctrl-C and on errors too: pictures once written are kept. Closed without a picture, it leaves nothing.
+    happens on Ctrl-C and on errors too: pictures once written are kept. A file that is there already is replaced by a
+    video that could be written as far as was wanted, or until Ctrl-C; after an error the two stand side by side. Closed
+    without a picture, it leaves nothing.
 
     Args:
         path: the file to make; its folder must exist.
@@ -67,7 +69,7 @@ class Mp4Writer:
         self._container.metadata["comment"] = comment
         self._stream: Any = self._container.add_stream("libx264", rate=frames_per_second, options=_ENCODER)
         describe(self._stream, width, height)
-        self._closed = False
+        self._closed = self._failed = False
 
     def write(self, frames_FHWC: NDArray[np.uint8]) -> None:
         """Append pictures, uint8 [F, H, W, 3] of the writer's size; F may be 0."""
@@ -90,14 +92,16 @@ class Mp4Writer:
         try:
             self._container.mux(self._stream.encode(None))
             self._container.close()
-        finally:  # on a full disk the index is missing, and the fragments still play
-            self._settle()
+        except BaseException:  # on a full disk the index is missing, and the fragments still play
+            self._settle(whole=False)
+            raise
+        self._settle(whole=not self._failed)
 
-    def _settle(self) -> None:
-        if self.frames_written:
-            os.replace(self._part, self.path)
-        else:
+    def _settle(self, *, whole: bool) -> None:
+        if not self.frames_written:
             self._part.unlink()
+        elif whole or not self.path.exists():
+            os.replace(self._part, self.path)
 
     def __enter__(self) -> Self:
         return self
@@ -105,6 +109,7 @@ class Mp4Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._failed = isinstance(error, Exception)  # Ctrl-C is none
         self.close()
 
 

@@ -1,6 +1,6 @@
 """Whether there is room for another stream: by number, by measured speed and by predicted memory."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from longtake.serving.session import Session
@@ -35,31 +35,27 @@ class Limits:
 @dataclass(frozen=True, kw_only=True)
 class Memory:
     """Bytes of the device. stream: that each stream keeps at most. block: that making one of its blocks takes on top.
-    prompt: that reading and taking one of its prompts does. free: that all streams have together."""
+    prompt: that reading and taking one of its prompts does. free: asks how many nothing holds now."""
 
     stream: int
     block: int
     prompt: int
-    free: int
+    free: Callable[[], int]
 
-    def holds(self, streams: int, together: int) -> bool:
-        """Whether so many streams fit, so many of which are made in one pass."""
+    def holds(self, streams: int, together: int, room: int) -> bool:
+        """Whether so many streams fit, so many of which are made in one pass. room: what is free, or theirs."""
         copied = self.stream if together > 1 else 0  # a pass joins what several keep
         work = max(together * (self.block + copied), self.prompt)  # prompts are read one by one
-        return streams * self.stream + work <= _LOAD * self.free
+        return streams * self.stream + work <= _LOAD * room
 
 
-def has_room(streams: int, limits: Limits, share: float, memory: Memory | None, together: int) -> bool:
+def has_room(streams: int, limits: Limits, share: float, holds: Callable[[int], bool]) -> bool:
     """Whether another stream can be taken beside so many; a first one always, even where it is slow.
 
-    share: seconds of the device that a second of video takes. memory: None where nothing is known of it. together: how
-    many are made in one pass at most.
+    share: seconds of the device that a second of video takes. holds: whether memory does for so many.
     """
-    if not streams:
-        return True
     count = streams + 1
-    fits = memory is None or memory.holds(count, min(count, together))
-    return count <= limits.sessions and count * share <= _LOAD and fits
+    return not streams or (count <= limits.sessions and count * share <= _LOAD and holds(count))
 
 
 def retry_seconds(sessions: Sequence[Session], limits: Limits, frame_rate: float, now: float) -> int:

@@ -100,15 +100,20 @@ class House:
         self.store.close()
 
     async def _warm_up(self) -> None:
+        self.worker.start()
+        foreseeing = asyncio.create_task(asyncio.to_thread(self.worker.foresee))  # what it imports takes long, too
         try:
-            self.worker.start()
             await asyncio.wrap_future(self.worker.warm_up(self.first_words))
         except Exception:
             self.trouble = "the model failed when it was warmed up: see the server's log"
             log.exception(self.trouble)
-            return
-        self.ready = True
-        log.info("ready")
+        else:
+            self.ready = True
+            log.info("ready")
+        try:
+            await foreseeing
+        except Exception:
+            log.exception("what streams take of memory cannot be predicted: one at a time is taken")
 
     async def leave(self, patience: float = 5.0) -> None:
         """End every stream, and wait for its client to be told."""
@@ -324,9 +329,10 @@ def _reference(app: FastAPI) -> Callable[[], Awaitable[HTMLResponse]]:
         messages = [(one.model_fields["type"].annotation.__args__[0], one.__doc__ or "") for one in MESSAGES]  # type: ignore[union-attr]
         return HTMLResponse(
             "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-            "<title>longtake: interface</title><link rel=stylesheet href=style.css><main class=reference>"
+            "<title>longtake: interface</title><link rel=icon href=icon.svg><link rel=stylesheet href=style.css>"
+            "<main class=reference><a class=brand href=.><img src=icon.svg alt='' width=22 height=22>longtake</a>"
             f"<h1>Interface</h1>{_table(routes)}<h2>Messages to WS /v1/realtime/video</h2>{_table(messages)}"
-            "<p>As a schema: <a href=openapi.json>openapi.json</a>. <a href=.>Back to the page</a>.</p></main></html>"
+            "<p>As a schema: <a href=openapi.json>openapi.json</a>.</p></main></html>"
         )
 
     return docs

@@ -1,18 +1,35 @@
 """The process: listens, says where, and ends streams cleanly when it is told to go."""
 
+import asyncio
 import signal
 import socket
+import sys
 from contextlib import suppress
 
 import uvicorn
 from fastapi import FastAPI
+from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from longtake.serving.access import LOOPBACK
 
 _LARGEST_FRAME = 2**20  # bytes; more than the protocol's largest message, so that most clients are told what is wrong
 _MOST_CONNECTIONS = 256
+_ASKING_SECONDS = 10.0
 _CLOSING_SECONDS = 10.0
+_TAKING_SECONDS = 60.0
+
+
+class _Http(H11Protocol):
+    """Drops who connects and asks for nothing: else it keeps its connection for as long as it likes."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self.loop.call_later(_ASKING_SECONDS, self._require_request)
+
+    def _require_request(self) -> None:
+        if self.cycle is None and self in self.connections:  # a socket's protocol has taken this one's place there
+            self.transport.abort()
 
 
 class _Socket(WebSocketsSansIOProtocol):
@@ -51,9 +68,12 @@ def listen(host: str, port: int) -> socket.socket:
         raise ValueError(f"a port is 0 to {2**16 - 1}, got {port}")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family)
+        listening = socket.create_server((host, port), family=family)
     except OSError as error:
         raise OSError(f"cannot listen on {host} port {port}: {error}") from None
+    if sys.platform == "linux":  # who takes nothing of a file for so long is dropped; connections inherit it
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(1000 * _TAKING_SECONDS))
+    return listening
 
 
 def run(app: FastAPI, listening: socket.socket) -> None:
@@ -62,6 +82,7 @@ def run(app: FastAPI, listening: socket.socket) -> None:
         app,
         log_level="warning",
         access_log=False,
+        http=_Http,
         ws=_Socket,
         ws_max_size=_LARGEST_FRAME,
         limit_concurrency=_MOST_CONNECTIONS,

@@ -5,7 +5,7 @@ import math
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 
-from longtake.generation.stream import Engine
+from longtake.generation.stream import Engine, Stream
 
 PAYS = 0.9
 """Of the time that blocks take one after the other: a pass over several has to take less. It delays the first of them,
@@ -33,38 +33,44 @@ def how_many(dry_at: Sequence[float], now: float, alone: float, gains: Mapping[i
     return 1
 
 
-def trial(engine: Engine, prompt: str, most: int, gains: dict[int, float], rounds: int = 2) -> Iterator[None]:
+def trial(
+    engine: Engine, prompt: str, most: int, gains: dict[int, float], rounds: int = 2
+) -> Iterator[Sequence[Stream]]:  # fmt: skip
     """Measure passes over 2, 4, 8, ... streams, up to `most`, once all that they remember is full: sizes that pay enter
     `gains`, see `how_many`.
 
-    One pass for each step, so that it can be left in between; another trial goes on with the sizes that are not in
-    `gains`. It ends with the first that does not pay, or fails, say for want of memory.
+    One pass for each step, over the streams that the step before gave, so that it can be left in between; another trial
+    goes on with the sizes that are not in `gains`. It ends with the first that does not pay, or fails, say for want of
+    memory.
     """
-    size = 2 * max(gains, default=1)
-    while size <= most:
+    while (size := next_size(gains)) <= most:
         gain = yield from _gain(engine, prompt, size, rounds)
         if gain >= PAYS:
             return
         gains[size] = gain
-        size *= 2
 
 
-def _gain(engine: Engine, prompt: str, size: int, rounds: int) -> Generator[None, None, float]:
+def next_size(gains: Mapping[int, float]) -> int:
+    """Of how many streams a trial tries passes first."""
+    return 2 * max(gains, default=1)
+
+
+def _gain(engine: Engine, prompt: str, size: int, rounds: int) -> Generator[Sequence[Stream], None, float]:
     alone = together = math.inf
     with ExitStack() as opened:
         try:
             streams = [opened.enter_context(engine.stream(prompt, seed=seed)) for seed in range(size)]
             for _ in range(engine.recipe.memory(engine.network).blocks_until_full(engine.recipe.block)):
+                yield streams
                 engine.next_together(streams)  # while memories fill, kernels are tried and recorded
-                yield
             for _ in range(rounds):
                 in_turn = 0.0
                 for stream in streams:
+                    yield streams
                     in_turn += next(stream).timings.total_seconds
-                    yield
                 alone = min(alone, in_turn)
+                yield streams
                 together = min(together, engine.next_together(streams)[0].timings.total_seconds)
-                yield
         except Exception:  # whatever it is, streams are made alone as before
             log.exception("passes over %d streams are not made: one failed", size)
             return math.inf

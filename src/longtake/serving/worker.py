@@ -4,6 +4,7 @@ It knows nothing of HTTP. Sockets open sessions, read pieces and give commands f
 """
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -20,13 +21,15 @@ from longtake.generation.take import Take, bytes_of
 from longtake.serving.admission import Busy, Limits, Memory, has_room, retry_seconds
 from longtake.serving.playback import Playback
 from longtake.serving.session import Over, Piece, Session
-from longtake.serving.turns import how_many, trial
+from longtake.serving.turns import how_many, next_size, trial
 
 T = TypeVar("T")
 Method = Literal["redirect", "cut"]
 
 _RECENT = 0.1  # weight of each of the latest blocks in the measured speed
-_LOOK_AFTER = 1.0  # seconds at most between looks at who has gone
+_LOOK_AFTER = 1.0  # seconds at most between looks at who has gone, and at memory
+_FORESEEN_AFTER = 3  # seconds, about, that it takes to predict what streams take of memory
+_LONGEST_TRIAL = 1.0  # seconds that a pass of a trial may take, for which whoever comes waits
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +45,10 @@ class Worker:
 
     Each is made at most `limits.ahead` seconds beyond what its viewer has played, and then rests; pictures made and not
     handed out are dropped when the words change. Methods are safe to call from any thread; those that need the device
-    return futures, which are done between two blocks. memory: predicts what streams take of the device, once it is
-    warm; None where that is not known, and they take what they do. exact: never make blocks of several streams in one
-    pass, so that each is made again to the bit. threads: that torch works with on the device's thread; unless given, as
-    many as ever. clock: seconds, for tests.
+    return futures, which are done between two blocks. memory: predicts what streams take of the device, see `foresee`,
+    calling what it is given again and again; None where that is not known, and they take what they do. exact: never
+    make blocks of several streams in one pass, so that each is made again to the bit. threads: that torch works with on
+    the device's thread; unless given, as many as ever. clock: seconds, for tests.
 
     Raises: ValueError if `ahead` is shorter than two blocks or not longer than `lead`.
     """
@@ -55,7 +58,7 @@ class Worker:
         engine: Engine,
         limits: Limits | None = None,
         *,
-        memory: Callable[[], Memory | None] = lambda: None,
+        memory: Callable[[Callable[[], object]], Memory | None] | None = None,
         exact: bool = False,
         threads: int | None = None,
         clock: Callable[[], float] = time.monotonic,
@@ -69,21 +72,26 @@ class Worker:
         """Seconds of the device that a second of video takes, of late; None until measured."""
         self._alone_share = 0.0  # the same of blocks that were made alone
         self.gains: dict[int, float] = {}
-        """Of how many streams a pass saves time, and what share of it is left, as measured while nobody was there."""
+        """Of how many streams a pass saves time, and what share of it is left, as a trial measured."""
         self._untried: str | None = None  # the words of the trial that is to be made
-        self._trial: Iterator[None] | None = None
+        self._trial: Iterator[Sequence[Stream]] | None = None
+        self._tried: Sequence[Stream] = ()  # over which its next pass goes
         if self.limits.ahead < max(2 * self.block_seconds, self.limits.lead):
             raise ValueError(
                 f"a stream is made at least two blocks ahead, {2 * self.block_seconds:g} s, and no less than the "
                 f"{self.limits.lead:g} s that a viewer holds: got {self.limits.ahead:g} s"
             )
+        self._predict, self._foreseen = memory, memory is None
         self._memory: Memory | None = None
-        self._predicted, self._exact, self._threads = memory, exact, threads
+        self._room, self._looked = 0, -math.inf  # bytes that are free or our streams', and when that was found
+        self._exact, self._threads = exact, threads
         self._sessions: dict[str, Session] = {}
         self._commands: deque[Callable[[], None]] = deque()
         self._commanded = False
         self._stopping = False
         self._lock = threading.Condition()
+        self._idle = threading.Event()
+        self._idle.set()
         self._thread = threading.Thread(target=self._run, name="longtake-device", daemon=True)
 
     # For viewers
@@ -103,10 +111,10 @@ class Worker:
         with self._lock:
             now = self.clock()
             self._let_go(now)
-            together = max(self.gains, default=1)
-            room = has_room(len(self._sessions), self.limits, self.device_share or 0.0, self._memory, together)
+            room = has_room(len(self._sessions), self.limits, self.device_share or 0.0, self._holds)
             if self._stopping or not room:
-                raise Busy(retry_seconds(self.sessions(), self.limits, self.engine.frame_rate, now))
+                left = retry_seconds(self.sessions(), self.limits, self.engine.frame_rate, now)
+                raise Busy(left if self._foreseen else min(left, _FORESEEN_AFTER))
             session = Session(prompt, seed, pictures, now, changed, Playback(now), touched=now)
             self._sessions[session.id] = session
             return session
@@ -133,7 +141,7 @@ class Worker:
     def take_bytes(self, session: Session) -> "Future[int]":
         """What a snapshot takes, as the stream stands; nothing is copied. Over as for `snapshot`."""
         with self._lock:
-            return self._command(lambda: sum(bytes_of(session.opened_stream().state()).values()))
+            return self._command(lambda: _bytes_of(session.opened_stream()))
 
     def snapshot(self, session: Session) -> "Future[Take]":
         """The stream as it stands, between two blocks; what is made and not handed out comes before it.
@@ -222,10 +230,7 @@ class Worker:
     # The device
 
     def warm_up(self, prompt: str, blocks: int = 3) -> "Future[None]":
-        """Make a few blocks for nobody, so that the first viewer does not pay for the start; this measures speed.
-
-        What streams take of memory is predicted then, too.
-        """
+        """Make a few blocks for nobody, so that the first viewer does not pay for the start; this measures speed."""
         with self._lock:
             return self._command(lambda: self._warm_up(prompt, blocks))
 
@@ -235,8 +240,17 @@ class Worker:
                 chunk = next(stream)
                 if number:  # the first pays for the start
                     self._measure([chunk])
-        self._memory = self._predicted()
         self._untried = None if self._exact else prompt
+
+    def foresee(self) -> None:
+        """Predict what streams take of memory, in this thread, for some seconds of what blocks leave of the time.
+
+        One stream at a time is taken until then.
+        """
+        memory = self._predict(self._idle.wait) if self._predict else None
+        with self._lock:
+            self._memory, self._foreseen = memory, True
+            self._lock.notify_all()
 
     def start(self) -> None:
         self._thread.start()
@@ -252,7 +266,7 @@ class Worker:
             self._thread.join()
         while self._commands:  # what was asked for last: streams are closed
             self.step()
-        self._trial = None
+        self._end_trial()
 
     def _run(self) -> None:
         if self._threads:
@@ -266,35 +280,62 @@ class Worker:
     def step(self) -> bool:
         """Do one thing on the device, a command or a block; False if there is nothing to do now.
 
-        They take turns, so that nobody's commands keep the others from their pictures. While nobody is there, passes
-        over several streams are tried.
+        They take turns, so that nobody's commands keep the others from their pictures. Where nobody would wait for it,
+        passes over several streams are tried.
         """
         with self._lock:
             now = self.clock()
             self._let_go(now)
+            self._look_at_memory(now)
             sessions = self._next(now)
             command = self._commands.popleft() if self._commands and not (self._commanded and sessions) else None
             self._commanded = command is not None
-            empty = not self._sessions
-        if not empty:
-            self._trial = None  # its streams have memory that others were promised
-        if command is not None:
-            command()
-        elif sessions:
-            self._make(sessions)
-        else:
-            return empty and self._try()
+            tries = command is None and not sessions and self._may_try(now)
+        self._idle.clear()
+        try:
+            if command is not None:
+                command()
+            elif sessions:
+                self._make(sessions)
+            else:
+                return tries and self._try()
+        finally:
+            self._idle.set()
         return True
 
     def _try(self) -> bool:
         """Go on with the trial, or begin it; False where there is none."""
-        if self._untried is None:
-            return False
+        assert self._untried is not None
         if self._trial is None:
             self._trial = trial(self.engine, self._untried, self.limits.sessions, self.gains)
-        if next(self._trial, self) is self:
+        self._tried = next(self._trial, ())
+        if not self._tried:
             self._trial = self._untried = None
-        return True
+        return bool(self._tried)
+
+    def _end_trial(self) -> None:
+        self._trial, self._tried = None, ()
+
+    def _may_try(self, now: float) -> bool:
+        """Whether a pass of the trial, as long as its blocks one by one, leaves time for a block of each stream before
+        the first runs dry, and its streams room for another one."""
+        if self._untried is None or not self._foreseen:
+            return False
+        size = len(self._tried) or next_size(self.gains)
+        block = self._alone_share * self.block_seconds
+        if size * block * self.gains.get(size // 2, 1.0) > _LONGEST_TRIAL:
+            self._end_trial()
+            self._untried = None
+            return False
+        if not self._sessions:
+            return True
+        if self.engine.fused or any(session.stream is None for session in self._sessions.values()):
+            return False  # recording graphs of a size takes as long as it takes
+        playing = [one for one in self._sessions.values() if not one.playback.paused and not one.whole]
+        late = now + (size + len(playing)) * block
+        return all(self._dry_at(session, now) >= late for session in playing) and self._holds(
+            len(self._sessions) + 1 + size, size
+        )
 
     def _next(self, now: float) -> list[Session]:
         """Of those that want more, the session whose video runs dry first, and those that a pass takes along."""
@@ -334,15 +375,10 @@ class Worker:
         try:
             chunks = self._chunks([session.stream for session in sessions if session.stream is not None])
         except Exception as error:  # whatever it is, it ends no other stream
-            if len(sessions) > 1:
-                log.exception("a pass over %d streams failed: they go on one by one", len(sessions))
-                for size in [size for size in self.gains if size >= len(sessions)]:
-                    del self.gains[size]
-            with self._lock:
-                for session in sessions:
-                    if len(sessions) == 1 or session.stream is None or session.stream.closed:  # half made
-                        session.failed = True
-                        self._end(session, f"{type(error).__name__}: {error}")
+            if len(sessions) == 1:
+                self._fail(sessions[0], error)
+            else:
+                self._make_in_turn(sessions, error)
             return
         with self._lock:
             if chunks[0].index:  # the first pays for the start
@@ -353,6 +389,22 @@ class Worker:
                     session.take_in(chunk, now)
         for session in sessions:
             session.changed()
+
+    def _make_in_turn(self, sessions: Sequence[Session], error: Exception) -> None:
+        """After a pass over them failed: no command may come between, as they may have a block that is not decoded."""
+        log.exception("a pass over %d streams failed: they go on one by one", len(sessions))
+        for size in [size for size in self.gains if size >= len(sessions)]:
+            del self.gains[size]
+        for session in sessions:
+            if session.stream is not None and session.stream.closed:  # its memory was being written
+                self._fail(session, error)
+            else:
+                self._make([session])
+
+    def _fail(self, session: Session, error: Exception) -> None:
+        with self._lock:
+            session.failed = True
+            self._end(session, f"{type(error).__name__}: {error}")
 
     def _chunks(self, streams: Sequence[Stream]) -> list[Chunk]:
         return self.engine.next_together(streams) if len(streams) > 1 else [next(streams[0])]
@@ -385,6 +437,7 @@ class Worker:
     def _begin(self, session: Session, take: Take | None) -> Session:
         if session.end:
             raise Over("the session was ended before it began")
+        self._end_trial()  # its streams have memory that others were promised
         try:
             session.stream = self._stream(session, take)
         except Exception:
@@ -427,6 +480,20 @@ class Worker:
 
     # With the lock held
 
+    def _look_at_memory(self, now: float) -> None:
+        """Between two blocks, so that what a pass takes does not count; once in a while."""
+        if self._memory is not None and now - self._looked >= _LOOK_AFTER:
+            opened = [session.stream for session in self._sessions.values() if session.stream is not None]
+            ours = sum(_bytes_of(stream) for stream in (*opened, *self._tried) if not stream.closed)
+            self._room, self._looked = self._memory.free() + ours, now
+
+    def _holds(self, streams: int, together: int | None = None) -> bool:
+        """Whether memory does for so many streams; as far as it is foreseen. together: made in one pass at most."""
+        if self._memory is None:
+            return self._foreseen
+        together = min(streams, max(self.gains, default=1)) if together is None else together
+        return self._memory.holds(streams, together, self._room)
+
     def _drop(self, session: Session, name: str, since: int) -> None:
         session.drop(name, since)
         self._lock.notify_all()
@@ -448,6 +515,11 @@ class Worker:
         self._sessions.pop(session.id, None)
         self._command(lambda: session.stream.close() if session.stream else None)
         session.changed()
+
+
+def _bytes_of(stream: Stream) -> int:
+    """What it keeps from block to block."""
+    return sum(bytes_of(stream.state()).values())
 
 
 def _phase(session: Session) -> object:

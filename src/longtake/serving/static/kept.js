@@ -1,30 +1,58 @@
-// Snapshots and recordings of this browser, which the server keeps: a list that survives a reload of the page.
+// Snapshots and recordings of this browser, which the server keeps: a list that survives a reload of the page, and what
+// was being recorded when its socket broke.
 import { clock } from "./timeline.js";
 
 const STORE = "longtake-kept";
+const LOOKS = 20; // at the server, a second apart, for a recording that was cut off: it ends by itself
 
 export class Kept {
   // hands: { ask, rewind, fork, download, complain }
   constructor(list, hands) {
     Object.assign(this, { list, hands });
-    this.items = [];
+    this.items = remembered();
+    this.present = null; // the recording that goes on here
     this.live = false;
   }
 
-  // Those of this browser that the server still has.
-  async meet() {
+  // Those of this browser that the server still has, and those of recordings cut off that it has by and by.
+  async meet(looks = LOOKS) {
     const there = new Set();
     for (const kind of ["snapshots", "recordings"]) {
       for (const one of (await this.hands.ask(`v1/${kind}`)).data) there.add(one.id);
     }
-    this.items = remembered().filter((item) => there.has(item.id));
+    for (const item of this.items) item.going &&= !there.has(item.id);
+    this.items = this.items.filter((item) => there.has(item.id) || item === this.present || (item.going && looks));
     this.#keep();
+    this.#lookAgain(looks);
+  }
+
+  #lookAgain(looks) {
+    if (!looks || !this.items.some((item) => item.going && item !== this.present)) return;
+    setTimeout(() => this.meet(looks - 1).catch(() => this.#lookAgain(looks - 1)), 1000);
   }
 
   // item: { kind: "snapshot" | "recording", id, at, words, seed, picture }
   add(item) {
     this.items.unshift(item);
     this.#keep();
+  }
+
+  // A recording that goes on: remembered, and shown once it is whole.
+  begin(item) { this.add(Object.assign((this.present = item), { going: true })); }
+
+  // It is whole; there is nothing of it where its length in seconds is null.
+  finish(seconds) {
+    if (seconds === null) this.items = this.items.filter((item) => item !== this.present);
+    Object.assign(this.present, { at: seconds, going: false });
+    this.present = null;
+    this.#keep();
+  }
+
+  // Its socket broke after so many seconds: the server ends it.
+  cutOff(seconds) {
+    this.present.at = seconds;
+    this.present = null;
+    this.#lookAgain(LOOKS);
   }
 
   // live: whether there is a stream to rewind.
@@ -45,16 +73,17 @@ export class Kept {
 
   #keep() {
     try { localStorage.setItem(STORE, JSON.stringify(this.items)); } catch { /* the list lives as long as the page */ }
-    this.list.replaceChildren(...this.items.map((item) => this.#row(item)));
-    this.list.hidden = !this.items.length;
-    document.getElementById("kept-none").hidden = !!this.items.length;
-    document.getElementById("kept-how").hidden = !this.items.length;
+    const whole = this.items.filter((item) => !item.going);
+    this.list.replaceChildren(...whole.map((item) => this.#row(item)));
+    this.list.hidden = !whole.length;
+    document.getElementById("kept-none").hidden = !!whole.length;
+    document.getElementById("kept-how").hidden = !whole.length;
   }
 
   #row(item) {
     const { hands } = this;
     const row = document.createElement("li");
-    const what = item.kind === "snapshot" ? `Snapshot at ${clock(item.at)}` : `Recording, ${clock(item.at)}`;
+    const what = item.kind === "snapshot" ? `Snapshot at ${clock(item.at)}` : item.at ? `Recording, ${clock(item.at)}` : "Recording";
     const text = Object.assign(document.createElement("p"), { className: "what" });
     text.append(Object.assign(document.createElement("strong"), { textContent: what }));
     text.append(Object.assign(document.createElement("span"), { className: "quiet", textContent: item.words, title: item.words }));

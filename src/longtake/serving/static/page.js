@@ -17,7 +17,7 @@ let model = null; // what /v1/models tells
 let key = sessionStorage.getItem("longtake-key");
 let stream = null;
 // { socket, seed, prompts: [{at, prompt, cut}], asked: Map(id -> {prompt, cut, time}), shown: pictures, made: seconds,
-//   forked, rewound, words: on their way, snapshots: [those whose place is still to come] }
+//   forked, rewound, words: on their way }
 // Seconds of prompts are those of all that was made, dropped pictures included, so that a command line can repeat them.
 let next = null; // the snapshot that a stream starts from when this one has ended
 
@@ -103,7 +103,7 @@ async function start(from = null) {
   address.protocol = location.protocol === "https:" ? "wss:" : "ws:";
   const socket = new WebSocket(address);
   socket.binaryType = "arraybuffer";
-  const own = (stream = { socket, seed: null, prompts: [], asked: new Map(), shown: 0, made: 0, error: "", forked: !!from, rewound: false, words: prompt, snapshots: [] });
+  const own = (stream = { socket, seed: null, prompts: [], asked: new Map(), shown: 0, made: 0, error: "", forked: !!from, rewound: false, words: prompt });
   const watch = { type: "session.watch", session: watching };
   const beginning = from ? { resume_from: from.id } : { prompt, seed: Number($("seed").value) };
   const message = { type: "session.start", model: model.id, num_frames: null, ...beginning };
@@ -151,19 +151,14 @@ function hear(data) {
 function take(bytes) {
   const at = stream.shown / model.fps;
   if (watching) follow(at);
+  stream.words = about.prompt;
   for (const id of about.started_event_ids) {
     const change = stream.asked.get(id);
     if (!change) continue;
-    stream.words = change.prompt;
     timeline.activate(id, at);
     player.whenAt(at, () => ($("n-change").textContent = seconds((performance.now() - change.time) / 1000)));
     stream.asked.delete(id);
   }
-  for (const one of stream.snapshots.filter((one) => one.made <= about.start_seconds)) {
-    timeline.snapshot(at);
-    kept.add({ ...one, at });
-  }
-  stream.snapshots = stream.snapshots.filter((one) => one.made > about.start_seconds);
   stream.error = ""; // what was refused did not end the stream
   stream.shown += about.num_frames;
   stream.made = about.start_seconds + about.num_frames / model.fps;
@@ -172,9 +167,8 @@ function take(bytes) {
 
 // What the owner of the stream has it show.
 function follow(at) {
-  if (!stream.shown) timeline.begin((stream.words = about.prompt));
+  if (!stream.shown) return timeline.begin(about.prompt);
   if (about.prompt === stream.words) return;
-  stream.words = about.prompt;
   timeline.ask(at, about.prompt);
   timeline.activate(at, at);
 }
@@ -221,9 +215,9 @@ function snapshot() {
   if (stream && !watching && !$("snapshot").disabled) tell({ type: "session.snapshot" });
 }
 function snapped({ id, start_seconds: made }) {
-  const one = { kind: "snapshot", id, made, words: stream.words, seed: stream.seed, picture: thumbnail() };
-  if (player.paused) kept.add({ ...one, at: stream.shown / model.fps }); // nothing comes that would show its place
-  else stream.snapshots.push(one);
+  const at = stream.shown / model.fps + Math.max(0, made - stream.made); // if nothing of what is to come is dropped
+  timeline.snapshot(at);
+  kept.add({ kind: "snapshot", id, at, words: stream.words, seed: stream.seed, picture: thumbnail() });
   say("Snapshot taken");
 }
 function rewind(item) {
@@ -237,20 +231,20 @@ function fork(item) {
   tell({ type: "session.stop" });
 }
 
-let rolling = null; // the recording that goes on: { words, from, picture }
+let rolling = null; // the recording that goes on: { from: pictures shown before it }
 
 function toggleRecording() {
   if (stream && !watching && !$("record").disabled) tell({ type: rolling ? "session.record.stop" : "session.record" });
 }
-function recording() {
-  rolling = { from: stream.shown, words: stream.words, picture: thumbnail() };
+function recording(id) {
+  rolling = { from: stream.shown };
+  kept.begin({ kind: "recording", id, at: 0, words: stream.words, seed: stream.seed, picture: thumbnail() });
   showRecording();
 }
 function recorded({ id, seconds: length, full }) {
-  const { words: said, picture } = rolling ?? {};
+  kept.finish(id ? length : null);
   rolling = null;
   showRecording();
-  if (id) kept.add({ kind: "recording", id, at: length, words: said, seed: stream.seed, picture });
   if (full) complain("The recording ended: there is no more room for it on the server.");
   else say(id ? "The recording is kept" : "Nothing was recorded");
 }
@@ -284,7 +278,10 @@ function thumbnail() {
 
 function ended() {
   const why = stream.error;
+  if (rolling) kept.cutOff((stream.shown - rolling.from) / model.fps);
   const ran = stream.prompts.length > 0;
+  timeline.forgetWaiting();
+  draw();
   if (ran) last = stream;
   stream = rolling = null;
   showRecording();

@@ -19,7 +19,7 @@ export class Timeline {
     this.track.replaceChildren(this.needle);
     this.whole.hidden = false;
     this.#add({ id: null, words, at: 0, state: "active" });
-    this.draw(0, 0);
+    put(this.parts[0].item, "0%", "0%");
   }
 
   ask(id, words) { this.#add({ id, words, at: Infinity, state: "sent" }); }
@@ -30,6 +30,7 @@ export class Timeline {
       this.#become(part, "active");
     });
   }
+  forgetWaiting() { this.parts.filter((part) => part.at === Infinity).forEach((part) => this.forget(part.id)); }
   forget(id) {
     this.#find(id, (part) => part.item.remove());
     this.parts = this.parts.filter((part) => part.id !== id);
@@ -70,6 +71,9 @@ export class Timeline {
     this.needle.style.left = place(now);
     this.labels.from.textContent = clock(begin);
     this.labels.now.textContent = clock(now);
+    this.labels.now.style.left = place(now);
+    this.labels.from.style.visibility = now - begin < SPAN / 9 ? "hidden" : ""; // there is room for one of them
+    this.labels.to.style.visibility = end - now < SPAN / 9 ? "hidden" : "";
     this.labels.to.textContent = clock(end);
     return shown;
   }
