@@ -168,6 +168,9 @@ def test_only_how_cells_compare_changes_what_they_count() -> None:
     expected = (6 * share * early_alone + (1 - share) * late_alone) / (6 * share + 1 - share)
     torch.testing.assert_close(loss(early, 5.0), expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(loss(-early, 5.0), late_alone, rtol=1e-4, atol=0)  # below 0: not at all
+    first = torch.zeros(given.focus_BFHW.shape)
+    first[0] = 1.0
+    torch.testing.assert_close(loss(first, 1e9), even)  # a clip that matters everywhere counts no more than the others
 
 
 def test_a_perfect_codec_pays_for_its_latents_only() -> None:

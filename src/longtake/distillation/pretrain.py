@@ -148,6 +148,10 @@ def forced_by_block(
 
 
 def _focused_mse(velocity: Tensor, target: Tensor, focus_BFHW: Tensor, focus_weight: float) -> Tensor:
-    """Squared error in which the cells that matter count more, at any level: how a camera moves is decided in noise."""
+    """Squared error in which the cells that matter count more, at any level: how a camera moves is decided in noise.
+
+    Clips count alike, however much some of their cells do: else those made for memory would outweigh all the others.
+    """
     weight = ((1 + focus_weight * focus_BFHW) * (focus_BFHW >= 0)).unsqueeze(2)
-    return (weight * functional.mse_loss(velocity.float(), target.float(), reduction="none")).mean() / weight.mean()
+    weighed = weight * functional.mse_loss(velocity.float(), target.float(), reduction="none")
+    return (weighed.flatten(1).mean(1) / weight.flatten(1).mean(1).clamp_min(1e-6)).mean()
