@@ -716,6 +716,11 @@ def toy_teacher(
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     network.to(dtype)
     codec.to(dtype)
+    own = network.patch_embedding.weight.device
+    if own.type == "cuda" and own.index == torch.cuda.current_device() and find_spec("triton"):
+        from longtake.models.wan_triton import fuse_clips
+
+        fuse_clips(network)
     levels = even_levels(steps, description["shift"])
     words = WordText(text, captions.encode)
 
