@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 
@@ -60,3 +61,15 @@ def test_gains_are_of_what_was_timed_side_by_side(monkeypatch: pytest.MonkeyPatc
     cases += [case("converted", 21, ms=5.0), case("converted", 42, ms=8.0), case("converted", 84, ms=16.0)]
     found = speed.summed_up(cases)
     assert found == {"gains": {"1.3B layer": {21: 0.8, 42: 2.0}}, "crossing": {"1.3B layer": 42}}
+
+
+def test_jumps_are_found_where_chunks_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures that move on by 1 each, and by 9 where the second and the third chunk of three latent frames begin."""
+    edges = script("rehyat_edges", monkeypatch)
+    moved = torch.ones(2, 33)  # nine latent frames
+    moved[:, [9, 21]] = 9  # the first pictures of latent frames 3 and 6
+    videos = moved.cumsum(1)[..., None, None, None].expand(-1, -1, 2, 2, 3).to(torch.uint8)
+    changes = edges.changes(videos)
+    assert changes.tolist() == [[1, 1, 9, 1, 1, 9, 1, 1]] * 2
+    assert edges.at_edges(changes, 3) == {"edge": 9.0, "inside": 1.0, "ratio": 9.0}
+    assert edges.at_edges(changes, 2)["edge"] == 3.0
