@@ -108,8 +108,12 @@ def parallel(
 
 
 def stacked(x_BTND: Tensor, pieces: list[slice]) -> Tensor:
-    """Equally long pieces of time as rows of a batch, [B * G, T, N, D]."""
-    return torch.stack([x_BTND[:, piece] for piece in pieces], dim=1).flatten(0, 1)
+    """Pieces of time as rows of a batch, [B * G, T, N, D]: as long as each other, as far apart, and maybe overlapping.
+    Those of one clip are not copied."""
+    size = pieces[0].stop - pieces[0].start
+    step = pieces[1].start - pieces[0].start if len(pieces) > 1 else size
+    part_BTND = x_BTND[:, pieces[0].start : pieces[-1].stop]
+    return part_BTND.unfold(1, size, step).movedim(-1, 2).flatten(0, 1)
 
 
 def _sums_before(frames: list[int], keys: Features, v_BTND: Tensor, tokens: int) -> Sums:
@@ -127,7 +131,7 @@ def _sums_before(frames: list[int], keys: Features, v_BTND: Tensor, tokens: int)
 
 
 def alike(chunks: list[Chunk]) -> list[list[int]]:
-    """Numbers of the chunks, grouped by how long they and what is near to them are."""
+    """Numbers of the chunks, grouped by how long they and what is near to them are; those of a group are neighbours."""
     groups: dict[tuple[int, int], list[int]] = {}
     for i, chunk in enumerate(chunks):
         groups.setdefault((chunk.end - chunk.begin, chunk.end - chunk.near), []).append(i)
