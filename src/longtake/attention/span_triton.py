@@ -6,8 +6,9 @@ In plain torch a layer writes and reads the hidden numbers and the features of e
 queries, near answers and sums to answers. They know no gradients. Truth: `near_span.parallel` of the features that
 `models.features.LearnedForm` makes, under `Shift.LOG_MASS`.
 
-Sums are float32. Products have the type of bfloat16 tokens and add up in float32; of float32 tokens they are exact, of
-float16 ones, whose range is too small for features, TF32. Heads are padded to a power of two, what is beyond is zero.
+Sums are float32. Products have the type of bfloat16 tokens and add up in float32. Of float32 tokens they are three TF32
+ones each, which is nearly exact, of float16 ones, whose range is too small for features, one. Heads are padded to a
+power of two; what is beyond is zero.
 
 Shapes: B batch, T tokens (frame-major), N heads, D per head, P degree, R features (P * D), F latent frames, G chunks.
 """
@@ -24,7 +25,7 @@ from longtake.attention.near_span import Chunk, NearSpan, PowerWeights, alike, s
 from longtake.attention.rope import Rotation
 
 _TILE = 64  # tokens of a head
-_HIDDEN = 64  # hidden numbers at once
+_HIDDEN = {torch.float32: 32, torch.float16: 64, torch.bfloat16: 64}  # numbers at once, as registers have room
 _CHUNKS = 16  # at once: what is held beside input and output is theirs, however long the clip
 
 
@@ -140,7 +141,7 @@ def _weights(weights: PowerWeights, dtype: torch.dtype) -> list[Tensor]:
 def _sizes(size: int, features: int, dtype: torch.dtype) -> dict[str, int | str]:
     return {
         "HEAD": size, "DEGREE": features // size, "D": max(16, triton.next_power_of_2(size)),
-        "TILE": _TILE, "HIDDEN": _HIDDEN, "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        "TILE": _TILE, "HIDDEN": _HIDDEN[dtype], "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
         "num_warps": 8, "num_stages": 2 if dtype == torch.bfloat16 else 1,
     }  # fmt: skip
 
