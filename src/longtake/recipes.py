@@ -433,17 +433,19 @@ def load_network(path: Path, device: torch.device) -> tuple[WordEncoder, WanTran
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """As `load_weights`, but that a delta's tensors are those of base and delta together.
 
-    Its base is the student.safetensors beside it, or else the embedded one. ValueError if neither is.
+    Its base is the student or the teacher beside it, or else the embedded ones. ValueError if none is.
     """
     tensors, description = load_weights(path)
     return on_base(path, tensors, description, _bases(path)) if is_delta(description) else tensors, description
 
 
 def _bases(delta: Path) -> Iterator[Path]:
-    beside, embedded = delta.with_name(NETWORK_FILE), packaged(NETWORK_FILE)
-    if beside.is_file() and beside not in (delta, embedded):
-        yield beside
-    yield embedded
+    for name in (NETWORK_FILE, TEACHER_FILE):
+        beside, embedded = delta.with_name(name), _in_package(name)
+        if beside.is_file() and beside not in (delta, embedded):
+            yield beside
+        if embedded.is_file():
+            yield embedded
 
 
 def load_wan_network(
@@ -716,6 +718,11 @@ def toy_teacher(
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     network.to(dtype)
     codec.to(dtype)
+    own = network.patch_embedding.weight.device
+    if own.type == "cuda" and own.index == torch.cuda.current_device() and find_spec("triton"):
+        from longtake.models.wan_triton import fuse_clips
+
+        fuse_clips(network)
     levels = even_levels(steps, description["shift"])
     words = WordText(text, captions.encode)
 
@@ -732,9 +739,13 @@ def toy_teacher(
     return sample
 
 
+def _in_package(name: str) -> Path:
+    return Path(str(resources.files("longtake") / TOY_WEIGHTS / name))
+
+
 def packaged(name: str) -> Path:
     """The path of one of the embedded model's weight files. ValueError if this installation has none of that name."""
-    path = Path(str(resources.files("longtake") / TOY_WEIGHTS / name))
+    path = _in_package(name)
     if not path.is_file():
         raise ValueError(f"{name} is not part of this installation: use a checkout of the repository")
     return path

@@ -19,8 +19,9 @@ from tests import tiny
 from longtake.attention.fused_triton import rotate
 from longtake.memory.fixed_view import FixedView, FixedViews
 from longtake.memory.stream_memory import StreamMemory
-from longtake.models.wan import WanTransformer
-from longtake.models.wan_triton import FusedFar, add_far, fuse_layers
+from longtake.models.features import Conversion
+from longtake.models.wan import WanTransformer, converted
+from longtake.models.wan_triton import FusedFar, add_far, fuse_clips, fuse_layers
 from longtake.recipes import hybrid_forcing
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,3 +94,23 @@ def test_what_is_far_is_added_as_its_definition_says(far: str) -> None:
     view = FixedViews(partial(made.memory_view, rotate=rotate), add_far)(fast, block)
     assert isinstance(view, FixedView) and bool(view._far) == (far != "none")
     assert_near(made(block, level, said, view), made(block, level, said, made.memory_view(plain, block)), 1e-5)
+
+
+@pytest.mark.parametrize("turns", [False, True])
+def test_converted_layers_of_a_whole_clip_equal_their_definition(turns: bool) -> None:
+    """Seven frames of two clips, the last chunk short; with gradients they are the definition."""
+    conversion = Conversion(layers=(0, 2), current=3, overlap=1, turns_with_frames=turns)
+    plain = converted(tiny.network(), conversion).to(DEVICE, torch.float32)
+    noisy, level = torch.randn(2, 7, *tiny.LATENTS[1:], device=DEVICE), torch.rand(2, 7, device=DEVICE)
+    quick = copy.deepcopy(plain)
+    fuse_clips(quick)
+
+    def made(network: WanTransformer) -> Tensor:
+        said = network.prompt_keys(tiny.text(batch=2).to(DEVICE, torch.float32))
+        return network(noisy, level, said, network.clip_view(noisy))
+
+    with torch.no_grad():
+        assert_near(made(quick), made(plain), 1e-5)
+    torch.testing.assert_close(made(quick), made(plain), atol=0, rtol=0)
+    made(quick).sum().backward()
+    assert quick.features[0].keys.hidden_weight.grad is not None

@@ -312,6 +312,19 @@ def test_the_softmax_twin_is_tuned_on_the_same_clips(folders: Path, tmp_path: Pa
     assert not (tmp_path / recipes.CONVERTED_FILE).exists()
 
 
+def test_a_converted_teacher_tuned_at_a_rank_is_a_delta_on_the_teacher(folders: Path, tmp_path: Path) -> None:
+    settings = ["--set", "steps=2", "seconds=1e9", *SETTINGS["finetune"], "rank=2"]
+    finish(start("finetune", "--from", str(folders / "attention_matching"), "--out", str(tmp_path), *settings))
+    tuned = tmp_path / "tuned.safetensors"
+    (tmp_path / recipes.CONVERTED_FILE).rename(tuned)
+    told = save_delta(tmp_path / recipes.CONVERTED_FILE, tmp_path / recipes.TEACHER_FILE, tuned, rank=2)
+    assert told["low_rank"] and told["error"] < 2e-3, "what int8 rounds is all that is lost"
+    networks = [recipes.load_network(path, torch.device("cpu"))[1] for path in (tuned, Path(told["file"]))]
+    assert networks[1].config == networks[0].config and networks[0].features
+    for ours, theirs in zip(*(one.state_dict().values() for one in networks), strict=True):
+        assert (ours - theirs).norm() <= 0.02 * theirs.norm() + 1e-6
+
+
 def test_clips_of_a_converted_teacher_are_evaluated_beside_the_teachers(folders: Path, capsys) -> None:
     """These are too short to be scored, which is said once they are made."""
     few = ["--prompts", "1", "--seeds", "1", "--dtype", "float32", "--device", "cpu"]

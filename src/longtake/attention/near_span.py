@@ -62,6 +62,16 @@ class Shift(Enum):
     TOP = auto()
 
 
+class PowerWeights(NamedTuple):
+    """What a map from head vectors to features learned, see `models.features.PowerMap`: [N, D, R], [N, R], [N, R, R],
+    [N, R]."""
+
+    hidden_NDR: Tensor
+    hidden_bias_NR: Tensor
+    out_NRR: Tensor
+    out_bias_NR: Tensor
+
+
 def joined(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor, far: Weighed | None, shift: Shift | Tensor) -> Tensor:
     """Attention to near keys, and to what is far if anything is, under one denominator; returns [B, T, N, D]."""
     if far is None or shift is Shift.LOG_MASS:  # the only shift that fused kernels can serve: it cancels
@@ -85,21 +95,25 @@ def parallel(
     chunks = span.chunks(length // tokens)
     before = _sums_before([chunk.near for chunk in chunks], keys, v_BTND, tokens)
     parts: dict[int, Tensor] = {}
-    for group in _alike(chunks):
+    for group in alike(chunks):
         asking = [slice(chunks[i].begin * tokens, chunks[i].end * tokens) for i in group]
         near = [slice(chunks[i].near * tokens, chunks[i].end * tokens) for i in group]
         far = linear.weigh(
             Sums(*(x.unflatten(0, (batch, -1))[:, group].flatten(0, 1) for x in before)),
-            Features(*(_stacked(x, asking) for x in queries)),
+            Features(*(stacked(x, asking) for x in queries)),
         )
-        answer = joined(_stacked(q_BTND, asking), _stacked(k_BTND, near), _stacked(v_BTND, near), far, shift)
+        answer = joined(stacked(q_BTND, asking), stacked(k_BTND, near), stacked(v_BTND, near), far, shift)
         parts |= zip(group, answer.unflatten(0, (batch, -1)).unbind(1), strict=True)
     return torch.cat([parts[i] for i in range(len(chunks))], dim=1)
 
 
-def _stacked(x_BTND: Tensor, pieces: list[slice]) -> Tensor:
-    """Equally long pieces of time as rows of a batch, [B * G, T, N, D]."""
-    return torch.stack([x_BTND[:, piece] for piece in pieces], dim=1).flatten(0, 1)
+def stacked(x_BTND: Tensor, pieces: list[slice]) -> Tensor:
+    """Pieces of time as rows of a batch, [B * G, T, N, D]: as long as each other, as far apart, and maybe overlapping.
+    Those of one clip are not copied."""
+    size = pieces[0].stop - pieces[0].start
+    step = pieces[1].start - pieces[0].start if len(pieces) > 1 else size
+    part_BTND = x_BTND[:, pieces[0].start : pieces[-1].stop]
+    return part_BTND.unfold(1, size, step).movedim(-1, 2).flatten(0, 1)
 
 
 def _sums_before(frames: list[int], keys: Features, v_BTND: Tensor, tokens: int) -> Sums:
@@ -116,8 +130,8 @@ def _sums_before(frames: list[int], keys: Features, v_BTND: Tensor, tokens: int)
     return Sums(*(before(x) for x in each))
 
 
-def _alike(chunks: list[Chunk]) -> list[list[int]]:
-    """Numbers of the chunks, grouped by how long they and what is near to them are."""
+def alike(chunks: list[Chunk]) -> list[list[int]]:
+    """Numbers of the chunks, grouped by how long they and what is near to them are; those of a group are neighbours."""
     groups: dict[tuple[int, int], list[int]] = {}
     for i, chunk in enumerate(chunks):
         groups.setdefault((chunk.end - chunk.begin, chunk.end - chunk.near), []).append(i)

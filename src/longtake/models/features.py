@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from longtake.attention.linear import Features
-from longtake.attention.near_span import NearSpan
+from longtake.attention.near_span import NearSpan, PowerWeights
 from longtake.attention.rope import Rotation, fitted, rotate
 
 _NEXT_TO_NOTHING = -30.0  # softplus of it is 1e-13: far from what weighs, and above 0
@@ -86,6 +86,10 @@ class PowerMap(nn.Module):
     @property
     def features(self) -> int:
         return self.out_bias.shape[-1]
+
+    @property
+    def weights(self) -> PowerWeights:
+        return PowerWeights(self.hidden_weight, self.hidden_bias, self.out_weight, self.out_bias)
 
     def forward(self, x_BTND: Tensor) -> Tensor:
         hidden = functional.gelu(_per_head(x_BTND, self.hidden_weight, self.hidden_bias))

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from longtake.attention import fused_triton as fused
-from longtake.attention import linear
+from longtake.attention import linear, span_triton
 from longtake.attention.linear import Sums
 from longtake.attention.rope import Rotation
 from longtake.memory.far import FarShape, Keep
-from longtake.memory.view import FarView, Tokens
+from longtake.memory.span_memory import SpanView
+from longtake.memory.view import ClipView, FarView, Tokens
 from longtake.memory.window import Keys
+from longtake.models.features import LearnedForm
 from longtake.models.wan import Block, WanTransformer, read_prompt
 
 
@@ -25,6 +27,35 @@ def fuse_layers(network: WanTransformer) -> None:
         layer = FusedLayer(block)
         setattr(block, "before_attention", layer.before_attention)  # noqa: B010  # a type checker forbids the plain way
         setattr(block, "after_attention", layer.after_attention)  # noqa: B010
+
+
+def fuse_clips(network: WanTransformer) -> None:
+    """Let passes over whole clips without gradients go through converted layers by the fused kernels.
+
+    Those with gradients are as they were. Answers differ from the definition's by rounding.
+    """
+    plain = network.clip_view
+
+    def clip_view(latents_BFCHW: Tensor, allowed_FF: Tensor | None = None) -> ClipView | SpanView:
+        view = plain(latents_BFCHW, allowed_FF)
+        return FusedSpanView(view.rotation, view.converted) if isinstance(view, SpanView) else view
+
+    setattr(network, "clip_view", clip_view)  # noqa: B010  # as above
+
+
+class FusedSpanView(SpanView):
+    """As `SpanView`, of a network's own converted layers: many chunks at once, in memory that does not grow either."""
+
+    def attend(self, layer: int, own: Tokens) -> Tensor:
+        if layer not in self.converted or torch.is_grad_enabled():
+            return super().attend(layer, own)
+        shape, form = self.converted[layer], cast(LearnedForm, self.converted[layer].far.form)
+        frames = range(own.q.shape[1] // shape.tokens) if shape.far.turns_with_frames else [0]
+        turned = shape.far.rotation(shape.grid, frames, own.q.device)
+        return span_triton.attended(
+            own.q, own.k, own.v, own.plain_q, own.plain_k, turned, form.queries.weights, form.keys.weights,
+            span=shape.span, tokens=shape.tokens,
+        )  # fmt: skip
 
 
 class FusedLayer:

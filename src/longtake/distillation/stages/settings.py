@@ -111,7 +111,8 @@ class FinetuneStage(Stage):
     """The whole converted teacher on clips, by flow matching: mends what layers that learned apart do to each other.
 
     softmax: the control: the teacher itself, with no layer converted, on the same clips in the same order. far_lr: rate
-    of the features. Published: about a thousand steps (2601.04342).
+    of the features. rank: of what is added to each matrix (0: any), see `low_rank`; features learn whole. Published:
+    about a thousand steps of everything (2601.04342).
     """
 
     steps: int = 1000
@@ -127,6 +128,7 @@ class FinetuneStage(Stage):
     guidance: float = 3.0
     sampling_steps: int = 32
     softmax: bool = False
+    rank: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from longtake import parallel
+from longtake.distillation.low_rank import merge
 from longtake.distillation.optim import muon_and_adam
 from longtake.distillation.pretrain import Clips, flow_loss
-from longtake.distillation.stages.learners import NETWORK_ENDS, compile_for, learner_of
+from longtake.distillation.stages.learners import NETWORK_ENDS, at_rank, compile_for, learner_of
 from longtake.distillation.stages.settings import FinetuneStage, TeacherStage
 from longtake.distillation.stages.strips import clip_strips
 from longtake.distillation.stages.world import ClipSupply, World, drawn, embed, parts_of
@@ -38,6 +39,7 @@ def train_teacher(
 def train_finetune(
     text: WordEncoder, network: WanTransformer, world: World, shift: float, stage: FinetuneStage, run: Run
 ) -> dict[str, float]:
+    at_rank(network, stage.rank)
     learner = learner_of(network, stage.lr, stage.far_lr, stage.average)
     compile_for(run, network)
     supply = world.clips(stage.pool, stage.seed, network.config.extent)
@@ -45,6 +47,7 @@ def train_finetune(
     look = clip_strips(text, network, [learner], world, shift, stage, run)
     spent = train({"network": learner}, turn, stage.budget(warmup=50), run, keep={"clips": supply}, look=look)
     learner.swap_average()
+    merge(network)
     return spent
 
 

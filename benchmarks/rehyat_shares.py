@@ -1,0 +1,45 @@
+"""From one run of `attention_matching` that converted every layer: the same maps, and only a share of the layers.
+
+    longtake train attention_matching --from toy --out matched --set converted_share=1
+    python benchmarks/rehyat_shares.py matched --shares 0.5 0.67 0.83 --out matched_    # matched_50, matched_67, ...
+
+Layers are those with the smallest errors of the run's record, as the stage chooses them. Each folder holds what
+`longtake train finetune` and `teacher_forcing` start from.
+"""
+
+import argparse
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from longtake import recipes
+from longtake.distillation.attention_matching import easiest
+from longtake.models.wan import converted
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("matched", type=Path)
+    parser.add_argument("--shares", nargs="+", type=float, required=True)
+    parser.add_argument("--out", required=True, help="what the folders' names begin with")
+    options = parser.parse_args()
+    text, network, description = recipes.load_network(options.matched / recipes.CONVERTED_FILE, torch.device("cpu"))
+    matching = json.loads((options.matched / "record.json").read_text())["spent"]["matching"]
+    errors = {int(layer): one["beside_answer"] for layer, one in matching.items()}
+    assert network.config.conversion is not None
+    for share in options.shares:
+        folder = Path(f"{options.out}{round(100 * share)}")
+        folder.mkdir(parents=True)
+        for file in (recipes.CODEC_FILE, recipes.ENCODER_FILE, recipes.TEACHER_FILE):
+            shutil.copyfile(options.matched / file, folder / file)
+        made = converted(network, replace(network.config.conversion, layers=easiest(errors, share)))
+        path, shift = folder / recipes.CONVERTED_FILE, description["shift"]
+        recipes.save_network(path, text, made, role=description["role"], shift=shift, int8=False)
+        print(folder, made.config.conversion and made.config.conversion.layers)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Kernels of near spans and far sums equal the plain code they stand for: compiled on a GPU, interpreted elsewhere."""
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+pytest.importorskip("triton", reason="triton is not installed (it comes with longtake[dev] on Linux)")
+
+from longtake.attention import span_triton
+from longtake.attention.linear import Features, sums_of
+from longtake.attention.near_span import NearSpan, parallel
+from longtake.attention.rope import Grid, RotaryAxes, Rotation, split_like_wan
+from longtake.models.features import LearnedForm
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ROWS, COLUMNS = 2, 3
+TOKENS = ROWS * COLUMNS
+TYPES = pytest.mark.parametrize(
+    "dtype, off",
+    [
+        (torch.float32, 5e-6), (torch.float16, 2e-3),
+        pytest.param(
+            torch.bfloat16, 1.2e-2,
+            marks=pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter multiplies no bfloat16"),
+        ),
+    ],
+)  # fmt: skip
+
+
+def form(heads: int, size: int, degree: int) -> LearnedForm:
+    torch.manual_seed(0)
+    made = LearnedForm(heads, size, degree=degree, far_tokens=20).to(DEVICE).requires_grad_(False)
+    for phi in (made.queries, made.keys):
+        phi.hidden_bias.normal_()
+        phi.out_bias += 0.5  # far answers that weigh about as much as near ones
+    return made
+
+
+def rotations(size: int, frames: int, turns: bool) -> tuple[Rotation, Rotation]:
+    """Of all tokens, as the plain code takes it, and as the kernels do."""
+    grid = Grid(RotaryAxes(split=split_like_wan(size)), ROWS, COLUMNS)
+    every = grid.rotation(range(frames) if turns else [0] * frames, DEVICE)
+    return every, every if turns else grid.rotation([0], DEVICE)
+
+
+def drawn(frames: int, heads: int, size: int, dtype: torch.dtype, batch: int = 2) -> list[Tensor]:
+    made = torch.Generator().manual_seed(1)
+    return list(torch.randn(5, batch, frames * TOKENS, heads, size, generator=made).to(DEVICE, dtype))
+
+
+def assert_near(got: Tensor, want: Tensor, off: float) -> None:
+    assert (got.double() - want.double()).norm() <= off * want.double().norm()
+
+
+@TYPES
+@pytest.mark.parametrize(
+    "heads, size, degree, current, overlap, frames, turns",
+    [(2, 16, 2, 3, 1, 11, False), (1, 20, 1, 2, 3, 9, True), (2, 12, 3, 1, 0, 5, False), (1, 16, 2, 4, 1, 3, False)],
+)
+def test_a_clip_is_answered_as_in_plain_torch(
+    heads: int, size: int, degree: int, current: int, overlap: int, frames: int, turns: bool, dtype: torch.dtype,
+    off: float, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Heads that are no power of two, ragged ends, several lots of chunks; against float32, and to rounding."""
+    monkeypatch.setattr(span_triton, "_CHUNKS", 2)
+    span, maps = NearSpan(current=current, overlap=overlap), form(heads, size, degree)
+    q, k, v, plain_q, plain_k = tensors = drawn(frames, heads, size, dtype)
+    every, turned = rotations(size, frames, turns)
+    got = span_triton.attended(*tensors, turned, maps.queries.weights, maps.keys.weights, span=span, tokens=TOKENS)
+    assert got.dtype == dtype and got.shape == q.shape
+    features = maps.of_queries(plain_q.float(), every), maps.of_keys(plain_k.float(), every)
+    want = parallel(q.float(), k.float(), v.float(), *features, span=span, tokens=TOKENS)
+    assert_near(got, want, off)
+
+
+@TYPES
+def test_sums_are_those_of_each_frame(dtype: torch.dtype, off: float) -> None:
+    maps, frames = form(2, 16, 2), 3
+    _, _, v, _, plain_k = drawn(frames, 2, 16, dtype)
+    every, turned = rotations(16, frames, False)
+    got = span_triton.frame_sums(plain_k, v, turned, maps.keys.weights, TOKENS)
+    features = maps.of_keys(plain_k.float(), every).above
+    for frame in range(frames):
+        now = slice(frame * TOKENS, (frame + 1) * TOKENS)
+        want = sums_of(Features(features[:, now], features[:, now]), v[:, now].float())
+        assert_near(got.kv_BXNRD[:, frame], want.kv_BNRD, off)
+        assert_near(got.k_BXNR[:, frame], want.k_BNR, off)
+
+
+def test_features_that_are_next_to_nothing_stay_above_it() -> None:
+    """A head that was left local weighs 1e-20 or so, not 0 and not a rounding of 1."""
+    maps = form(1, 16, 2)
+    maps.leave_local([0])
+    _, _, v, _, plain_k = drawn(1, 1, 16, torch.float32)
+    got = span_triton.frame_sums(plain_k, v, rotations(16, 1, False)[1], maps.keys.weights, TOKENS).k_BXNR
+    want = maps.of_keys(plain_k, rotations(16, 1, False)[0]).below.sum(1)
+    assert got.min() > 0
+    torch.testing.assert_close(got[:, 0], want, rtol=1e-4, atol=0)

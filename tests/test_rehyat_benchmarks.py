@@ -1,0 +1,75 @@
+"""What the benchmarks of converted layers tell, at tiny size."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+SCRIPTS = Path(__file__).parents[1] / "benchmarks"
+
+
+def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def told(module: ModuleType, out: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["it", "--out", str(out), *options])
+    module.main()
+
+
+def test_any_attention_is_converted_and_losses_fall(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    conversion = script("rehyat_conversion", monkeypatch)
+    told(conversion, tmp_path, monkeypatch, "--shape", "tiny", "--steps", "51")
+    found = json.loads((tmp_path / "conversion.json").read_text())
+    losses = found["another_attention"]["losses"]
+    assert len(losses) == 153 and sum(losses[-10:]) < 0.9 * sum(losses[:10])
+    metrics = found["network"]["metrics"]
+    assert [row["step"] for row in metrics] == [0, 25, 50] and metrics[-1]["loss"] < 0.9 * metrics[0]["loss"]
+    assert len(found["network"]["converted"]) == 1 and found["network"]["tokens"] == 126
+
+
+def test_every_length_of_every_part_is_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    speed = script("rehyat_speed", monkeypatch)
+    told(speed, tmp_path / "speed.json", monkeypatch, "--tiny")
+    found = json.loads((tmp_path / "speed.json").read_text())
+    timed = {(case["part"], case["kind"], case["frames"]) for case in found["cases"] if case["ms"] > 0}
+    kinds = {"attention": ("dense", "converted", "plain"), "self_attention": ("dense", "converted")}
+    kinds["layer"] = ("dense", "converted", "step")
+    assert timed == {(part, kind, frames) for part, some in kinds.items() for kind in some for frames in (6, 12)}
+    assert all(case["off"] < 1e-5 for case in found["cases"] if "off" in case)
+    assert found["gains"].keys() == {f"tiny {part}" for part in kinds}
+
+
+def test_gains_are_of_what_was_timed_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    speed = script("rehyat_speed", monkeypatch)
+
+    def case(kind: str, frames: int, **more: Any) -> dict[str, Any]:
+        return {"shape": "1.3B", "part": "layer", "kind": kind, "frames": frames, **more}
+
+    cases = [case("dense", 21, ms=4.0), case("dense", 42, ms=16.0), case("dense", 84, refused="no room")]
+    cases += [case("converted", 21, ms=5.0), case("converted", 42, ms=8.0), case("converted", 84, ms=16.0)]
+    found = speed.summed_up(cases)
+    assert found == {"gains": {"1.3B layer": {21: 0.8, 42: 2.0}}, "crossing": {"1.3B layer": 42}}
+
+
+def test_jumps_are_found_where_chunks_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures that move on by 1 each, and by 9 where the second and the third chunk of three latent frames begin."""
+    edges = script("rehyat_edges", monkeypatch)
+    moved = torch.ones(2, 33)  # nine latent frames
+    moved[:, [9, 21]] = 9  # the first pictures of latent frames 3 and 6
+    videos = moved.cumsum(1)[..., None, None, None].expand(-1, -1, 2, 2, 3).to(torch.uint8)
+    changes = edges.changes(videos)
+    assert changes.tolist() == [[1, 1, 9, 1, 1, 9, 1, 1]] * 2
+    assert edges.at_edges(changes, 3) == {"edge": 9.0, "inside": 1.0, "ratio": 9.0}
+    assert edges.at_edges(changes, 2)["edge"] == 3.0
