@@ -46,6 +46,8 @@ class GreyEngine:
 
 
 class GreyStream:
+    blocks = since = 1
+
     def __init__(self, engine: GreyEngine, stops_at: int | None) -> None:
         self.engine, self.stops_at = engine, stops_at
 
@@ -55,7 +57,7 @@ class GreyStream:
     def __exit__(self, *error):
         pass
 
-    def redirect(self, prompt):
+    def redirect(self, prompt, in_flight="own"):
         pass
 
     def __iter__(self):
@@ -405,7 +407,8 @@ def test_bench_prints_json_alone(engine, capsys):
 
 def test_bench_in_words(engine, capsys):
     assert main(["bench", "stream", "--seconds", "3", "--repeats", "2"]) == 0
-    assert "best of 2" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "best of 2" in said and ", with block 1" in said.splitlines()[-1]
 
 
 @pytest.fixture
@@ -452,7 +455,8 @@ def test_bench_of_attention_has_a_row_for_each_window_and_backend(small_wan, cap
         (frame * asking, frame * asked) for asking, asked in windows
     ]
     ran = [row for row in dense if "refused" not in row]
-    assert {row["backend"] for row in ran} == {"flash", "math"} and all(row["right"] and row["ms"] > 0 for row in ran)
+    assert {row["backend"] for row in ran} == {"flash", "products", "math"}
+    assert all(row["right"] and row["ms"] > 0 for row in ran)
     assert {row["refused"] for row in dense if row["backend"] == "cudnn"} == {"runs on a GPU alone"}
     sparse = [row for row in rows if row["form"] == "block-sparse"]
     assert [(row["share"], row["block"], row["keys"]) for row in sparse] == [(0.2, 4, 9 * frame)] * 2

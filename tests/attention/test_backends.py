@@ -8,7 +8,17 @@ import torch
 from torch import Tensor
 
 from longtake.attention import backends, reference
-from longtake.attention.backends import BACKENDS, FORCED, Backend, by_torch, choose, fastest, preferred, verdict
+from longtake.attention.backends import (
+    BACKENDS,
+    FORCED,
+    Backend,
+    by_products,
+    by_torch,
+    choose,
+    fastest,
+    preferred,
+    verdict,
+)
 from longtake.attention.dense import dense
 
 CPU = torch.device("cpu")
@@ -112,7 +122,9 @@ def test_a_shape_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for keys in (50, 50, 60, 50):
         q, k, v = tensors(keys=keys)
         fastest(q, k, v)(q, k, v)
-    assert tried == [50, 50, 60, 60], "two backends for each shape; the one that holds all scores is not among them"
+    assert tried == [50] * 3 + [60] * 3, (
+        "three backends for each shape; the one that holds all scores is not among them"
+    )
     assert calls == [backends.KEYS, 50, 50, 60, 50], "after one comparison with the definition"
     assert {shape.keys: choice.name for shape, choice in backends.choices().items()} == {
         50: "efficient",
@@ -139,6 +151,16 @@ def test_dense_attention_takes_the_one_that_is_named(monkeypatch: pytest.MonkeyP
     dense(q.requires_grad_(), k, v).sum().backward()
     dense(q.detach(), k, v, torch.ones(20, 50, dtype=torch.bool))
     assert calls == [backends.KEYS, 50], "neither where gradients pass, nor under a mask"
+
+
+@pytest.mark.parametrize("dtype, keys, taken", [
+    (torch.bfloat16, backends.AT_ONCE + 1, True), (torch.bfloat16, 50, False), (torch.float32, 300, False),
+])  # fmt: skip
+def test_a_cpu_goes_by_a_rule(dtype: torch.dtype, keys: int, taken: bool) -> None:
+    """In bfloat16 long windows are plain products, each time; in float32 torch's kernel is as fast."""
+    q, k, v = (x.to(dtype) for x in tensors(600, keys))
+    assert torch.equal(dense(q, k, v), (by_products if taken else by_torch)(q, k, v))
+    assert not torch.equal(by_products(q, k, v), by_torch(q, k, v))
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from longtake.distillation.stages.world import renew
 from longtake.distillation.trainer import STATE_FILE, Dice, Learner, Run, read_metrics, train
 from longtake.generation.blockwise import blockwise
 from longtake.generation.recipe import Recipe
+from longtake.models.delta import pays
 from longtake.models.text import WordEncoder, WordEncoderConfig
 from longtake.recipes import recipe_named, rolling_forcing, self_forcing_sink
 
@@ -407,6 +408,19 @@ def test_rolling_forcing_is_learned_by_windows_and_block_by_block(
     before = tiny.network(extent=12).float().state_dict()
     assert all(not torch.equal(weight, before[key]) for key, weight in seen.student.state_dict().items())
     assert all(row["matching"] > 0 for row in read_metrics(tmp_path))
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_rolling_forcing_is_learned_at_a_rank_beside_real_clips(share: float, monkeypatch, tmp_path: Path) -> None:
+    settings = {"levels": (2,), "self_forcing_share": share, "rank": 2, "lr": 0.01, "real_weight": 1.0, "real_batch": 1}
+    seen = steps(monkeypatch, tmp_path, rolling_forcing(), **settings)
+    assert len(seen.lessons) == 2 and seen.schedules
+    before = tiny.network(extent=12).float().state_dict()
+    after = seen.student.state_dict()
+    added = {name: after[name] - weight for name, weight in before.items()}
+    assert after.keys() == before.keys() and all(change.any() for change in added.values())
+    large = [change for change in added.values() if pays(change.shape, 2)]
+    assert large and all(torch.linalg.matrix_rank(change, rtol=1e-4) <= 2 for change in large)
 
 
 def test_what_does_not_fit_is_refused_before_work_begins(monkeypatch, tmp_path: Path) -> None:

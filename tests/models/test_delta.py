@@ -16,6 +16,7 @@ import longtake
 from longtake import doctor, recipes
 from longtake.cli import main
 from longtake.explain import explain
+from longtake.media.mp4 import read_frames
 from longtake.models.delta import save_delta
 from longtake.models.names import is_low_rank
 from longtake.models.wan import reading_far
@@ -271,6 +272,15 @@ def test_a_folder_whose_student_is_a_delta_on_the_embedded_one_streams(embedded,
     shutil.copy(embedded, folder / recipes.NETWORK_FILE)
     shutil.copy(recipes.packaged(recipes.CODEC_FILE), folder)
     assert pictures(folder)[0] == pictures("toy")[0]
+
+
+def test_an_entry_for_a_delta_is_all_that_rolling_forcing_needs(embedded, monkeypatch, tmp_path):
+    monkeypatch.setitem(recipes.MODELS, ("toy", "rolling_forcing"), embedded.name)
+    asked = [PROMPT, "--recipe", "rolling_forcing", "--seconds", "0.5", "--seed", "7"]
+    assert main(["generate", *asked, "-o", str(tmp_path / "out.mp4")]) == 0
+    assert read_frames(tmp_path / "out.mp4").shape == (8, 112, 192, 3)
+    engine = longtake.load("toy", recipe="rolling_forcing:sink=0", device="cpu")
+    assert engine.weights == pictures("toy")[0]
 
 
 def test_what_is_told_of_a_recipe_is_told_of_its_delta(embedded, capsys):

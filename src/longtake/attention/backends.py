@@ -27,6 +27,7 @@ FORCED = "LONGTAKE_ATTENTION"
 GAIN = 1.1  # how many times faster a later one must be
 ROUNDINGS, LEAST_BOUND = 4, 1e-4  # of the type, and what float32 is allowed at least
 QUERIES, KEYS, HEADS = 90, 190, 3  # of the comparison: tokens, no multiple of any block
+AT_ONCE = 256  # queries whose scores products hold: more of them leave a CPU's cache
 CALLS = 3  # of a trial, after one that is not timed
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -67,18 +68,29 @@ def _triton(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor, *, block: int = 64) 
         return block_sparse_triton.attend_blocks(q_BTND, k_BSND, v_BSND, chosen_BNIK, block_q=block, block_k=block)
 
 
+def by_products(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> Tensor:
+    """Plain products, a head and a few of its queries at a time. Scores are rounded to the type of their tensors."""
+    scaled = q_BTND * q_BTND.shape[3] ** -0.5
+    heads = zip(*(x.transpose(1, 2).flatten(0, 1) for x in (scaled, k_BSND, v_BSND)), strict=True)
+    answers = [(part @ k.T).softmax(-1) @ v for q, k, v in heads for part in q.split(AT_ONCE)]
+    return torch.cat(answers).unflatten(0, (q_BTND.shape[0], q_BTND.shape[2], -1)).transpose(1, 2)
+
+
 @dataclass(frozen=True)
 class Backend:
-    """A kernel, the package that it comes with if that is not torch, and whether it runs on a CPU."""
+    """A kernel, the package that it comes with if that is not torch, and where it runs."""
 
     attend: Kernel
     package: str | None = None
     on_cpu: bool = False
+    on_gpu: bool = True
 
     def missing(self, device: torch.device) -> str | None:
         """Why it is not there on a device; None if it is."""
         if device.type != "cuda" and not self.on_cpu:
             return "runs on a GPU alone"
+        if device.type == "cuda" and not self.on_gpu:
+            return "runs on a CPU alone"
         return None if self.package is None or _installed(self.package) else "not installed"
 
 
@@ -89,6 +101,7 @@ BACKENDS: dict[str, Backend] = {
     "flash": Backend(_torch(SDPBackend.FLASH_ATTENTION), on_cpu=True),
     "efficient": Backend(_torch(SDPBackend.EFFICIENT_ATTENTION)),
     "triton": Backend(_triton, "triton"),
+    "products": Backend(by_products, on_cpu=True, on_gpu=False),
     "math": Backend(_torch(SDPBackend.MATH), on_cpu=True),
 }
 """cudnn, flash, efficient and math are torch's. math holds all scores, and is tried only where no other runs."""

@@ -1,4 +1,5 @@
-"""Softmax over all keys by fused kernels: of a GPU's the fastest one for a shape. Truth: `reference.dense`."""
+"""Softmax over all keys by the fastest kernels: a GPU tries them for each shape, a CPU goes by a rule, so that one
+machine always answers the same. Truth: `reference.dense`."""
 
 import os
 from typing import NamedTuple
@@ -6,22 +7,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from longtake.attention.backends import FORCED, by_torch, fastest
+from longtake.attention.backends import AT_ONCE, FORCED, by_products, by_torch, fastest
 
 
 def dense(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor, mask_TS: Tensor | None = None) -> Tensor:
     """Softmax attention over all keys, or over those where the boolean mask is true; returns [B, T, N, D]."""
     if mask_TS is None and _may_choose(q_BTND, k_BSND, v_BSND):
-        return fastest(q_BTND, k_BSND, v_BSND)(q_BTND, k_BSND, v_BSND)
+        if q_BTND.is_cuda or FORCED in os.environ:
+            return fastest(q_BTND, k_BSND, v_BSND)(q_BTND, k_BSND, v_BSND)
+        if q_BTND.is_cpu and q_BTND.dtype == torch.bfloat16 and k_BSND.shape[1] > AT_ONCE:
+            return by_products(q_BTND, k_BSND, v_BSND)  # torch's CPU kernel is no faster there than in float32
     return by_torch(q_BTND, k_BSND, v_BSND, mask_TS)
 
 
 def _may_choose(*tensors: Tensor) -> bool:
-    """Whether another kernel than torch's own choice may answer: on a GPU, or where one is named.
+    """Whether another kernel than torch's own choice may answer.
 
     Not in training, as not all kernels have a gradient, nor in code that is being compiled, which cannot try them.
     """
-    if not (tensors[0].is_cuda or FORCED in os.environ) or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return False
     return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 

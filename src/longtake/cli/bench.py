@@ -43,7 +43,7 @@ def bench_stream(
     out: Annotated[Path | None, arg(aliases=["-o"], metavar="DIR")] = None,
     json: bool = False,
 ) -> int:
-    """Time streams, network and codec together; the first block of each is left out.
+    """Time streams, network and codec together, without the first block of each; and how soon a redirect shows.
 
     With --blocks, --minutes or --random-weights one long stream is timed once all that it remembers is full, and the
     time of its blocks told by part (docs/speed.md).
@@ -91,7 +91,9 @@ def bench_stream(
         else:
             from longtake.evaluation import speed
 
-            result = speed.bench_stream(engine(name), prompt, seconds, repeats)
+            loaded = engine(name)
+            result = speed.bench_stream(loaded, prompt, seconds, repeats)
+            result["redirect"] = speed.time_redirects(loaded, prompt)
         results.append(result)
         if out is not None:
             say(f"{_keep(out, result)}: {result['frames_per_second']:.1f} frames a second")
@@ -219,13 +221,18 @@ def _keep(folder: Path, result: dict[str, Any]) -> Path:
 
 
 def _speed_in_words(result: dict[str, Any]) -> str:
-    block = result["block_ms"]
+    block, redirect = result["block_ms"], result["redirect"]
+    new = redirect.get("new")
+    soon = f"{redirect['own']['seconds']:.2f} s, with block {redirect['own']['blocks']}" + (
+        f' (in_flight="new": {new["seconds"]:.2f} s, with block {new["blocks"]})' if new else ""
+    )
     return (
         f"{result['frames_per_second']:.1f} frames a second, {result['real_time_factor']:.2f} times real time "
         f"({result['precision']}, {result['threads']} threads, best of {len(result['repeats'])})\n"
         f"first frame after {result['first_frame_seconds']:.2f} s; "
         f"a block takes {block['p50']:.0f} / {block['p95']:.0f} / {block['p99']:.0f} ms (p50 / p95 / p99); "
-        f"{result['deadline_misses']} deadline misses; at most {result['peak_memory_mib']:.0f} MiB"
+        f"{result['deadline_misses']} deadline misses; at most {result['peak_memory_mib']:.0f} MiB\n"
+        f"a redirect shows after {soon}"
     )
 
 

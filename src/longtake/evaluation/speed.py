@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from longtake.generation.stream import Engine
+from longtake.generation.stream import Engine, PromptInFlight
 from longtake.generation.timing import Timing, measure
 
 MIB = 2**20
@@ -77,6 +77,28 @@ def time_stream(engine: Engine, prompt: str, seconds: float) -> Timing:
             if sum(block_pictures) >= seconds * engine.frame_rate:
                 break
     return measure(block_seconds, block_pictures, engine.frame_rate)
+
+
+def time_redirects(engine: Engine, prompt: str) -> dict[str, dict[str, float]]:
+    """How soon a redirect shows, by the prompt that blocks in flight go on under: "own", and "new" where there are any.
+
+    blocks: that come up to the first under the new prompt, itself included: a viewer sees all but that one before.
+    seconds: that these take, reading the prompt included.
+    """
+    ways: tuple[PromptInFlight, ...] = ("own", "new") if engine.recipe.in_flight > 1 else ("own",)
+    return {way: _time_redirect(engine, prompt, way) for way in ways}
+
+
+def _time_redirect(engine: Engine, prompt: str, in_flight: PromptInFlight) -> dict[str, float]:
+    with engine.stream(prompt, seed=0) as stream:
+        chunks = iter(stream)
+        next(chunks)
+        before = perf_counter()
+        stream.redirect(prompt, in_flight=in_flight)
+        blocks = stream.since - stream.blocks + 1
+        for _ in range(blocks):
+            next(chunks)
+        return {"blocks": blocks, "seconds": perf_counter() - before}
 
 
 def peak_memory_mib(device: torch.device) -> float:
