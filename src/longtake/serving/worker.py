@@ -485,7 +485,11 @@ class Worker:
         if self._memory is not None and now - self._looked >= _LOOK_AFTER:
             opened = [session.stream for session in self._sessions.values() if session.stream is not None]
             ours = sum(_bytes_of(stream) for stream in (*opened, *self._tried) if not stream.closed)
-            self._room, self._looked = self._memory.free() + ours, now
+            self._looked = now
+            try:
+                self._room = self._memory.free() + ours
+            except Exception:  # say for want of file handles: it ends no stream, and what was found before holds
+                log.exception("what is free of memory is not told")
 
     def _holds(self, streams: int, together: int | None = None) -> bool:
         """Whether memory does for so many streams; as far as it is foreseen. together: made in one pass at most."""
