@@ -270,7 +270,8 @@ class Worker:
 
     def _run(self) -> None:
         if self._threads:
-            torch.set_num_threads(self._threads)  # what another thread has set does not hold for this one
+            torch.get_num_threads()  # else this thread's first work takes what another thread has set last
+            torch.set_num_threads(self._threads)
         while not self._stopping:
             if not self.step():
                 with self._lock:
@@ -403,7 +404,7 @@ class Worker:
 
     def _fail(self, session: Session, error: Exception) -> None:
         with self._lock:
-            session.failed = True
+            session.failed = not session.end  # who has ended already is told of that
             self._end(session, f"{type(error).__name__}: {error}")
 
     def _chunks(self, streams: Sequence[Stream]) -> list[Chunk]:
