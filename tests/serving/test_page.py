@@ -225,6 +225,53 @@ def test_what_was_kept_when_the_connection_broke_is_listed_and_so_it_is_after_a_
     page.context.close()
 
 
+def test_tabs_of_one_browser_list_what_each_other_keeps_and_removes(page):
+    other = page.context.new_page()
+    other.goto(page.url)
+    other.wait_for_selector("#state:has-text('Ready')", timeout=1000 * PATIENCE)
+    page.click("#snapshot")
+    other.locator(".kept .fork").wait_for(timeout=1000 * PATIENCE)
+    page.click("#record")
+    page.wait_for_selector("#recording:visible")
+    other.click(".kept .remove")
+    page.wait_for_selector("#kept-none:visible")
+    page.click("#record[aria-pressed=true]")  # which went on
+    for tab in (page, other):
+        tab.locator(".kept .video").wait_for(timeout=1000 * PATIENCE)
+    other.close()
+
+
+ADDED = """async () => {
+  const { Kept } = await import("/kept.js");
+  const ask = async (path) => {
+    if (path === "v1/recordings") kept.add({ kind: "snapshot", id: "new", at: 1, words: "a ball", seed: 1 });
+    return { data: [] };
+  };
+  const kept = new Kept(document.createElement("ul"), { ask });
+  kept.items = [{ kind: "snapshot", id: "old", at: 1, words: "a ball", seed: 1 }];
+  await kept.meet();
+  return kept.items.map((item) => item.id);
+}"""
+
+
+def test_what_is_kept_while_the_server_is_asked_what_it_has_stays_in_the_list(browser, address):
+    page = browser.new_page()
+    page.goto(address)
+    assert page.evaluate(ADDED) == ["new"]
+    page.close()
+
+
+def test_words_to_begin_with_are_all_in_sight_on_a_phone(browser, address):
+    page = browser.new_page(viewport={"width": 360, "height": 740})
+    page.goto(address)
+    until(page, "() => document.querySelector('#prompt').value", lambda words: words)
+    hidden = page.evaluate(
+        "() => { const box = document.querySelector('#prompt'); return box.scrollHeight - box.clientHeight; }"
+    )
+    assert hidden <= 0
+    page.close()
+
+
 SAID = """async (streams) => {
   const { commandLine, hindrance } = await import("/command.js");
   const model = { id: "a model", recipe: "one:past=6", levels: 4, codec: null, dtype: "float32", device: "cpu" };
