@@ -1,5 +1,7 @@
 """The page in a browser, with the embedded model: what a user sees and keeps."""
 
+import base64
+import io
 import json
 import os
 import shlex
@@ -9,11 +11,14 @@ import time
 import av
 import numpy as np
 import pytest
+import torch
 from playwright.sync_api import sync_playwright
 
 from longtake.cli import main
 from longtake.generation.script import script_from
 from longtake.media.mp4 import read_frames, read_record
+from longtake.toy.detect import detect
+from longtake.toy.scenes import TIMES, WEATHERS
 from tests.serving.process import server
 
 CHROMIUM = shutil.which("chromium")
@@ -28,6 +33,16 @@ LIGHT = """() => {
   ink.drawImage(video, 0, 0, 24, 14);
   return ink.getImageData(0, 0, 24, 14).data.reduce((sum, one) => sum + one, 0) / (24 * 14 * 4);
 }"""
+CAPTURED = """(count) => new Promise((done) => {
+  const video = document.querySelector("video"), { videoWidth: width, videoHeight: height } = video;
+  const canvas = Object.assign(document.createElement("canvas"), { width, height: count * height });
+  let seen = 0;
+  const look = () => {
+    canvas.getContext("2d").drawImage(video, 0, height * seen++);
+    if (seen < count) video.requestVideoFrameCallback(look); else done(canvas.toDataURL("image/png"));
+  };
+  video.requestVideoFrameCallback(look);
+})"""
 DECODED = "() => document.querySelector('video').getVideoPlaybackQuality().totalVideoFrames"
 TIME = "() => document.querySelector('video').currentTime"
 
@@ -78,12 +93,21 @@ CLIPBOARD = """() => {
 
 
 def until(page, asks, holds):
-    """What the page says once it holds."""
+    """What the page says, or is found of it, once it holds."""
     deadline = time.monotonic() + PATIENCE
-    while not holds(told := page.evaluate(asks)):
+    while not holds(told := asks(page) if callable(asks) else page.evaluate(asks)):
         assert time.monotonic() < deadline, f"still {told}"
         page.wait_for_timeout(100)
     return told
+
+
+def setting(page, count=24):
+    """Time and weather, as the toy world's detectors read them off pictures in a row on the screen."""
+    png = base64.b64decode(page.evaluate(CAPTURED, count).partition(",")[2])
+    with av.open(io.BytesIO(png)) as pictures:
+        tall_HWC = next(pictures.decode(video=0)).to_ndarray(format="rgb24")
+    found = detect(torch.from_numpy(tall_HWC).unflatten(0, (count, -1))[None])
+    return (*TIMES, "unseen")[found.time], (*WEATHERS, "unseen")[found.weather]
 
 
 def say(page, words):
@@ -115,6 +139,7 @@ def test_the_video_plays_and_pauses_and_the_timeline_is_not_rebuilt(page):
 
 
 def test_words_change_the_picture_and_a_snapshot_brings_it_back(page):
+    until(page, setting, lambda seen: seen == ("day", "clear"))
     day = page.evaluate(LIGHT)
     page.press("#video", "s")
     page.wait_for_selector(".kept .rewind")
@@ -122,6 +147,7 @@ def test_words_change_the_picture_and_a_snapshot_brings_it_back(page):
     page.wait_for_selector(".part[data-state=accepted]")
     night = until(page, LIGHT, lambda light: light < 0.75 * day)
     page.wait_for_selector(".part.current[data-state=completed]")
+    until(page, setting, lambda seen: seen == ("night", "rain"))
     page.click(".rewind")
     until(page, LIGHT, lambda light: light > (day + night) / 2 + 0.3 * (day - night))
     page.click("#copy")
