@@ -10,6 +10,7 @@ from longtake.generation import take
 from longtake.plan import bytes_of_stream, umt5_parameters
 from longtake.recipes import recipe_named
 from longtake.serving.admission import Busy, Limits, Memory, has_room
+from longtake.serving.session import Over
 from longtake.serving.worker import Worker
 from tests import tiny
 from tests.serving.fake import FakeEngine, FakeStream
@@ -69,6 +70,15 @@ def test_what_is_predicted_waits_while_a_block_is_made():
     session.stream.chunk = lambda seconds: during.append(wait(0)) or chunk(session.stream, seconds)
     worker.step()
     assert during == [False] and wait(0)
+
+
+def test_a_server_that_ends_does_not_wait_for_what_is_predicted():
+    engine = FakeEngine()
+    worker, asks = serving(engine, None), iter([True, True, False])
+    worker._predict = lambda wait: [wait() for _ in range(9)]
+    with pytest.raises(Over):
+        worker.foresee(lambda: next(asks))
+    assert not list(asks) and worker._memory is None and not worker._foreseen
 
 
 def test_what_is_free_is_asked_for_again_and_again_and_what_our_streams_hold_counts_as_theirs():

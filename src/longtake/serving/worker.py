@@ -242,12 +242,18 @@ class Worker:
                     self._measure([chunk])
         self._untried = None if self._exact else prompt
 
-    def foresee(self) -> None:
+    def foresee(self, wanted: Callable[[], bool] = lambda: True) -> None:
         """Predict what streams take of memory, in this thread, for some seconds of what blocks leave of the time.
 
-        One stream at a time is taken until then.
+        One stream at a time is taken until then. wanted: asked again and again; Over once it says no.
         """
-        memory = self._predict(self._idle.wait) if self._predict else None
+
+        def wait(seconds: float | None = None) -> bool:
+            if not wanted():
+                raise Over("what streams take of memory is not wanted any more")
+            return self._idle.wait(seconds)
+
+        memory = self._predict(wait) if self._predict else None
         with self._lock:
             self._memory, self._foreseen = memory, True
             self._lock.notify_all()
