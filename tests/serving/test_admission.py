@@ -10,10 +10,11 @@ from longtake.generation import take
 from longtake.plan import bytes_of_stream, umt5_parameters
 from longtake.recipes import recipe_named
 from longtake.serving.admission import Busy, Limits, Memory, has_room
+from longtake.serving.session import Over
 from longtake.serving.worker import Worker
 from tests import tiny
 from tests.serving.fake import FakeEngine, FakeStream
-from tests.serving.watching import asked, opened
+from tests.serving.watching import asked, opened, watch
 
 MANY = Limits(sessions=100)
 
@@ -71,6 +72,15 @@ def test_what_is_predicted_waits_while_a_block_is_made():
     assert during == [False] and wait(0)
 
 
+def test_a_server_that_ends_does_not_wait_for_what_is_predicted():
+    engine = FakeEngine()
+    worker, asks = serving(engine, None), iter([True, True, False])
+    worker._predict = lambda wait: [wait() for _ in range(9)]
+    with pytest.raises(Over):
+        worker.foresee(lambda: next(asks))
+    assert not list(asks) and worker._memory is None and not worker._foreseen
+
+
 def test_what_is_free_is_asked_for_again_and_again_and_what_our_streams_hold_counts_as_theirs():
     engine, free = FakeEngine(block_seconds=0.001), [100]
     worker = serving(engine, Memory(stream=20, block=0, prompt=0, free=lambda: free[0]))
@@ -87,6 +97,21 @@ def test_what_is_free_is_asked_for_again_and_again_and_what_our_streams_hold_cou
     assert worker.admit("a ball"), "it is looked at once a second"
     engine.clock.now += 2
     worker.step()
+    with pytest.raises(Busy):
+        worker.admit("a ball")
+
+
+def test_memory_that_is_not_told_ends_no_stream_and_what_was_told_holds():
+    """As when so many connect that no file can be opened, and what is free is read from one."""
+    engine, free = FakeEngine(block_seconds=0.001), [100]
+    worker = serving(engine, Memory(stream=20, block=0, prompt=0, free=free.pop))
+    worker.foresee()
+    sessions = [opened(worker)]
+    for _ in range(3):
+        engine.clock.now += 2
+        worker.step()
+    sessions += [opened(worker), opened(worker), opened(worker)]  # of 100, 90 hold four
+    assert all(watch(worker, engine.clock, sessions, 3).values()) and not any(one.end for one in sessions)
     with pytest.raises(Busy):
         worker.admit("a ball")
 

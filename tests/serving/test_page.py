@@ -1,5 +1,7 @@
 """The page in a browser, with the embedded model: what a user sees and keeps."""
 
+import base64
+import io
 import json
 import os
 import shlex
@@ -9,11 +11,14 @@ import time
 import av
 import numpy as np
 import pytest
+import torch
 from playwright.sync_api import sync_playwright
 
 from longtake.cli import main
 from longtake.generation.script import script_from
 from longtake.media.mp4 import read_frames, read_record
+from longtake.toy.detect import detect
+from longtake.toy.scenes import TIMES, WEATHERS
 from tests.serving.process import server
 
 CHROMIUM = shutil.which("chromium")
@@ -28,6 +33,16 @@ LIGHT = """() => {
   ink.drawImage(video, 0, 0, 24, 14);
   return ink.getImageData(0, 0, 24, 14).data.reduce((sum, one) => sum + one, 0) / (24 * 14 * 4);
 }"""
+CAPTURED = """(count) => new Promise((done) => {
+  const video = document.querySelector("video"), { videoWidth: width, videoHeight: height } = video;
+  const canvas = Object.assign(document.createElement("canvas"), { width, height: count * height });
+  let seen = 0;
+  const look = () => {
+    canvas.getContext("2d").drawImage(video, 0, height * seen++);
+    if (seen < count) video.requestVideoFrameCallback(look); else done(canvas.toDataURL("image/png"));
+  };
+  video.requestVideoFrameCallback(look);
+})"""
 DECODED = "() => document.querySelector('video').getVideoPlaybackQuality().totalVideoFrames"
 TIME = "() => document.querySelector('video').currentTime"
 
@@ -78,12 +93,21 @@ CLIPBOARD = """() => {
 
 
 def until(page, asks, holds):
-    """What the page says once it holds."""
+    """What the page says, or is found of it, once it holds."""
     deadline = time.monotonic() + PATIENCE
-    while not holds(told := page.evaluate(asks)):
+    while not holds(told := asks(page) if callable(asks) else page.evaluate(asks)):
         assert time.monotonic() < deadline, f"still {told}"
         page.wait_for_timeout(100)
     return told
+
+
+def setting(page, count=24):
+    """Time and weather, as the toy world's detectors read them off pictures in a row on the screen."""
+    png = base64.b64decode(page.evaluate(CAPTURED, count).partition(",")[2])
+    with av.open(io.BytesIO(png)) as pictures:
+        tall_HWC = next(pictures.decode(video=0)).to_ndarray(format="rgb24")
+    found = detect(torch.from_numpy(tall_HWC).unflatten(0, (count, -1))[None])
+    return (*TIMES, "unseen")[found.time], (*WEATHERS, "unseen")[found.weather]
 
 
 def say(page, words):
@@ -115,6 +139,7 @@ def test_the_video_plays_and_pauses_and_the_timeline_is_not_rebuilt(page):
 
 
 def test_words_change_the_picture_and_a_snapshot_brings_it_back(page):
+    until(page, setting, lambda seen: seen == ("day", "clear"))
     day = page.evaluate(LIGHT)
     page.press("#video", "s")
     page.wait_for_selector(".kept .rewind")
@@ -122,6 +147,7 @@ def test_words_change_the_picture_and_a_snapshot_brings_it_back(page):
     page.wait_for_selector(".part[data-state=accepted]")
     night = until(page, LIGHT, lambda light: light < 0.75 * day)
     page.wait_for_selector(".part.current[data-state=completed]")
+    until(page, setting, lambda seen: seen == ("night", "rain"))
     page.click(".rewind")
     until(page, LIGHT, lambda light: light > (day + night) / 2 + 0.3 * (day - night))
     page.click("#copy")
@@ -223,6 +249,53 @@ def test_what_was_kept_when_the_connection_broke_is_listed_and_so_it_is_after_a_
     with av.open(str(coming.value.path())) as video:
         assert len(list(video.decode(video=0))) > 10
     page.context.close()
+
+
+def test_tabs_of_one_browser_list_what_each_other_keeps_and_removes(page):
+    other = page.context.new_page()
+    other.goto(page.url)
+    other.wait_for_selector("#state:has-text('Ready')", timeout=1000 * PATIENCE)
+    page.click("#snapshot")
+    other.locator(".kept .fork").wait_for(timeout=1000 * PATIENCE)
+    page.click("#record")
+    page.wait_for_selector("#recording:visible")
+    other.click(".kept .remove")
+    page.wait_for_selector("#kept-none:visible")
+    page.click("#record[aria-pressed=true]")  # which went on
+    for tab in (page, other):
+        tab.locator(".kept .video").wait_for(timeout=1000 * PATIENCE)
+    other.close()
+
+
+ADDED = """async () => {
+  const { Kept } = await import("/kept.js");
+  const ask = async (path) => {
+    if (path === "v1/recordings") kept.add({ kind: "snapshot", id: "new", at: 1, words: "a ball", seed: 1 });
+    return { data: [] };
+  };
+  const kept = new Kept(document.createElement("ul"), { ask });
+  kept.items = [{ kind: "snapshot", id: "old", at: 1, words: "a ball", seed: 1 }];
+  await kept.meet();
+  return kept.items.map((item) => item.id);
+}"""
+
+
+def test_what_is_kept_while_the_server_is_asked_what_it_has_stays_in_the_list(browser, address):
+    page = browser.new_page()
+    page.goto(address)
+    assert page.evaluate(ADDED) == ["new"]
+    page.close()
+
+
+def test_words_to_begin_with_are_all_in_sight_on_a_phone(browser, address):
+    page = browser.new_page(viewport={"width": 360, "height": 740})
+    page.goto(address)
+    until(page, "() => document.querySelector('#prompt').value", lambda words: words)
+    hidden = page.evaluate(
+        "() => { const box = document.querySelector('#prompt'); return box.scrollHeight - box.clientHeight; }"
+    )
+    assert hidden <= 0
+    page.close()
 
 
 SAID = """async (streams) => {

@@ -166,16 +166,35 @@ def test_more_than_the_device_can_make_are_told_to_come_back():
 
 
 def test_all_of_torchs_threads_are_the_devices_alone():
+    """Whatever another thread sets before the device's has done any work, which is when torch looks."""
     engine, here, there = FakeEngine(), torch.get_num_threads(), []
     worker = Worker(engine, clock=engine.clock, threads=here + 1)
-    opening, engine.stream = engine.stream, lambda *words, **options: (
-        there.append(torch.get_num_threads()) or opening(*words, **options)
-    )  # fmt: skip
+    opening = engine.stream
+
+    def open_stream(*words, **options):
+        other = threading.Thread(target=torch.set_num_threads, args=[here])
+        other.start(), other.join()
+        there.append(torch.get_num_threads())
+        return opening(*words, **options)
+
+    engine.stream = open_stream
     worker.start()
     worker.warm_up("a ball").result(timeout=10)
     worker.stop()
     assert set(there) == {here + 1} and torch.get_num_threads() == here
     torch.set_num_threads(here)  # for threads that are yet to come
+
+
+def test_who_has_ended_is_not_told_of_a_block_that_failed_then(worker, engine):
+    session = opened(worker)
+
+    def fail_after_its_end(seconds):
+        worker.close(session)
+        raise RuntimeError("out of memory")
+
+    session.stream.chunk = fail_after_its_end
+    worker.step()
+    assert session.end == "stopped" and not session.failed
 
 
 def test_even_a_device_slower_than_real_time_serves_one():

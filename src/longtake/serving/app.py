@@ -22,6 +22,7 @@ from longtake.serving.broadcast import Viewer
 from longtake.serving.metrics import Metrics
 from longtake.serving.protocol import CAPABILITIES, LONGEST_PROMPT, MESSAGES
 from longtake.serving.realtime import Behind, Conversation
+from longtake.serving.session import Over
 from longtake.serving.store import Kept, Store
 from longtake.serving.worker import Worker
 
@@ -101,7 +102,9 @@ class House:
 
     async def _warm_up(self) -> None:
         self.worker.start()
-        foreseeing = asyncio.create_task(asyncio.to_thread(self.worker.foresee))  # what it imports takes long, too
+        foreseeing = asyncio.create_task(  # in a thread already now: what it imports takes long, too
+            asyncio.to_thread(self.worker.foresee, lambda: not self.leaving)
+        )
         try:
             await asyncio.wrap_future(self.worker.warm_up(self.first_words))
         except Exception:
@@ -112,6 +115,8 @@ class House:
             log.info("ready")
         try:
             await foreseeing
+        except Over:
+            pass
         except Exception:
             log.exception("what streams take of memory cannot be predicted: one at a time is taken")
 

@@ -242,12 +242,18 @@ class Worker:
                     self._measure([chunk])
         self._untried = None if self._exact else prompt
 
-    def foresee(self) -> None:
+    def foresee(self, wanted: Callable[[], bool] = lambda: True) -> None:
         """Predict what streams take of memory, in this thread, for some seconds of what blocks leave of the time.
 
-        One stream at a time is taken until then.
+        One stream at a time is taken until then. wanted: asked again and again; Over once it says no.
         """
-        memory = self._predict(self._idle.wait) if self._predict else None
+
+        def wait(seconds: float | None = None) -> bool:
+            if not wanted():
+                raise Over("what streams take of memory is not wanted any more")
+            return self._idle.wait(seconds)
+
+        memory = self._predict(wait) if self._predict else None
         with self._lock:
             self._memory, self._foreseen = memory, True
             self._lock.notify_all()
@@ -270,7 +276,8 @@ class Worker:
 
     def _run(self) -> None:
         if self._threads:
-            torch.set_num_threads(self._threads)  # what another thread has set does not hold for this one
+            torch.get_num_threads()  # else this thread's first work takes what another thread has set last
+            torch.set_num_threads(self._threads)
         while not self._stopping:
             if not self.step():
                 with self._lock:
@@ -403,7 +410,7 @@ class Worker:
 
     def _fail(self, session: Session, error: Exception) -> None:
         with self._lock:
-            session.failed = True
+            session.failed = not session.end  # who has ended already is told of that
             self._end(session, f"{type(error).__name__}: {error}")
 
     def _chunks(self, streams: Sequence[Stream]) -> list[Chunk]:
@@ -485,7 +492,11 @@ class Worker:
         if self._memory is not None and now - self._looked >= _LOOK_AFTER:
             opened = [session.stream for session in self._sessions.values() if session.stream is not None]
             ours = sum(_bytes_of(stream) for stream in (*opened, *self._tried) if not stream.closed)
-            self._room, self._looked = self._memory.free() + ours, now
+            self._looked = now
+            try:
+                self._room = self._memory.free() + ours
+            except Exception:  # say for want of file handles: it ends no stream, and what was found before holds
+                log.exception("what is free of memory is not told")
 
     def _holds(self, streams: int, together: int | None = None) -> bool:
         """Whether memory does for so many streams; as far as it is foreseen. together: made in one pass at most."""

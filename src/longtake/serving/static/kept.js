@@ -12,16 +12,19 @@ export class Kept {
     this.items = remembered();
     this.present = null; // the recording that goes on here
     this.live = false;
+    addEventListener("storage", ({ key }) => key === STORE && this.#hear());
   }
 
   // Those of this browser that the server still has, and those of recordings cut off that it has by and by.
   async meet(looks = LOOKS) {
     const there = new Set();
+    const old = new Set(this.items); // what is added meanwhile may be missing from what the server tells
     for (const kind of ["snapshots", "recordings"]) {
       for (const one of (await this.hands.ask(`v1/${kind}`)).data) there.add(one.id);
     }
     for (const item of this.items) item.going &&= !there.has(item.id);
-    this.items = this.items.filter((item) => there.has(item.id) || item === this.present || (item.going && looks));
+    const stays = (item) => !old.has(item) || there.has(item.id) || item === this.present || (item.going && looks);
+    this.items = this.items.filter(stays);
     this.#keep();
     this.#lookAgain(looks);
   }
@@ -71,8 +74,20 @@ export class Kept {
     this.#keep();
   }
 
+  // What another tab keeps or has removed: else the two would write over each other's.
+  #hear() {
+    const { present } = this;
+    const others = remembered().filter((item) => item.id !== present?.id);
+    this.items = present ? [present, ...others] : others;
+    this.#show();
+  }
+
   #keep() {
     try { localStorage.setItem(STORE, JSON.stringify(this.items)); } catch { /* the list lives as long as the page */ }
+    this.#show();
+  }
+
+  #show() {
     const whole = this.items.filter((item) => !item.going);
     this.list.replaceChildren(...whole.map((item) => this.#row(item)));
     this.list.hidden = !whole.length;

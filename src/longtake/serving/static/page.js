@@ -49,6 +49,7 @@ async function arrive() {
   $("screen").style.setProperty("--shape", `${model.width} / ${model.height}`);
   $("prompt").maxLength = model.longest_prompt;
   if (!$("prompt").value) $("prompt").value = model.examples[0];
+  grow();
   $("ideas").replaceChildren(...model.examples.map(idea));
   kept.meet().catch(() => complain("What is kept cannot be listed."));
   waitUntilReady();
