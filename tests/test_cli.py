@@ -190,6 +190,13 @@ def test_a_file_that_is_there_stays(engine, capsys):
     assert engine.asked_for == [], "it is said before anything is loaded"
 
 
+@pytest.mark.parametrize("name", ["ball.avi", "ball"])
+def test_a_name_that_promises_another_kind_of_file_is_refused(engine, capsys, name):
+    assert main(["generate", "a red ball", "-o", name]) == 2
+    assert capsys.readouterr().err == f"longtake: videos are mp4 files: name {name} ball.mp4\n"
+    assert engine.asked_for == [] and files() == []
+
+
 def test_a_file_is_replaced_if_asked_for(engine, capsys):
     Path("out.mp4").write_text("old")
     assert main(["generate", "a red ball", "--seconds", "1", "-o", "out.mp4", "--force"]) == 0

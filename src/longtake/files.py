@@ -13,6 +13,13 @@ def require_free(path: Path, *, overwrite: bool = False, way_out: str = "remove 
         raise FileExistsError(f"{path} exists already: choose another name, or {way_out}")
 
 
+def require_free_video(path: Path, *, overwrite: bool = False, way_out: str = "remove it first") -> None:
+    """As `require_free`; ValueError for a name that promises another kind of file than is written."""
+    require_free(path, overwrite=overwrite, way_out=way_out)
+    if path.suffix.lower() != ".mp4":
+        raise ValueError(f"videos are mp4 files: name {path} {path.stem}.mp4")
+
+
 def claim(beside: Path, note: str = "") -> None:
     """Begin the file that grows beside a name, empty. FileExistsError where there is one, with a note on what it is."""
     try:

@@ -13,7 +13,7 @@ from longtake.cli.filming import made, opening, show
 from longtake.cli.options import Codec, Compile, Device, Levels, Mp4, OneFile, Opening, Precision, Seconds
 from longtake.cli.terminal import say
 from longtake.cli.videos import free_name, length_of, require_length, require_writable_take
-from longtake.files import require_free
+from longtake.files import require_free_video
 
 if TYPE_CHECKING:
     import torch
@@ -88,7 +88,7 @@ def generate(
     if (seeds, names) != (1, "numbered"):
         raise ValueError("--seeds and --names go with --prompts")
     if out is not None:
-        require_free(out, overwrite=force, way_out="replace it with --force")
+        require_free_video(out, overwrite=force, way_out="replace it with --force")
     script = _script_of(prompt or "", rewrite, device)
     return _make_one(script, seconds, seed, out, force, image, take, json, lambda: load(device))
 

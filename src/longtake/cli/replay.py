@@ -11,7 +11,7 @@ from longtake.cli.filming import opening, show
 from longtake.cli.options import DeviceName, Mp4, Opening
 from longtake.cli.terminal import CHECK_FAILED, say
 from longtake.cli.videos import require_length, unused
-from longtake.files import require_free
+from longtake.files import require_free_video
 
 if TYPE_CHECKING:
     from longtake.generation.script import Script
@@ -44,7 +44,7 @@ def replay(
         needs = f"goes on from {record['image']}: name it with --image" if "image" in record else "needs no --image"
         raise ValueError(f"{video} {needs}")
     if out is not None:
-        require_free(out)
+        require_free_video(out)
     engine = load_again(record, record["levels"], device)
     _require_same(video, record, engine)
     path = out or unused(video.with_stem(f"{video.stem}-again"))

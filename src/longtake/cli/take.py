@@ -12,7 +12,7 @@ from longtake.cli.filming import show
 from longtake.cli.options import DeviceName, Mp4, OneFile, Seconds
 from longtake.cli.terminal import print_result
 from longtake.cli.videos import free_name, length_of, require_length, require_writable_take
-from longtake.files import require_free
+from longtake.files import require_free_video
 
 File = Annotated[Positional[Path], arg(metavar="FILE")]
 
@@ -116,7 +116,7 @@ def _go_on(
     kept = Take.load(file)
     script = new or Script((Cue(prompt=kept.history[-1].prompts[0]),))
     if out is not None:
-        require_free(out)
+        require_free_video(out)
     engine = load_again(dict(kept.made_with), len(kept.made_with["levels"]), device)
     try:
         stream = kept.resume(engine)
