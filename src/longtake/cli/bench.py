@@ -10,7 +10,7 @@ from tyro.extras import SubcommandApp
 
 from longtake.cli.engines import load_engine, precision_named
 from longtake.cli.options import Codec, Compile, Device, Levels, Precision
-from longtake.cli.terminal import print_result, say
+from longtake.cli.terminal import CHECK_FAILED, print_result, say
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +46,8 @@ def bench_stream(
     """Time streams, network and codec together; the first block of each is left out.
 
     With --blocks, --minutes or --random-weights one long stream is timed once all that it remembers is full, and the
-    time of its blocks told by part (docs/speed.md).
+    time of its blocks told by part (docs/speed.md). With --minutes it exits 1 where blocks become slower, memory grows,
+    or numbers are lost.
 
     Args:
         recipe: The methods to time, one after the other.
@@ -96,7 +97,17 @@ def bench_stream(
         if out is not None:
             say(f"{_keep(out, result)}: {result['frames_per_second']:.1f} frames a second")
     _print(results, json, _steady_in_words if long else _speed_in_words)
-    return 0
+    return CHECK_FAILED if minutes is not None and not all(map(_stays, results)) else 0
+
+
+def _stays(result: dict[str, Any]) -> bool:
+    """Whether a long stream was at its end what it was at its beginning; says what was not."""
+    from longtake.evaluation.steady import grown
+
+    changed = grown(result["over_time"]["last_to_first"]) + ["lost numbers"] * (not result["finite"])
+    if changed:
+        say(f"{result['recipe']}: changes over its minutes: {', '.join(changed)}")
+    return not changed
 
 
 @app.command(name="attention")

@@ -32,6 +32,8 @@ MARKED_BLOCKS = 8  # whose time is told by part
 ROWS = 60  # of what is told over a stream's time, at most
 MEMORY = ("device_mib", "reserved_mib", "host_mib")  # fields of a `Moment`
 END = 0.1  # shares of a stream that are compared: how it begins and how it ends
+MOST_LATER = {"block_ms": 1.05, "device_mib": 1.0, "reserved_mib": 1.0, "host_mib": 64.0}
+"""Of a stream that stays as it is: times as long, and MiB more, at its end. Hosts keep some of what was let go."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,6 +254,11 @@ def over_time(moments: Sequence[Moment], frame_rate: int) -> dict[str, Any]:
         },
         "rows": rows,
     }
+
+
+def grown(changed: Mapping[str, float]) -> list[str]:
+    """What of `last_to_first` is above `MOST_LATER`."""
+    return [name for name, most in MOST_LATER.items() if changed[name] > most]
 
 
 def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
