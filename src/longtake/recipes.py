@@ -389,6 +389,8 @@ def load(
 def fused(engine: Engine) -> Engine:
     """The same engine, on a GPU its network's passes by fused kernels and, once a memory is full, by recorded graphs.
 
+    Wan's decoder goes by fused kernels too.
+
     It is for streams alone, and stays in its precision. Without a GPU, or without Triton there, it is as it was, as is
     one that goes so already.
     ValueError for a GPU that is not the process's current one, on which kernels run.
@@ -403,6 +405,7 @@ def fused(engine: Engine) -> Engine:
     from longtake.attention.fused_triton import rotate
     from longtake.models import wan_triton
 
+    fused_codec(engine.codec)
     network = engine.network
     wan_triton.fuse_layers(network)
     view_of = partial(network.memory_view, rotate=rotate)
@@ -410,6 +413,16 @@ def fused(engine: Engine) -> Engine:
     parallel.record_calls([network], ("forward", "keys_to_commit"), chosen=_reads_fixed_view, lends=True)
     far = engine.recipe.far and wan_triton.FusedFar.of(engine.recipe.far)
     return replace(engine, recipe=replace(engine.recipe, far=far), fused=True)
+
+
+def fused_codec(codec: Codec) -> bool:
+    """Let Wan's decoder on a GPU go by fused kernels from now on, where Triton is; whether it does."""
+    if not isinstance(codec, WanVAE) or codec.latent_mean.device.type != "cuda" or find_spec("triton") is None:
+        return False
+    from longtake.models.wan_vae_triton import fuse_decoder
+
+    fuse_decoder(codec)
+    return True
 
 
 def _reads_fixed_view(*arguments: Any) -> bool:

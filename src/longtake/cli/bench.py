@@ -149,6 +149,7 @@ def bench_codec(
     frames: Annotated[int, arg(metavar="N")] = 3,
     device: Device = None,
     dtype: Precision = "auto",
+    compile: Compile = False,
     json: bool = False,
 ) -> int:
     """Time decoders by themselves, with random weights, in a stream that is under way.
@@ -165,18 +166,18 @@ def bench_codec(
     from longtake.evaluation import pieces
     from longtake.evaluation.steady import machine
     from longtake.models.standins import drawn
-    from longtake.recipes import decoder_named, published_sizes
+    from longtake.recipes import decoder_named, fused_codec, published_sizes
 
     if frames < 1:
         raise ValueError(f"a block has one latent frame or more, got {frames}")
     place, precision = _place(device, dtype)
     config, height, width = published_sizes(model, _height_width(size))
     latents = torch.randn(1, frames, config.channels, height, width, device=place, dtype=precision)
-    rows = [
-        {"decoder": name} | row
-        for name in decoder
-        for row in pieces.bench_codec(drawn(decoder_named(name), place, precision), latents, say)
-    ]
+    rows: list[dict[str, Any]] = []
+    for name in decoder:
+        codec = drawn(decoder_named(name), place, precision)
+        how = "fused" if compile and fused_codec(codec) else "eager"
+        rows += [{"decoder": name, "passes": how} | row for row in pieces.bench_codec(codec, latents, say)]
     result = {"model": model, "latents": [frames, height, width], "precision": str(precision).removeprefix("torch.")}
     print_result(result | machine(place) | {"rows": rows}, json, _rows_in_words)
     return 0
