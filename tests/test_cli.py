@@ -420,6 +420,11 @@ def test_bench_of_random_weights_in_words(small_wan, capsys):
     assert "wan2.1-1.3b, 32x16, NoDecoder, float32" in said and "network pass 2" in said and "TFLOP" in said
 
 
+def test_bench_of_eight_bits_says_so(small_wan, capsys):
+    assert main(["bench", "stream", *small_wan.split(), "--recipe", "self_forcing", "--dtype", "fp8", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["precision"] == "fp8"
+
+
 def test_bench_of_minutes_fails_where_a_stream_grows(small_wan, monkeypatch, capsys):
     from longtake.evaluation import steady
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import arg
 from tyro.extras import SubcommandApp
 
-from longtake.cli.engines import load_engine, precision_named
-from longtake.cli.options import Codec, Compile, Device, Levels, Precision
+from longtake.cli.engines import in_precision, load_engine, precision_named
+from longtake.cli.options import Codec, Compile, Device, Levels, Precision, StreamPrecision
 from longtake.cli.terminal import CHECK_FAILED, print_result, say
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def bench_stream(
     size: Size = None,
     prompt: str = "a red ball bounces over green hills",
     device: Device = None,
-    dtype: Precision = "auto",
+    dtype: StreamPrecision = "auto",
     compile: Compile = False,
     out: Annotated[Path | None, arg(aliases=["-o"], metavar="DIR")] = None,
     json: bool = False,
@@ -77,10 +77,11 @@ def bench_stream(
             return load_engine(model, name, levels, device, dtype, codec, compile)
         from longtake.recipes import load_random
 
-        return load_random(
+        made = load_random(
             model, recipe=name, size=_height_width(size), decoder=decoder or "wan", device=device,
             dtype=precision_named(dtype), levels=levels, compile=compile,
         )  # fmt: skip
+        return in_precision(made, dtype)
 
     timed = STEADY_BLOCKS if blocks is None else blocks
     results = []

@@ -157,7 +157,7 @@ def circumstances(engine: Engine) -> dict[str, Any]:
         "sparsity": dict(near.keywords) if isinstance(near, partial) else None,
         "far_state": recipe.far is not None or recipe.joint is not None,
         "decoder": type(engine.codec).__name__,
-        "precision": str(engine.dtype).removeprefix("torch."),
+        "precision": engine.circumstances["dtype"],
         "passes": engine.circumstances["passes"],
         "attention": attention_taken(),
         **machine(engine.device),

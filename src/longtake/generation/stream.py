@@ -24,6 +24,7 @@ from longtake.generation.rolling import InFlight
 from longtake.generation.together import Making, next_latents
 from longtake.memory.stream_memory import StreamMemory
 from longtake.models.codec import Codec, CodecState
+from longtake.models.fp8 import is_eight_bit
 from longtake.models.wan import PromptKeys, WanTransformer
 from longtake.models.weights import fingerprint
 
@@ -161,7 +162,7 @@ class Engine:
             "longtake": version("longtake"),
             "torch": torch.__version__,
             "device": f"{self.device.type} {kind}",
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": "fp8" if is_eight_bit(self.network) else str(self.dtype).removeprefix("torch."),
             "passes": "fused" if self.fused else "eager",
         }
 

@@ -13,6 +13,7 @@ from longtake.attention.rope import Rotation
 from longtake.memory.far import FarShape, Keep
 from longtake.memory.view import FarView, Tokens
 from longtake.memory.window import Keys
+from longtake.models.fp8 import EightBitLinear
 from longtake.models.wan import Block, WanTransformer, read_prompt
 
 
@@ -60,7 +61,9 @@ class FusedLayer:
 
 
 def _feed_forward(ffn: nn.Sequential, x_BFTE: Tensor) -> Tensor:
-    """On a GPU the activation is applied where the first product is written."""
+    """On a GPU the activation is applied where the first product is written, or where its eight bits are."""
+    if isinstance(ffn[0], EightBitLinear):
+        return cast(EightBitLinear, ffn[2]).after_gelu(ffn[0](x_BFTE))
     if not x_BFTE.is_cuda:
         return ffn(x_BFTE)
     first, last = cast(nn.Linear, ffn[0]), cast(nn.Linear, ffn[2])
