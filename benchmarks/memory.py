@@ -80,7 +80,7 @@ def measured(engine: Engine) -> tuple[dict[str, int], dict[str, int]]:
         taken[moment] = max(taken.get(moment, 0), found[1])
 
     note("loading")
-    full = engine.recipe.memory(engine.network).blocks_until_full(engine.recipe.block)
+    full = engine.blocks_until_full
     with engine.stream("a red ball") as stream, noted_before_decoding(engine, lambda: note("network pass")):
         for _ in islice(stream, full + OTHER_BLOCKS):
             note("decoding")

@@ -82,7 +82,7 @@ def test_fixed_views_and_records_are_counted_as_they_are_kept(name: str) -> None
     commit = engine.network.keys_to_commit
     engine.network.keys_to_commit = lambda *given: answers.append(commit(*given)) or answers[-1]
     with engine.stream("any", seed=1) as stream:
-        for _ in range(recipe.memory(engine.network).blocks_until_full(recipe.block)):
+        for _ in range(engine.blocks_until_full):
             next(stream)
         prompt = sum(x.nbytes for layer in stream._batch._prompt_keys.layers for x in layer)
     given = sum(x.nbytes for layer in answers[-1] for x in layer)

@@ -5,8 +5,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional
 
@@ -21,10 +19,12 @@ STEP = 1 / 16  # of an e4m3 number: half of its last bit, as a share of it
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-@settings(max_examples=30, deadline=None)
-@given(rows=st.integers(1, 5), width=st.integers(1, 40), size=st.floats(-6, 6))
-def test_numbers_keep_their_leading_bits(rows: int, width: int, size: float) -> None:
-    x = torch.randn(rows, width) * 10**size * torch.logspace(-2, 2, rows)[:, None]
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("width", [1, 2, 40])
+@pytest.mark.parametrize("size", [-6, 0, 6])
+def test_numbers_keep_their_leading_bits(rows: int, width: int, size: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(rows, width) * 10.0**size * torch.logspace(-2, 2, rows)[:, None]
     eight, scale = eight_bit(x)
     assert eight.shape == x.shape and scale.shape == (rows, 1)
     off = (eight.float() * scale - x).abs()

@@ -77,7 +77,7 @@ def bench_steady(
         raise ValueError(f"a benchmark comes to an end, got {minutes:g} minutes")
     most = rates(engine.device, engine.dtype)
     say(f"{engine.recipe.name}: {most.matrix / 1e12:.4g} TFLOP/s of products, {most.copy / 1e12:.3g} TB/s of copies")
-    full = engine.recipe.memory(engine.network).blocks_until_full(engine.recipe.block)
+    full = engine.blocks_until_full
     pictures = engine.pictures_in(2) - engine.pictures_in(1)
     blocks = max(blocks, math.ceil(minutes * 60 * engine.frame_rate / pictures) - full)
 

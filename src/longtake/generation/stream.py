@@ -166,6 +166,11 @@ class Engine:
             "passes": "fused" if self.fused else "eager",
         }
 
+    @property
+    def blocks_until_full(self) -> int:
+        """How many blocks a stream makes until all that it remembers is full, and nothing grows any more."""
+        return self.recipe.memory(self.network).blocks_until_full(self.recipe.block)
+
     def wait(self) -> None:
         """Until the device has done all that it was told to do."""
         if self.device.type == "cuda":

@@ -54,7 +54,7 @@ def _gain(engine: Engine, prompt: str, size: int, rounds: int) -> Generator[None
     with ExitStack() as opened:
         try:
             streams = [opened.enter_context(engine.stream(prompt, seed=seed)) for seed in range(size)]
-            for _ in range(engine.recipe.memory(engine.network).blocks_until_full(engine.recipe.block)):
+            for _ in range(engine.blocks_until_full):
                 engine.next_together(streams)  # while memories fill, kernels are tried and recorded
                 yield
             for _ in range(rounds):
