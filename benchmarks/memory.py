@@ -79,11 +79,13 @@ def measured(engine: Engine) -> tuple[dict[str, int], dict[str, int]]:
         counted[moment] = max(counted.get(moment, 0), found[0])
         taken[moment] = max(taken.get(moment, 0), found[1])
 
-    note("loading")
-    full = engine.blocks_until_full
-    with engine.stream("a red ball") as stream, noted_before_decoding(engine, lambda: note("network pass")):
-        for _ in islice(stream, full + OTHER_BLOCKS):
-            note("decoding")
+    with engine.stream("a red ball") as stream:
+        for _ in islice(stream, engine.blocks_until_full + 1):
+            pass  # while passes are recorded, what they work in is counted twice
+        note("filling")
+        with noted_before_decoding(engine, lambda: note("network pass")):
+            for _ in islice(stream, OTHER_BLOCKS):
+                note("decoding")
         stream.redirect("a blue ball")
         note("new prompt")
     return counted, taken
