@@ -312,7 +312,8 @@ def streamed(made: Stream, recipe: Recipe, size: tuple[int, int], *, compile: bo
             if len(records) > before:
                 working = max(working, alive.peak - alive.now)
             with alive.moment("decoding"):
-                pictures, state = codec.decode(block.to(weight.dtype), state)
+                given, state = state and state.given_up(), None
+                pictures, state = codec.decode(block.to(weight.dtype), given)
                 shown = to_uint8(pictures)
             del block, pictures, shown
             kept = _kept(memory, prompt, state) | {

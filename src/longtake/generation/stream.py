@@ -466,7 +466,9 @@ class StreamBatch(_Closing):
 
     @torch.no_grad()
     def _decode(self, latents_BFCHW: Tensor) -> Tensor:
-        frames, self._codec_state = self.engine.codec.decode(latents_BFCHW.to(self.engine.dtype), self._codec_state)
+        given = self._codec_state and self._codec_state.given_up()
+        self._codec_state = None  # it is large: what was before makes room for what comes
+        frames, self._codec_state = self.engine.codec.decode(latents_BFCHW.to(self.engine.dtype), given)
         return to_uint8(frames)
 
 

@@ -25,7 +25,14 @@ class CodecState(NamedTuple):
     no storage with any output, so a state may be kept, continued twice, moved or saved.
     """
 
-    tensors: tuple[Tensor, ...]
+    tensors: Sequence[Tensor]
+
+    def given_up(self) -> "CodecState":
+        """The same, that nobody continues a second time: layers let go of each tensor once they took it.
+
+        That frees memory only where this state itself is held no longer.
+        """
+        return CodecState(list(self.tensors))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "CodecState":
         """The state with every tensor changed, e.g. `state.map(lambda t: t[:1])` for the first of a batch."""
@@ -74,7 +81,8 @@ class Carry:
 
     def __init__(self, state: CodecState | None) -> None:
         self.fresh = state is None  # this piece is the start of a video
-        self._past = [] if state is None else list(reversed(state.tensors))
+        tensors = () if state is None else state.tensors
+        self._past = tensors if isinstance(tensors, list) else list(tensors)  # a list was given up
         self._count = len(self._past)
         self._kept: list[Tensor] = []
 
@@ -91,7 +99,7 @@ class Carry:
         """Of a video that is under way: what the layer whose turn it is kept. ValueError unless it has that shape."""
         if not self._past:
             raise ValueError(f"the state has {self._count} tensors but this codec carries more")
-        past = self._past.pop()
+        past = self._past.pop(0)
         if list(past.shape) != shape:
             turn, found = len(self._kept), list(past.shape)
             raise ValueError(f"the state does not continue here: tensor {turn} is {found}, these frames need {shape}")
