@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "training": "flow media parallel attention memory models generation toy distillation evaluation recipes",
     "batch": "media parallel models generation",
     "explain": "memory models generation evaluation recipes",
-    "plan": "attention memory models generation toy recipes",
+    "plan": "attention memory models generation parallel toy recipes",
     "doctor": "media models evaluation recipes",
     "cli": (
         "files flow media parallel attention memory models generation toy distillation evaluation serving training "

@@ -450,6 +450,22 @@ def test_bench_of_random_weights_in_words(small_wan, capsys):
     assert "wan2.1-1.3b, 32x16, NoDecoder, float32" in said and "network pass 2" in said and "TFLOP" in said
 
 
+def test_bench_of_eight_bits_says_so(small_wan, capsys):
+    assert main(["bench", "stream", *small_wan.split(), "--recipe", "self_forcing", "--dtype", "fp8", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["precision"] == "fp8"
+
+
+def test_bench_of_minutes_fails_where_a_stream_grows(small_wan, monkeypatch, capsys):
+    from longtake.evaluation import steady
+
+    arguments = ["bench", "stream", *small_wan.split(), "--recipe", "self_forcing", "--minutes", "0.05"]
+    monkeypatch.setattr(steady, "MOST_LATER", dict.fromkeys(steady.MOST_LATER, 1e9))
+    assert main(arguments) == 0
+    monkeypatch.setitem(steady.MOST_LATER, "block_ms", 0.0)
+    assert main(arguments) == 1
+    assert "self_forcing: changes over its minutes: block_ms\n" in capsys.readouterr().err
+
+
 def test_bench_of_attention_has_a_row_for_each_window_and_backend(small_wan, capsys):
     recipes = ["hybrid_forcing:tokens=4", "longlive", "rolling_forcing"]
     arguments = ["bench", "attention", "--size", "64x32", "--device", "cpu", "--recipe", *recipes]

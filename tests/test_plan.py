@@ -13,6 +13,7 @@ from longtake.attention.dense import dense
 from longtake.cli import main
 from longtake.generation.recipe import Recipe
 from longtake.generation.stream import Engine
+from longtake.memory.fixed_view import FixedViews
 from longtake.memory.stream_memory import StreamMemory
 from longtake.models.light_codec import LightCodec
 from longtake.models.wan import WanTransformer
@@ -67,6 +68,39 @@ def test_peaks_are_those_of_real_tensors(recipe: Recipe) -> None:
     engine = tiny.engine(recipe)
     real = streamed(stream_of(engine.network, engine.codec), replace(recipe, near=dense), SIZE)
     assert predicted(recipe).peaks == pytest.approx(real.peaks, rel=0.03)
+
+
+@pytest.mark.parametrize("name", ["hybrid_forcing", "rolling_forcing"])
+def test_fixed_views_and_records_are_counted_as_they_are_kept(name: str) -> None:
+    recipe = RECIPES[1] if name == "hybrid_forcing" else RECIPES[2]
+    engine = tiny.engine(recipe)
+    with planning.Fused():
+        kept = streamed(on_meta(engine), replace(recipe, near=dense), SIZE, compile=True).kept
+        plain = streamed(on_meta(engine), replace(recipe, near=dense), SIZE).kept
+    views, answers = FixedViews(engine.network.memory_view), []
+    engine.network.memory_view = views
+    commit = engine.network.keys_to_commit
+    engine.network.keys_to_commit = lambda *given: answers.append(commit(*given)) or answers[-1]
+    with engine.stream("any", seed=1) as stream:
+        for _ in range(engine.blocks_until_full):
+            next(stream)
+        prompt = sum(x.nbytes for layer in stream._batch._prompt_keys.layers for x in layer)
+    given = sum(x.nbytes for layer in answers[-1] for x in layer)
+    assert kept["fixed views"] == views.nbytes > plain["fixed views"] == 0
+    assert kept["recorded passes"] > 2 * prompt + given > plain["recorded passes"] == 0
+    assert {name: kept[name] for name in kept if name not in ("fixed views", "recorded passes")} == {
+        name: plain[name] for name in plain if name not in ("fixed views", "recorded passes")
+    }
+
+
+def test_a_light_decoder_takes_less() -> None:
+    asked = {"recipe": "causvid:past=3", "size": (32, 32)}
+    own, light, none = (
+        plan("wan2.1-1.3b", **asked, decoder=name)["moments"]["decoding"] for name in (None, "light", "none")
+    )
+    assert own["codec"] > light["codec"] > none["codec"] and own["codec state"] > light["codec state"]
+    with pytest.raises(ValueError, match="has its own"):
+        plan("toy", decoder="light")
 
 
 def test_the_count_sees_what_is_alive_at_once() -> None:
@@ -134,8 +168,9 @@ def test_what_does_not_fit_is_told_with_ways_that_do(capsys: pytest.CaptureFixtu
 def test_a_smaller_window_and_a_smaller_model_are_ways_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "plan", lambda **asked: {"peak": str(asked)})
     told = {"model": "krea-realtime-14b", "recipe": "self_forcing", "size": [832, 480], "dtype": "bfloat16"}
+    told |= {"decoder": None, "compile": False}
     assert list(ways_to_fit(told)) == [
-        "--size 624x352", "--size 416x240", "--recipe self_forcing:past=3", "--model wan2.1-1.3b",
+        "--size 624x352", "--size 416x240", "--recipe self_forcing:past=3", "--model wan2.1-1.3b", "--decoder light",
     ]  # fmt: skip
 
 

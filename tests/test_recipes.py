@@ -141,6 +141,8 @@ def test_options_change_a_recipe_and_stay_in_its_name() -> None:
         ("hybrid_forcing:far=delta,stiffness=0", "stiffness must be above 0 and finite, got 0.0"),
         ("hybrid_forcing:stiffness=0.1", "only delta has a stiffness, keep has none"),
         ("hybrid_forcing:tokens=0", "blocks have 1 token or more, got tokens=0"),
+        ("hybrid_forcing:block=0", "a block has one latent frame or more, got block=0"),
+        ("self_forcing:block=0", "a block has one latent frame or more, got block=0"),
         ("hybrid_forcing:turns=time", "turns must be all or space, got time"),
         ("hybrid_forcing:far=none,turns=space", "far=none takes no frames"),
         ("hybrid_forcing:far=none,frames=60", "far=none takes no frames"),

@@ -15,7 +15,7 @@ import itertools
 import re
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -32,6 +32,7 @@ from longtake.generation.blockwise import redirect
 from longtake.generation.recipe import Recipe
 from longtake.generation.stream import Engine, StreamBatch, to_uint8
 from longtake.generation.take import bytes_of
+from longtake.memory.fixed_view import FixedView, FixedViews
 from longtake.memory.stream_memory import StreamMemory
 from longtake.models.checkpoints import NETWORKS
 from longtake.models.codec import Codec, CodecState
@@ -43,12 +44,14 @@ from longtake.models.umt5 import LENGTH
 from longtake.models.wan import PromptKeys, WanConfig, WanTransformer
 from longtake.models.wan_vae import WanVAE, WanVAEConfig
 from longtake.models.weights import described
+from longtake.parallel import kind_of, mapped_tensors
 from longtake.recipes import (
     CODEC_FILE,
     MODELS,
     NETWORK_FILE,
     RECIPES,
     WAN_SHIFT,
+    decoder_named,
     packaged,
     reading,
     recipe_named,
@@ -107,6 +110,11 @@ class Alive(TorchDispatchMode):
         if self._peak >= self.peaks.get(name, 0):
             self.peaks[name], self.largest[name] = self._peak, _largest(self._at_peak)
 
+    @property
+    def peak(self) -> int:
+        """Since the last moment began."""
+        return self._peak
+
     def _mark(self) -> None:
         self._peak, self._at_peak = self.now, dict(self._held)
 
@@ -134,20 +142,60 @@ class Alive(TorchDispatchMode):
         self.now -= self._held.pop(key)[1]
 
 
+class Records:
+    """Stand in for `parallel.Recorded` where there are no numbers: keep what records keep.
+
+    A call that reads a fixed view runs once, on copies; later ones of its kind find the same answer. Others just run.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[Hashable, tuple[Any, Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the copies and the answers."""
+        kept: list[Tensor] = []
+        mapped_tensors(list(self._kept.values()), kept.append)
+        return sum(x.nbytes for x in kept)
+
+    def around(self, method: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, as it is when its calls are recorded."""
+
+        def recorded(*arguments: Any) -> Any:
+            if not any(isinstance(one, FixedView) for one in arguments):
+                return call(*arguments)
+            kind = method, kind_of(arguments)
+            if kind not in self._kept:
+                own = mapped_tensors(arguments, Tensor.clone)
+                self._kept[kind] = own, call(*own)
+            return self._kept[kind][1]
+
+        return recorded
+
+
 def plan(
-    model: str, *, size: tuple[int, int] | None = None, recipe: str | None = None, dtype: str = "bfloat16"
-) -> dict[str, Any]:
+    model: str, *, size: tuple[int, int] | None = None, recipe: str | None = None, dtype: str = "bfloat16",
+    decoder: str | None = None, compile: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Bytes of a stream by part, its moments and its peak, ready for JSON; nothing is loaded.
 
     model: toy, or a name of `longtake models`. size: width and height of pictures. recipe: by default the one that the
-    model was trained under, else self_forcing_sink. `moments` are what is there at the same time. ValueError for
-    unknown names, with the nearest, and for sizes and recipes that cannot be.
+    model was trained under, else self_forcing_sink. decoder: of `recipes.DECODERS`, by default the model's own.
+    compile: as for `recipes.load`, on a GPU. `moments` are what is there at the same time. ValueError for unknown
+    names, with the nearest, and for sizes, recipes and decoders that cannot be.
     """
     known = _known(model, recipe)
     name = recipe or (known["recipe"] if known["recipe"] in RECIPES else "self_forcing_sink")
     chosen = recipe_named(name)
     if model in registry():
         require_block(registry()[model], chosen)
+    if decoder is not None:
+        if model == "toy":
+            raise ValueError("decoders are of Wan's latents: the embedded model has its own")
+        known |= {"codec": decoder_named(decoder)}
     network, codec = _parts(known, chosen, dtype)
     config = network.config
     made = Stream(network=network, codec=codec, **{key: known[key] for key in known if key.startswith("text_")})
@@ -156,7 +204,7 @@ def plan(
     if not all(0 < side <= MOST_SIDE and side % step == 0 for side in (width, height)):
         raise ValueError(f"pictures are multiples of {step} high and wide, {MOST_SIDE} at most, not {width}x{height}")
     with Fused():
-        working = streamed(made, replace(chosen, near=dense), (width, height))
+        working = streamed(made, replace(chosen, near=dense), (width, height), compile=compile)
     weights = {"network": nbytes(network), "codec": nbytes(codec)}
     text = {"text encoder": made.text_bytes}
     always = weights if made.text_leaves else text | weights
@@ -168,7 +216,8 @@ def plan(
     moments["new prompt read"] |= text
     totals = {moment: sum(parts.values()) for moment, parts in moments.items()}
     return {
-        "model": model, "recipe": name, "size": [width, height], "dtype": dtype, "moments": moments, "totals": totals,
+        "model": model, "recipe": name, "size": [width, height], "dtype": dtype, "decoder": decoder, "compile": compile,
+        "moments": moments, "totals": totals,
         "peak": max(totals.values()), "peak_at": max(totals, key=lambda moment: totals[moment]),
         "largest": {key: [list(one) for one in rows] for key, rows in working.largest.items()},
     }  # fmt: skip
@@ -202,7 +251,6 @@ def take_sizes(model: str, recipe: str, *, dtype: str = "bfloat16") -> dict[str,
     layers is given a network with half of them converted, as published (ReHyAt: 15 of 30). ValueError as for `plan`.
     """
     known, chosen = _known(model, recipe), recipe_named(recipe)
-    known |= {"network": reading(known["network"], chosen)}
     network, codec = _parts(known, chosen, dtype)
     width, height = known["size"]
     engine = Engine(
@@ -226,9 +274,8 @@ def take_sizes(model: str, recipe: str, *, dtype: str = "bfloat16") -> dict[str,
 
 def _parts(known: Mapping[str, Any], chosen: Recipe, dtype: str) -> tuple[WanTransformer, Codec]:
     """A network that can read what a recipe remembers, and a codec, without numbers."""
-    config = replace(known["network"], reads_far=known["network"].reads_far or chosen.far is not None)
     with META:
-        network, codec = WanTransformer(config), known["codec"]()
+        network, codec = WanTransformer(reading(known["network"], chosen)), known["codec"]()
     for part in (network, codec):
         part.requires_grad_(False).to(META).to(TYPES[dtype])
     return network, codec
@@ -236,11 +283,13 @@ def _parts(known: Mapping[str, Any], chosen: Recipe, dtype: str) -> tuple[WanTra
 
 @torch.no_grad()
 def streamed(
-    made: Stream, recipe: Recipe, size: tuple[int, int], wait: Callable[[], object] = lambda: None
+    made: Stream, recipe: Recipe, size: tuple[int, int], wait: Callable[[], object] = lambda: None, *,
+    compile: bool = False,
 ) -> Working:  # fmt: skip
     """Stream until the memory is full, then change the prompt, and count what is alive. wait: as for `Alive`.
 
-    A schedule that finishes block by block takes two steps instead of its own: they are all alike.
+    A schedule that finishes block by block takes two steps instead of its own: they are all alike. compile: by views at
+    fixed addresses and recorded passes, whose memory is theirs for good; the network is not to be used again.
     """
     network, codec = made.network, made.codec
     weight = network.patch_embedding.weight
@@ -250,6 +299,13 @@ def streamed(
     shape, prompt = recipe.memory(network), network.prompt_keys(text)
     alive = Alive(weight.device, [*network.parameters(), *codec.parameters(), *codec.buffers()], wait)
     memory = StreamMemory(shape, network.config.layers, ring=True)
+    views, records, working = FixedViews(network.memory_view), Records(), 0
+    if compile:
+        replaced = {"memory_view": views} | {
+            method: records.around(method, getattr(network, method)) for method in ("forward", "keys_to_commit")
+        }
+        for name, call in replaced.items():
+            setattr(network, name, call)
     blocks = recipe.schedule(
         network, memory, lambda block: prompt, lambda block, step: torch.zeros(latents, device=weight.device),
         levels if recipe.rolls else levels[:2],
@@ -258,19 +314,27 @@ def streamed(
     most: dict[str, int] = {}
     with alive:
         for _ in range(shape.blocks_until_full(recipe.block)):
+            before = len(records)
             with alive.moment("network pass"):
                 block = next(blocks)
+            if len(records) > before:
+                working = max(working, alive.peak - alive.now)
             with alive.moment("decoding"):
-                pictures, state = codec.decode(block.to(weight.dtype), state)
+                given, state = state and state.given_up(), None
+                pictures, state = codec.decode(block.to(weight.dtype), given)
                 shown = to_uint8(pictures)
             del block, pictures, shown
-            kept = _kept(memory, prompt, state)
+            kept = _kept(memory, prompt, state) | {
+                "fixed views": views.nbytes,
+                "recorded passes": records.nbytes + working,
+            }
             most = kept if sum(kept.values()) > sum(most.values()) else most
         with alive.moment("new prompt read"):
             new = network.prompt_keys(text)
         with alive.moment("new prompt taken"):
             redirect(network, memory, new)
-    return Working(kept=most, peaks=alive.peaks, largest=alive.largest)
+    peaks = {name: peak + (0 if name == "network pass" else working) for name, peak in alive.peaks.items()}
+    return Working(kept=most, peaks=peaks, largest=alive.largest)
 
 
 def _kept(memory: StreamMemory, prompt: PromptKeys, state: CodecState) -> dict[str, int]:
@@ -329,13 +393,18 @@ def ways_to_fit(told: Mapping[str, Any]) -> dict[str, int]:
         changes[f"--recipe {smallest}"] = {"recipe": smallest}
     if told["model"] in registry() and registry()[told["model"]].network == "wan2.1-14b":
         changes["--model wan2.1-1.3b"] = {"model": "wan2.1-1.3b"}
-    asked = {"model": told["model"], "size": (width, height), "recipe": told["recipe"], "dtype": told["dtype"]}
+    if told["decoder"] is None and told["model"] in registry():
+        changes["--decoder light"] = {"decoder": "light"}
+    asked = {name: told[name] for name in ("model", "recipe", "dtype", "decoder", "compile")} | {
+        "size": (width, height)
+    }
     return {words: plan(**(asked | change))["peak"] for words, change in changes.items()}
 
 
 def in_words(told: Mapping[str, Any]) -> str:
     """What `plan` gives, as text."""
-    lines = [f"{told['model']}, {told['recipe']}, {told['size'][0]}x{told['size'][1]}, {told['dtype']}; predicted:"]
+    how = f"{told['dtype']}{', compiled' * told['compile']}"
+    lines = [f"{told['model']}, {told['recipe']}, {told['size'][0]}x{told['size'][1]}, {how}; predicted:"]
     for moment, parts in told["moments"].items():
         lines.append(f"\n{moment:32}{gib(told['totals'][moment]):>12}")
         lines += [f"  {part:30}{gib(size):>12}" for part, size in parts.items() if size]

@@ -51,12 +51,13 @@ from longtake.toy import captions
 from longtake.toy.scenes import HEIGHT, RATE, WIDTH
 
 
-def self_forcing(past: int = 6) -> Recipe:
+def self_forcing(past: int = 6, block: int = 3) -> Recipe:
     """Self Forcing (arXiv 2506.08009): block by block over a sliding window, distilled on its own rollouts.
 
-    past: latent frames of it that a block sees; published are 18.
+    past: latent frames of it that a block sees; published are 18. block: latent frames of one; published are 3 and,
+    for other weights, 1. ValueError for a block of less than 1.
     """
-    return Recipe(name="self_forcing", schedule=blockwise, sink=0, past=past)
+    return replace(Recipe(name="self_forcing", schedule=blockwise, sink=0, past=past), block=_at_least_one(block))
 
 
 def self_forcing_sink() -> Recipe:
@@ -72,6 +73,7 @@ def hybrid_forcing(
     stiffness: float = Delta.stiffness,
     turns: str = "all",
     tokens: int = 12,
+    block: int = 3,
 ) -> Recipe:
     """Hybrid Forcing (arXiv 2604.10103): a fifth of the window's key blocks, and a far state of what left it.
 
@@ -81,7 +83,8 @@ def hybrid_forcing(
     0.5, 1 (published), 2 or 4. stiffness: how hard delta holds on to the old. turns: the positions that features of the
     far state bear, "all" (published) or "space", row and column but not frame: then it is the same how long ago
     something was absorbed. tokens: of a block of queries or keys; 12 are a row of the embedded model's latent frames,
-    published are 64 of 1,560 a frame. ValueError for what cannot be.
+    published are 64 of 1,560 a frame. block: latent frames of one; there are weights for 3 alone. ValueError for what
+    cannot be.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must be above 0 and at most 1, got {share}")
@@ -89,8 +92,16 @@ def hybrid_forcing(
         raise ValueError(f"blocks have 1 token or more, got tokens={tokens}")
     near = partial(block_sparse, share=share, block_q=tokens, block_k=tokens)
     return replace(
-        self_forcing_sink(), name="hybrid_forcing", far=_far_state(far, frames, features, stiffness, turns), near=near
-    )
+        self_forcing_sink(), name="hybrid_forcing", far=_far_state(far, frames, features, stiffness, turns), near=near,
+        block=_at_least_one(block),
+    )  # fmt: skip
+
+
+def _at_least_one(block: int) -> int:
+    """ValueError for a block of no latent frames."""
+    if block < 1:
+        raise ValueError(f"a block has one latent frame or more, got block={block}")
+    return block
 
 
 def _far_state(rule: str, frames: float, features: float, stiffness: float, turns: str) -> FarShape | None:
@@ -389,6 +400,8 @@ def load(
 def fused(engine: Engine) -> Engine:
     """The same engine, on a GPU its network's passes by fused kernels and, once a memory is full, by recorded graphs.
 
+    Wan's decoder goes by fused kernels too.
+
     It is for streams alone, and stays in its precision. Without a GPU, or without Triton there, it is as it was, as is
     one that goes so already.
     ValueError for a GPU that is not the process's current one, on which kernels run.
@@ -403,6 +416,7 @@ def fused(engine: Engine) -> Engine:
     from longtake.attention.fused_triton import rotate
     from longtake.models import wan_triton
 
+    fused_codec(engine.codec)
     network = engine.network
     wan_triton.fuse_layers(network)
     view_of = partial(network.memory_view, rotate=rotate)
@@ -410,6 +424,16 @@ def fused(engine: Engine) -> Engine:
     parallel.record_calls([network], ("forward", "keys_to_commit"), chosen=_reads_fixed_view, lends=True)
     far = engine.recipe.far and wan_triton.FusedFar.of(engine.recipe.far)
     return replace(engine, recipe=replace(engine.recipe, far=far), fused=True)
+
+
+def fused_codec(codec: Codec) -> bool:
+    """Let Wan's decoder on a GPU go by fused kernels from now on, where Triton is; whether it does."""
+    if not isinstance(codec, WanVAE) or codec.latent_mean.device.type != "cuda" or find_spec("triton") is None:
+        return False
+    from longtake.models.wan_vae_triton import fuse_decoder
+
+    fuse_decoder(codec)
+    return True
 
 
 def _reads_fixed_view(*arguments: Any) -> bool:

@@ -107,7 +107,7 @@ def test_passes_that_are_put_around_a_network_are_told_and_counted_as_its_own() 
 
 def counted_by_torch(engine: Engine) -> float:
     """Operations of a whole block of a real stream, by torch's counter, which sees attention when it is plain."""
-    full = engine.recipe.memory(engine.network).blocks_until_full(engine.recipe.block)
+    full = engine.blocks_until_full
     with engine.stream("any") as stream, sdpa_kernel(SDPBackend.MATH):
         for _ in islice(stream, full):
             pass

@@ -10,7 +10,7 @@ from tests import tiny
 from longtake.evaluation import steady
 from longtake.evaluation.parts import Work
 from longtake.evaluation.rates import Rates, rates, seconds
-from longtake.evaluation.steady import Moment, bench_steady, file_name, over_time, parts_table
+from longtake.evaluation.steady import Moment, bench_steady, file_name, grown, over_time, parts_table
 from longtake.generation.recipe import Recipe
 from longtake.recipes import hybrid_forcing, longlive, self_forcing_sink
 
@@ -65,6 +65,7 @@ def test_what_grows_is_seen() -> None:
     assert even["last_to_first"] == {"block_ms": 1, "device_mib": 0, "reserved_mib": 0, "host_mib": 0}
     assert growing["last_to_first"]["block_ms"] > 4
     assert growing["last_to_first"]["device_mib"] == pytest.approx(5.4)
+    assert grown(even["last_to_first"]) == [] and grown(growing["last_to_first"]) == ["block_ms", "device_mib"]
     assert len(even["rows"]) == steady.ROWS and even["rows"][-1]["video_seconds"] == even["video_seconds"] == 450
     assert sum(row["block_ms"]["p50"] for row in even["rows"]) == 1000 * steady.ROWS
 

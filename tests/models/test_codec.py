@@ -1,5 +1,6 @@
 """Both codec families, at tiny sizes: one protocol, so most tests run on each of them."""
 
+import weakref
 from itertools import pairwise
 
 import pytest
@@ -113,6 +114,17 @@ def test_a_batch_of_two_equals_two(codec: Codec) -> None:
             close(together[row : row + 1], alone)
             for got, expected in zip(state.tensors, alone_state.tensors, strict=True):
                 close(got[row : row + 1], expected)
+
+
+@torch.no_grad()
+def test_a_state_that_is_given_up_is_let_go_of(codec: Codec) -> None:
+    _, state = codec.decode(latent_clip())
+    want, _ = codec.decode(latent_clip(), state)
+    given, held = state.given_up(), [weakref.ref(tensor) for tensor in state.tensors]
+    del state
+    got, after = codec.decode(latent_clip(), given)
+    assert torch.equal(got, want) and len(after.tensors) == len(held)
+    assert all(one() is None for one in held)
 
 
 @torch.no_grad()

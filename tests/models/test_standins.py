@@ -37,6 +37,13 @@ def test_every_recipe_streams_without_weights_and_is_counted_without_numbers(nam
     assert work["network pass 1"].operations > work["commit"].operations / 2 > 0
 
 
+@pytest.mark.parametrize("name", ["self_forcing:block=1", "hybrid_forcing:block=1"])
+def test_blocks_may_be_single_frames(name: str) -> None:
+    engine = load_random("wan2.1-1.3b", recipe=name, size=(16, 32), decoder="none", device="cpu", levels=2)
+    with engine.stream("any words") as stream:
+        assert [len(next(stream).frames) for _ in range(9)] == [1, *[4] * 8]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_parts_are_timed_on_its_own_line() -> None:
     engine = load_random("wan2.1-1.3b", recipe="hybrid_forcing:tokens=16", size=(64, 96), device="cuda", levels=2)

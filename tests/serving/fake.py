@@ -108,10 +108,8 @@ class FakeEngine:
         self.clock = clock or Clock()
         self.block_seconds, self.gain = block_seconds, gain
         self.passes: list[int] = []
-        self.network, self.until_full = None, 1
-        memory = SimpleNamespace(blocks_until_full=lambda block: self.until_full)
+        self.blocks_until_full = 1
         self.recipe = SimpleNamespace(
-            memory=lambda network: memory,
             in_flight=in_flight,
             name="fake_recipe",
             steps=(1,),

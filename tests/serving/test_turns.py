@@ -58,7 +58,7 @@ def test_a_trial_finds_what_pays(gain, sizes):
 
 def test_a_trial_measures_full_memories():
     engine = FakeEngine(gain=0.5)
-    engine.until_full = 5
+    engine.blocks_until_full = 5
     gains = {}
     assert [*trial(engine, "a ball", 2, gains)] and gains == {2: pytest.approx(0.5)}
     assert engine.passes == [2] * (5 + 2)

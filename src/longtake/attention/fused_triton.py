@@ -84,6 +84,17 @@ def add_gated(x_BFTE: Tensor, made_BFTE: Tensor, levels_BF6E: Tensor, modulation
     return total
 
 
+def eight_bit_rows(x_MI: Tensor, *, gelu: bool) -> tuple[Tensor, Tensor]:
+    """Rows as e4m3 numbers, and the scale of each, [M, 1] in float32. Truth: `models.fp8.eight_bit`.
+
+    gelu: of its GELU, by tanh.
+    """
+    x, (rows, width) = x_MI.contiguous(), x_MI.shape
+    out, scale = torch.empty_like(x, dtype=torch.float8_e4m3fn), x.new_empty(rows, 1, dtype=torch.float32)
+    _eight_bit_rows[(rows,)](x, out, scale, width, GELU=gelu, **_launch(width))
+    return out, scale
+
+
 def add_far(
     near_BTND: Tensor, plain_q_BTND: Tensor, rotation: Rotation, sums: Sums, weight_DD: Tensor, bias_D: Tensor
 ) -> Tensor:  # fmt: skip
@@ -248,6 +259,18 @@ def _add_gated(x_ptr, made_ptr, levels_ptr, modulation_ptr, total_ptr, tokens, W
     gate = _modulation(5, levels_ptr, modulation_ptr, tokens, column, real, WIDTH)
     total = _load(x_ptr + row, column, real) + gate * _load(made_ptr + row, column, real)
     tl.store(total_ptr + row + column, total.to(total_ptr.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _eight_bit_rows(x_ptr, out_ptr, scale_ptr, WIDTH: tl.constexpr, GELU: tl.constexpr, TILE: tl.constexpr):
+    row, column, real = _place(WIDTH, TILE)
+    x = _load(x_ptr + row, column, real)
+    if GELU:  # half of 1 + tanh(y) is 1 / (1 + exp(-2 y))
+        x = x / (1 + tl.exp(tl.minimum(-1.5957691216057308 * (x + 0.044715 * x * x * x), 80.0)))
+    scale = tl.maximum(tl.max(tl.abs(x), 0) / 448.0, 1e-12)
+    x = tl.minimum(tl.maximum(x / scale, -448.0), 448.0)
+    tl.store(out_ptr + row + column, x.to(out_ptr.dtype.element_ty), mask=real)
+    tl.store(scale_ptr + tl.program_id(0), scale)
 
 
 @triton.jit

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import arg
 from tyro.extras import SubcommandApp
 
-from longtake.cli.engines import load_engine, precision_named
-from longtake.cli.options import Codec, Compile, Device, Levels, Precision
-from longtake.cli.terminal import print_result, say
+from longtake.cli.engines import in_precision, load_engine, precision_named
+from longtake.cli.options import Codec, Compile, Device, Levels, Precision, StreamPrecision
+from longtake.cli.terminal import CHECK_FAILED, print_result, say
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +38,7 @@ def bench_stream(
     size: Size = None,
     prompt: str = "a red ball bounces over green hills",
     device: Device = None,
-    dtype: Precision = "auto",
+    dtype: StreamPrecision = "auto",
     compile: Compile = False,
     out: Annotated[Path | None, arg(aliases=["-o"], metavar="DIR")] = None,
     json: bool = False,
@@ -46,7 +46,8 @@ def bench_stream(
     """Time streams, network and codec together, without the first block of each; and how soon a redirect shows.
 
     With --blocks, --minutes or --random-weights one long stream is timed once all that it remembers is full, and the
-    time of its blocks told by part (docs/speed.md).
+    time of its blocks told by part (docs/speed.md). With --minutes it exits 1 where blocks become slower, memory grows,
+    or numbers are lost.
 
     Args:
         recipe: The methods to time, one after the other.
@@ -76,10 +77,11 @@ def bench_stream(
             return load_engine(model, name, levels, device, dtype, codec, compile)
         from longtake.recipes import load_random
 
-        return load_random(
+        made = load_random(
             model, recipe=name, size=_height_width(size), decoder=decoder or "wan", device=device,
             dtype=precision_named(dtype), levels=levels, compile=compile,
         )  # fmt: skip
+        return in_precision(made, dtype)
 
     timed = STEADY_BLOCKS if blocks is None else blocks
     results = []
@@ -98,7 +100,17 @@ def bench_stream(
         if out is not None:
             say(f"{_keep(out, result)}: {result['frames_per_second']:.1f} frames a second")
     _print(results, json, _steady_in_words if long else _speed_in_words)
-    return 0
+    changed = [result for result in results if minutes is not None and _changes(result)]
+    for result in changed:
+        say(f"{result['recipe']}: changes over its minutes: {', '.join(_changes(result))}")
+    return CHECK_FAILED if changed else 0
+
+
+def _changes(result: dict[str, Any]) -> list[str]:
+    """What a long stream was not at its end any more that it was at its beginning."""
+    from longtake.evaluation.steady import grown
+
+    return grown(result["over_time"]["last_to_first"]) + ["lost numbers"] * (not result["finite"])
 
 
 @app.command(name="attention")
@@ -140,6 +152,7 @@ def bench_codec(
     frames: Annotated[int, arg(metavar="N")] = 3,
     device: Device = None,
     dtype: Precision = "auto",
+    compile: Compile = False,
     json: bool = False,
 ) -> int:
     """Time decoders by themselves, with random weights, in a stream that is under way.
@@ -156,18 +169,18 @@ def bench_codec(
     from longtake.evaluation import pieces
     from longtake.evaluation.steady import machine
     from longtake.models.standins import drawn
-    from longtake.recipes import decoder_named, published_sizes
+    from longtake.recipes import decoder_named, fused_codec, published_sizes
 
     if frames < 1:
         raise ValueError(f"a block has one latent frame or more, got {frames}")
     place, precision = _place(device, dtype)
     config, height, width = published_sizes(model, _height_width(size))
     latents = torch.randn(1, frames, config.channels, height, width, device=place, dtype=precision)
-    rows = [
-        {"decoder": name} | row
-        for name in decoder
-        for row in pieces.bench_codec(drawn(decoder_named(name), place, precision), latents, say)
-    ]
+    rows: list[dict[str, Any]] = []
+    for name in decoder:
+        codec = drawn(decoder_named(name), place, precision)
+        how = "fused" if compile and fused_codec(codec) else "eager"
+        rows += [{"decoder": name, "passes": how} | row for row in pieces.bench_codec(codec, latents, say)]
     result = {"model": model, "latents": [frames, height, width], "precision": str(precision).removeprefix("torch.")}
     print_result(result | machine(place) | {"rows": rows}, json, _rows_in_words)
     return 0

@@ -18,15 +18,25 @@ def load_engine(
     from longtake.recipes import load
 
     precision = precision_named(dtype)
-    return load(model, recipe=recipe, levels=levels, device=device, dtype=precision, codec=codec, compile=compile)
+    made = load(model, recipe=recipe, levels=levels, device=device, dtype=precision, codec=codec, compile=compile)
+    return in_precision(made, dtype)
+
+
+def in_precision(engine: "Engine", name: str) -> "Engine":
+    """The engine, its large products of eight bits if --dtype says fp8."""
+    from longtake.models.fp8 import into_eight_bits
+
+    if name == "fp8":
+        into_eight_bits(engine.network)
+    return engine
 
 
 def load_again(said: dict[str, Any], levels: int, device: str | None) -> "Engine":
     """The engine of a take or a record, by default on its kind of device. ValueError if there is none such here."""
     from longtake.generation.stream import UNTOLD
 
-    if said["dtype"] not in ("float32", "bfloat16"):
-        raise ValueError(f"precision is float32 or bfloat16, not {said['dtype']}")
+    if said["dtype"] not in ("float32", "bfloat16", "fp8"):
+        raise ValueError(f"precision is float32, bfloat16 or fp8, not {said['dtype']}")
     place = device or said.get("device", "").partition(" ")[0] or None
     fused = (UNTOLD | said)["passes"] == "fused"
     return load_engine(said["model"], said["recipe"], levels, place, said["dtype"], said.get("codec"), fused)
@@ -36,7 +46,7 @@ def precision_named(name: str) -> "torch.dtype | None":
     """What --dtype says; None leaves the choice to the device."""
     import torch
 
-    return {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    return {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "fp8": torch.bfloat16}[name]
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from tyro.conf import Positional, arg
 
 from longtake.cli.engines import load_engine, together
 from longtake.cli.filming import made, opening, show
-from longtake.cli.options import Codec, Compile, Device, Levels, Mp4, OneFile, Opening, Precision, Seconds
+from longtake.cli.options import Codec, Compile, Device, Levels, Mp4, OneFile, Opening, Seconds, StreamPrecision
 from longtake.cli.terminal import say
 from longtake.cli.videos import free_name, length_of, require_length, require_writable_take
 from longtake.files import require_free_video
@@ -39,7 +39,7 @@ def generate(
     force: bool = False,
     take: OneFile = None,
     device: Device = None,
-    dtype: Precision = "auto",
+    dtype: StreamPrecision = "auto",
     compile: Compile = False,
     json: bool = False,
 ) -> int:

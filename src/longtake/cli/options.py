@@ -9,6 +9,10 @@ DeviceName = Annotated[str | None, arg(metavar="NAME")]
 Device = Annotated[str | None, arg(metavar="NAME", help="cpu, cuda, cuda:1, ...; unless given, the best there is.")]
 PrecisionName = Literal["auto", "float32", "bfloat16"]
 Precision = Annotated[PrecisionName, arg(help="Precision; auto takes the fastest that is safe.")]
+StreamPrecision = Annotated[
+    PrecisionName | Literal["fp8"],
+    arg(help="Precision; auto takes the fastest that is safe. fp8: bfloat16, with large products of eight bits."),
+]
 Compile = Annotated[bool, arg(help="On a GPU by fused kernels and recorded graphs; not measured there yet.")]
 Levels = Annotated[
     int | None, arg(metavar="N", help="Denoising steps of a block; unless given, as many as the recipe has.")

@@ -12,6 +12,8 @@ def plan(
     size: Annotated[str | None, arg(metavar="WxH")] = None,
     recipe: Annotated[str | None, arg(metavar="RECIPE")] = None,
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
+    decoder: Annotated[Literal["wan", "light", "none"] | None, arg(metavar="wan|light|none")] = None,
+    compile: bool = False,
     vram: Annotated[str | None, arg(metavar="SIZE")] = None,
     json: bool = False,
 ) -> int:
@@ -25,13 +27,18 @@ def plan(
         size: Of the pictures; unless given, the model's own.
         recipe: The method; unless given, the one that a model was trained under, or self_forcing_sink.
         dtype: Precision of network and codec.
+        decoder: What makes pictures of a Wan model's latents: its VAE, or the light one that --codec names elsewhere.
+        compile: As for `generate --compile` on a GPU, which keeps fixed views and recorded passes.
         vram: What there is, such as 24G; if that is too little, changes are tried, and the peak of each is told.
         json: Print one JSON object.
     """
     from longtake import plan as planning
 
     there = None if vram is None else planning.vram(vram)
-    told = planning.plan(model, size=None if size is None else planning.pixels(size), recipe=recipe, dtype=dtype)
+    told = planning.plan(
+        model, size=None if size is None else planning.pixels(size), recipe=recipe, dtype=dtype, decoder=decoder,
+        compile=compile,
+    )  # fmt: skip
     fits = there is None or told["peak"] <= there
     if there is not None:
         told |= {"vram": there, "fits": fits, "ways_to_fit": {} if fits else planning.ways_to_fit(told)}

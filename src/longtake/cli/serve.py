@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import arg
 
 from longtake.cli.engines import load_engine
-from longtake.cli.options import Codec, Compile, Device, Levels, Precision
+from longtake.cli.options import Codec, Compile, Device, Levels, StreamPrecision
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,7 +35,7 @@ def serve(
     keep_gib: float = 4.0,
     log_prompts: bool = False,
     device: Device = None,
-    dtype: Precision = "auto",
+    dtype: StreamPrecision = "auto",
     compile: Compile = False,
 ) -> int:
     """Serve a page that plays at once, and live streams over a socket, until Ctrl-C. See docs/serve.md.

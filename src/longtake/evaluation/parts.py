@@ -185,7 +185,7 @@ def work_by_part(engine: Engine, prompt: str, blocks: int = 1) -> dict[str, Work
         text=RandomText(rows, engine.network.config.text_dim, META),
         recipe=replace(engine.recipe, near=_counted(engine.recipe.near), far=far),
     )
-    full = engine.recipe.memory(engine.network).blocks_until_full(engine.recipe.block)
+    full = engine.blocks_until_full
     counting = Counting()
     marks = Marks(counting.so_far)
     with Fused(counting.attended), marked(twin, marks):

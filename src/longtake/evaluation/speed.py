@@ -52,7 +52,7 @@ def bench_stream(engine: Engine, prompt: str, seconds: float, repeats: int) -> d
         "codec": engine.codec_name,
         "recipe": engine.recipe.name,
         "levels": len(engine.recipe.steps),
-        "precision": str(engine.dtype).removeprefix("torch."),
+        "precision": engine.circumstances["dtype"],
         "device": str(engine.device),
         "threads": torch.get_num_threads(),
         "seconds": seconds,

@@ -32,6 +32,8 @@ MARKED_BLOCKS = 8  # whose time is told by part
 ROWS = 60  # of what is told over a stream's time, at most
 MEMORY = ("device_mib", "reserved_mib", "host_mib")  # fields of a `Moment`
 END = 0.1  # shares of a stream that are compared: how it begins and how it ends
+MOST_LATER = {"block_ms": 1.05, "device_mib": 1.0, "reserved_mib": 1.0, "host_mib": 64.0}
+"""Of a stream that stays as it is: times as long, and MiB more, at its end. Hosts keep some of what was let go."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +77,7 @@ def bench_steady(
         raise ValueError(f"a benchmark comes to an end, got {minutes:g} minutes")
     most = rates(engine.device, engine.dtype)
     say(f"{engine.recipe.name}: {most.matrix / 1e12:.4g} TFLOP/s of products, {most.copy / 1e12:.3g} TB/s of copies")
-    full = engine.recipe.memory(engine.network).blocks_until_full(engine.recipe.block)
+    full = engine.blocks_until_full
     pictures = engine.pictures_in(2) - engine.pictures_in(1)
     blocks = max(blocks, math.ceil(minutes * 60 * engine.frame_rate / pictures) - full)
 
@@ -155,7 +157,7 @@ def circumstances(engine: Engine) -> dict[str, Any]:
         "sparsity": dict(near.keywords) if isinstance(near, partial) else None,
         "far_state": recipe.far is not None or recipe.joint is not None,
         "decoder": type(engine.codec).__name__,
-        "precision": str(engine.dtype).removeprefix("torch."),
+        "precision": engine.circumstances["dtype"],
         "passes": engine.circumstances["passes"],
         "attention": attention_taken(),
         **machine(engine.device),
@@ -252,6 +254,11 @@ def over_time(moments: Sequence[Moment], frame_rate: int) -> dict[str, Any]:
         },
         "rows": rows,
     }
+
+
+def grown(changed: Mapping[str, float]) -> list[str]:
+    """What of `last_to_first` is above `MOST_LATER`."""
+    return [name for name, most in MOST_LATER.items() if changed[name] > most]
 
 
 def _percentiles(seconds: Sequence[float]) -> dict[str, float]:

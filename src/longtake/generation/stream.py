@@ -24,6 +24,7 @@ from longtake.generation.rolling import InFlight
 from longtake.generation.together import Making, next_latents
 from longtake.memory.stream_memory import StreamMemory
 from longtake.models.codec import Codec, CodecState
+from longtake.models.fp8 import is_eight_bit
 from longtake.models.wan import PromptKeys, WanTransformer
 from longtake.models.weights import fingerprint
 
@@ -161,9 +162,14 @@ class Engine:
             "longtake": version("longtake"),
             "torch": torch.__version__,
             "device": f"{self.device.type} {kind}",
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": "fp8" if is_eight_bit(self.network) else str(self.dtype).removeprefix("torch."),
             "passes": "fused" if self.fused else "eager",
         }
+
+    @property
+    def blocks_until_full(self) -> int:
+        """How many blocks a stream makes until all that it remembers is full, and nothing grows any more."""
+        return self.recipe.memory(self.network).blocks_until_full(self.recipe.block)
 
     def wait(self) -> None:
         """Until the device has done all that it was told to do."""
@@ -469,7 +475,9 @@ class StreamBatch(_Closing):
 
     @torch.no_grad()
     def _decode(self, latents_BFCHW: Tensor) -> Tensor:
-        frames, self._codec_state = self.engine.codec.decode(latents_BFCHW.to(self.engine.dtype), self._codec_state)
+        given = self._codec_state and self._codec_state.given_up()
+        self._codec_state = None  # it is large: what was before makes room for what comes
+        frames, self._codec_state = self.engine.codec.decode(latents_BFCHW.to(self.engine.dtype), given)
         return to_uint8(frames)
 
 

@@ -37,6 +37,11 @@ class FixedView:
         """Take over what a view of the same kind reads."""
         torch._foreach_copy_(self._fixed, list(_tensors(view)))
 
+    @property
+    def nbytes(self) -> int:
+        """Beside its rooms, which it may share."""
+        return sum(x.nbytes for x in _tensors(MemoryView(self.rotation, [], far=self._far)))
+
     def attend(self, layer: int, own: Tokens) -> Tensor:
         torch._foreach_copy_(self._own[layer], (own.k, own.v))
         near_BTND = self._near(own.q, *self._rooms[layer])
@@ -64,6 +69,12 @@ class FixedViews:
             self._made[kind] = FixedView(view, self._rooms(view), self._add_far)
         self._made[kind].hold(view)
         return self._made[kind]
+
+    @property
+    def nbytes(self) -> int:
+        """Of the room that there is now, and of what each view holds beside it."""
+        rooms = sum(k.nbytes + v.nbytes for k, v in self._room.values())
+        return rooms + sum(view.nbytes for view in self._made.values())
 
     def _rooms(self, view: MemoryView) -> list[tuple[Tensor, Tensor]]:
         """Room for what a view remembers and for its own tokens, layer by layer."""

@@ -25,7 +25,14 @@ class CodecState(NamedTuple):
     no storage with any output, so a state may be kept, continued twice, moved or saved.
     """
 
-    tensors: tuple[Tensor, ...]
+    tensors: Sequence[Tensor]
+
+    def given_up(self) -> "CodecState":
+        """The same, that nobody continues a second time: layers let go of each tensor once they took it.
+
+        That frees memory only where this state itself is held no longer.
+        """
+        return CodecState(list(self.tensors))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "CodecState":
         """The state with every tensor changed, e.g. `state.map(lambda t: t[:1])` for the first of a batch."""
@@ -69,39 +76,45 @@ class Carry:
     """Hands each layer its own past while one piece goes through a network, and collects the next state.
 
     It lives for one pass. Layers take their turns in the order in which they run, which is the same in
-    every pass, so no layer needs a name or an index.
+    every pass, so no layer needs a name or an index. What a layer took is let go of at once.
     """
 
     def __init__(self, state: CodecState | None) -> None:
         self.fresh = state is None  # this piece is the start of a video
-        self._past = () if state is None else state.tensors
+        tensors = () if state is None else state.tensors
+        self._past = tensors if isinstance(tensors, list) else list(tensors)  # a list was given up
+        self._count = len(self._past)
         self._kept: list[Tensor] = []
 
     def extend(self, x: Tensor, frames: int, dim: int) -> Tensor:
         """`x` with the `frames` frames before it put in front along `dim`; zeros where the video starts."""
         shape = list(x.shape)
         shape[dim] = frames
-        past = x.new_zeros(shape) if self.fresh else self._next_past(shape)
+        past = x.new_zeros(shape) if self.fresh else self.past(shape)
         joined = torch.cat([past, x], dim)
-        latest = joined.narrow(dim, joined.shape[dim] - frames, frames)
-        # A copy: a view would keep the whole piece alive for as long as the state is kept.
-        self._kept.append(latest.clone(memory_format=torch.contiguous_format))
+        self.keep(joined, frames, dim)
         return joined
+
+    def past(self, shape: list[int]) -> Tensor:
+        """Of a video that is under way: what the layer whose turn it is kept. ValueError unless it has that shape."""
+        if not self._past:
+            raise ValueError(f"the state has {self._count} tensors but this codec carries more")
+        past = self._past.pop(0)
+        if list(past.shape) != shape:
+            turn, found = len(self._kept), list(past.shape)
+            raise ValueError(f"the state does not continue here: tensor {turn} is {found}, these frames need {shape}")
+        return past
+
+    def keep(self, joined: Tensor, frames: int, dim: int) -> None:
+        """Keep the last frames for the layer's next turn, as they lie in memory."""
+        # A copy: a view would keep the whole piece alive for as long as the state is kept.
+        self._kept.append(joined.narrow(dim, joined.shape[dim] - frames, frames).clone())
 
     def state(self) -> CodecState:
         """What the next piece needs; call it when every layer has run."""
-        if not self.fresh and len(self._past) != len(self._kept):
-            raise ValueError(f"the state has {len(self._past)} tensors but this codec carries {len(self._kept)}")
+        if not self.fresh and self._past:
+            raise ValueError(f"the state has {self._count} tensors but this codec carries {len(self._kept)}")
         return CodecState(tuple(self._kept))
-
-    def _next_past(self, shape: list[int]) -> Tensor:
-        turn = len(self._kept)
-        if turn >= len(self._past):
-            raise ValueError(f"the state has {len(self._past)} tensors but this codec carries more")
-        if list(self._past[turn].shape) != shape:
-            found = list(self._past[turn].shape)
-            raise ValueError(f"the state does not continue here: tensor {turn} is {found}, these frames need {shape}")
-        return self._past[turn]
 
 
 class Codec(nn.Module, ABC):
@@ -171,7 +184,7 @@ class Codec(nn.Module, ABC):
     ) -> tuple[Tensor, CodecState]:
         outputs = []
         for piece in pieces:
-            carry = Carry(state)
+            carry, state = Carry(state), None  # of a state in between, layers let go as they take their part
             outputs.append(step(piece, carry))
             state = carry.state()
         assert state is not None  # there is at least one piece: the checks refuse empty input

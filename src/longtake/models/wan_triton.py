@@ -15,6 +15,7 @@ from longtake.memory.span_memory import SpanView
 from longtake.memory.view import ClipView, FarView, Tokens
 from longtake.memory.window import Keys
 from longtake.models.features import LearnedForm
+from longtake.models.fp8 import EightBitLinear
 from longtake.models.wan import Block, WanTransformer, read_prompt
 
 
@@ -91,7 +92,9 @@ class FusedLayer:
 
 
 def _feed_forward(ffn: nn.Sequential, x_BFTE: Tensor) -> Tensor:
-    """On a GPU the activation is applied where the first product is written."""
+    """On a GPU the activation is applied where the first product is written, or where its eight bits are."""
+    if isinstance(ffn[0], EightBitLinear):
+        return cast(EightBitLinear, ffn[2]).after_gelu(ffn[0](x_BFTE))
     if not x_BFTE.is_cuda:
         return ffn(x_BFTE)
     first, last = cast(nn.Linear, ffn[0]), cast(nn.Linear, ffn[2])

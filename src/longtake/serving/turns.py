@@ -60,7 +60,7 @@ def _gain(engine: Engine, prompt: str, size: int, rounds: int) -> Generator[Sequ
     with ExitStack() as opened:
         try:
             streams = [opened.enter_context(engine.stream(prompt, seed=seed)) for seed in range(size)]
-            for _ in range(engine.recipe.memory(engine.network).blocks_until_full(engine.recipe.block)):
+            for _ in range(engine.blocks_until_full):
                 yield streams
                 engine.next_together(streams)  # while memories fill, kernels are tried and recorded
             for _ in range(rounds):

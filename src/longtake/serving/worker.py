@@ -26,6 +26,7 @@ from longtake.serving.turns import how_many, next_size, trial
 T = TypeVar("T")
 Method = Literal["redirect", "cut"]
 
+_MEASURED = 2  # blocks, before anyone comes
 _RECENT = 0.1  # weight of each of the latest blocks in the measured speed
 _LOOK_AFTER = 1.0  # seconds at most between looks at who has gone, and at memory
 _FORESEEN_AFTER = 3  # seconds, about, that it takes to predict what streams take of memory
@@ -229,17 +230,20 @@ class Worker:
 
     # The device
 
-    def warm_up(self, prompt: str, blocks: int = 3) -> "Future[None]":
-        """Make a few blocks for nobody, so that the first viewer does not pay for the start; this measures speed."""
-        with self._lock:
-            return self._command(lambda: self._warm_up(prompt, blocks))
+    def warm_up(self, prompt: str) -> "Future[None]":
+        """Fill a memory for nobody, so that no viewer pays for kernels that are chosen, compiled and recorded.
 
-    def _warm_up(self, prompt: str, blocks: int) -> None:
+        A few blocks more measure speed.
+        """
+        with self._lock:
+            return self._command(lambda: self._warm_up(prompt))
+
+    def _warm_up(self, prompt: str) -> None:
         with self.engine.stream(prompt, seed=0) as stream:
-            for number in range(blocks):
-                chunk = next(stream)
-                if number:  # the first pays for the start
-                    self._measure([chunk])
+            for _ in range(self.engine.blocks_until_full):
+                next(stream)
+            for _ in range(_MEASURED):
+                self._measure([next(stream)])
         self._untried = None if self._exact else prompt
 
     def foresee(self, wanted: Callable[[], bool] = lambda: True) -> None:
