@@ -75,7 +75,7 @@ def test_options_are_explained_and_a_far_state_of_any_width_is_placed_alike() ->
     assert (told["about"], told["blocks"]) == (plain["about"], plain["blocks"])
     assert "128 features a head" in in_words(told)
     assert "positions by row and column alone" in in_words(explain("hybrid_forcing:turns=space", 1))
-    assert "alone" not in in_words(told)
+    assert "by row and column alone" not in in_words(told)
 
 
 def test_hybrid_forcing_in_words() -> None:
