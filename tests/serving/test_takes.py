@@ -75,6 +75,19 @@ def test_a_snapshot_is_gone_back_to_and_gone_on_from(house):
         assert socket.receive_json()["code"] == "unknown_snapshot"
 
 
+def test_a_stream_is_reset_under_the_words_in_force(house):
+    with house.websocket_connect(SOCKET) as socket:
+        start(socket, seed=7)
+        until(socket, "stats")
+        change = {"event_id": "duck", "event": {"prompt": "a duck"}}
+        tell(socket, "session.interaction", "session.interaction.queued", interaction=change)
+        seen_event(socket, "duck")
+        queued = tell(socket, "session.reset", "session.reset.queued", event_id="anew")
+        assert (queued["event_id"], queued["start_seconds"]) == ("anew", 0)
+        chunk = seen_event(socket, "anew")
+        assert (chunk["generation_chunk_index"], chunk["start_seconds"], chunk["prompt"]) == (0, 0, "a duck")
+
+
 def test_a_recording_can_be_fetched_and_says_how_it_came_about(house):
     with house.websocket_connect(SOCKET) as socket:
         start(socket, seed=7)

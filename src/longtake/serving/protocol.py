@@ -25,6 +25,7 @@ CAPABILITIES: dict[str, Any] = {
     "stats_seconds": STATS_SECONDS,
     "snapshot": True,
     "rewind": True,
+    "reset": True,
     "resume_from": True,
     "record": True,
     "watch": True,
@@ -131,6 +132,13 @@ class Rewind(_Message):
     event_id: Event | None = None
 
 
+class Reset(_Message):
+    """Begin the stream anew with its seed, under the words in force; what is made and not sent is dropped."""
+
+    type: Literal["session.reset"]
+    event_id: Event | None = None
+
+
 class Record(_Message):
     """Record what is sent from now on; session.record.done says where it can be fetched."""
 
@@ -143,8 +151,8 @@ class RecordStop(_Message):
     type: Literal["session.record.stop"]
 
 
-MESSAGES = (Start, Watch, Interaction, Pause, Resume, Snapshot, Rewind, Record, RecordStop, Ping, Stop)
-Message = Start | Watch | Interaction | Pause | Resume | Snapshot | Rewind | Record | RecordStop | Ping | Stop
+MESSAGES = (Start, Watch, Interaction, Pause, Resume, Snapshot, Rewind, Reset, Record, RecordStop, Ping, Stop)
+Message = Start | Watch | Interaction | Pause | Resume | Snapshot | Rewind | Reset | Record | RecordStop | Ping | Stop
 _ANY: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="type")])
 
 

@@ -14,6 +14,7 @@ from longtake.serving.protocol import (
     Record,
     RecordStop,
     Refused,
+    Reset,
     Resume,
     Rewind,
     Snapshot,
@@ -62,6 +63,11 @@ class Steering:
             await self._change(
                 message.event_id, ("session.rewind.queued", "unfit_snapshot"),
                 lambda event: worker.rewind(session, take, event),
+            )  # fmt: skip
+        elif isinstance(message, Reset):
+            await self._change(
+                message.event_id, ("session.reset.queued", "interaction_failed"),
+                lambda event: worker.reset(session, event),
             )  # fmt: skip
         elif isinstance(message, Snapshot):
             await wire.say(await self._keeping.snapshot(session, message.event_id))
