@@ -88,6 +88,38 @@ def test_a_stream_is_reset_under_the_words_in_force(house):
         assert (chunk["generation_chunk_index"], chunk["start_seconds"], chunk["prompt"]) == (0, 0, "a duck")
 
 
+def test_a_stream_seeks_to_its_latest_snapshot_at_or_before_a_moment(house):
+    def seeks(seconds):
+        """Which place it comes to, under the words that the snapshot there has."""
+        queued = tell(socket, "session.seek", "session.seek.queued", seconds=seconds, event_id="back")
+        chunk = seen_event(socket, "back")
+        assert chunk["start_seconds"] == queued["start_seconds"]
+        return queued["start_seconds"], chunk["prompt"]
+
+    with house.websocket_connect(SOCKET) as other, house.websocket_connect(SOCKET) as socket:
+        start(other)
+        snapshot(other)  # of another session: never gone to
+        start(socket)
+        refused = tell(socket, "session.seek", "error", seconds=1e6, event_id="back")
+        assert (refused["code"], refused["event_id"]) == ("unknown_snapshot", "back")
+        until(socket, "stats")
+        early = snapshot(socket)
+        change = {"event_id": "duck", "event": {"prompt": "a duck"}}
+        tell(socket, "session.interaction", "session.interaction.queued", interaction=change)
+        seen_event(socket, "duck")
+        until(socket, "stats")
+        late = snapshot(socket)
+        first, second = early["start_seconds"], late["start_seconds"]
+        assert 0 < first < second
+        assert seeks(second - 0.001) == seeks(first) == (first, "a ball")
+        assert seeks(second) == seeks(1e6) == (second, "a duck")
+        assert tell(socket, "session.seek", "error", seconds=first - 0.001)["code"] == "unknown_snapshot"
+        house.delete(f"/v1/snapshots/{late['id']}")
+        assert seeks(1e6) == (first, "a ball")
+        for seconds in (-1, "NaN", None):
+            assert tell(socket, "session.seek", "error", seconds=seconds)["code"] == "invalid_message"
+
+
 def test_a_recording_can_be_fetched_and_says_how_it_came_about(house):
     with house.websocket_connect(SOCKET) as socket:
         start(socket, seed=7)

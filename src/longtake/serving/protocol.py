@@ -25,6 +25,7 @@ CAPABILITIES: dict[str, Any] = {
     "stats_seconds": STATS_SECONDS,
     "snapshot": True,
     "rewind": True,
+    "seek": True,
     "reset": True,
     "resume_from": True,
     "record": True,
@@ -132,6 +133,14 @@ class Rewind(_Message):
     event_id: Event | None = None
 
 
+class Seek(_Message):
+    """Rewind to this session's latest snapshot at or before a moment of its video."""
+
+    type: Literal["session.seek"]
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    event_id: Event | None = None
+
+
 class Reset(_Message):
     """Begin the stream anew with its seed, under the words in force; what is made and not sent is dropped."""
 
@@ -151,8 +160,10 @@ class RecordStop(_Message):
     type: Literal["session.record.stop"]
 
 
-MESSAGES = (Start, Watch, Interaction, Pause, Resume, Snapshot, Rewind, Reset, Record, RecordStop, Ping, Stop)
-Message = Start | Watch | Interaction | Pause | Resume | Snapshot | Rewind | Reset | Record | RecordStop | Ping | Stop
+MESSAGES = (Start, Watch, Interaction, Pause, Resume, Snapshot, Rewind, Seek, Reset, Record, RecordStop, Ping, Stop)
+Message = (
+    Start | Watch | Interaction | Pause | Resume | Snapshot | Rewind | Seek | Reset | Record | RecordStop | Ping | Stop
+)  # fmt: skip
 _ANY: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="type")])
 
 

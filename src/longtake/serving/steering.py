@@ -17,6 +17,7 @@ from longtake.serving.protocol import (
     Reset,
     Resume,
     Rewind,
+    Seek,
     Snapshot,
     Start,
     Watch,
@@ -59,11 +60,10 @@ class Steering:
         if isinstance(message, Interaction):
             await self._interact(message)
         elif isinstance(message, Rewind):
-            take = await self._keeping.take(message.snapshot, message.event_id)
-            await self._change(
-                message.event_id, ("session.rewind.queued", "unfit_snapshot"),
-                lambda event: worker.rewind(session, take, event),
-            )  # fmt: skip
+            await self._rewind(message.snapshot, message.event_id, "session.rewind.queued")
+        elif isinstance(message, Seek):
+            name = self._keeping.snapshot_before(message.seconds, message.event_id)
+            await self._rewind(name, message.event_id, "session.seek.queued")
         elif isinstance(message, Reset):
             await self._change(
                 message.event_id, ("session.reset.queued", "interaction_failed"),
@@ -98,6 +98,12 @@ class Steering:
             lambda event: self._worker.redirect(self._session, prompt, event, method=method),
         )  # fmt: skip
         self._heard(method, prompt)
+
+    async def _rewind(self, snapshot: str, event_id: str | None, taken: str) -> None:
+        take = await self._keeping.take(snapshot, event_id)
+        await self._change(
+            event_id, (taken, "unfit_snapshot"), lambda event: self._worker.rewind(self._session, take, event)
+        )  # fmt: skip
 
     async def _change(
         self, name: str | None, answers: tuple[str, str], change: "Callable[[str], Future[Place]]"
