@@ -1,6 +1,7 @@
 """Snapshots, rewinds, forks and recordings over the socket, with a real if tiny engine."""
 
 import io
+import itertools
 import json
 import threading
 import time
@@ -91,14 +92,17 @@ def test_a_stream_is_reset_under_the_words_in_force(house):
 def test_a_stream_seeks_to_its_latest_snapshot_at_or_before_a_moment(house):
     def seeks(seconds):
         """Which place it comes to, under the words that the snapshot there has."""
-        queued = tell(socket, "session.seek", "session.seek.queued", seconds=seconds, event_id="back")
-        chunk = seen_event(socket, "back")
+        event = f"back-{next(count)}"
+        queued = tell(socket, "session.seek", "session.seek.queued", seconds=seconds, event_id=event)
+        chunk = seen_event(socket, event)
         assert chunk["start_seconds"] == queued["start_seconds"]
         return queued["start_seconds"], chunk["prompt"]
 
-    with house.websocket_connect(SOCKET) as other, house.websocket_connect(SOCKET) as socket:
+    count = itertools.count()
+    with house.websocket_connect(SOCKET) as other:
         start(other)
         snapshot(other)  # of another session: never gone to
+    with house.websocket_connect(SOCKET) as socket:
         start(socket)
         refused = tell(socket, "session.seek", "error", seconds=1e6, event_id="back")
         assert (refused["code"], refused["event_id"]) == ("unknown_snapshot", "back")
@@ -118,6 +122,20 @@ def test_a_stream_seeks_to_its_latest_snapshot_at_or_before_a_moment(house):
         assert seeks(1e6) == (first, "a ball")
         for seconds in (-1, "NaN", None):
             assert tell(socket, "session.seek", "error", seconds=seconds)["code"] == "invalid_message"
+
+
+def test_a_fork_is_a_snapshot_that_another_stream_starts_from(house):
+    with house.websocket_connect(SOCKET) as socket:
+        start(socket, seed=7)
+        done = tell(socket, "session.fork", "session.fork.done", event_id="f")
+        assert done["event_id"] == "f" and done["resume_from"] == done["id"]
+        _, chunks = until(socket, "stats")
+        assert chunks and {chunk["prompt"] for chunk, _ in chunks} == {"a ball"}  # it goes on as it was
+    with house.websocket_connect(SOCKET) as socket:
+        socket.send_json({"type": "session.start", "resume_from": done["resume_from"]})
+        assert socket.receive_json()["config"]["seed"] == 7
+        assert until(socket, "stats")[1][0][0]["start_seconds"] == done["start_seconds"]
+    assert [one["id"] for one in house.get("/v1/snapshots").json()["data"]] == [done["id"]]
 
 
 def test_a_recording_can_be_fetched_and_says_how_it_came_about(house):

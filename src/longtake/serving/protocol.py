@@ -26,6 +26,7 @@ CAPABILITIES: dict[str, Any] = {
     "snapshot": True,
     "rewind": True,
     "seek": True,
+    "fork": True,
     "reset": True,
     "resume_from": True,
     "record": True,
@@ -125,6 +126,13 @@ class Snapshot(_Message):
     event_id: Event | None = None
 
 
+class Fork(_Message):
+    """Keep a snapshot for another stream to start from: session.fork.done has its resume_from. This one goes on."""
+
+    type: Literal["session.fork"]
+    event_id: Event | None = None
+
+
 class Rewind(_Message):
     """Go on from a snapshot; what is made and not sent is dropped."""
 
@@ -160,9 +168,12 @@ class RecordStop(_Message):
     type: Literal["session.record.stop"]
 
 
-MESSAGES = (Start, Watch, Interaction, Pause, Resume, Snapshot, Rewind, Seek, Reset, Record, RecordStop, Ping, Stop)
+MESSAGES = (
+    Start, Watch, Interaction, Pause, Resume, Snapshot, Fork, Rewind, Seek, Reset, Record, RecordStop, Ping, Stop
+)  # fmt: skip
 Message = (
-    Start | Watch | Interaction | Pause | Resume | Snapshot | Rewind | Seek | Reset | Record | RecordStop | Ping | Stop
+    Start | Watch | Interaction | Pause | Resume | Snapshot | Fork | Rewind | Seek | Reset
+    | Record | RecordStop | Ping | Stop
 )  # fmt: skip
 _ANY: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="type")])
 

@@ -7,6 +7,7 @@ from time import perf_counter
 
 from longtake.serving.keeping import Keeping
 from longtake.serving.protocol import (
+    Fork,
     Interaction,
     Message,
     Pause,
@@ -71,6 +72,9 @@ class Steering:
             )  # fmt: skip
         elif isinstance(message, Snapshot):
             await wire.say(await self._keeping.snapshot(session, message.event_id))
+        elif isinstance(message, Fork):
+            kept = await self._keeping.snapshot(session, message.event_id)
+            await wire.say(kept | {"type": "session.fork.done", "resume_from": kept["id"]})
         elif isinstance(message, Record):
             await wire.say(await self._keeping.record(session))
         elif isinstance(message, RecordStop):
