@@ -23,9 +23,9 @@ def spied(engine: Engine) -> tuple[Engine, list, list]:
     """The engine, and where its streams' memories and latents can be found."""
     memories, latents = [], []
 
-    def schedule(network, memory, *rest):
+    def schedule(network, memory, *rest, **told):
         memories.append(memory)
-        for made in engine.recipe.schedule(network, memory, *rest):
+        for made in engine.recipe.schedule(network, memory, *rest, **told):
             latents.append(made)
             yield made
 

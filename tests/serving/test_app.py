@@ -323,6 +323,7 @@ def test_the_names_of_the_numbers_hold(house):
     text = house.get("/metrics").text
     for name in (
         "longtake_ttfc_seconds_count", 'longtake_chunk_seconds_count{model="fake",stage="decode"}',
+        *(f'longtake_chunk_seconds_count{{model="fake",stage="{stage}"}}' for stage in ("denoise", "cache", "encode")),
         "longtake_chunk_interval_seconds_count", "longtake_realtime_factor", "longtake_deadline_misses_total",
         "longtake_underrun_seconds_total", 'longtake_sessions{model="fake",state="live"}',
         'longtake_prompt_latency_seconds_count{model="fake"} 1.0',

@@ -61,6 +61,24 @@ def test_a_rewound_stream_shows_the_same_again(clock):
     same(first[:count], second[:count])
 
 
+def test_a_stream_that_is_reset_is_the_one_that_its_words_and_seed_begin(clock):
+    worker = Worker(tiny.engine(), clock=clock)
+    session = opened(worker, seed=3)
+    watch(worker, clock, [session], 2)
+    asked(worker, worker.redirect(session, "a duck", "duck"))  # taken, and never seen
+    before = session.stream
+    assert asked(worker, worker.reset(session, "anew")).start_seconds == 0
+    assert before.closed and not session.made
+    pieces = watch(worker, clock, [session], 3)[session]
+    assert [piece.events for piece in pieces] == [("duck", "anew")] + [()] * (len(pieces) - 1)
+    assert {piece.line for piece in pieces} == {1} and {piece.words for piece in pieces} == {"a duck"}
+    other = opened(worker, "a duck", seed=3)
+    same(pieces, watch(worker, clock, [other], 3)[other][: len(pieces)])
+    worker.close(session)
+    with pytest.raises(Over):
+        asked(worker, worker.reset(session, "late"))
+
+
 def test_a_fork_goes_on_as_its_origin_does_and_leaves_it_alone(clock):
     worker = Worker(tiny.engine(), clock=clock)
     session = opened(worker, seed=3)
@@ -119,7 +137,7 @@ def test_what_is_over_is_told_apart_from_what_is_wrong(clock):
 
 @pytest.mark.parametrize("recipe", ["self_forcing_sink", "rolling_forcing", "infinity_rope"])
 def test_what_was_seen_is_made_again_from_its_record(recipe, clock, store):
-    """However it was steered: words, cuts, rewinds and forks at random, recorded from anywhere on, to the bit."""
+    """Words, cuts, rewinds, resets and forks at random, recorded from anywhere on: to the bit."""
     random = Random(recipe)
     made = tiny.engine(tiny.rolling_recipe() if recipe == "rolling_forcing" else recipe_named(recipe))
     worker = Worker(made, clock=clock)
@@ -132,16 +150,19 @@ def test_what_was_seen_is_made_again_from_its_record(recipe, clock, store):
     asked(worker, worker.rewind(session, takes[0], "before"))
     worker.remember(session)
     notes, shown = Notes(), []
-    for number in range(7):
+    steps = ["snapshot", "rewind", "redirect", "reset", "cut"]
+    for number in range(8):
         for piece in watch(worker, clock, [session], random.choice([0.2, 1.0, 2.0]))[session]:
             begin = round(piece.start_seconds * made.frame_rate)
             notes.show(piece.line, begin, len(piece.frames), piece.words)
             shown.append(piece.frames)
-        do = ["snapshot", "rewind", "redirect", "cut"][number % 4] if number < 4 else random.choice(["rewind", "cut"])
+        do = steps[number] if number < len(steps) else random.choice(["rewind", "cut", "reset"])
         if do == "snapshot":
             takes.append(asked(worker, worker.snapshot(session)))
         elif do == "rewind":
             asked(worker, worker.rewind(session, takes[-1], f"{number}"))
+        elif do == "reset":
+            asked(worker, worker.reset(session, f"{number}"))
         else:
             asked(worker, worker.redirect(session, f"words {number}", f"{number}", method=do))
     record = json.loads(json.dumps(notes.record(made, worker.lines(session))))

@@ -1,6 +1,7 @@
 """Snapshots, rewinds, forks and recordings over the socket, with a real if tiny engine."""
 
 import io
+import itertools
 import json
 import threading
 import time
@@ -73,6 +74,68 @@ def test_a_snapshot_is_gone_back_to_and_gone_on_from(house):
     with house.websocket_connect(SOCKET) as socket:
         socket.send_json({"type": "session.start", "resume_from": kept["id"]})
         assert socket.receive_json()["code"] == "unknown_snapshot"
+
+
+def test_a_stream_is_reset_under_the_words_in_force(house):
+    with house.websocket_connect(SOCKET) as socket:
+        start(socket, seed=7)
+        until(socket, "stats")
+        change = {"event_id": "duck", "event": {"prompt": "a duck"}}
+        tell(socket, "session.interaction", "session.interaction.queued", interaction=change)
+        seen_event(socket, "duck")
+        queued = tell(socket, "session.reset", "session.reset.queued", event_id="anew")
+        assert (queued["event_id"], queued["start_seconds"]) == ("anew", 0)
+        chunk = seen_event(socket, "anew")
+        assert (chunk["generation_chunk_index"], chunk["start_seconds"], chunk["prompt"]) == (0, 0, "a duck")
+
+
+def test_a_stream_seeks_to_its_latest_snapshot_at_or_before_a_moment(house):
+    def seeks(seconds):
+        """Which place it comes to, under the words that the snapshot there has."""
+        event = f"back-{next(count)}"
+        queued = tell(socket, "session.seek", "session.seek.queued", seconds=seconds, event_id=event)
+        chunk = seen_event(socket, event)
+        assert chunk["start_seconds"] == queued["start_seconds"]
+        return queued["start_seconds"], chunk["prompt"]
+
+    count = itertools.count()
+    with house.websocket_connect(SOCKET) as other:
+        start(other)
+        snapshot(other)  # of another session: never gone to
+    with house.websocket_connect(SOCKET) as socket:
+        start(socket)
+        refused = tell(socket, "session.seek", "error", seconds=1e6, event_id="back")
+        assert (refused["code"], refused["event_id"]) == ("unknown_snapshot", "back")
+        until(socket, "stats")
+        early = snapshot(socket)
+        change = {"event_id": "duck", "event": {"prompt": "a duck"}}
+        tell(socket, "session.interaction", "session.interaction.queued", interaction=change)
+        seen_event(socket, "duck")
+        until(socket, "stats")
+        late = snapshot(socket)
+        first, second = early["start_seconds"], late["start_seconds"]
+        assert 0 < first < second
+        assert seeks(second - 0.001) == seeks(first) == (first, "a ball")
+        assert seeks(second) == seeks(1e6) == (second, "a duck")
+        assert tell(socket, "session.seek", "error", seconds=first - 0.001)["code"] == "unknown_snapshot"
+        house.delete(f"/v1/snapshots/{late['id']}")
+        assert seeks(1e6) == (first, "a ball")
+        for seconds in (-1, "NaN", None):
+            assert tell(socket, "session.seek", "error", seconds=seconds)["code"] == "invalid_message"
+
+
+def test_a_fork_is_a_snapshot_that_another_stream_starts_from(house):
+    with house.websocket_connect(SOCKET) as socket:
+        start(socket, seed=7)
+        done = tell(socket, "session.fork", "session.fork.done", event_id="f")
+        assert done["event_id"] == "f" and done["resume_from"] == done["id"]
+        _, chunks = until(socket, "stats")
+        assert chunks and {chunk["prompt"] for chunk, _ in chunks} == {"a ball"}  # it goes on as it was
+    with house.websocket_connect(SOCKET) as socket:
+        socket.send_json({"type": "session.start", "resume_from": done["resume_from"]})
+        assert socket.receive_json()["config"]["seed"] == 7
+        assert until(socket, "stats")[1][0][0]["start_seconds"] == done["start_seconds"]
+    assert [one["id"] for one in house.get("/v1/snapshots").json()["data"]] == [done["id"]]
 
 
 def test_a_recording_can_be_fetched_and_says_how_it_came_about(house):

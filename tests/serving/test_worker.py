@@ -359,6 +359,20 @@ class Sessions(RuleBasedStateMachine):
         self.events[session].append(str(self.count))
 
     @rule(session=sessions)
+    def reset(self, session):
+        if session is None:
+            return
+        self.count += 1
+        place = self.done(self.worker.reset(session, str(self.count)))
+        if place.exception() is not None:
+            assert session.end
+            return
+        assert place.result().start_seconds == 0 and session.prompt == self.words[session]
+        self.lines[session] += 1
+        self.seen[session] = [(self.lines[session], -1)]
+        self.events[session].append(str(self.count))
+
+    @rule(session=sessions)
     def pause(self, session):
         if session is not None:
             self.worker.pause(session)

@@ -144,9 +144,9 @@ def seconds_by_part(engine: Engine, stream: streams.Stream, blocks: int) -> dict
     total: dict[str, list[float]] = {}
     with marked(engine, marks):
         for chunk in islice(stream, blocks):
-            made, decoded, all_of_it = chunk.timings
+            denoised, committed, decoded, all_of_it = chunk.timings
             parts = marks.take(_elapsed if on_gpu else lambda begun, ended: [ended - begun])
-            parts["copy to host"] = [all_of_it - made - decoded]
+            parts["copy to host"] = [all_of_it - denoised - committed - decoded]
             parts["other"] = [all_of_it - sum(spent[0] for spent in parts.values())]
             for name, spent in parts.items():
                 _add(total, name, spent, 1)

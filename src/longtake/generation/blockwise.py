@@ -22,12 +22,14 @@ def blockwise(
     levels: Sequence[float],
     learns: Callable[[int], bool] = lambda block: False,
     end: int | None = None,
+    *,
+    commits: Callable[[], None] = lambda: None,
 ) -> Iterator[Tensor]:
     """Yield finished latent blocks [B, F, C, H, W], going on from what the memory holds, without end or before `end`.
 
     prompts: the prompt of a block by its number, asked for when the block begins. levels: falling, the first is where
     noise starts; the estimate made at the last one is the result. learns: whether a block's last estimate keeps its
-    graph (training unrolls this very generator); nothing else ever does.
+    graph (training unrolls this very generator); nothing else ever does. commits: told before each commit.
     """
     while end is None or memory.blocks < end:
         block = memory.blocks
@@ -40,6 +42,7 @@ def blockwise(
                 noisy = add_noise(clean, noise(block, step + 1), _levels(clean, lower))
         with torch.set_grad_enabled(learns(block)):
             clean = clean_estimate(network, noisy, levels[-1], prompt, view)
+        commits()
         commit(network, memory, clean, prompt, view)
         del view  # its rotated keys would live on beside those of the next
         yield clean

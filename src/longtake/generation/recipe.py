@@ -24,7 +24,8 @@ class Schedule(Protocol):
     """A generator of finished latent blocks; serving and training unroll the same one.
 
     prompts: the prompt of a block by its number, asked for once, when the block begins. learns: whether a block's last
-    estimate keeps its graph. end: the number of the block to end before; None is a stream, which never ends.
+    estimate keeps its graph. end: the number of the block to end before; None is a stream, which never ends. commits:
+    told when a finished block is about to be written to memory.
     """
 
     def __call__(
@@ -36,6 +37,8 @@ class Schedule(Protocol):
         levels: Sequence[float],
         learns: Callable[[int], bool] = ...,
         end: int | None = ...,
+        *,
+        commits: Callable[[], None] = ...,
     ) -> Iterator[Tensor]: ...
 
 

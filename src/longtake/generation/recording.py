@@ -1,7 +1,7 @@
 """What a viewer saw of a stream that was steered live, as plain values from which it is made again.
 
-A viewer does not see all that is made: pictures are dropped when words change, and a rewind takes back what was seen.
-So a recording names its pictures: by the line of a stream that they belong to, and their numbers in it.
+A viewer does not see all that is made: pictures are dropped when words change, and rewinds and resets take back what
+was seen. So a recording names its pictures: by the line of a stream that they belong to, and their numbers in it.
 """
 
 from collections import deque
@@ -16,7 +16,7 @@ from longtake.generation.take import tell
 
 @dataclass(frozen=True)
 class Line:
-    """A stream from its beginning: its seed, and all that it was told. A rewind begins another line.
+    """A stream from its beginning: its seed, and all that it was told. A rewind or a reset begins another line.
 
     in_company: whether blocks of it were made together with other streams: made again alone, it may differ in rounding.
     """

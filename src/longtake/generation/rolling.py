@@ -54,19 +54,22 @@ def rolling(
     learns: Callable[[int], bool] = lambda block: False,
     end: int | None = None,
     in_flight: list[InFlight] | None = None,
+    *,
+    commits: Callable[[], None] = lambda: None,
 ) -> Iterator[Tensor]:
     """Yield finished latent blocks [B, F, C, H, W], as `blockwise`, with as many in flight as there are levels.
 
     A block goes on under the prompt that it began with. learns: whether the call that finishes a block keeps its graph.
     After a cut of the memory the blocks in flight are dropped, and the new scene begins as a stream does.
     in_flight: the blocks to go on with; it is kept up to date. A fork needs a copy of it beside that of the memory;
-    without, it begins as after given blocks: with calls that finish none.
+    without, it begins as after given blocks: with calls that finish none. commits: as for `blockwise`.
     """
 
     def keeps_graph(flight: Sequence[InFlight]) -> bool:
         return flight[0].step + 1 == len(levels) and learns(flight[0].block)
 
-    for call in calls(network, memory, prompts, noise, levels, keeps_graph, end, in_flight):
+    going_on = calls(network, memory, prompts, noise, levels, keeps_graph, end, in_flight, commits=commits)
+    for call in going_on:
         if call.finishes:
             yield call.clean[0]
 
@@ -80,6 +83,8 @@ def calls(
     keeps_graph: Callable[[Sequence[InFlight]], bool],
     end: int | None = None,
     in_flight: list[InFlight] | None = None,
+    *,
+    commits: Callable[[], None] = lambda: None,
 ) -> Iterator[Call]:
     """The calls of `rolling`, those included that finish no block. keeps_graph: whether a call over these does."""
     flight = [] if in_flight is None else in_flight
@@ -99,6 +104,7 @@ def calls(
             finishes=flight[0].step + 1 == len(levels),
         )
         if call.finishes:
+            commits()
             commit(network, memory, clean[0], flight[0].prompt)
         flight[:] = [
             _lowered(one, estimate, noise, levels)

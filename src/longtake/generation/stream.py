@@ -53,9 +53,13 @@ class TextEncoder(Protocol):
 
 
 class Timings(NamedTuple):
-    """Seconds spent on one chunk: network (denoising and commit), codec, and both with everything between."""
+    """Seconds spent on one chunk: denoising, commit, codec, and all with everything between.
 
-    network_seconds: float
+    Where a pass over several streams failed after it, a block is decoded alone: then the first two are next to nothing.
+    """
+
+    denoise_seconds: float
+    commit_seconds: float
     codec_seconds: float
     total_seconds: float
 
@@ -266,6 +270,33 @@ class _Closing(ABC):
         self.close()
 
 
+class _Stopwatch:
+    """Times the parts of chunks, each once the device has done what came before. A commit is told of as it begins."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._wait = engine.wait
+        self.start()
+
+    def start(self) -> None:
+        self._began = time.perf_counter()
+        self._commit_began: float | None = None
+
+    def begin_commit(self) -> None:
+        self._wait()
+        self._commit_began = time.perf_counter()
+
+    def made(self) -> None:
+        """Denoised and committed."""
+        self._wait()
+        self._made = time.perf_counter()
+
+    def decoded(self) -> Timings:
+        self._wait()
+        decoded = time.perf_counter()
+        committing = self._made if self._commit_began is None else self._commit_began
+        return Timings(committing - self._began, self._made - committing, decoded - self._made, decoded - self._began)
+
+
 class StreamBatch(_Closing):
     """Endless videos made in step: an iterator of uint8 pictures [B, T, H, W, 3] on the engine's device.
 
@@ -304,12 +335,14 @@ class StreamBatch(_Closing):
         self._noise = SeededNoise(
             self.seeds, (engine.recipe.block, *engine.latent_size), engine.device, torch.float32
         )  # fmt: skip
+        self._stopwatch = _Stopwatch(engine)
         self._latents: Iterator[Tensor] | None = engine.recipe.schedule_with(in_flight)(
             engine.network,
             memory,
             lambda block: self._prompt_keys,
             self._noise,
             engine.recipe.levels(engine.shift),
+            commits=self._stopwatch.begin_commit,
         )
 
     @classmethod
@@ -430,16 +463,13 @@ class StreamBatch(_Closing):
             raise
 
     def _next_pictures(self, latents: Iterator[Tensor]) -> Tensor:
-        started = time.perf_counter()
+        self._stopwatch.start()
         latents_BFCHW, self._finished_BFCHW = self._finished_BFCHW, None
         if latents_BFCHW is None:
             latents_BFCHW = next(latents)
-        self.engine.wait()
-        made = time.perf_counter()
+        self._stopwatch.made()
         pictures_BTHWC = self._decode(latents_BFCHW)
-        self.engine.wait()
-        decoded = time.perf_counter()
-        self._count(pictures_BTHWC.shape[1], Timings(made - started, decoded - made, decoded - started))
+        self._count(pictures_BTHWC.shape[1], self._stopwatch.decoded())
         return pictures_BTHWC
 
     def _count(self, pictures: int, timings: Timings) -> None:
@@ -598,13 +628,11 @@ def _next_together(engine: Engine, streams: Sequence[Stream]) -> list[Chunk]:
     if any(stream.engine is not engine for stream in streams) or len({stream.phase for stream in streams}) != 1:
         raise ValueError("streams are made together if they are of one engine and in one phase")
     batches = [stream._batch for stream in streams]
-    started = time.perf_counter()
-    latents_BFCHW = _latents_together(engine, batches)
-    engine.wait()
-    made = time.perf_counter()
+    stopwatch = _Stopwatch(engine)
+    latents_BFCHW = _latents_together(engine, batches, stopwatch.begin_commit)
+    stopwatch.made()
     frames_BTHWC, codec_states = _decoded_together(engine, batches, latents_BFCHW)
-    decoded = time.perf_counter()
-    timings = Timings(made - started, decoded - made, decoded - started)
+    timings = stopwatch.decoded()
     chunks = []
     for batch, frames_THWC, codec_state in zip(batches, frames_BTHWC, codec_states, strict=True):
         chunks.append(Chunk(frames_THWC.copy(), batch.blocks, batch.pictures / engine.frame_rate, timings))
@@ -613,12 +641,14 @@ def _next_together(engine: Engine, streams: Sequence[Stream]) -> list[Chunk]:
     return chunks
 
 
-def _latents_together(engine: Engine, batches: Sequence[StreamBatch]) -> Tensor:
+def _latents_together(engine: Engine, batches: Sequence[StreamBatch], commits: Callable[[], None]) -> Tensor:
     """The next block of each, [B, F, C, H, W], finished and committed; they are left with it to decode."""
     several = [batch._making() for batch in batches]
     blocks = [one.memory.blocks for one in several]
     try:
-        latents_BFCHW = next_latents(engine.network, engine.recipe, engine.recipe.levels(engine.shift), several)
+        latents_BFCHW = next_latents(
+            engine.network, engine.recipe, engine.recipe.levels(engine.shift), several, commits
+        )
     except BaseException:  # Ctrl-C too
         for batch, one, before in zip(batches, several, blocks, strict=True):
             if one.memory.blocks != before:

@@ -1,6 +1,6 @@
 """The next latent blocks of several streams in one pass, as rows of a batch: each as it is alone, but for rounding."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,9 +31,13 @@ class Making:
 
 
 def next_latents(
-    network: WanTransformer, recipe: Recipe, levels: Sequence[float], several: Sequence[Making]
+    network: WanTransformer, recipe: Recipe, levels: Sequence[float], several: Sequence[Making],
+    commits: Callable[[], None] = lambda: None,
 ) -> Tensor:  # fmt: skip
-    """The next block of each, [B, F, C, H, W]; their memories and blocks in flight go on. They are of one phase."""
+    """The next block of each, [B, F, C, H, W]; their memories and blocks in flight go on. They are of one phase.
+
+    commits: as for a schedule.
+    """
     prompts, later = _Prompts(), [one.memory.blocks - several[0].memory.blocks for one in several]
     flight = [
         InFlight(
@@ -49,7 +53,8 @@ def next_latents(
 
     made = next(
         recipe.schedule_with(flight)(
-            network, Rows([one.memory for one in several]), lambda block: prompt, noise, levels
+            network, Rows([one.memory for one in several]), lambda block: prompt, noise, levels,
+            commits=commits,
         )
     )  # fmt: skip
     for row, (one, ahead) in enumerate(zip(several, later, strict=True)):

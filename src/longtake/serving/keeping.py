@@ -26,6 +26,7 @@ class Keeping:
 
     def __init__(self, worker: Worker, store: Store, files: Executor) -> None:
         self._worker, self._store, self._files = worker, store, files
+        self._snapshots: list[tuple[float, str]] = []  # where each stands in its video, and its name, as they were made
         self._recorder: Recorder | None = None
         self._at_work: set[asyncio.Future[Any]] = set()
 
@@ -52,6 +53,16 @@ class Keeping:
             raise Refused("unfit_snapshot", f"the snapshot cannot be read: {error}", event) from None
         raise Refused("unknown_snapshot", "there is no such snapshot", event)
 
+    def snapshot_before(self, seconds: float, event: str | None) -> str:
+        """The session's latest snapshot at or before a moment of its video, of several the newest. Refused if none."""
+        before = sorted((one for one in self._still_kept() if one[0] <= seconds), key=lambda one: one[0])
+        if not before:
+            raise Refused("unknown_snapshot", f"no snapshot of this session is at or before {seconds:g} s", event)
+        return before[-1][1]
+
+    def _still_kept(self) -> list[tuple[float, str]]:
+        return [one for one in self._snapshots if self._store.find(one[1], "take")]
+
     async def snapshot(self, session: Session, event: str | None) -> dict[str, Any]:
         """Keep the stream as it stands; what is to be said of it. There is room for it before it is copied."""
         try:
@@ -69,6 +80,7 @@ class Keeping:
         kept = self._store.find(name, "take")
         assert kept is not None
         seconds = take.state["pictures"] / self._worker.engine.frame_rate
+        self._snapshots = [*self._still_kept(), (seconds, kept.name)]
         told = {"type": "session.snapshot.done", "request_id": session.id, "id": kept.name, "event_id": event}
         return told | {"start_seconds": seconds, "byte_length": kept.bytes, "lasts": self._store.lasts}
 

@@ -19,7 +19,7 @@ class Metrics:
         self._prompt = self._histogram("prompt_latency", "From new words to the first chunk that shows them.")
         self._stage = Histogram(
             "longtake_chunk_seconds",
-            "Work on one chunk; denoise includes what is written to memory (cache).",
+            "Work on one chunk; cache is the commit, which writes to memory.",
             ["model", "stage"],
             buckets=_SECONDS,
             registry=self.registry,
@@ -39,8 +39,8 @@ class Metrics:
     def prompt_shown(self, seconds: float) -> None:
         self._prompt.labels(self._model).observe(seconds)
 
-    def chunk(self, *, denoise: float, decode: float, encode: float) -> None:
-        for stage, seconds in (("denoise", denoise), ("decode", decode), ("encode", encode)):
+    def chunk(self, *, denoise: float, cache: float, decode: float, encode: float) -> None:
+        for stage, seconds in (("denoise", denoise), ("cache", cache), ("decode", decode), ("encode", encode)):
             self._stage.labels(self._model, stage).observe(seconds)
 
     def waited(self, misses: int, seconds: float) -> None:

@@ -25,6 +25,9 @@ CAPABILITIES: dict[str, Any] = {
     "stats_seconds": STATS_SECONDS,
     "snapshot": True,
     "rewind": True,
+    "seek": True,
+    "fork": True,
+    "reset": True,
     "resume_from": True,
     "record": True,
     "watch": True,
@@ -123,11 +126,33 @@ class Snapshot(_Message):
     event_id: Event | None = None
 
 
+class Fork(_Message):
+    """Keep a snapshot for another stream to start from: session.fork.done has its resume_from. This one goes on."""
+
+    type: Literal["session.fork"]
+    event_id: Event | None = None
+
+
 class Rewind(_Message):
     """Go on from a snapshot; what is made and not sent is dropped."""
 
     type: Literal["session.rewind"]
     snapshot: Name
+    event_id: Event | None = None
+
+
+class Seek(_Message):
+    """Rewind to this session's latest snapshot at or before a moment of its video."""
+
+    type: Literal["session.seek"]
+    seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    event_id: Event | None = None
+
+
+class Reset(_Message):
+    """Begin the stream anew with its seed, under the words in force; what is made and not sent is dropped."""
+
+    type: Literal["session.reset"]
     event_id: Event | None = None
 
 
@@ -143,8 +168,13 @@ class RecordStop(_Message):
     type: Literal["session.record.stop"]
 
 
-MESSAGES = (Start, Watch, Interaction, Pause, Resume, Snapshot, Rewind, Record, RecordStop, Ping, Stop)
-Message = Start | Watch | Interaction | Pause | Resume | Snapshot | Rewind | Record | RecordStop | Ping | Stop
+MESSAGES = (
+    Start, Watch, Interaction, Pause, Resume, Snapshot, Fork, Rewind, Seek, Reset, Record, RecordStop, Ping, Stop
+)  # fmt: skip
+Message = (
+    Start | Watch | Interaction | Pause | Resume | Snapshot | Fork | Rewind | Seek | Reset
+    | Record | RecordStop | Ping | Stop
+)  # fmt: skip
 _ANY: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="type")])
 
 

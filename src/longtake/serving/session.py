@@ -23,8 +23,8 @@ class Over(ValueError):
 class Piece(NamedTuple):
     """A chunk for one viewer: pictures uint8 [T, H, W, 3], its number and start among all made, and its cost.
 
-    events: the changes that it is the first to show. words: that it shows. line: how often the stream was rewound
-    before; numbers and starts go up within a line.
+    events: the changes that it is the first to show. words: that it shows. line: how often the stream was rewound or
+    reset before; numbers and starts go up within a line.
     """
 
     frames: NDArray[np.uint8]
@@ -44,7 +44,7 @@ class Session:
     pictures: how many it shall have, None for no end. sent: how many were handed out. end: why it is over, "" while it
     is not: done, stopped, stalled, or what went wrong. stream: None until it is open. made: what waits to be handed
     out. unseen: changes that are not shown yet, each with the number of the block that will. line: how often it was
-    rewound. lines: those left by rewinding that were shown, while they are remembered. touched, paused_at: when the
+    rewound or reset. lines: those left so that were shown, while they are remembered. touched, paused_at: when the
     viewer was last heard of, and paused.
     """
 
@@ -118,12 +118,12 @@ class Session:
         self.unseen = [(since, event) for event in (*unseen, name)]
 
     def leave_line(self) -> None:
-        """Before a rewind: what `lines` will tell of the line that is left, if anybody has seen of it."""
+        """Before a rewind or a reset: what `lines` will tell of the line that is left, if anybody has seen of it."""
         if self.lines is not None and self._line_shown:
             self.lines[self.line] = self.present_line()
 
     def begin_line(self) -> None:
-        """After a rewind."""
+        """After a rewind or a reset."""
         self.line += 1
         self._line_shown = False
 

@@ -116,7 +116,9 @@ class Showing:
         self._last = now
         timings, playback = piece.timings, self._session.playback
         self._took.append(timings.total_seconds + encoded)
-        self._metrics.chunk(denoise=timings.network_seconds, decode=timings.codec_seconds, encode=encoded)
+        self._metrics.chunk(
+            denoise=timings.denoise_seconds, cache=timings.commit_seconds, decode=timings.codec_seconds, encode=encoded
+        )
         for event in piece.events:
             if (asked := steering.shown(event)) is not None:
                 self._metrics.prompt_shown(now - asked)

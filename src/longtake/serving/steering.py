@@ -7,6 +7,7 @@ from time import perf_counter
 
 from longtake.serving.keeping import Keeping
 from longtake.serving.protocol import (
+    Fork,
     Interaction,
     Message,
     Pause,
@@ -14,8 +15,10 @@ from longtake.serving.protocol import (
     Record,
     RecordStop,
     Refused,
+    Reset,
     Resume,
     Rewind,
+    Seek,
     Snapshot,
     Start,
     Watch,
@@ -58,13 +61,20 @@ class Steering:
         if isinstance(message, Interaction):
             await self._interact(message)
         elif isinstance(message, Rewind):
-            take = await self._keeping.take(message.snapshot, message.event_id)
+            await self._rewind(message.snapshot, message.event_id, "session.rewind.queued")
+        elif isinstance(message, Seek):
+            name = self._keeping.snapshot_before(message.seconds, message.event_id)
+            await self._rewind(name, message.event_id, "session.seek.queued")
+        elif isinstance(message, Reset):
             await self._change(
-                message.event_id, ("session.rewind.queued", "unfit_snapshot"),
-                lambda event: worker.rewind(session, take, event),
+                message.event_id, ("session.reset.queued", "interaction_failed"),
+                lambda event: worker.reset(session, event),
             )  # fmt: skip
         elif isinstance(message, Snapshot):
             await wire.say(await self._keeping.snapshot(session, message.event_id))
+        elif isinstance(message, Fork):
+            kept = await self._keeping.snapshot(session, message.event_id)
+            await wire.say(kept | {"type": "session.fork.done", "resume_from": kept["id"]})
         elif isinstance(message, Record):
             await wire.say(await self._keeping.record(session))
         elif isinstance(message, RecordStop):
@@ -92,6 +102,12 @@ class Steering:
             lambda event: self._worker.redirect(self._session, prompt, event, method=method),
         )  # fmt: skip
         self._heard(method, prompt)
+
+    async def _rewind(self, snapshot: str, event_id: str | None, taken: str) -> None:
+        take = await self._keeping.take(snapshot, event_id)
+        await self._change(
+            event_id, (taken, "unfit_snapshot"), lambda event: self._worker.rewind(self._session, take, event)
+        )  # fmt: skip
 
     async def _change(
         self, name: str | None, answers: tuple[str, str], change: "Callable[[str], Future[Place]]"

@@ -162,8 +162,18 @@ class Worker:
             session.touched = self.clock()
             return self._command(lambda: self._rewind(session, take, event))
 
+    def reset(self, session: Session, event: str) -> "Future[Place]":
+        """Begin anew, from the first picture, with the same seed and under the words that are in force; what is made
+        and not handed out is dropped.
+
+        event: as for `redirect`. Over through the future where the session has ended.
+        """
+        with self._lock:
+            session.touched = self.clock()
+            return self._command(lambda: self._reset(session, event))
+
     def remember(self, session: Session) -> None:
-        """Note from now on what is left by rewinding, for `lines`."""
+        """Note from now on what is left by rewinds and resets, for `lines`."""
         with self._lock:
             session.lines = {}
 
@@ -488,6 +498,17 @@ class Worker:
             self._drop(session, name, stream.blocks)
             session.prompt, session.seed = stream.prompt, stream.seed
         return Place(stream.pictures / self.engine.frame_rate)
+
+    def _reset(self, session: Session, name: str) -> Place:
+        old = session.opened_stream()
+        new = self.engine.stream(session.prompt, seed=session.seed)
+        with self._lock:
+            session.leave_line()
+            session.stream = new
+            session.begin_line()
+            self._drop(session, name, 0)
+        old.close()
+        return Place(0.0)
 
     # With the lock held
 
