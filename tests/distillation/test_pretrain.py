@@ -1,3 +1,4 @@
+import copy
 from dataclasses import replace
 from functools import partial
 
@@ -52,6 +53,20 @@ def test_the_true_velocity_has_no_loss() -> None:
     assert flow_loss(perfect(tiny.network(), given), given, 3.0, 5.0) < 1e-4
     loss = teacher_forcing_loss(perfect(tiny.network(), given), given, 3.0, 5.0, block=3, memory=SHAPE)
     assert loss < 1e-4
+
+
+def test_staying_costs_nothing_as_long_as_one_stays() -> None:
+    anchor, given = tiny.network(), clips()
+    stay = partial(teacher_forcing_loss, clips=given, shift=3.0, focus_weight=5.0, block=3, memory=SHAPE, anchor=anchor)
+    network = copy.deepcopy(anchor)
+    loss = stay(network)
+    loss.backward()
+    assert loss < 1e-12 and all(p.grad is None or p.grad.abs().max() < 1e-6 for p in network.parameters())
+    with torch.no_grad():
+        network.head.head.bias += 0.1
+    stay(network).backward()
+    assert network.head.head.bias.grad.abs().max() > 1e-3
+    assert all(p.grad is None for p in anchor.parameters())
 
 
 def test_chosen_levels_are_the_only_ones() -> None:

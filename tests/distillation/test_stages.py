@@ -7,7 +7,7 @@ import pytest
 import torch
 from tests import tiny
 
-from longtake.distillation import dmd, stages
+from longtake.distillation import dmd, pretrain, stages
 from longtake.distillation.plan import Plan, Script, draw_plan, rolled_out
 from longtake.distillation.pretrain import teacher_forcing_loss
 from longtake.distillation.rollout import FreshNoise, rollout, windows
@@ -20,6 +20,7 @@ from longtake.generation.blockwise import blockwise
 from longtake.generation.recipe import Recipe
 from longtake.models.delta import pays
 from longtake.models.text import WordEncoder, WordEncoderConfig
+from longtake.models.wan import WanTransformer
 from longtake.recipes import recipe_named, rolling_forcing, self_forcing_sink
 
 CLIP = 9
@@ -450,31 +451,60 @@ def test_teacher_forcing_refuses_what_has_to_be_walked_through_before_work_begin
             )  # type: ignore[arg-type]
 
 
+def forced(out: Path, **settings) -> tuple[WanTransformer, list[Clips]]:
+    """A tiny network after steps of teacher forcing, and the supplies of clips it was taught on."""
+    supplies = []
+
+    def clips(count: int, seed: int, frames: int, memory_share: float = 0.0) -> Clips:
+        supplies.append(Clips(frames, memory_share))
+        return supplies[-1]
+
+    world = SimpleNamespace(
+        latent_size=tiny.LATENTS[1:],
+        clips=clips,
+        held_out=lambda count: torch.ones(count, 5, dtype=torch.long),
+        show=lambda name, latents: None,
+    )
+    text = WordEncoder(WordEncoderConfig(words=9, length=5, dim=8)).requires_grad_(False)
+    network = tiny.network(extent=12).float()
+    stage = TeacherForcingStage(batch=1, frames=6, **settings)
+    out.mkdir()
+    stages.train_teacher_forcing(text, network, world, [RECIPE], 3.0, stage, Run(out=out, device=torch.device("cpu")))
+    return network, supplies
+
+
 def test_teacher_forcing_is_at_the_levels_of_the_first_steps_where_they_are_asked_for(monkeypatch, tmp_path) -> None:
     heard = []
 
-    def forced(network, clips, *more, **named):
+    def loss(network, clips, *more, **named):
         heard.append(named["levels"])
         return teacher_forcing_loss(network, clips, *more, **named)
 
-    def trained(first_steps: int) -> None:
-        world = SimpleNamespace(
-            latent_size=tiny.LATENTS[1:],
-            clips=lambda count, seed, frames, memory_share: Clips(frames, memory_share),
-            held_out=lambda count: torch.ones(count, 5, dtype=torch.long),
-            show=lambda name, latents: None,
-        )
-        text = WordEncoder(WordEncoderConfig(words=9, length=5, dim=8)).requires_grad_(False)
-        stage = TeacherForcingStage(batch=1, steps=1, frames=6, first_steps=first_steps)
-        run = Run(out=tmp_path, device=torch.device("cpu"))
-        stages.train_teacher_forcing(text, tiny.network(extent=12).float(), world, [RECIPE], 3.0, stage, run)
-
-    monkeypatch.setattr("longtake.distillation.stages.teacher_forcing.teacher_forcing_loss", forced)
-    trained(0)
-    trained(2)
+    monkeypatch.setattr("longtake.distillation.stages.teacher_forcing.teacher_forcing_loss", loss)
+    forced(tmp_path / "any", steps=1)
+    forced(tmp_path / "first", steps=1, first_steps=2)
     assert heard == [(), RECIPE.levels(3.0)[:2]], "none named: any"
     with pytest.raises(ValueError, match="has 4 steps: first_steps cannot be 5"):
-        trained(5)
+        forced(tmp_path / "none", steps=1, first_steps=5)
+
+
+def test_an_anchor_holds_a_network_to_what_it_was_on_clips_not_made_for_memory(tmp_path) -> None:
+    given = pretrain.Clips(
+        torch.randn(8, 6, *tiny.LATENTS[1:]), torch.randn(8, 2, 5, 8), torch.zeros(8, 6, dtype=torch.long),
+        torch.zeros(8, 6, *tiny.LATENTS[2:]),
+    )  # fmt: skip
+    start = tiny.network(extent=12).float()
+
+    def strayed(weight: float) -> float:
+        network, supplies = forced(tmp_path / str(weight), steps=30, memory_share=1.0, anchor_weight=weight)
+        assert [supply.memory_share for supply in supplies] == ([1.0, 0.0] if weight else [1.0])
+        torch.manual_seed(5)
+        loss = teacher_forcing_loss(network, given, 3.0, 1.0, block=3, memory=RECIPE.memory(network), anchor=start)
+        return loss.item()
+
+    free, held = strayed(0.0), strayed(100.0)
+    assert held < free / 2, (held, free)
+    assert "anchor" in read_metrics(tmp_path / "100.0")[0] and "anchor" not in read_metrics(tmp_path / "0.0")[0]
 
 
 def test_a_pull_that_could_never_come_is_refused(monkeypatch, tmp_path: Path) -> None:

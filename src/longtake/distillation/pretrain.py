@@ -73,13 +73,15 @@ def teacher_forcing_loss(
     by_block: bool = False,
     context_noise: float = 0.02,
     levels: Sequence[float] = (),
+    anchor: WanTransformer | None = None,
 ) -> Tensor:
     """Velocity error of noisy blocks, each at its own level and in front of the clean past that streaming would hold.
 
     The clean past carries a little noise, so that a stream's own small errors are not new to the network. What reads
     the past teaches what wrote it: keys learn to be found, in the window and in the far state. by_block: whether clips
     are walked block by block, which is slower and gives the same. levels: those that are drawn from; none given: all
-    from 0 to 1, shifted.
+    from 0 to 1, shifted. anchor: a network whose velocity is aimed at, and not the clips' own: a lesson in staying as
+    that one is (Learning without Forgetting, arXiv 1606.09282).
     """
     clean = clips.latents_BFCHW
     blocks = clean.shape[1] // block
@@ -89,9 +91,16 @@ def teacher_forcing_loss(
     noise = torch.randn_like(clean)
     past = clean + context_noise * torch.randn_like(clean)
     forced = forced_by_block if by_block else forced_in_one_pass
-    noisy, prompts = add_noise(clean, noise, level_BF), network.prompt_keys(clips.text_BPLE)
-    velocity = forced(network, past, noisy, level_BF, prompts, clips.prompt_BF, block, memory)
-    return _focused_mse(velocity, noise - clean, clips.focus_BFHW, focus_weight)
+    noisy = add_noise(clean, noise, level_BF)
+
+    def answer(of: WanTransformer) -> Tensor:
+        return forced(of, past, noisy, level_BF, of.prompt_keys(clips.text_BPLE), clips.prompt_BF, block, memory)
+
+    target = noise - clean
+    if anchor is not None:
+        with torch.no_grad():
+            target = answer(anchor)
+    return _focused_mse(answer(network), target, clips.focus_BFHW, focus_weight)
 
 
 def _one_of(levels: Sequence[float], draw: Tensor) -> Tensor:

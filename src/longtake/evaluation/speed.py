@@ -9,13 +9,13 @@ import platform
 import resource
 import sys
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 
+from longtake import __version__
 from longtake.generation.stream import Engine, PromptInFlight
 from longtake.generation.timing import Timing, measure
 
@@ -59,7 +59,7 @@ def bench_stream(engine: Engine, prompt: str, seconds: float, repeats: int) -> d
         "cpu": cpu_name(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
-        "longtake": version("longtake"),
+        "longtake": __version__,
         "repeats": [asdict(timing) for timing in timings],
     }
 

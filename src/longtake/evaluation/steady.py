@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves
 
+from longtake import __version__
 from longtake.attention.backends import choices
 from longtake.evaluation.parts import Work, seconds_by_part, work_by_part
 from longtake.evaluation.rates import Rates, rates
@@ -185,7 +186,8 @@ def machine(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
         "threads": torch.get_num_threads(),
         "versions": {
-            **{name: _version(name) for name in ("longtake", "torch", "triton")},
+            "longtake": __version__,
+            **{name: _version(name) for name in ("torch", "triton")},
             "python": platform.python_version(),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version() if on_gpu else None,

@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from json import dumps
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from longtake import __version__
 from longtake.attention import reference
 from longtake.attention.dense import dense
 from longtake.evaluation.speed import cpu_name
@@ -271,7 +271,7 @@ def facts(checkpoint: Checkpoint, layout: str) -> dict[str, Any]:
 def machine(device: torch.device) -> dict[str, Any]:
     """What the numbers were made with."""
     named = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
-    return {"longtake": version("longtake"), "torch": torch.__version__, "device": named}
+    return {"longtake": __version__, "torch": torch.__version__, "device": named}
 
 
 def verify(

@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from importlib.metadata import version
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from longtake import __version__
 from longtake.generation.blockwise import commit, redirect
 from longtake.generation.noise import SeededNoise
 from longtake.generation.recipe import Recipe
@@ -163,7 +163,7 @@ class Engine:
         on_gpu = self.device.type == "cuda"
         kind = torch.cuda.get_device_name(self.device) if on_gpu else torch.backends.cpu.get_cpu_capability()
         return {
-            "longtake": version("longtake"),
+            "longtake": __version__,
             "torch": torch.__version__,
             "device": f"{self.device.type} {kind}",
             "dtype": "fp8" if is_eight_bit(self.network) else str(self.dtype).removeprefix("torch."),

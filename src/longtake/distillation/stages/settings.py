@@ -36,7 +36,7 @@ class Stage:
 
 _MAY_BE_0 = {
     "seed", "kl_weight", "focus_weight", "no_prompt_share", "encoder_blocks", "decoder_blocks", "most_given", "pull",
-    "self_forcing_share", "memory_share", "recompute", "real_weight", "real_frames", "real_batch",
+    "self_forcing_share", "memory_share", "anchor_weight", "recompute", "real_weight", "real_frames", "real_batch",
     "last_exits", "rank", "layers", "first_steps", "overlap", "turns_with_frames", "both_ways", "softmax",
 }  # fmt: skip
 
@@ -142,7 +142,9 @@ class TeacherForcingStage(Stage):
     recompute: whether clips are walked block by block, and of each pass only what went in and what came out is kept:
     the rest is computed again for its gradient. The same in more time and a small part of the memory. first_steps: of
     the recipe, at whose levels blocks are noisy (0: at any level). There it is decided what a block shows, so there
-    memory is asked; `DmdStage` has lessons at the same levels. rank: of what is added to each matrix (0: any), see
+    memory is asked; `DmdStage` has lessons at the same levels. anchor_weight: of a second lesson in each step, on as
+    many clips that are not made for memory: to answer as the network did when the stage began, at the recipe's levels.
+    So a few-step student learns to remember and stays what it was. rank: of what is added to each matrix (0: any), see
     `low_rank`.
     """
 
@@ -158,6 +160,7 @@ class TeacherForcingStage(Stage):
     memory_share: float = 0.0
     recompute: bool = False
     first_steps: int = 0
+    anchor_weight: float = 0.0
     rank: int = 0
 
 

@@ -1,7 +1,9 @@
 """The stage `teacher_forcing`: teacher or student + clips -> causal student, by flow matching in front of the clean
 past."""
 
+import copy
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -30,27 +32,38 @@ def train_teacher_forcing(
         memory = recipe.memory(network)  # refused before work begins
         if not stage.recompute:
             require_one_pass(memory)
+    anchor = copy.deepcopy(network).requires_grad_(False) if stage.anchor_weight else None
     at_rank(network, stage.rank)
     learner = learner_of(network, stage.lr, stage.far_lr, stage.average)
-    compile_for(run, network)
+    compile_for(run, network, *([anchor] if anchor else []))
     if stage.recompute:
         parallel.checkpoint_layers([network], ("forward", "keys_to_commit"))
-    supply = world.clips(stage.pool, stage.seed, stage.frames, stage.memory_share)
 
-    def lesson(recipe: Recipe) -> Callable[..., Tensor]:
-        early = recipe.levels(shift)[: stage.first_steps]
-        return forced_lesson(
-            learner, text, network, recipe, shift, stage.focus_weight, run, by_block=stage.recompute, levels=early
-        )
+    def lessons(levels_of: Callable[[Recipe], Sequence[float]], **aim: Any) -> dict[str, Callable[..., Tensor]]:
+        return {
+            recipe.name: forced_lesson(
+                learner, text, network, recipe, shift, stage.focus_weight, run,
+                by_block=stage.recompute, levels=levels_of(recipe), **aim,
+            )
+            for recipe in {recipe.name: recipe for recipe in recipes}.values()
+        }  # fmt: skip
 
-    teach = {name: lesson(recipe) for name, recipe in {recipe.name: recipe for recipe in recipes}.items()}
+    learn = lessons(lambda recipe: recipe.levels(shift)[: stage.first_steps])
+    supplies = {"clips": world.clips(stage.pool, stage.seed, stage.frames, stage.memory_share)}
+    if anchor is not None:
+        stay = lessons(lambda recipe: recipe.levels(shift), weight=stage.anchor_weight, anchor=anchor)
+        supplies["anchor"] = world.clips(stage.pool, stage.seed, stage.frames)
 
     def turn(step: int) -> dict[str, Tensor]:
-        value = teach[recipes[step % len(recipes)].name](*parts_of(drawn(supply, step, stage.batch, stage.frames)))
-        return {"loss": value, "norm": learner.step(), **far_weights(network)}
+        name = recipes[step % len(recipes)].name
+        clips = {use: parts_of(drawn(supply, step, stage.batch, stage.frames)) for use, supply in supplies.items()}
+        values = {"loss": learn[name](*clips["clips"])}
+        if anchor is not None:
+            values["anchor"] = stay[name](*clips["anchor"]) / stage.anchor_weight
+        return {**values, "norm": learner.step(), **far_weights(network)}
 
     look = stream_strips(text, network, learner, world, recipes, shift, run)
-    spent = train({"student": learner}, turn, stage.budget(warmup=50), run, keep={"clips": supply}, look=look)
+    spent = train({"student": learner}, turn, stage.budget(warmup=50), run, keep=supplies, look=look)
     learner.swap_average()
     merge(network)
     return spent
@@ -59,10 +72,11 @@ def train_teacher_forcing(
 def forced_lesson(
     learner: Learner, text: WordEncoder, network: WanTransformer, recipe: Recipe, shift: float, focus_weight: float,
     run: Run, *, weight: float = 1.0, by_block: bool = False, levels: Sequence[float] = (),
+    anchor: WanTransformer | None = None,
 ) -> Callable[..., Tensor]:  # fmt: skip
     """Teacher forcing under a recipe's memory, of the `parts_of` of clips; of its weight for the learner.
 
-    levels: see `teacher_forcing_loss`.
+    levels, anchor: see `teacher_forcing_loss`.
     """
     memory = recipe.memory(network)
 
@@ -70,7 +84,8 @@ def forced_lesson(
         with run.autocast():
             clips = Clips(latents_BFCHW, embed(text, tokens_BPL), prompt_BF, focus_BFHW)
             found = teacher_forcing_loss(
-                network, clips, shift, focus_weight, block=recipe.block, memory=memory, by_block=by_block, levels=levels
+                network, clips, shift, focus_weight,
+                block=recipe.block, memory=memory, by_block=by_block, levels=levels, anchor=anchor,
             )  # fmt: skip
         return weight * found
 
