@@ -286,7 +286,7 @@ class WanTransformer(nn.Module):
         far = dict.fromkeys(range(len(self.blocks)), memory.far) if memory.far else None
         most = TeacherForcedView(
             self.config.axes, memory.window, memory.extent, block, blocks, *place,
-            near=memory.near, far=far, projections=self.projections,
+            near=memory.near, commits_keep_sink=memory.commits_keep_sink, far=far, projections=self.projections,
         )  # fmt: skip
         if not memory.converted:
             return most
