@@ -126,7 +126,7 @@ def with_settings(stage: Any, settings: Sequence[str]) -> Any:
             raise ValueError(f"{type(stage).__name__} has no setting {key!r}; it has {', '.join(sorted(known))}")
         try:
             stage = replace(stage, **{key: _changed(getattr(stage, key), json.loads(value))})
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             raise ValueError(f"setting {setting!r} does not work: {error}") from None
     return stage
 
@@ -134,7 +134,9 @@ def with_settings(stage: Any, settings: Sequence[str]) -> Any:
 def _changed(old: Any, new: Any) -> Any:
     """A JSON value in the type of the setting it replaces; of a configuration it names the fields that change."""
     if isinstance(old, WanConfig):
-        return replace(old, **new)
+        return WanConfig.of(asdict(old) | new)
+    if isinstance(old, tuple):
+        return tuple(_changed(0, number) for number in new)  # they are all of whole numbers
     if isinstance(old, int) and new != int(new):
         raise ValueError(f"a whole number is wanted, not {new}")
     return type(old)(new)
