@@ -6,10 +6,9 @@ are the published inference of a checkpoint, from `causvid` on, have its sizes, 
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
-from difflib import get_close_matches
 from functools import cache, partial
 from importlib import resources
 from importlib.util import find_spec
@@ -38,7 +37,7 @@ from longtake.models import checkpoints
 from longtake.models.codec import Codec
 from longtake.models.delta import is_delta, on_base
 from longtake.models.features import Conversion
-from longtake.models.hub import UNKNOWN, Published, located, registry
+from longtake.models.hub import UNKNOWN, Published, located, nearest, registry
 from longtake.models.light_codec import LightCodec, LightCodecConfig
 from longtake.models.standins import NoDecoder, RandomText, drawn
 from longtake.models.taehv import TAEHV, TAEHVConfig
@@ -323,13 +322,17 @@ def recipe_named(name: str) -> Recipe:
     """
     function, colon, given = name.partition(":")
     if function not in RECIPES:
-        raise ValueError(f"no recipe {function!r}{_nearest(function, RECIPES)}")
+        raise ValueError(f"no recipe {function!r}: {nearest(function, RECIPES)}")
     known = {key: parameter.default for key, parameter in signature(RECIPES[function]).parameters.items()}
-    pairs = [option.partition("=") for option in given.split(",")] if colon else []
-    options = {key: value for key, _, value in pairs}
-    for key in options.keys() - known.keys():
-        there = ", ".join(f"{key}={value}" for key, value in known.items()) or "none"
-        raise ValueError(f"recipe {function} has no option {key!r}: there are {there}")
+    options: dict[str, str] = {}
+    for option in given.split(",") if colon else ():
+        key, _, value = option.partition("=")
+        if key not in known:
+            there = ", ".join(f"{key}={value}" for key, value in known.items()) or "none"
+            raise ValueError(f"recipe {function} has no option {key!r}: there are {there}")
+        if key in options:
+            raise ValueError(f"recipe {name!r} does not work: {key} is given twice")
+        options[key] = value
     try:
         recipe = RECIPES[function](**{key: _as(known[key], key, value) for key, value in options.items()})
     except ValueError as error:
@@ -523,6 +526,8 @@ def load_wan(
     the same, which is then loaded when first needed. compile: as for `load`.
     ValueError, with what to do, for what is missing, does not fit or cannot be streamed.
     """
+    if shift is not None and not shift > 0:
+        raise ValueError(f"the shift of levels is above 0, got {shift:g}")
     chosen = recipe_named(recipe) if levels is None else recipe_named(recipe).with_levels(levels)
     known = registry().get(str(model), registry()[WAN_BASE])
     place = device_named(device)
@@ -593,7 +598,7 @@ def published_sizes(model: str, size: tuple[int, int] | None = None) -> tuple[Wa
     """
     known = {name: one for name, one in registry().items() if one.network in checkpoints.NETWORKS}
     if model not in known:
-        raise ValueError(f"no published network {model!r}{_nearest(model, known)}")
+        raise ValueError(f"no published network {model!r}: {nearest(model, known)}")
     config = checkpoints.NETWORKS[str(known[model].network)]
     factor = 2 ** len(WanVAEConfig().temporal_downsample)
     return config, *_latent_sides(size or (known[model].height, known[model].width), factor, config.patch)
@@ -842,7 +847,7 @@ def _weight_files(model: str | Path, recipe: str) -> tuple[Path, Path]:
     if path.is_file():
         beside = path.with_name(CODEC_FILE)
         return path, beside if beside.is_file() else packaged(CODEC_FILE)
-    raise ValueError(f"no model, folder or file {name!r}{_nearest(name, _model_names() | registry().keys())}")
+    raise ValueError(f"no model, folder or file {name!r}: {nearest(name, _model_names() | registry().keys())}")
 
 
 @torch.no_grad()
@@ -876,8 +881,3 @@ def _faster_dtype(engine: Engine) -> torch.dtype:
 def latent_size(codec: LightCodec) -> tuple[int, int, int]:
     """Channels, height and width of the toy world's latent frames."""
     return codec.latent_channels, HEIGHT // codec.spatial_factor, WIDTH // codec.spatial_factor
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = get_close_matches(name, known, n=2, cutoff=0.4)
-    return f": did you mean {' or '.join(close)}?" if close else f": there are {', '.join(sorted(known))}"
