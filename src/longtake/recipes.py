@@ -537,7 +537,7 @@ def load_wan(
     decoder = checkpoints.load_codec(codec or folder, device=place, dtype=dtype)
     network = load_wan_network(model, recipe=recipe, device=place, dtype=dtype)
     chosen.memory(network)  # refuses what the network cannot read
-    sides = _latent_sides(size or (known.height, known.width), decoder.spatial_factor, network.config.patch)
+    sides = latent_sides(size or (known.height, known.width), decoder.spatial_factor, network.config.patch)
     engine = Engine(
         model_name=str(model),
         recipe=chosen,
@@ -601,7 +601,7 @@ def published_sizes(model: str, size: tuple[int, int] | None = None) -> tuple[Wa
         raise ValueError(f"no published network {model!r}: {nearest(model, known)}")
     config = checkpoints.NETWORKS[str(known[model].network)]
     factor = 2 ** len(WanVAEConfig().temporal_downsample)
-    return config, *_latent_sides(size or (known[model].height, known[model].width), factor, config.patch)
+    return config, *latent_sides(size or (known[model].height, known[model].width), factor, config.patch)
 
 
 def decoder_named(name: str) -> Callable[[], Codec]:
@@ -622,7 +622,7 @@ def reading(config: WanConfig, recipe: Recipe) -> WanConfig:
     return replace(config, reads_far=config.reads_far or recipe.far is not None, conversion=conversion)
 
 
-def _latent_sides(size: tuple[int | None, int | None], factor: int, patch: int) -> tuple[int, int]:
+def latent_sides(size: tuple[int | None, int | None], factor: int, patch: int) -> tuple[int, int]:
     """Height and width of the latents of pictures of that height and width. ValueError if there are none."""
     height, width = size
     step = factor * patch
