@@ -13,6 +13,8 @@ from longtake.memory.stream_memory import MemoryShape, StreamMemory
 from longtake.models.light_codec import Reconstruction
 from longtake.models.wan import PromptKeys, WanTransformer
 
+CONTEXT_NOISE = 0.02  # deviation of what a clean past carries in teacher forcing
+
 
 @dataclass(frozen=True)
 class Clips:
@@ -71,7 +73,6 @@ def teacher_forcing_loss(
     block: int,
     memory: MemoryShape,
     by_block: bool = False,
-    context_noise: float = 0.02,
     levels: Sequence[float] = (),
 ) -> Tensor:
     """Velocity error of noisy blocks, each at its own level and in front of the clean past that streaming would hold.
@@ -87,7 +88,7 @@ def teacher_forcing_loss(
     level = _one_of(levels, draw) if levels else shift_level(draw, shift)
     level_BF = level.repeat_interleave(block, dim=1)
     noise = torch.randn_like(clean)
-    past = clean + context_noise * torch.randn_like(clean)
+    past = clean + CONTEXT_NOISE * torch.randn_like(clean)
     forced = forced_by_block if by_block else forced_in_one_pass
     noisy, prompts = add_noise(clean, noise, level_BF), network.prompt_keys(clips.text_BPLE)
     velocity = forced(network, past, noisy, level_BF, prompts, clips.prompt_BF, block, memory)
