@@ -131,14 +131,8 @@ def rolling_forcing(sink: int = 3) -> Recipe:
     """
     if sink not in (0, 3, 6):
         raise ValueError(f"sink must be 0, 3 or 6 latent frames, got {sink}")
-    return Recipe(
-        name="rolling_forcing",
-        schedule=rolling,
-        sink=sink,
-        past=6 - sink,
-        steps=(1000, 800, 600, 400, 200),
-        rolls=True,
-    )
+    steps = (1000, 800, 600, 400, 200)
+    return Recipe(name="rolling_forcing", schedule=rolling, sink=sink, past=6 - sink, steps=steps)
 
 
 def causvid(past: int = 18) -> Recipe:
