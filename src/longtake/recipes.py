@@ -309,6 +309,11 @@ def device_named(name: str | torch.device | None) -> torch.device:
     return device
 
 
+def usual_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU, float32 on a CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def recipe_named(name: str) -> Recipe:
     """The recipe of that name, which options of its function may follow: "hybrid_forcing:share=0.1,far=none".
 
@@ -332,6 +337,12 @@ def recipe_named(name: str) -> Recipe:
     except ValueError as error:
         raise ValueError(f"recipe {name!r} does not work: {error}") from None
     return replace(recipe, name=name)
+
+
+def _recipe(name: str, levels: int | None) -> Recipe:
+    """The recipe of that name, with so many levels if a number is given."""
+    recipe = recipe_named(name)
+    return recipe if levels is None else recipe.with_levels(levels)
 
 
 def _as(default: Any, key: str, value: str) -> Any:
@@ -370,7 +381,7 @@ def load(
         return load_wan(model, recipe=recipe, device=device, dtype=dtype, levels=levels, codec=codec, compile=compile)
     if codec is not None:
         raise ValueError(f"model {model} has a codec of its own: others make pictures for networks of Wan's shape")
-    chosen = recipe_named(recipe) if levels is None else recipe_named(recipe).with_levels(levels)
+    chosen = _recipe(recipe, levels)
     network_file, codec_file = _weight_files(model, recipe)
     device = device_named(device)
     text, network, description = load_network(network_file, device)
@@ -522,10 +533,10 @@ def load_wan(
     """
     if shift is not None and not shift > 0:
         raise ValueError(f"the shift of levels is above 0, got {shift:g}")
-    chosen = recipe_named(recipe) if levels is None else recipe_named(recipe).with_levels(levels)
+    chosen = _recipe(recipe, levels)
     known = registry().get(str(model), registry()[WAN_BASE])
     place = device_named(device)
-    dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+    dtype = dtype or usual_dtype(place)
     folder = _wan_base(model, base)
     files = UMT5Files.in_folder(folder)
     decoder = checkpoints.load_codec(codec or folder, device=place, dtype=dtype)
@@ -565,10 +576,10 @@ def load_random(
     Wan's VAE, the light one in TAEHV's layout, or none, whose pictures have no pixels. Random numbers stand in for
     text. device, dtype, levels, compile: as for `load_wan`. ValueError for unknown names, and for what cannot be.
     """
-    chosen = recipe_named(recipe) if levels is None else recipe_named(recipe).with_levels(levels)
+    chosen = _recipe(recipe, levels)
     config, height, width = published_sizes(model, size)
     place = device_named(device)
-    dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+    dtype = dtype or usual_dtype(place)
     codec = drawn(decoder_named(decoder), place, dtype)
     network = drawn(lambda: WanTransformer(reading(config, chosen)), place, dtype)
     chosen.memory(network)  # refuses what the network cannot read
@@ -738,7 +749,7 @@ def toy_teacher(
     """
     text, network, description = load_network(_file_of(model, file), device)
     codec = load_codec([_file_of(model, CODEC_FILE)], device)
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    dtype = dtype or usual_dtype(device)
     network.to(dtype)
     codec.to(dtype)
     own = network.patch_embedding.weight.device

@@ -45,19 +45,17 @@ def verify(
         out: Folder for verify.json, to send back, and contact_sheet.png.
         json: Print one JSON object.
     """
-    import torch
-
     from longtake.evaluation import verify as checks
     from longtake.models.checkpoints import load_codec, network_config, network_of, open_network, open_published
     from longtake.models.hub import registry
     from longtake.models.wan_vae import WanVAEConfig
     from longtake.plan import pixels
-    from longtake.recipes import device_named, latent_sides
+    from longtake.recipes import device_named, latent_sides, usual_dtype
 
     chosen, shift = _recipe_to_verify(checkpoint, recipe, blocks)
     width, height = pixels(size)
     place = device_named(device)
-    precision = precision_named(dtype) or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+    precision = precision_named(dtype) or usual_dtype(place)
     opened, layout = open_published(checkpoint) if checkpoint in registry() else open_network(checkpoint)
     factor = 2 ** len(WanVAEConfig().temporal_downsample)
     latent_size = latent_sides((height, width), factor, network_config(opened).patch)
