@@ -126,8 +126,7 @@ def recordings(taught: int, held_out: int) -> tuple[Grid, list[Recorded], list[R
         return made
 
     torch.manual_seed(0)
-    size = (1, 1, 1, *recipes.latent_size(codec))[-2:]
-    return network.grid(torch.zeros(1, 1, 1, *size)), recorded(taught, 1), recorded(held_out, 2)
+    return network.grid(torch.zeros(1, 1, *recipes.latent_size(codec))), recorded(taught, 1), recorded(held_out, 2)
 
 
 @dataclass

@@ -4,8 +4,7 @@
     python benchmarks/plot_speed.py results/*.json -o speed.png
 
 Published numbers are those of `published_speed.json`, and drawn where sizes are the same. Their passes include the
-commit. Counted: the operations of a block at the rate of one large
-product measured in the same run. Needs matplotlib.
+commit. Counted: the operations of a block at the rate of one large product measured in the same run. Needs matplotlib.
 """
 
 import argparse

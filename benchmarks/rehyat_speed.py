@@ -11,9 +11,9 @@ part: `attention`, from queries, keys and values to answers; `self_attention`, w
 rotations; `layer`, the whole layer. kind: `dense`, every token sees every token, by cuDNN on a GPU; `converted`, the
 same converted, by the fused kernels there; `plain`, that in plain torch, chunk after chunk; `step`, the layer as a
 function of tensors (`models.block_step`), whose input is made chunk by chunk. ms: median of the passes. peak_mb: what
-was allocated at most beyond the input. off: how far the kernels are from
-plain torch, beside its size. refused: why there is no number. gains: how many times faster `converted` is.
-crossing: the fewest of the measured frames from which on it is faster. export: the 1.3B layer as an exported program.
+was allocated at most beyond the input. off: how far the kernels are from plain torch, beside its size. refused: why
+there is no number. gains: how many times faster `converted` is. crossing: the fewest of the measured frames from which
+on it is faster. export: the layer of each shape as an exported program.
 """
 
 import argparse

@@ -130,6 +130,7 @@ def test_options_change_a_recipe_and_stay_in_its_name() -> None:
         ("infinity_rope:keep=-1", "a flush keeps 0 latent frames or more, got -1"),
         ("hybrid_forcing:share=lots", "share=lots' does not work: share is a number, such as 0.2, not 'lots'"),
         ("self_forcing:past=many", "past is a whole number, such as 6, not 'many'"),
+        ("hybrid_forcing:share=0.1,far=none,share=0.3", "share is given twice"),
         ("hybrid_forcing:share=0", "share must be above 0 and at most 1, got 0.0"),
         ("hybrid_forcing:far=kept", "no far=kept: there are keep, decay, cap, delta and none"),
         ("hybrid_forcing:far=decay", "decay and cap need a number of latent frames"),
@@ -234,6 +235,12 @@ def test_a_name_a_folder_and_a_file_load_the_same_network(tmp_path: Path) -> Non
 def test_unknown_names_are_refused_with_the_nearest_ones(model: str, recipe: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         longtake.load(model, recipe=recipe)
+
+
+def test_a_shift_that_is_none_is_refused() -> None:
+    for shift in (0, -1, float("nan")):
+        with pytest.raises(ValueError, match=f"the shift of levels is above 0, got {shift:g}"):
+            recipes.load_wan("self-forcing", recipe="self_forcing", shift=shift)
 
 
 def test_devices_that_are_not_here_are_refused() -> None:

@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
 from inspect import signature
 from typing import Any
 
@@ -36,7 +35,7 @@ from longtake.memory.fixed_view import FixedView, FixedViews
 from longtake.memory.stream_memory import StreamMemory
 from longtake.models.checkpoints import NETWORKS
 from longtake.models.codec import Codec, CodecState
-from longtake.models.hub import registry
+from longtake.models.hub import nearest, registry
 from longtake.models.light_codec import LightCodec, LightCodecConfig
 from longtake.models.standins import Fused, RandomText, network_without_numbers, without_numbers
 from longtake.models.text import WordEncoder, WordEncoderConfig, WordText
@@ -456,9 +455,7 @@ def _known(model: str, recipe: str | None) -> dict[str, Any]:
         }  # fmt: skip
     networks = {name: one for name, one in registry().items() if one.network in NETWORKS}
     if model not in networks:
-        close = get_close_matches(model, ["toy", *networks], n=2, cutoff=0.4)
-        hint = f"did you mean {' or '.join(close)}?" if close else f"there are toy, {', '.join(networks)}"
-        raise ValueError(f"no model {model!r}: {hint}")
+        raise ValueError(f"no model {model!r}: {nearest(model, ['toy', *networks])}")
     one = networks[model]
     return {
         "network": NETWORKS[str(one.network)], "recipe": one.recipe, "size": (one.width, one.height),

@@ -6,10 +6,9 @@ are the published inference of a checkpoint, from `causvid` on, have its sizes, 
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import asdict, replace
-from difflib import get_close_matches
 from functools import cache, partial
 from importlib import resources
 from importlib.util import find_spec
@@ -38,7 +37,7 @@ from longtake.models import checkpoints
 from longtake.models.codec import Codec
 from longtake.models.delta import is_delta, on_base
 from longtake.models.features import Conversion
-from longtake.models.hub import UNKNOWN, Published, located, registry
+from longtake.models.hub import UNKNOWN, Published, located, nearest, registry
 from longtake.models.light_codec import LightCodec, LightCodecConfig
 from longtake.models.standins import NoDecoder, RandomText, drawn
 from longtake.models.taehv import TAEHV, TAEHVConfig
@@ -132,14 +131,8 @@ def rolling_forcing(sink: int = 3) -> Recipe:
     """
     if sink not in (0, 3, 6):
         raise ValueError(f"sink must be 0, 3 or 6 latent frames, got {sink}")
-    return Recipe(
-        name="rolling_forcing",
-        schedule=rolling,
-        sink=sink,
-        past=6 - sink,
-        steps=(1000, 800, 600, 400, 200),
-        rolls=True,
-    )
+    steps = (1000, 800, 600, 400, 200)
+    return Recipe(name="rolling_forcing", schedule=rolling, sink=sink, past=6 - sink, steps=steps)
 
 
 def causvid(past: int = 18) -> Recipe:
@@ -316,6 +309,11 @@ def device_named(name: str | torch.device | None) -> torch.device:
     return device
 
 
+def usual_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU, float32 on a CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def recipe_named(name: str) -> Recipe:
     """The recipe of that name, which options of its function may follow: "hybrid_forcing:share=0.1,far=none".
 
@@ -323,18 +321,28 @@ def recipe_named(name: str) -> Recipe:
     """
     function, colon, given = name.partition(":")
     if function not in RECIPES:
-        raise ValueError(f"no recipe {function!r}{_nearest(function, RECIPES)}")
+        raise ValueError(f"no recipe {function!r}: {nearest(function, RECIPES)}")
     known = {key: parameter.default for key, parameter in signature(RECIPES[function]).parameters.items()}
-    pairs = [option.partition("=") for option in given.split(",")] if colon else []
-    options = {key: value for key, _, value in pairs}
-    for key in options.keys() - known.keys():
-        there = ", ".join(f"{key}={value}" for key, value in known.items()) or "none"
-        raise ValueError(f"recipe {function} has no option {key!r}: there are {there}")
+    options: dict[str, str] = {}
+    for option in given.split(",") if colon else ():
+        key, _, value = option.partition("=")
+        if key not in known:
+            there = ", ".join(f"{key}={value}" for key, value in known.items()) or "none"
+            raise ValueError(f"recipe {function} has no option {key!r}: there are {there}")
+        if key in options:
+            raise ValueError(f"recipe {name!r} does not work: {key} is given twice")
+        options[key] = value
     try:
         recipe = RECIPES[function](**{key: _as(known[key], key, value) for key, value in options.items()})
     except ValueError as error:
         raise ValueError(f"recipe {name!r} does not work: {error}") from None
     return replace(recipe, name=name)
+
+
+def _recipe(name: str, levels: int | None) -> Recipe:
+    """The recipe of that name, with so many levels if a number is given."""
+    recipe = recipe_named(name)
+    return recipe if levels is None else recipe.with_levels(levels)
 
 
 def _as(default: Any, key: str, value: str) -> Any:
@@ -373,7 +381,7 @@ def load(
         return load_wan(model, recipe=recipe, device=device, dtype=dtype, levels=levels, codec=codec, compile=compile)
     if codec is not None:
         raise ValueError(f"model {model} has a codec of its own: others make pictures for networks of Wan's shape")
-    chosen = recipe_named(recipe) if levels is None else recipe_named(recipe).with_levels(levels)
+    chosen = _recipe(recipe, levels)
     network_file, codec_file = _weight_files(model, recipe)
     device = device_named(device)
     text, network, description = load_network(network_file, device)
@@ -523,16 +531,18 @@ def load_wan(
     the same, which is then loaded when first needed. compile: as for `load`.
     ValueError, with what to do, for what is missing, does not fit or cannot be streamed.
     """
-    chosen = recipe_named(recipe) if levels is None else recipe_named(recipe).with_levels(levels)
+    if shift is not None and not shift > 0:
+        raise ValueError(f"the shift of levels is above 0, got {shift:g}")
+    chosen = _recipe(recipe, levels)
     known = registry().get(str(model), registry()[WAN_BASE])
     place = device_named(device)
-    dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+    dtype = dtype or usual_dtype(place)
     folder = _wan_base(model, base)
     files = UMT5Files.in_folder(folder)
     decoder = checkpoints.load_codec(codec or folder, device=place, dtype=dtype)
     network = load_wan_network(model, recipe=recipe, device=place, dtype=dtype)
     chosen.memory(network)  # refuses what the network cannot read
-    sides = _latent_sides(size or (known.height, known.width), decoder.spatial_factor, network.config.patch)
+    sides = latent_sides(size or (known.height, known.width), decoder.spatial_factor, network.config.patch)
     engine = Engine(
         model_name=str(model),
         recipe=chosen,
@@ -566,10 +576,10 @@ def load_random(
     Wan's VAE, the light one in TAEHV's layout, or none, whose pictures have no pixels. Random numbers stand in for
     text. device, dtype, levels, compile: as for `load_wan`. ValueError for unknown names, and for what cannot be.
     """
-    chosen = recipe_named(recipe) if levels is None else recipe_named(recipe).with_levels(levels)
+    chosen = _recipe(recipe, levels)
     config, height, width = published_sizes(model, size)
     place = device_named(device)
-    dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+    dtype = dtype or usual_dtype(place)
     codec = drawn(decoder_named(decoder), place, dtype)
     network = drawn(lambda: WanTransformer(reading(config, chosen)), place, dtype)
     chosen.memory(network)  # refuses what the network cannot read
@@ -593,10 +603,10 @@ def published_sizes(model: str, size: tuple[int, int] | None = None) -> tuple[Wa
     """
     known = {name: one for name, one in registry().items() if one.network in checkpoints.NETWORKS}
     if model not in known:
-        raise ValueError(f"no published network {model!r}{_nearest(model, known)}")
+        raise ValueError(f"no published network {model!r}: {nearest(model, known)}")
     config = checkpoints.NETWORKS[str(known[model].network)]
     factor = 2 ** len(WanVAEConfig().temporal_downsample)
-    return config, *_latent_sides(size or (known[model].height, known[model].width), factor, config.patch)
+    return config, *latent_sides(size or (known[model].height, known[model].width), factor, config.patch)
 
 
 def decoder_named(name: str) -> Callable[[], Codec]:
@@ -617,7 +627,7 @@ def reading(config: WanConfig, recipe: Recipe) -> WanConfig:
     return replace(config, reads_far=config.reads_far or recipe.far is not None, conversion=conversion)
 
 
-def _latent_sides(size: tuple[int | None, int | None], factor: int, patch: int) -> tuple[int, int]:
+def latent_sides(size: tuple[int | None, int | None], factor: int, patch: int) -> tuple[int, int]:
     """Height and width of the latents of pictures of that height and width. ValueError if there are none."""
     height, width = size
     step = factor * patch
@@ -739,7 +749,7 @@ def toy_teacher(
     """
     text, network, description = load_network(_file_of(model, file), device)
     codec = load_codec([_file_of(model, CODEC_FILE)], device)
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    dtype = dtype or usual_dtype(device)
     network.to(dtype)
     codec.to(dtype)
     own = network.patch_embedding.weight.device
@@ -842,7 +852,7 @@ def _weight_files(model: str | Path, recipe: str) -> tuple[Path, Path]:
     if path.is_file():
         beside = path.with_name(CODEC_FILE)
         return path, beside if beside.is_file() else packaged(CODEC_FILE)
-    raise ValueError(f"no model, folder or file {name!r}{_nearest(name, _model_names() | registry().keys())}")
+    raise ValueError(f"no model, folder or file {name!r}: {nearest(name, _model_names() | registry().keys())}")
 
 
 @torch.no_grad()
@@ -876,8 +886,3 @@ def _faster_dtype(engine: Engine) -> torch.dtype:
 def latent_size(codec: LightCodec) -> tuple[int, int, int]:
     """Channels, height and width of the toy world's latent frames."""
     return codec.latent_channels, HEIGHT // codec.spatial_factor, WIDTH // codec.spatial_factor
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    close = get_close_matches(name, known, n=2, cutoff=0.4)
-    return f": did you mean {' or '.join(close)}?" if close else f": there are {', '.join(sorted(known))}"

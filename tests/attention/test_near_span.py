@@ -161,7 +161,7 @@ def test_what_cannot_be_is_refused() -> None:
     for current, overlap in ((0, 1), (3, -1)):
         with pytest.raises(ValueError, match=f"got {current} and {overlap}"):
             NearSpan(current=current, overlap=overlap)
-    with pytest.raises(ValueError, match="7 tokens has no whole number of latent frames of 3"):
+    with pytest.raises(ValueError, match="7 tokens are no whole number of latent frames of 3"):
         in_parallel(NearSpan(current=1, overlap=0), 3, Shift.LOG_MASS)(*drawn(7))
 
 

@@ -77,6 +77,14 @@ def test_a_clip_is_answered_as_in_plain_torch(
     assert_near(got, want, off)
 
 
+def test_a_clip_of_no_whole_frames_is_refused() -> None:
+    """As in plain torch; what no chunk holds would be answered with whatever lay in memory."""
+    maps, tensors = form(1, 16, 2), [x[:, :-1] for x in drawn(3, 1, 16, torch.float32)]
+    span, turned = NearSpan(current=1, overlap=0), rotations(16, 3, False)[1]
+    with pytest.raises(ValueError, match=f"{3 * TOKENS - 1} tokens are no whole number of latent frames of {TOKENS}"):
+        span_triton.attended(*tensors, turned, maps.queries.weights, maps.keys.weights, span=span, tokens=TOKENS)
+
+
 @TYPES
 def test_sums_are_those_of_each_frame(dtype: torch.dtype, off: float) -> None:
     maps, frames = form(2, 16, 2), 3

@@ -76,3 +76,10 @@ def test_clean_blocks_carry_no_loss_and_a_perfect_student_has_none(monkeypatch) 
     stops[:] = [1, 1]
     made.forward = perfect
     assert loss() < 1e-10
+
+    def off_by_one(noisy, level_BF, prompts, view, prompt_BF):
+        return (noisy - states[:, -1] - 1) / level_BF.clamp_min(1e-9)[..., None, None, None]
+
+    made.forward = off_by_one
+    for stops[:] in ([0, 0], [0, 1], [1, 2]):
+        assert loss() == pytest.approx(1, abs=1e-4), "a mean over the blocks that learn, however many"

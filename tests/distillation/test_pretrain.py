@@ -208,6 +208,18 @@ def test_an_error_on_the_subject_costs_six_times_as_much() -> None:
     torch.testing.assert_close(cost[0] / cost[1], torch.tensor(6.0))
 
 
+def test_commits_that_leave_the_sink_are_alike_in_one_pass() -> None:
+    """Rolling Forcing's, once the window is longer than what fits beside a block."""
+    made = tiny.network(extent=15)
+    shape = tiny.rolling_recipe().memory(made)
+    assert not shape.commits_keep_sink and shape.window.frames + 3 > shape.extent
+    (at_once, _, learned_at_once), (walked, _, learned) = (
+        forced(by, made, shape, 27) for by in (forced_in_one_pass, forced_by_block)
+    )
+    torch.testing.assert_close(at_once, walked)
+    torch.testing.assert_close(learned_at_once, learned, rtol=1e-5, atol=1e-5)
+
+
 def test_the_loss_is_the_same_in_one_pass_and_block_by_block() -> None:
     made, seen, losses = tiny.network(reads_far=True), [], []
     forward = made.forward

@@ -11,7 +11,7 @@ from longtake.distillation import dmd, pretrain, stages
 from longtake.distillation.plan import Plan, Script, draw_plan, rolled_out
 from longtake.distillation.pretrain import teacher_forcing_loss
 from longtake.distillation.rollout import FreshNoise, rollout, windows
-from longtake.distillation.stages import DmdStage, TeacherForcingStage
+from longtake.distillation.stages import DmdStage, OdeStage, TeacherForcingStage
 from longtake.distillation.stages.dmd import script_of
 from longtake.distillation.stages.learners import dmd_adam, learner_of
 from longtake.distillation.stages.world import renew
@@ -449,6 +449,23 @@ def test_teacher_forcing_refuses_what_has_to_be_walked_through_before_work_begin
             stages.train_teacher_forcing(
                 nothing, tiny.network(extent=21), nothing, [recipe_named(name)], 3.0, TeacherForcingStage(), nothing
             )  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "name, extent, levels, said",
+    [
+        ("self_forcing:past=4,block=2", 11, 4, "clip, 11 latent frames, must be whole blocks of 2"),
+        ("rolling_forcing", 21, 8, "current 3 x 8 in flight = 30 latent frames do not fit"),
+    ],
+)
+def test_ode_refuses_what_it_could_not_train_or_show_before_work_begins(
+    name: str, extent: int, levels: int, said: str
+) -> None:
+    network, nothing = tiny.network(extent=extent), None
+    with pytest.raises(ValueError, match=said):
+        stages.train_ode(
+            nothing, network, network, nothing, [recipe_named(name)], 3.0, OdeStage(levels=levels), nothing
+        )  # type: ignore[arg-type]
 
 
 def forced(out: Path, **settings) -> tuple[WanTransformer, list[Clips]]:

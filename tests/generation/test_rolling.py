@@ -52,6 +52,14 @@ def test_a_finished_block_costs_one_call_and_one_commit(monkeypatch) -> None:
     assert log == [9, "commit"] * 4
 
 
+def test_a_stream_keeps_no_graph() -> None:
+    made = tiny.network()
+    prompts, noise = tiny.prompt(made), tiny.noise(7)
+    for schedule in (rolling, blockwise):
+        blocks = schedule(made, memory_of(made), lambda block: prompts, noise, tiny.LEVELS)
+        assert not take(blocks, 3).requires_grad
+
+
 @pytest.mark.parametrize("blocks", [1, 2, 3, 4, 7])
 def test_every_block_falls_through_all_levels_in_clips_of_any_length(blocks: int) -> None:
     made = list(called(tiny.network(), blocks))

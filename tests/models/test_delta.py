@@ -101,6 +101,16 @@ def test_the_error_falls_with_the_rank_and_the_file_grows(tmp_path_factory, seed
     assert sizes == sorted(sizes)
 
 
+def test_what_is_new_or_became_zeros_is_no_division_by_zero(base):
+    """As projections that have not learned yet are, and a bias that training drove to 0."""
+    delta = base.with_name("delta.safetensors")
+    told = save_delta(delta, base, tuned_from(base, {"network.far.weight": torch.zeros(8, 8)}), rank=2)
+    assert told["error"] == told["error_of_change"] == told["worst_error"] == 0 and told["in_full"] == 1
+    delta.unlink()
+    told = save_delta(delta, base, tuned_from(base, {"network.q.bias": torch.zeros(24)}), rank=2)
+    assert told["worst"] == "network.q.bias" and told["worst_error"] == 1 and 0 < told["error_of_change"] < 0.01
+
+
 def test_only_what_changed_is_there_and_what_is_new_is_there_in_full(base):
     changes = {
         "network.q.weight": weights(0)["network.q.weight"] + 0.1 * weights(1)["network.q.weight"],

@@ -86,6 +86,15 @@ def test_a_state_can_be_continued_twice_and_is_left_alone() -> None:
         quick.decode(latents(), CodecState(state.tensors[::-1]))
 
 
+@torch.no_grad()
+def test_a_copy_decodes_as_it_does() -> None:
+    _, quick = both()
+    pictures, state = quick.decode(latents())
+    copied = copy.deepcopy(quick)
+    assert torch.equal(copied.decode(latents())[0], pictures)
+    assert torch.equal(copied.decode(latents(), state)[0], quick.decode(latents(), state)[0])
+
+
 def test_with_gradients_it_is_the_definition() -> None:
     plain, quick = both()
     x = latents().requires_grad_()

@@ -1,3 +1,4 @@
+import resource
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,22 @@ def test_one_scale_does_not_drown_the_small_parts_of_a_modulation(tmp_path: Path
     save_weights(tmp_path / "w.safetensors", {"modulation": modulation}, {}, int8=True)
     loaded, _ = load_weights(tmp_path / "w.safetensors")
     torch.testing.assert_close(loaded["modulation"], modulation, rtol=2**-8, atol=0)
+
+
+def test_a_write_that_fails_is_told_of_and_leaves_what_was_there(tmp_path: Path) -> None:
+    """Files may be no larger than 1 MiB meanwhile, so writing breaks off as on a full disk."""
+    path = tmp_path / "w.safetensors"
+    save_weights(path, tensors(), {}, int8=False)
+    before, usual = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, usual[1]))
+    try:
+        with pytest.raises(ValueError, match=r"w\.safetensors could not be written"):
+            save_weights(path, {"large": torch.zeros(2**19)}, {}, int8=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    assert [path] == list(tmp_path.iterdir()) and path.read_bytes() == before
+    with pytest.raises(ValueError, match="could not be written"):
+        save_weights(tmp_path / "nowhere" / "w.safetensors", tensors(), {}, int8=False)
 
 
 def test_a_truncated_a_missing_and_a_foreign_file_are_refused(tmp_path: Path) -> None:

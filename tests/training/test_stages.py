@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
 
@@ -23,6 +23,8 @@ from longtake.cli import main, train
 from longtake.distillation.stages import DmdStage
 from longtake.distillation.trainer import STATE_FILE, read_metrics
 from longtake.models.delta import save_delta
+from longtake.models.text import WordEncoder
+from longtake.models.wan import WanTransformer
 from longtake.models.weights import load_weights
 from longtake.toy import world
 from longtake.training import STAGES, _seed_of_noise, report, with_settings
@@ -212,6 +214,16 @@ def test_a_student_of_another_teacher_is_refused(folders: Path, tmp_path: Path, 
     assert "another teacher" in capsys.readouterr().err
 
 
+def test_a_student_of_a_teacher_of_other_sizes_is_refused(folders: Path, tmp_path: Path, capsys) -> None:
+    mixed = shutil.copytree(folders / "ode", tmp_path / "mixed")
+    path = mixed / recipes.TEACHER_FILE
+    text, network, about = recipes.load_network(path, recipes.CPU)
+    text, network = WordEncoder(replace(text.config, dim=32)), WanTransformer(replace(network.config, text_dim=32))
+    recipes.save_network(path, text, network, role="teacher", shift=about["shift"], int8=True)
+    assert main(["train", "dmd", "--from", str(mixed), "--out", str(tmp_path / "out")]) == 2
+    assert "a student of another teacher: their text encoders differ" in capsys.readouterr().err
+
+
 def test_teacher_forcing_goes_on_from_a_student(folders: Path, tmp_path: Path) -> None:
     settings = ["--set", "steps=1", "seconds=1e9", "lr=1e-9", *SETTINGS["teacher_forcing"]]
     finish(start("teacher_forcing", "--from", str(folders / "ode"), "--out", str(tmp_path), *settings))
@@ -246,6 +258,11 @@ def test_every_stage_is_a_verb() -> None:
         ("codec", ["--set", "steps=many"], "does not work"),
         ("codec", ["--set", "seconds=0"], "seconds must be above 0"),
         ("codec", ["--set", "steps=0.5"], "a whole number"),
+        ("codec", ["--set", "steps=Infinity"], "does not work"),
+        ("codec", ["--set", "lr=NaN"], "lr must be above 0, got nan"),
+        ("codec", ["--set", 'decoder_widths="32"'], "a whole number"),
+        ("teacher", ["--from", "{codec}", "--set", 'network={{"heads": 0}}'], "heads must be 1 or more, got 0"),
+        ("teacher", ["--from", "{codec}", "--set", 'network={{"conversion": {{"layers": [10]}}}}'], "there are 10"),
         ("dmd", ["--from", "{ode}", "--set", "levels=[0]"], "levels must be above 0"),
         ("dmd", ["--from", "{ode}", "--set", "rank=-1"], "rank must be 0 or more"),
         ("dmd", ["--from", "{ode}", "--set", "rank=32"], "factors would be larger than every matrix"),

@@ -27,6 +27,14 @@ class Chunk(NamedTuple):
     begin: int
     end: int
 
+    def own(self, tokens: int) -> slice:
+        """Its own tokens, of frames of so many."""
+        return slice(self.begin * tokens, self.end * tokens)
+
+    def seen(self, tokens: int) -> slice:
+        """All tokens that are near to it, its own included."""
+        return slice(self.near * tokens, self.end * tokens)
+
 
 @dataclass(frozen=True, kw_only=True)
 class NearSpan:
@@ -90,14 +98,11 @@ def parallel(
     tokens: of a latent frame. ValueError where they do not divide the sequence, or there is none.
     """
     batch, length = q_BTND.shape[:2]
-    if not length or length % tokens:
-        raise ValueError(f"a sequence of {length} tokens has no whole number of latent frames of {tokens}")
-    chunks = span.chunks(length // tokens)
+    chunks = span.chunks(whole_frames(length, tokens))
     before = _sums_before([chunk.near for chunk in chunks], keys, v_BTND, tokens)
     parts: dict[int, Tensor] = {}
     for group in alike(chunks):
-        asking = [slice(chunks[i].begin * tokens, chunks[i].end * tokens) for i in group]
-        near = [slice(chunks[i].near * tokens, chunks[i].end * tokens) for i in group]
+        asking, near = [chunks[i].own(tokens) for i in group], [chunks[i].seen(tokens) for i in group]
         far = linear.weigh(
             Sums(*(x.unflatten(0, (batch, -1))[:, group].flatten(0, 1) for x in before)),
             Features(*(stacked(x, asking) for x in queries)),
@@ -105,6 +110,13 @@ def parallel(
         answer = joined(stacked(q_BTND, asking), stacked(k_BTND, near), stacked(v_BTND, near), far, shift)
         parts |= zip(group, answer.unflatten(0, (batch, -1)).unbind(1), strict=True)
     return torch.cat([parts[i] for i in range(len(chunks))], dim=1)
+
+
+def whole_frames(length: int, tokens: int) -> int:
+    """How many latent frames a sequence of that length is. ValueError unless it is a whole number above 0."""
+    if not length or length % tokens:
+        raise ValueError(f"{length} tokens are no whole number of latent frames of {tokens}")
+    return length // tokens
 
 
 def stacked(x_BTND: Tensor, pieces: list[slice]) -> Tensor:

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from longtake.attention.dense import dense
-from longtake.attention.near_span import Chunk, NearSpan, PowerWeights, alike, stacked
+from longtake.attention.near_span import Chunk, NearSpan, PowerWeights, alike, stacked, whole_frames
 from longtake.attention.rope import Rotation
 
 _TILE = 64  # tokens of a head
@@ -36,9 +36,9 @@ def attended(
     """All chunks of a clip, some at a time; returns [B, T, N, D].
 
     q, k: rotated. turned: the rotation of what features are made of, of all tokens or, where every frame is turned
-    alike, of one frame's. tokens: of a latent frame.
+    alike, of one frame's. tokens: of a latent frame. ValueError as for `near_span.parallel`.
     """
-    chunks = span.chunks(q_BTND.shape[1] // tokens)
+    chunks = span.chunks(whole_frames(q_BTND.shape[1], tokens))
     out, before = torch.empty_like(q_BTND), None
     for begin in range(0, len(chunks), _CHUNKS):
         some = chunks[begin : begin + _CHUNKS]
@@ -96,8 +96,7 @@ def _near(q_BTND: Tensor, k_BTND: Tensor, v_BTND: Tensor, chunks: list[Chunk], t
     """Exact attention of each chunk to its near span, those of one length at once."""
     parts: dict[int, Tensor] = {}
     for group in alike(chunks):
-        asking = [slice(chunks[i].begin * tokens, chunks[i].end * tokens) for i in group]
-        near = [slice(chunks[i].near * tokens, chunks[i].end * tokens) for i in group]
+        asking, near = [chunks[i].own(tokens) for i in group], [chunks[i].seen(tokens) for i in group]
         answer = dense(stacked(q_BTND, asking), stacked(k_BTND, near), stacked(v_BTND, near))
         parts |= zip(group, answer.unflatten(0, (len(q_BTND), -1)).unbind(1), strict=True)
     return torch.cat([parts[i] for i in range(len(chunks))], dim=1)
@@ -111,10 +110,8 @@ def _sums_before(
 
     before: the sums of all frames before `absorbed`, [B, 1, ...].
     """
-    if not absorbed:
-        if before is None:
-            return None, None
-        return FarSums(*(x.expand(-1, len(chunks), *x.shape[2:]) for x in before)), before
+    if not absorbed:  # so nothing ever was: each chunk leaves some more behind than the one before
+        return None, None
     gone = slice(absorbed.start * tokens, absorbed.stop * tokens)
     new = frame_sums(plain_k_BTND[:, gone], v_BTND[:, gone], _part(turned, gone, tokens), keys, tokens)
     start = FarSums(*(torch.zeros_like(x[:, :1]) for x in new)) if before is None else before
@@ -225,20 +222,9 @@ def _frame_sums(
         token, is_token = frame * tokens + own, own < tokens
         x = _turned(k_ptr, cos_ptr, sin_ptr, token, length, period, is_token, heads, HEAD, D)
         feature = _features(
-            x,
-            power,
-            hidden_ptr,
-            hidden_bias_ptr,
-            out_ptr,
-            out_bias_ptr,
-            heads,
-            HEAD,
-            DEGREE,
-            D,
-            TILE,
-            HIDDEN,
-            PRECISION,
-        )
+            x, power, hidden_ptr, hidden_bias_ptr, out_ptr, out_bias_ptr, heads,
+            HEAD, DEGREE, D, TILE, HIDDEN, PRECISION,
+        )  # fmt: skip
         feature = tl.where(is_token[:, None], feature, 0.0)
         at, real = _placed(token, is_token, length, heads, HEAD, D)
         v = tl.load(v_ptr + at, mask=real, other=0.0).to(out_ptr.dtype.element_ty)
@@ -268,20 +254,9 @@ def _answered(
     sums_at = ((line // heads * chunks + chunk) * heads + line % heads) * DEGREE * HEAD
     for power in tl.static_range(1, DEGREE + 1):
         feature = _features(
-            x,
-            power,
-            hidden_ptr,
-            hidden_bias_ptr,
-            out_ptr,
-            out_bias_ptr,
-            heads,
-            HEAD,
-            DEGREE,
-            D,
-            TILE,
-            HIDDEN,
-            PRECISION,
-        )
+            x, power, hidden_ptr, hidden_bias_ptr, out_ptr, out_bias_ptr, heads,
+            HEAD, DEGREE, D, TILE, HIDDEN, PRECISION,
+        )  # fmt: skip
         row = sums_at + (power - 1) * HEAD + dim
         square = (dim < HEAD)[:, None] & (dim < HEAD)[None, :]
         kv = tl.load(kv_ptr + row[:, None] * HEAD + dim[None, :], mask=square, other=0.0)

@@ -188,12 +188,10 @@ def bench_codec(
 
 def _place(device: str | None, dtype: str) -> "tuple[torch.device, torch.dtype]":
     """Where, and in which precision: bfloat16 on a GPU and float32 on a CPU unless one is named."""
-    import torch
-
-    from longtake.recipes import device_named
+    from longtake.recipes import device_named, usual_dtype
 
     place = device_named(device)
-    return place, precision_named(dtype) or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+    return place, precision_named(dtype) or usual_dtype(place)
 
 
 def _height_width(size: str | None) -> tuple[int, int] | None:

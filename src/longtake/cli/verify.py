@@ -45,18 +45,20 @@ def verify(
         out: Folder for verify.json, to send back, and contact_sheet.png.
         json: Print one JSON object.
     """
-    import torch
-
     from longtake.evaluation import verify as checks
-    from longtake.models.checkpoints import load_codec, network_of, open_network, open_published
+    from longtake.models.checkpoints import load_codec, network_config, network_of, open_network, open_published
     from longtake.models.hub import registry
-    from longtake.recipes import device_named
+    from longtake.models.wan_vae import WanVAEConfig
+    from longtake.plan import pixels
+    from longtake.recipes import device_named, latent_sides, usual_dtype
 
     chosen, shift = _recipe_to_verify(checkpoint, recipe, blocks)
-    latent_size = _latent_size(size)
+    width, height = pixels(size)
     place = device_named(device)
-    precision = precision_named(dtype) or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+    precision = precision_named(dtype) or usual_dtype(place)
     opened, layout = open_published(checkpoint) if checkpoint in registry() else open_network(checkpoint)
+    factor = 2 ** len(WanVAEConfig().temporal_downsample)
+    latent_size = latent_sides((height, width), factor, network_config(opened).patch)
     results, pictures = [checks.fits(opened)], None
     report = {
         **checks.machine(place),
@@ -98,19 +100,6 @@ def _recipe_to_verify(checkpoint: str, recipe: str | None, blocks: int) -> "tupl
     if known:
         require_block(known, chosen)
     return chosen, float(known.shift) if known and isinstance(known.shift, float | int) else WAN_SHIFT
-
-
-def _latent_size(size: str) -> tuple[int, int]:
-    """Height and width of the latents of pictures WxH through Wan's VAE."""
-    from longtake.models.wan_vae import WanVAEConfig
-
-    factor = 2 ** (len(WanVAEConfig().dim_mult) - 1)
-    width, _, height = size.partition("x")
-    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
-        raise ValueError(f"--size is a width and a height, such as 832x480, got {size!r}")
-    if int(width) % factor or int(height) % factor:
-        raise ValueError(f"--size must be multiples of {factor}, got {size}")
-    return int(height) // factor, int(width) // factor
 
 
 def _embedded(folder: Path, prompt: str, device: "torch.device") -> "torch.Tensor":

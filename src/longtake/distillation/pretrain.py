@@ -13,6 +13,8 @@ from longtake.memory.stream_memory import MemoryShape, StreamMemory
 from longtake.models.light_codec import Reconstruction
 from longtake.models.wan import PromptKeys, WanTransformer
 
+CONTEXT_NOISE = 0.02  # deviation of what a clean past carries in teacher forcing
+
 
 @dataclass(frozen=True)
 class Clips:
@@ -71,7 +73,6 @@ def teacher_forcing_loss(
     block: int,
     memory: MemoryShape,
     by_block: bool = False,
-    context_noise: float = 0.02,
     levels: Sequence[float] = (),
     anchor: WanTransformer | None = None,
 ) -> Tensor:
@@ -89,7 +90,7 @@ def teacher_forcing_loss(
     level = _one_of(levels, draw) if levels else shift_level(draw, shift)
     level_BF = level.repeat_interleave(block, dim=1)
     noise = torch.randn_like(clean)
-    past = clean + context_noise * torch.randn_like(clean)
+    past = clean + CONTEXT_NOISE * torch.randn_like(clean)
     forced = forced_by_block if by_block else forced_in_one_pass
     noisy = add_noise(clean, noise, level_BF)
 

@@ -18,6 +18,7 @@ from longtake import parallel
 
 METRICS_FILE = "metrics.jsonl"
 STATE_FILE = "state.pt"
+MOST_NORM = 1.0  # of a step's gradient, to which longer ones are shortened
 _CLOCK_SECONDS = 1.0  # from one look at the first process's clock to the next: each waits for the device
 
 
@@ -75,18 +76,12 @@ class Learner:
     """
 
     def __init__(
-        self,
-        module: nn.Module,
-        optimizers: Sequence[torch.optim.Optimizer],
-        *,
-        average: float | None,
-        clip: float = 1.0,
-    ):
+        self, module: nn.Module, optimizers: Sequence[torch.optim.Optimizer], *, average: float | None
+    ):  # fmt: skip
         self.module = module
         self._optimizers = optimizers
         self._peaks = [[group["lr"] for group in o.param_groups] for o in optimizers]
         self._parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
-        self._clip = clip
         self._decay = average
         self._steps = 0
         self._average = [p.detach().clone() for p in self._parameters] if average is not None else []
@@ -124,7 +119,7 @@ class Learner:
         if loss is not None:
             loss.backward()
         parallel.average_gradients(self._parameters)
-        norm = nn.utils.clip_grad_norm_(self._parameters, self._clip)
+        norm = nn.utils.clip_grad_norm_(self._parameters, MOST_NORM)
         if torch.isfinite(norm):
             for optimizer in self._optimizers:
                 optimizer.step()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from longtake.attention import linear, reference
-from longtake.attention.backends import BACKENDS, FORCED, Choice, choose, distance, tolerance
+from longtake.attention.backends import BACKENDS, FORCED, Choice, choose, distance, one_line, tolerance
 from longtake.attention.block_sparse import block_sparse
 from longtake.attention.linear import Features
 from longtake.attention.near_span import Shift, joined
@@ -76,7 +76,7 @@ def _compared(name: str, fast: Attention, slow: Attention, q: Tensor, k: Tensor,
     try:
         number = distance(fast(q, k, v), truth)
     except Exception as error:  # drivers and compilers raise anything, and the other forms are still to be checked
-        about = f"broke off: {next(iter(str(error).splitlines()), '') or type(error).__name__}"
+        about = f"broke off: {one_line(error)}"
     return Check(name=name, number=number, most=tolerance(q.dtype), about=about)
 
 

@@ -48,8 +48,6 @@ class Recipe:
 
     far: what is made of frames that left the window; None forgets them. near: how the window is attended.
     policy: what else makes it the memory of a paper: where frames stand, what a change of prompt does, and the like.
-    rolls: whether the schedule is `rolling`, which denoises as many blocks together as there are steps. They come on
-    top of sink and past; where fewer are in flight, what that leaves of the extent is for more of the past.
 
     joint: of methods whose network has converted layers (ReHyAt): these see a near span in the place of the window, and
     sums of all before it. Told how many latent frames were far in training at most, it gives the rule of the sums, or
@@ -65,8 +63,16 @@ class Recipe:
     policy: Policy = PLAIN
     block: int = 3
     steps: tuple[float, ...] = (1000, 750, 500, 250)
-    rolls: bool = False
     joint: Callable[[int], Keep | None] | None = None
+
+    @property
+    def rolls(self) -> bool:
+        """Whether the schedule is `rolling`, which denoises as many blocks together as there are steps.
+
+        They come on top of sink and past; where fewer are in flight, what that leaves of the extent is for more of the
+        past.
+        """
+        return self.schedule is rolling
 
     @property
     def in_flight(self) -> int:

@@ -6,7 +6,7 @@ concatenated states. A rule says how much of the old stays when new tokens come,
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Protocol, Self
 
@@ -54,7 +54,8 @@ class Decay(Keep):
 
 @dataclass(frozen=True, kw_only=True)
 class MassCap(Keep):
-    """Never more than the mass of so many latent frames: from there on the old makes room for the new."""
+    """Never more than the mass of so many latent frames, or of those that came last if they are more: from there on the
+    old makes room for the new."""
 
     frames: float
 
@@ -139,7 +140,7 @@ class FarShape:
 
     def plain(self) -> "FarShape":
         """The same, of whose sums no kernel takes care."""
-        return FarShape(**{one.name: getattr(self, one.name) for one in fields(FarShape)})
+        return FarShape(**vars(self))
 
     def absorb(self, sums: Sums | None, keys: Keys, rotation: Rotation) -> Sums:
         """The sums after these frames too, placed once and for all by `rotation`."""

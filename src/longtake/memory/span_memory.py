@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from longtake.attention.dense import dense
-from longtake.attention.near_span import NearSpan, Shift, joined
+from longtake.attention.near_span import NearSpan, Shift, joined, whole_frames
 from longtake.attention.rope import Grid, Rotation, rotate
 from longtake.memory.far import FarShape, FarState, Keep
 from longtake.memory.view import Tokens
@@ -100,19 +100,12 @@ class SpanMemory:
     def nbytes(self) -> int:
         """Bytes of exact keys and values, and of the far state."""
         held = self.overlap.held
-        near = 0 if held is None else held.k_BTND.nbytes + held.v_BTND.nbytes
-        return near + self.far.nbytes()
-
-    def frames_of(self, k_BTND: Tensor) -> int:
-        """How many latent frames these tokens are. ValueError unless it is a whole number above 0."""
-        length, tokens = k_BTND.shape[1], self.shape.tokens
-        if not length or length % tokens:
-            raise ValueError(f"{length} tokens are no whole number of latent frames of {tokens}")
-        return length // tokens
+        return (0 if held is None else held.nbytes()) + self.far.nbytes()
 
     def _next(self, k_BTND: Tensor, v_BTND: Tensor) -> Keys:
         """The keys of the frames that follow."""
-        return Keys(k_BTND, v_BTND, tuple(range(self.frames, self.frames + self.frames_of(k_BTND))))
+        frames = whole_frames(k_BTND.shape[1], self.shape.tokens)
+        return Keys(k_BTND, v_BTND, tuple(range(self.frames, self.frames + frames)))
 
 
 def attended(memory: SpanMemory, q_BTND: Tensor, k_BTND: Tensor, v_BTND: Tensor) -> Tensor:
@@ -121,9 +114,9 @@ def attended(memory: SpanMemory, q_BTND: Tensor, k_BTND: Tensor, v_BTND: Tensor)
     Where nothing is forgotten (`Keep`), the same numbers as `near_span.parallel`. Beside its input and output it holds
     one near span and one state, however long the clip.
     """
-    parts, frames, tokens = [], memory.frames_of(k_BTND), memory.shape.tokens
-    for chunk in memory.shape.span.chunks(frames):
-        now = slice(chunk.begin * tokens, chunk.end * tokens)
+    parts, tokens = [], memory.shape.tokens
+    for chunk in memory.shape.span.chunks(whole_frames(k_BTND.shape[1], tokens)):
+        now = chunk.own(tokens)
         parts.append(memory.attend(q_BTND[:, now], k_BTND[:, now], v_BTND[:, now]))
         memory = memory.commit(k_BTND[:, now], v_BTND[:, now])
     return torch.cat(parts, dim=1)

@@ -101,15 +101,15 @@ class TeacherForcedView:
     to streaming with that memory (tested), but parallel. Blocks with equally many remembered frames share a call; only
     the sums of what is far are made block by block.
 
-    near: how the window is attended. far: what each layer, by number, makes of frames that left it, all placed alike,
-    and projections: of what a layer reads from it; without one it stands under the window's denominator. The sink must
-    not enter it: ValueError.
+    near: how the window is attended. commits_keep_sink: see `MemoryShape`. far: what each layer, by number, makes of
+    frames that left the window, all placed alike, and projections: of what a layer reads from it; without one it stands
+    under the window's denominator. The sink must not enter it: ValueError.
     """
 
     def __init__(
         self, axes: RotaryAxes, shape: WindowShape, extent: int | None, block: int, blocks: int,
         rows: int, columns: int, device: torch.device | str, *,
-        near: Attend = dense, far: Mapping[int, FarShape] | None = None,
+        near: Attend = dense, commits_keep_sink: bool = True, far: Mapping[int, FarShape] | None = None,
         projections: Sequence[Callable[[Tensor], Tensor]] = (),
     ):  # fmt: skip
         if far and any(one.sink is not SinkInFar.NEVER for one in far.values()):
@@ -117,20 +117,27 @@ class TeacherForcedView:
         self.block, self.blocks, self.tokens = block, blocks, rows * columns
         self._near, self._far, self._projections = near, far or {}, projections
         frames = [range(b * block, (b + 1) * block) for b in range(blocks)]
-        held = [fitting(_held_frames(b * block, shape), block, shape.sink, extent) for b in range(blocks)]
-        places = [place_frames(h, own, shape.sink, extent) for h, own in zip(held, frames, strict=True)]
+        # What the halves read, the clean one first; of equal lengths, and once if they read the same.
+        halves = [
+            [fitting(_held_frames(own.start, shape), block, sink, extent) for own in frames]
+            for sink in ((shape.sink,) if commits_keep_sink else (0, shape.sink))
+        ]
         grid = Grid(axes, rows, columns)
         placed = next(iter(self._far.values()), None)
         self._moments = [_moment(own, placed, grid, shape, extent, device) for own in frames] if placed else []
-        positions = [position for place in places for position in place.current]
-        self.rotation = axes.rotation(positions + positions, rows, columns, device)
+        positions = [place for own in frames for place in place_frames((), own, shape.sink, extent).current]
+        self.rotation = grid.rotation(positions + positions, device)
+
+        def at_their_places(held: Sequence[int], own: range) -> Rotation:
+            return grid.rotation(place_frames(held, own, shape.sink, extent).held, device)
+
         self._groups = [
             _Group(
                 blocks=lasting(_numbers(tuple(group), device)),
-                held=lasting(_numbers(tuple(tuple(held[b]) for b in group), device)),
-                rotation=_stack([axes.rotation(places[b].held, rows, columns, device) for b in group]),
+                held=lasting(_numbers(tuple(tuple(tuple(half[b]) for b in group) for half in halves), device)),
+                rotation=_stack([_stack([at_their_places(half[b], frames[b]) for b in group]) for half in halves]),
             )
-            for group in _equally_long(held)
+            for group in _equally_long(halves[0])
         ]
 
     def attend(self, layer: int, own: Tokens) -> Tensor:
@@ -203,19 +210,22 @@ def _moment(
 
 @dataclass(frozen=True)
 class _Group:
-    """Blocks that remember equally many frames: their numbers [G], the frames they hold [G, R], those' rotation."""
+    """Blocks that remember equally many frames: their numbers [G], the frames they read [H, G, R], those' rotation.
+
+    H is 2 if the halves read different frames, else 1.
+    """
 
     blocks: Tensor
     held: Tensor
     rotation: Rotation
 
     def attend(self, near: Attend, q: Tensor, k: Tensor, v: Tensor, held_k: Tensor, held_v: Tensor) -> Tensor:
-        """q, k, v [B, 2, G, T, N, D] of the clean and the noisy half; held [B, G, R, tokens, N, D] of the clean one."""
+        """q, k, v [B, 2, G, T, N, D] of the clean and the noisy half; held [B, H, G, R, tokens, N, D], all clean."""
         halves = (q.shape[0], 2, q.shape[2])
-        held_k = rotate(held_k.flatten(2, 3), self.rotation)
+        held_k = rotate(held_k.flatten(3, 4), self.rotation)
         k, v = (
-            torch.cat([held.unsqueeze(1).expand(*halves, *held.shape[2:]), own], dim=3)
-            for held, own in ((held_k, k), (held_v.flatten(2, 3), v))
+            torch.cat([held.expand(*halves, *held.shape[3:]), own], dim=3)
+            for held, own in ((held_k, k), (held_v.flatten(3, 4), v))
         )
         return near(*(x.flatten(0, 2) for x in (q, k, v))).unflatten(0, halves)
 

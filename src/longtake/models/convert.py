@@ -1,17 +1,13 @@
 """Checkpoints from one layout to another: every tensor as it is, under other names."""
 
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -26,7 +22,7 @@ from longtake.models.checkpoints import (
 from longtake.models.names import OURS, codec_name_in_diffusers, network_name_in_diffusers
 from longtake.models.wan import WanConfig, WanTransformer
 from longtake.models.wan_vae import WanVAE, WanVAEConfig
-from longtake.models.weights import ENTRIES, Checkpoint, require_fit, save_weights
+from longtake.models.weights import ENTRIES, Checkpoint, require_fit, save_weights, written_whole
 
 LAYOUTS = ("original", "diffusers", "longtake")
 SHARD_BYTES = 5 * 10**9
@@ -124,13 +120,12 @@ def _sizes(config: WanConfig | WanVAEConfig) -> dict[str, Any]:
 
 
 def _save_ours(target: Path, checkpoint: Checkpoint, part: str, config: WanConfig | WanVAEConfig) -> None:
-    with _written_whole(target) as beside:
-        save_weights(beside, _read(checkpoint, checkpoint.meta), {part: asdict(config)}, int8=False)
+    save_weights(target, _read(checkpoint, checkpoint.meta), {part: asdict(config)}, int8=False)
 
 
 def _save_theirs(target: Path, checkpoint: Checkpoint, config: Mapping[str, Any], shard_bytes: int) -> None:
     """One file, or a folder as diffusers and Wan publish it."""
-    with _written_whole(target) as beside:
+    with written_whole(target) as beside:
         if target.suffix == ".pth":
             torch.save(_read(checkpoint, checkpoint.meta), beside)
         elif target.suffix == ".safetensors":
@@ -139,17 +134,6 @@ def _save_theirs(target: Path, checkpoint: Checkpoint, config: Mapping[str, Any]
             beside.mkdir()
             (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             _save_shards(beside, checkpoint, shard_bytes)
-
-
-@contextmanager
-def _written_whole(target: Path) -> Iterator[Path]:
-    """Where to write a file or a folder that is renamed when it is whole, and removed when writing fails."""
-    try:
-        with TemporaryDirectory(prefix=f"{target.name}.", suffix=".part", dir=target.parent) as beside:
-            yield Path(beside) / target.name
-            os.replace(Path(beside) / target.name, target)
-    except (SafetensorError, RuntimeError, OSError) as error:  # the first two are how a full disk is told of
-        raise ValueError(f"{target} could not be written: {error}") from error
 
 
 def _require_space(folder: Path, checkpoint: Checkpoint) -> None:

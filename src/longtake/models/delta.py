@@ -133,12 +133,17 @@ def _error_left(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], made: M
         name: (x.double() - base[name].double()).norm().item() if name in base else size[name]
         for name, x in tuned.items()
     }
-    share = {name: missed[name] / size[name] if missed[name] else 0.0 for name in tuned}
+    share = {name: _share(missed[name], size[name]) for name in tuned}
     worst = max(share, key=lambda name: share[name])
     return {
-        "error": _norm(missed) / _norm(size), "error_of_change": _norm(missed) / _norm(change),
+        "error": _share(_norm(missed), _norm(size)), "error_of_change": _share(_norm(missed), _norm(change)),
         "worst": worst, "worst_error": share[worst],
     }  # fmt: skip
+
+
+def _share(missed: float, whole: float) -> float:
+    """Of a whole that is nothing, 1 if anything is missed."""
+    return missed / whole if whole else float(missed > 0)
 
 
 def _norm(norms: Mapping[str, float]) -> float:

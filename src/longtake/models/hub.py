@@ -7,7 +7,7 @@ settings (`HF_HOME`, `HF_HUB_OFFLINE`, `HF_TOKEN`, `HF_ENDPOINT`). It is importe
 import hashlib
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatch
@@ -80,9 +80,14 @@ def published(name: str) -> Published:
     """The checkpoint of that name. ValueError, with the nearest names, if there is none."""
     if name in registry():
         return registry()[name]
-    close = get_close_matches(name, registry(), n=2, cutoff=0.4)
-    hint = f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(registry())}"
-    raise ValueError(f"no published checkpoint {name!r}: {hint}")
+    raise ValueError(f"no published checkpoint {name!r}: {nearest(name, registry())}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """What to say of a name that is unknown: which known ones are like it, or else which there are."""
+    there = sorted(known)
+    close = get_close_matches(name, there, n=2, cutoff=0.4)
+    return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(there)}"
 
 
 def look_up(checkpoint: Published) -> Download | None:

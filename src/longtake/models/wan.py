@@ -33,7 +33,8 @@ class WanConfig:
     """Sizes of the transformer. `extent` is how many latent frames it was trained to see at once.
 
     reads_far: whether its layers can read a far state, each through a projection of its own. conversion: which layers
-    are converted (ReHyAt), if any are. ValueError for a width that heads cannot share, and for layers there are not.
+    are converted (ReHyAt), if any are. ValueError for sizes below 1, a width that heads cannot share, and layers that
+    there are not.
     """
 
     dim: int
@@ -50,6 +51,9 @@ class WanConfig:
     conversion: Conversion | None = None
 
     def __post_init__(self) -> None:
+        for name in ("dim", "heads", "ffn_dim", "layers", "text_dim", "channels", "patch", "level_dim", "extent"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         if self.conversion and max(self.conversion.layers) >= self.layers:
             raise ValueError(f"layer {max(self.conversion.layers)} cannot be converted: there are {self.layers}")
         if self.dim % self.heads or (self.dim // self.heads) % 2:
@@ -286,7 +290,7 @@ class WanTransformer(nn.Module):
         far = dict.fromkeys(range(len(self.blocks)), memory.far) if memory.far else None
         most = TeacherForcedView(
             self.config.axes, memory.window, memory.extent, block, blocks, *place,
-            near=memory.near, far=far, projections=self.projections,
+            near=memory.near, commits_keep_sink=memory.commits_keep_sink, far=far, projections=self.projections,
         )  # fmt: skip
         if not memory.converted:
             return most

@@ -111,7 +111,7 @@ class FusedFar(FarShape):
         """The same by kernels, if it is one; others come back as they are."""
         if shape.form is not linear.PAPER or not isinstance(shape.rule, Keep):
             return shape
-        return cls(form=shape.form, rule=shape.rule, sink=shape.sink, turns_with_frames=shape.turns_with_frames)
+        return cls(**vars(shape))
 
     def absorb(self, sums: Sums | None, keys: Keys, rotation: Rotation) -> Sums:
         """As `FarShape.absorb`; with gradients it is that."""

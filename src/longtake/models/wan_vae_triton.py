@@ -57,7 +57,7 @@ class FusedDecoder:
     def __init__(self, codec: WanVAE) -> None:
         self._codec, self._plain = codec, codec.decode_piece
         upsamples = (layer for layer in codec.decoder.upsamples if isinstance(layer, Upsample))
-        self._phases = {id(layer): phases(cast(nn.Conv2d, layer.resample[1]).weight) for layer in upsamples}
+        self._phases = {layer: phases(cast(nn.Conv2d, layer.resample[1]).weight) for layer in upsamples}
 
     def decode_piece(self, raw_BFCHW: Tensor, carry: Carry) -> Tensor:
         """As `WanVAE.decode_piece`."""
@@ -91,7 +91,7 @@ class FusedDecoder:
             x = _from_rows(two.unflatten(-1, (2, -1)).permute(0, 1, 4, 2, 3, 5).flatten(1, 2))
         rows = _rows(x)
         pictures = rows.flatten(0, 1).permute(0, 3, 1, 2)
-        larger = doubled_and_convolved(pictures, self._phases[id(layer)]).permute(0, 2, 3, 1)
+        larger = doubled_and_convolved(pictures, self._phases[layer]).permute(0, 2, 3, 1)
         return Parts(_from_rows(larger.unflatten(0, rows.shape[:2])), cast(nn.Conv2d, layer.resample[1]).bias)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -32,15 +33,25 @@ def save_weights(path: Path, tensors: Mapping[str, Tensor], description: Mapping
     """Write tensors and a JSON description. int8: matrices and kernels per row, the rest bf16; otherwise unchanged.
 
     What has one row, such as a layer's modulation, and every bias is of the rest: one scale for all of it, or for a
-    head's biases, would drown its small parts.
+    head's biases, would drown its small parts. ValueError where it cannot be written.
     """
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     if int8:
         stored = _quantized(stored)
-    beside = path.with_name(path.name + ".part")
-    save_file(stored, beside, metadata={_DESCRIPTION: json.dumps(description)})
-    beside.chmod(0o644)  # safetensors lets only the owner read
-    os.replace(beside, path)
+    with written_whole(path) as beside:
+        save_file(stored, beside, metadata={_DESCRIPTION: json.dumps(description)})
+        beside.chmod(0o644)  # safetensors lets only the owner read
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """Where to write a file or a folder that is renamed when it is whole. Where writing fails it goes: ValueError."""
+    try:
+        with TemporaryDirectory(prefix=f"{target.name}.", suffix=".part", dir=target.parent) as beside:
+            yield Path(beside) / target.name
+            os.replace(Path(beside) / target.name, target)
+    except (SafetensorError, RuntimeError, OSError) as error:  # the first two are how a full disk is told of
+        raise ValueError(f"{target} could not be written: {error}") from error
 
 
 def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

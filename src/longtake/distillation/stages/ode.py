@@ -23,6 +23,13 @@ def train_ode(
 ) -> dict[str, float]:  # fmt: skip
     if network.config.conversion or any(recipe.joint for recipe in recipes):
         raise ValueError("ode works under a mask, which converted layers cannot be given: take teacher_forcing")
+    shown = [recipe.with_levels(stage.levels) for recipe in recipes]
+    for recipe in shown:
+        recipe.memory(network)  # refused before work begins
+        if teacher.config.extent % recipe.block:
+            raise ValueError(
+                f"the teacher's clip, {teacher.config.extent} latent frames, must be whole blocks of {recipe.block}"
+            )
     learner = learner_of(network, stage.lr, stage.lr, stage.average)
     compile_for(run, network, teacher)
     states, text_BPLE, prompt_BF = _trajectories(text, teacher, world, shift, stage, run)
@@ -38,7 +45,6 @@ def train_ode(
             )
         return {"loss": loss.detach(), "norm": learner.step(loss)}
 
-    shown = [recipe.with_levels(stage.levels) for recipe in recipes]
     look = stream_strips(text, network, learner, world, shown, shift, run)
     spent = train({"student": learner}, turn, stage.budget(warmup=50), run, look=look)
     learner.swap_average()

@@ -22,9 +22,9 @@ class Stage:
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            least = "0 or more" if name in _MAY_BE_0 else "above 0"
             for number in value if isinstance(value, tuple) else (value,):
-                if isinstance(number, int | float) and (number < 0 or (number == 0 and least == "above 0")):
+                if isinstance(number, int | float) and not (number > 0 or (number == 0 and name in _MAY_BE_0)):
+                    least = "0 or more" if name in _MAY_BE_0 else "above 0"
                     raise ValueError(f"{name} must be {least}, got {value}")
                 if name.endswith("_share") and number > 1:
                     raise ValueError(f"{name} must be at most 1, got {value}")

@@ -1,0 +1,46 @@
+"""What pages point to is there: files, headings, and the tests that they name."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks" / "results").rglob("*.md")]
+
+
+def anchor(heading: str) -> str:
+    """As sites that show Markdown make it."""
+    return re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+
+
+def links(page: Path) -> Iterator[tuple[str, Path, str]]:
+    """The links of a page to this repository: as they stand, the file, and the heading if one is named."""
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if not link.startswith(("http:", "https:", "mailto:")):
+            path, _, heading = link.partition("#")
+            yield link, page.parent / path if path else page, heading
+
+
+def test_links_lead_somewhere() -> None:
+    lost = []
+    for page in PAGES:
+        for link, file, heading in links(page):
+            there = file.exists()
+            if there and heading:
+                headings = re.findall(r"^#+ (.*)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+                there = heading in map(anchor, headings)
+            if not there:
+                lost.append(f"{page.relative_to(ROOT)}: {link}")
+    assert not lost, "\n".join(lost)
+
+
+def test_tests_that_pages_name_are_there() -> None:
+    """By their names without `test_`, as in the tables of what is tested; they are of five words or more."""
+    tests = "\n".join(file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("*.py"))
+    named = [
+        (page.name, name)
+        for page in (ROOT / "docs").glob("*.md")
+        for name in re.findall(r"`([a-z0-9]+(?:_[a-z0-9]+){4,})`", page.read_text(encoding="utf-8"))
+    ]
+    assert len(named) > 20
+    assert not [f"{page}: {name}" for page, name in named if f"def test_{name}(" not in tests]
