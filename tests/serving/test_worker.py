@@ -231,11 +231,9 @@ def test_what_was_watched_can_be_made_again_by_a_script():
     pieces += watch(worker, clock, [session], 3)[session]
     (at,) = (piece.start_seconds for piece in pieces if piece.events)
     script = script_from(f"a ball | {math.floor(at * 1e4) / 1e4}s: a duck")
-    texts = script.by_block(made, 1000)
-    with made.stream(texts[0], seed=3) as stream:
-        again = dict(
-            enumerate(chunk.frames for chunk in itertools.islice(follow(stream, texts), pieces[-1].number + 1))
-        )
+    cues = script.by_block(made, 1000)
+    with made.stream(cues[0].shown, seed=3) as stream:
+        again = dict(enumerate(chunk.frames for chunk in itertools.islice(follow(stream, cues), pieces[-1].number + 1)))
     assert [piece.number for piece in pieces] != list(range(len(pieces)))  # some were dropped
     for piece in pieces:
         np.testing.assert_array_equal(piece.frames, again[piece.number])
