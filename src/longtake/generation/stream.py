@@ -30,7 +30,7 @@ from longtake.models.fp8 import is_eight_bit
 from longtake.models.wan import PromptKeys, WanTransformer
 from longtake.models.weights import fingerprint
 
-FAR_AFTER_REDIRECT = 1.0  # as it was, until a trained far state can be measured
+FAR_AFTER_REDIRECT = 1.0  # as it is: no difference shows (docs/hybrid_forcing.md)
 FAR_AFTER_CUT = 0.0  # a new shot owes nothing to the old one
 
 MOST_TOLD = 10_000
