@@ -57,7 +57,7 @@ class GreyStream:
     def __exit__(self, *error):
         pass
 
-    def redirect(self, prompt, in_flight="own"):
+    def redirect(self, prompt, **how):
         pass
 
     def __iter__(self):

@@ -1,7 +1,7 @@
 """Words that go over into others block by block: prompt embeddings between two prompts.
 
-Live systems change a prompt so over a few blocks, by "linear" or "slerp" interpolation of text embeddings, with the
-cross-attention keys computed anew for each block (Krea's realtime-video and Scope, as their documentation has it).
+Live systems change a prompt so, by interpolation of its text embeddings over a few blocks, with cross-attention keys
+computed anew for each: linear in Krea's realtime-video, linear or slerp in Scope.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 Interpolation = Literal["lerp", "slerp"]
 
-_ALIGNED = 0.01  # sine of an angle that float32 still tells from those of 0 and 180 degrees; below it a line does
+_ALIGNED = 0.01  # the sine of angles so near to 0 or 180 degrees that float32 tells them badly; a line does there
 
 
 @dataclass(frozen=True)
