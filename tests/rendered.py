@@ -37,7 +37,7 @@ class RenderedBatch:
         self.scenes = Scenes(**{name: torch.cat([getattr(part, name) for part in parts]) for name in vars(parts[0])})
         self.obeys, self.pictures = obeys, 0
 
-    def redirect(self, prompts: Sequence[str], *, in_flight: str = "own") -> None:
+    def redirect(self, prompts: Sequence[str], *, over: int = 1, far: float = 1.0, in_flight: str = "own") -> None:
         if self.obeys:
             now = torch.full((len(prompts),), self.pictures / RATE)
             after = {name: getattr(self.scenes, name).clone() for name in CHANGEABLE}

@@ -57,7 +57,7 @@ class GreyStream:
     def __exit__(self, *error):
         pass
 
-    def redirect(self, prompt, in_flight="own"):
+    def redirect(self, prompt, **how):
         pass
 
     def __iter__(self):
@@ -599,8 +599,8 @@ def test_redirects_in_words_and_json(engine, capsys, monkeypatch):
     }
     asked = []
 
-    def evaluate_redirect(recipes, engine_of, *, prompts, seeds, transition, far, in_flight, progress):
-        asked.append((recipes, engine_of("self_forcing"), prompts, seeds, transition, far, in_flight))
+    def evaluate_redirect(recipes, engine_of, *, prompts, seeds, transition, over, far, in_flight, progress):
+        asked.append((recipes, engine_of("self_forcing"), prompts, seeds, transition, over, far, in_flight))
         return [result]
 
     judge = SimpleNamespace(evaluate_redirect=evaluate_redirect)
@@ -609,12 +609,13 @@ def test_redirects_in_words_and_json(engine, capsys, monkeypatch):
     arguments = ["evaluate", "redirect", "--recipe", "self_forcing", "--prompts", "3"]
     assert main([*arguments, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == [result]
-    assert main([*arguments, "--in-flight", "new"]) == 0
+    assert main([*arguments, "--in-flight", "new", "--over", "4"]) == 0
     assert capsys.readouterr().out == (
         "self_forcing: reached within 4 s: time 0.50, weather - (by chance: time 0.00, weather -), "
         "after 1.50 s in the middle; kept 0.90 (1.00 when left alone)\n"
     )
-    assert asked == [(("self_forcing",), engine, 3, 2, "redirect", None, in_flight) for in_flight in ("own", "new")]
+    ways = (1, None, "own"), (4, None, "new")
+    assert asked == [(("self_forcing",), engine, 3, 2, "redirect", *way) for way in ways]
 
 
 def test_recall_in_words_and_json(engine, capsys, monkeypatch):

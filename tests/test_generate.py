@@ -80,7 +80,9 @@ def test_after_a_given_image_prompts_come_at_their_times(tmp_path, monkeypatch) 
     write, redirect = Mp4Writer.write, Stream.redirect
     monkeypatch.setattr(Mp4Writer, "write", lambda writer, frames: made.append(len(frames)) or write(writer, frames))
     monkeypatch.setattr(
-        Stream, "redirect", lambda stream, text: redirected.append((sum(made), text)) or redirect(stream, text)
+        Stream,
+        "redirect",
+        lambda stream, text, **how: redirected.append((sum(made), text)) or redirect(stream, text, **how),
     )
     timeline = f"{PROMPT} | 0.75s: it starts to snow at night"
     arguments = ["--seconds", "1.5", "--levels", "1", "--image", "given.png", "-o", str(tmp_path / "out.mp4")]

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from longtake import load
 from longtake.cli import main
 from longtake.generation.stream import StreamBatch
+from longtake.generation.take import Take
 from longtake.media.mp4 import Mp4Writer, count_frames, first_difference, read_frames, read_record
 
 PROMPT, SNOW, FISH = (
@@ -50,6 +53,28 @@ def test_a_video_and_what_its_take_goes_on_with_are_one_video(first: Path, tmp_p
     prompt = f"{PROMPT} | 0.5s: {SNOW}"
     assert main(["generate", prompt, "--seconds", "2.3125", "-o", str(tmp_path / "all.mp4"), *QUICK]) == 0
     assert len(two) == 16 and np.array_equal(np.concatenate(written)[21:], two)
+
+
+def test_words_that_go_over_are_replayed_and_gone_on_from(tmp_path: Path, capsys) -> None:
+    """Told by a file, kept half way, told again: what was made until then is made again to the bit."""
+    lines = [{"at": 0, "prompt": PROMPT}, {"at": 0.5, "prompt": SNOW, "transition": 4, "method": "slerp"}]
+    (tmp_path / "story.yaml").write_text(json.dumps(lines))
+    asked = ["generate", "--prompts", str(tmp_path / "story.yaml"), "--seconds", "2", "-o", str(tmp_path / "made")]
+    assert main([*asked, *QUICK]) == 0
+    (video,) = (tmp_path / "made").glob("*.mp4")
+    assert read_record(video)["prompts"][1] | {"over": 4, "blend": "slerp"} == read_record(video)["prompts"][1]
+    assert main(["replay", str(video)]) == 0
+    assert "the same, picture by picture" in capsys.readouterr().err
+    engine = load("toy", recipe="self_forcing_sink", levels=1, dtype=torch.float32)
+    with engine.stream(PROMPT, seed=3) as stream:
+        next(stream)
+        stream.redirect(SNOW, over=4)
+        next(stream)
+        Take.of(stream).save(tmp_path / "half.take")
+    gone_on = str(tmp_path / "on.mp4")
+    assert main(["take", "resume", str(tmp_path / "half.take"), "--seconds", "1.5", "-o", gone_on]) == 0
+    assert main(["replay", gone_on]) == 0
+    assert "the same, picture by picture" in capsys.readouterr().err
 
 
 def test_forks_of_a_fork_go_on_under_other_prompts(first: Path, tmp_path: Path, written, capsys) -> None:

@@ -147,16 +147,16 @@ def _record_in(path: Path) -> dict[str, Any]:
 def _make(engine: Engine, video: Video) -> Path:
     """Make one video; its name is given to it when it is whole."""
     pictures = video.pictures(engine)
-    texts = video.script.by_block(engine, pictures)
+    cues = video.script.by_block(engine, pictures)
     part_of(video.unfinished).unlink(missing_ok=True)  # of a run that was killed: no other is here
     with (
-        engine.stream(texts[0], seed=video.seed) as stream,
+        engine.stream(cues[0].shown, seed=video.seed) as stream,
         Mp4Writer(
             video.unfinished, engine.width, engine.height, engine.frame_rate,
             overwrite=True, comment=json.dumps(_record(engine, video)),
         ) as writer,
     ):  # fmt: skip
-        for chunk in follow(stream, texts):
+        for chunk in follow(stream, cues):
             writer.write(chunk.frames[: pictures - writer.frames_written])
             if writer.frames_written == pictures:
                 break

@@ -62,6 +62,7 @@ TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 META = torch.device("meta")
 MOST_SIDE = 4096  # pixels
 GIB = 2**30
+_PROMPT = "keys and values of the prompt"
 UMT5_XXL = {"words": 256384, "dim": 4096, "inner": 4096, "ffn": 10240, "layers": 24, "heads": 64, "buckets": 32}
 
 
@@ -240,7 +241,8 @@ def bytes_of_stream(engine: Engine, wait: Callable[[], object] = lambda: None) -
     kept, peaks = sum(working.kept.values()), working.peaks
     block = max(peaks["network pass"], peaks["decoding"])
     prompt = max(peaks["new prompt read"] + made.text_bytes, peaks["new prompt taken"])
-    return kept, block - kept, prompt - kept
+    of_others = (recipe.in_flight - 1) * working.kept[_PROMPT]  # words that go over: each block in flight has its own
+    return kept + of_others, block - kept, prompt - kept
 
 
 def take_sizes(model: str, recipe: str, *, dtype: str = "bfloat16") -> dict[str, int]:
@@ -341,7 +343,7 @@ def _kept(memory: StreamMemory, prompt: PromptKeys, state: CodecState) -> dict[s
     return {
         "keys and values": memory.nbytes() - far,
         "far state": far,
-        "keys and values of the prompt": sum(tensor.nbytes for layer in prompt.layers for tensor in layer),
+        _PROMPT: sum(tensor.nbytes for layer in prompt.layers for tensor in layer),
         "codec state": state.nbytes,
     }
 

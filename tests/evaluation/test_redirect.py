@@ -49,14 +49,17 @@ def test_a_deaf_engine_reaches_nothing() -> None:
     assert table["kept_unchanged"] == 1.0
 
 
-def test_streams_are_told_what_becomes_of_blocks_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_streams_are_told_how_the_words_change(monkeypatch: pytest.MonkeyPatch) -> None:
     told, act = [], RenderedBatch.redirect
     monkeypatch.setattr(
         RenderedBatch, "redirect", lambda self, prompts, **how: told.append(how) or act(self, prompts, **how)
     )
     engine = RenderedEngine()
-    (table,) = redirect.evaluate_redirect(["any"], lambda name: engine, prompts=1, seeds=1, in_flight="new")
-    assert table["in_flight"] == "new" and told == [{"in_flight": "new"}] * 2
+    (table,) = redirect.evaluate_redirect(["any"], lambda name: engine, prompts=1, seeds=1, over=4, in_flight="new")
+    assert (table["in_flight"], table["over"]) == ("new", 4)
+    assert told == [{"over": 4, "far": 1.0, "in_flight": "new"}] * 2
+    with pytest.raises(ValueError, match="acts at once"):
+        redirect.evaluate_redirect(["any"], lambda name: engine, prompts=1, seeds=1, over=4, transition="cut")
 
 
 def test_the_first_of_two_windows_is_when_it_is_reached() -> None:

@@ -16,22 +16,24 @@ def test_a_prompt_begins_behind_the_blocks_that_are_in_flight(seed):
     random, engine = Random(seed), tiny.engine(tiny.rolling_recipe())
     stream, takes = engine.stream("a ball"), []
     for number in range(12):
-        do = random.choice(["redirect", "new", "cut", "take", "rewind"])
+        do = random.choice(["redirect", "new", "blend", "cut", "take", "rewind"])
         if do == "cut":
             stream.cut(f"words {number}")
         elif do == "take":
             takes.append(Take.of(stream))
         elif do == "rewind" and takes:
             random.choice(takes).rewind(stream)
-        elif do in ("redirect", "new"):
+        elif do in ("redirect", "new", "blend"):
             flying = len(stream.state()["in_flight"])
-            stream.redirect(f"words {number}", in_flight="new" if do == "new" else "own")
+            way, over = "new" if do == "new" else "own", 3 if do == "blend" else 1
+            stream.redirect(f"words {number}", in_flight=way, over=over)
             assert stream.since == stream.blocks + (0 if do == "new" else flying)
             assert stream.prompt_of(stream.since) == stream.prompt
         for _ in range(random.randrange(3)):
             number_of_next = stream.blocks
             prompts = stream.state()["in_flight"]
-            if prompts:  # numbered as `state` does: 0 is the present one
+            plain = all(told.over == 1 for told in stream.history)
+            if prompts and plain:  # numbered as `state` does: 0 is the present one
                 assert (stream.prompt_of(number_of_next) == stream.prompt) == (prompts[0]["prompt"] == 0)
             next(stream)
 

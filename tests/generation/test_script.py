@@ -172,7 +172,14 @@ def test_vllm_omni(tmp_path) -> None:
         ("a.yaml", "[{at: 0, prompt: 3}]", "a prompt is text, got 3"),
         ("a.yaml", "[{at: 0, prompt: a}, b]", "a time is at, chunk or frame with its prompt, got 'b'"),
         ("a.yaml", "[{at: 1, prompt: a}]", "the first prompt must begin at 0, but it is 'a' at 1 seconds"),
-        ("a.yaml", "[{at: 0, prompt: a}, {at: 1, prompt: b, transition: 4}]", "over several is not there yet"),
+        (
+            "a.yaml",
+            "[{at: 0, prompt: a}, {at: 1, prompt: b, transition: soon}]",
+            "a number of blocks from 0, got 'soon'",
+        ),
+        ("a.yaml", "[{at: 0, prompt: a}, {at: 1, prompt: b, transition: -4}]", "a number of blocks from 0, got -4"),
+        ("a.yaml", "[{at: 0, prompt: a}, {at: 1, prompt: b, method: cut}]", "blended by lerp or slerp, got 'cut'"),
+        ("a.yaml", "[{at: 0, prompt: a, transition: 4}]", "the first prompt has none to go over from"),
         ("a.yaml", "[{at: 0, prompts: [{text: a}, {text: b}]}]", "prompts are not mixed yet"),
         ("a.yaml", "[{at: 0, prompts: a}]", "prompts are a list of text and weight, got 'a'"),
         ("a.yaml", "{a: [", "a.yaml: while parsing"),
@@ -198,9 +205,9 @@ def test_other_encodings_are_refused(tmp_path) -> None:
 def test_a_prompt_begins_with_the_first_block_at_its_time_or_later(at, unit) -> None:
     per_second = {"seconds": 1, "pictures": 16, "of the video": 0.1, "blocks": 4 / 3, "latent frames": 4}[unit]
     script = Script((Cue(prompt="a"), Cue(prompt="b", at=at * per_second, unit=unit)))
-    texts = script.by_block(ENGINE, TEN_SECONDS)
-    (first, later), (a, b) = texts, texts.values()
-    assert (first, a, b) == (0, "a", "b")
+    cues = script.by_block(ENGINE, TEN_SECONDS)
+    (first, later), (a, b) = cues, cues.values()
+    assert (first, a, b) == (0, *script.cues)
     if unit in ("blocks", "latent frames"):
         frames = at * per_second * (3 if unit == "blocks" else 1)
         assert 3 * (later - 1) < frames <= 3 * later
@@ -248,16 +255,16 @@ def test_a_prompt_that_would_never_be_seen_is_refused() -> None:
 def test_a_stream_follows_its_script(monkeypatch) -> None:
     monkeypatch.setattr(tiny, "AnyText", ByLength)
     engine = tiny.engine()
-    texts = script_from("a ball | 1.1s: it snows | 2s: dark").by_block(engine, TEN_SECONDS)
-    assert texts == {0: "a ball", 2: "it snows", 3: "dark"}
+    cues = script_from("a ball | 1.1s: it snows | 2s: dark").by_block(engine, TEN_SECONDS)
+    assert {block: cue.shown for block, cue in cues.items()} == {0: "a ball", 2: "it snows", 3: "dark"}
     with engine.stream("a ball", seed=5) as stream:
         expected = [next(stream).frames, next(stream).frames]
         for prompt in ("it snows", "dark"):
             stream.redirect(prompt)
             expected.append(next(stream).frames)
         plain = [chunk.frames for chunk, _ in zip(engine.stream("a ball", seed=5), range(4), strict=False)]
-    with engine.stream(texts[0], seed=5) as stream:
-        got = [chunk.frames for chunk, _ in zip(follow(stream, texts), range(4), strict=False)]
+    with engine.stream(cues[0].shown, seed=5) as stream:
+        got = [chunk.frames for chunk, _ in zip(follow(stream, cues), range(4), strict=False)]
     assert all(map(np.array_equal, got, expected))
     assert [bool(np.array_equal(one, other)) for one, other in zip(got, plain, strict=True)] == [
         True,
@@ -270,13 +277,13 @@ def test_a_stream_follows_its_script(monkeypatch) -> None:
 def test_with_blocks_in_flight_a_prompt_is_shown_at_its_time(monkeypatch) -> None:
     monkeypatch.setattr(tiny, "AnyText", ByLength)
     engine = tiny.engine(tiny.rolling_recipe())
-    texts = script_from("a ball | 2.1s: it snows").by_block(engine, TEN_SECONDS)
-    assert texts == {0: "a ball", 4: "it snows"}
+    cues = script_from("a ball | 2.1s: it snows").by_block(engine, TEN_SECONDS)
+    assert [*cues] == [0, 4]
     shown = {}
     schedule = rolling.calls
     monkeypatch.setattr(rolling, "calls", lambda *given, **more: watched(schedule, shown, *given, **more))
-    with engine.stream(texts[0], seed=5) as stream:
-        for _ in zip(follow(stream, texts), range(6), strict=False):
+    with engine.stream(cues[0].shown, seed=5) as stream:
+        for _ in zip(follow(stream, cues), range(6), strict=False):
             pass
     first, *_ = shown.values()
     assert [shown[block] is first for block in range(6)] == [True, True, True, True, False, False]
@@ -295,7 +302,7 @@ def test_a_prompt_among_the_blocks_that_begin_together_is_refused(block) -> None
         with pytest.raises(ValueError, match=r"is too early: .* can begin from 2\.0625 seconds or 3 blocks on"):
             script.by_block(ROLLING, TEN_SECONDS)
     else:
-        assert script.by_block(ROLLING, TEN_SECONDS) == {0: "a", block: "b"}
+        assert [*script.by_block(ROLLING, TEN_SECONDS)] == [0, block]
 
 
 class ByLength(tiny.AnyText):
@@ -322,7 +329,20 @@ def test_both_prompts_are_recorded() -> None:
         3,
         "float32",
     )
-    assert [*script.by_block(ENGINE, TEN_SECONDS).values()] == ["a ball bounces", "it begins to snow"]
+    shown = [cue.shown for cue in script.by_block(ENGINE, TEN_SECONDS).values()]
+    assert shown == ["a ball bounces", "it begins to snow"]
+
+
+def test_a_transition_is_followed_and_recorded(tmp_path) -> None:
+    (script,) = read(tmp_path, "a.yaml", "[{at: 0, prompt: a}, {at: 2, prompt: b, transition: 4, method: slerp}]")
+    engine = tiny.engine()
+    record = record_of(engine, script, 3, 10.0)
+    assert script_in(json.loads(json.dumps(record))) == script
+    assert record["prompts"][1] == {"at": 2, "unit": "seconds", "prompt": "b", "over": 4, "blend": "slerp"}
+    with engine.stream("a") as stream:
+        for _ in zip(follow(stream, script.by_block(engine, TEN_SECONDS)), range(5), strict=False):
+            pass
+        assert (stream.history[1].block, stream.history[1].over, stream.history[1].blend) == (3, 4, "slerp")
 
 
 @pytest.mark.parametrize(
@@ -335,8 +355,9 @@ def test_prompts_in_file_names(prompt, expected) -> None:
 @pytest.mark.parametrize(
     "prompts",
     [None, "a ball", [], ["a ball"], [{"at": 0, "unit": "years", "prompt": "a"}], [{"at": 0, "unit": "seconds"}],
+     [{"at": 0, "unit": "seconds", "prompt": "a"}, {"at": 1, "unit": "seconds", "prompt": "b", "over": 0}],
      [{"at": -1, "unit": "seconds", "prompt": "a"}], [{"at": 0, "unit": "seconds", "prompt": "a", "colour": 3}]],
 )  # fmt: skip
 def test_records_that_cannot_be_read(prompts) -> None:
-    with pytest.raises(ValueError, match=r"record|time|prompt"):
+    with pytest.raises(ValueError, match=r"record|time|prompt|words"):
         script_in({"prompts": prompts})

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tests import tiny
 from torch import Tensor
@@ -60,6 +61,10 @@ def tell(stream: Stream, verb: str) -> None:
         stream.redirect(prompt, far=0.5)
     elif verb == "new":
         stream.redirect(prompt, in_flight="new")
+    elif verb == "blend":
+        stream.redirect(prompt, over=3, blend="slerp")
+    elif verb == "blend new":
+        stream.redirect(prompt, over=4, in_flight="new")
     elif verb == "cut":
         stream.cut(prompt, far=0.25)
 
@@ -75,7 +80,9 @@ def same(one: object, other: object) -> bool:
     return one == other
 
 
-verbs = st.lists(st.sampled_from(["on", "on", "on", "redirect", "new", "cut"]), min_size=1, max_size=7)
+verbs = st.lists(
+    st.sampled_from(["on", "on", "on", "redirect", "new", "blend", "blend new", "cut"]), min_size=1, max_size=7
+)
 
 
 def played(stream: Stream, told: Sequence[str]) -> np.ndarray:
@@ -92,6 +99,8 @@ def played(stream: Stream, told: Sequence[str]) -> np.ndarray:
 @given(before=verbs, after=verbs)
 @example(before=["on"] * 4 + ["cut"], after=["on"])
 @example(before=["on"] * 3 + ["redirect", "on", "new"], after=["on", "redirect"])
+@example(before=["on"] * 3 + ["blend"], after=["on"] * 3)
+@example(before=["on"] * 3 + ["blend", "on", "blend new"], after=["redirect", "on"])
 def test_a_saved_stream_goes_on_bit_for_bit(name: str, before: list[str], after: list[str]) -> None:
     original = engine(name).stream("abc", seed=3)
     played(original, before)
@@ -145,6 +154,29 @@ def test_forks_do_not_know_of_each_other(name: str, before: list[str], order: li
     for one, made in zip(alone, woven, strict=True):
         assert (np.concatenate(made) == one).all()
     assert not (alone[0] == alone[1]).all(), "the words matter"
+
+
+def test_takes_of_the_first_form_go_on(tmp_path: Path) -> None:
+    """They know of no blends."""
+    original = engine("rolling_forcing").stream("abc", seed=3)
+    played(original, ["on", "on", "redirect"])
+    Take.of(original).save(tmp_path / "new.take")
+    with safe_open(tmp_path / "new.take", "pt") as file:
+        described = json.loads(file.metadata()["longtake_take"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    assert described["form"] == 2
+    del described["state"]["blend"]
+    for told in described["state"]["history"]:
+        del told["over"], told["blend"]
+    for form in (1, 3):
+        metadata = {"longtake_take": json.dumps(described | {"form": form})}
+        save_file(tensors, tmp_path / f"{form}.take", metadata=metadata)
+    resumed = resume(tmp_path / "1.take", engine("rolling_forcing"))
+    going_on = ["on", "blend", "on", "on"]
+    assert (played(resumed, going_on) == played(original, going_on)).all()
+    assert same(resumed.state(), original.state())
+    with pytest.raises(ValueError, match="a take of form 3, and this version reads forms 1 and 2"):
+        Take.load(tmp_path / "3.take")
 
 
 @pytest.mark.parametrize("name", ["rolling_forcing", "memflow"])

@@ -27,9 +27,11 @@ def steer(stream, random):
     """Whatever can happen to a stream between two blocks."""
     for _ in range(random.randrange(9)):
         next(stream)
-    match random.choice(["go on", "redirect", "cut"]):
+    match random.choice(["go on", "redirect", "blend", "cut"]):
         case "redirect":
             stream.redirect(f"words {random.random()}")
+        case "blend":
+            stream.redirect(f"words {random.random()}", over=random.randrange(2, 6), blend="slerp")
         case "cut":
             stream.cut(f"words {random.random()}")
     for _ in range(random.randrange(3)):

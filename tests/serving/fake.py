@@ -39,7 +39,7 @@ class FakeStream:
         self.prompt, self.blocks, (self.seed,) = state["words"], state["blocks"], state["seeds"]
         self.prompts = [(self.blocks, self.prompt)]
 
-    def redirect(self, prompt: str) -> None:
+    def redirect(self, prompt: str, *, over: int = 1, blend: str = "lerp") -> None:
         self._go_on(prompt, self.engine.recipe.in_flight - 1 if self.blocks else 0)
 
     def cut(self, prompt: str) -> None:

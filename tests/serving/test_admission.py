@@ -160,3 +160,36 @@ def test_the_thread_that_predicts_has_no_team():
     thread.join(60)
     assert there == {1} and torch.get_num_threads() == here + 1
     torch.set_num_threads(here)
+
+
+def test_who_is_refused_is_told_a_longer_time_the_longer_it_takes_to_foresee():
+    """Beside a stream that takes nearly all of the device's time."""
+    engine = FakeEngine(block_seconds=0.001)
+    worker = serving(engine, Memory(stream=1, block=0, prompt=0, free=lambda: 100))
+    opened(worker)
+
+    def hint():
+        with pytest.raises(Busy) as busy:
+            worker.admit("a ball")
+        return busy.value.retry_seconds
+
+    hints = []
+    for _ in range(4):
+        hints.append(hint())
+        engine.clock.now += 2.5
+    assert hints[0] == 3 and hints == sorted(hints) and 3 < hints[-1] <= 10
+    worker.foresee()
+    worker.step()
+    assert worker.admit("a ball")
+
+
+@pytest.mark.parametrize(("block_seconds", "seconds"), [(0.2, 10), (1.5, 20)])
+def test_who_is_refused_is_told_when_a_video_is_over_at_the_devices_speed(block_seconds, seconds):
+    """A block is .75 s of video."""
+    engine = FakeEngine(block_seconds=block_seconds)
+    worker = Worker(engine, Limits(sessions=1), clock=engine.clock)
+    asked(worker, worker.warm_up("a ball"))
+    opened(worker, pictures=160)
+    with pytest.raises(Busy) as busy:
+        worker.admit("a ball")
+    assert busy.value.retry_seconds == pytest.approx(seconds, abs=1)

@@ -100,6 +100,42 @@ def test_new_words_are_accepted_then_seen(house):
         assert until(socket, "session.done")[0]["stopped"] is True
 
 
+def test_words_go_over_in_as_many_chunks_as_was_asked_for(house):
+    with house.websocket_connect(SOCKET) as socket:
+        told = start(socket)["capabilities"]
+        assert {"lerp", "slerp", "cut"} == set(told["methods"]) and told["transition_chunks"] >= 3
+        change = {"event_id": "snow", "event": {"prompt": "it snows"}, "transition_chunks": 3, "method": "slerp"}
+        socket.send_json({"type": "session.interaction", "interaction": change})
+        until(socket, "session.interaction.queued")
+        active = []
+        while not active or not active[-1]["completed_event_ids"]:
+            message = socket.receive_json()
+            if message["type"] == "video.chunk_metadata":
+                socket.receive_bytes()
+                active += [message] if message["active_event_ids"] else []
+        assert [message["started_event_ids"] for message in active] == [["snow"], [], []]
+        assert all(message["active_event_ids"] == ["snow"] for message in active)
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ({"method": "cut", "transition_chunks": 4}, "a cut is at once"),
+        ({"method": "slerp"}, "say how many"),
+        ({"transition_chunks": 65}, "less than or equal to 64"),
+        ({"transition_chunks": -1}, "greater than or equal to 0"),
+        ({"method": "dissolve", "transition_chunks": 4}, "'lerp', 'slerp' or 'cut'"),
+    ],
+)
+def test_a_transition_that_is_none_is_refused_and_the_stream_goes_on(house, how, says):
+    with house.websocket_connect(SOCKET) as socket:
+        start(socket)
+        socket.send_json({"type": "session.interaction", "interaction": {"event": {"prompt": "it snows"}} | how})
+        refused, _ = until(socket, "error")
+        assert refused["code"] == "invalid_message" and says in refused["message"]
+        until(socket, "video.chunk_metadata")
+
+
 def test_pausing_stops_what_is_sent_and_going_on_does_not_lose_any(house):
     with house.websocket_connect(SOCKET) as socket:
         start(socket)
@@ -333,7 +369,7 @@ def test_the_names_of_the_numbers_hold(house):
 
 
 def test_what_tools_ask_for(house):
-    assert house.get("/health").json() == {"status": "ok"} == house.get("/healthz").json()
+    assert house.get("/health").json() == {"status": "ok", "ready": True} == house.get("/healthz").json()
     (model,) = house.get("/v1/models").json()["data"]
     assert (model["id"], model["license"], model["recipe"]) == ("fake", "Apache-2.0", "fake_recipe")
     assert "session.interaction" in house.get("/docs").text and "/v1/sessions" in house.get("/docs").text

@@ -150,8 +150,8 @@ def test_what_was_seen_is_made_again_from_its_record(recipe, clock, store):
     asked(worker, worker.rewind(session, takes[0], "before"))
     worker.remember(session)
     notes, shown = Notes(), []
-    steps = ["snapshot", "rewind", "redirect", "reset", "cut"]
-    for number in range(8):
+    steps = ["snapshot", "rewind", "redirect", "blend", "snapshot", "reset", "cut", "rewind"]
+    for number in range(11):
         for piece in watch(worker, clock, [session], random.choice([0.2, 1.0, 2.0]))[session]:
             begin = round(piece.start_seconds * made.frame_rate)
             notes.show(piece.line, begin, len(piece.frames), piece.words)
@@ -164,7 +164,8 @@ def test_what_was_seen_is_made_again_from_its_record(recipe, clock, store):
         elif do == "reset":
             asked(worker, worker.reset(session, f"{number}"))
         else:
-            asked(worker, worker.redirect(session, f"words {number}", f"{number}", method=do))
+            how = {"redirect": {}, "blend": {"over": 5, "method": "slerp"}, "cut": {"method": "cut"}}[do]
+            asked(worker, worker.redirect(session, f"words {number}", f"{number}", **how))
     record = json.loads(json.dumps(notes.record(made, worker.lines(session))))
     assert len(record["live"]["lines"]) > 1 and len(record["live"]["spans"]) > 2
     whole = np.concatenate(shown)

@@ -161,6 +161,27 @@ def test_words_change_the_picture_and_a_snapshot_brings_it_back(page):
     page.wait_for_selector("#kept-none:visible")
 
 
+def test_words_blend_and_a_stream_goes_back_and_begins_again(page):
+    until(page, setting, lambda seen: seen == ("day", "clear"))
+    day = page.evaluate(LIGHT)
+    assert page.is_disabled("#back")
+    page.press("#video", "s")
+    page.wait_for_selector("#back:enabled")
+    page.click("label:has-text('Blend')")
+    say(page, NIGHT)
+    until(page, setting, lambda seen: seen == ("night", "rain"))
+    page.click("#copy")
+    page.wait_for_selector("#copy-says:has-text('it holds a blend')")
+    page.press("#video", "b")
+    page.wait_for_selector(f".part.current[data-state=completed]:text-is('↩ {DAY}')")
+    until(page, LIGHT, lambda light: light > 0.9 * day)
+    page.click("#copy")
+    page.wait_for_selector("#copy-says:has-text('it was rewound')")
+    page.press("#video", "0")
+    page.locator(".part[data-state=completed]:has-text('↩')").nth(1).wait_for()
+    assert not page.is_visible("#complaint")
+
+
 def test_a_recording_is_downloaded_plays_and_is_made_again(page, tmp_path, capsys):
     page.click("#record")
     page.wait_for_selector("#recording:visible")
@@ -251,6 +272,31 @@ def test_what_was_kept_when_the_connection_broke_is_listed_and_so_it_is_after_a_
     page.context.close()
 
 
+def test_while_the_model_warms_up_or_a_stream_begins_nothing_is_pressed_and_nothing_goes_wrong(browser, address):
+    """No red line in the browser's console, and no fork that comes true when nobody expects it any more."""
+    page = browser.new_context().new_page()
+    page.set_default_timeout(1000 * PATIENCE)
+    wrong, warm = [], []
+    page.on("console", lambda told: wrong.append(told.text) if told.type == "error" else None)
+    page.on("response", lambda answer: wrong.append(answer.url) if not answer.ok else None)
+    page.route("**/health", lambda asked: asked.fulfill(json={"status": "ok", "ready": bool(warm)}))
+    page.goto(address)
+    page.wait_for_selector("#state:has-text('Warming up')")
+    assert page.is_disabled("#begin") and page.is_disabled("#send")
+    warm.append(True)
+    page.click("#begin:enabled")
+    page.click("#snapshot:enabled")
+    page.wait_for_selector(".kept .fork:enabled")
+    page.click("#stop:enabled")
+    page.wait_for_selector("#cover:visible")
+    page.route_web_socket("**/v1/realtime/video*", lambda line: None)  # which never answers
+    page.click("#begin:enabled")
+    page.wait_for_selector("#state:has-text('Starting')")
+    assert page.is_disabled(".kept .fork") and page.is_disabled(".kept .rewind")
+    assert wrong == []
+    page.context.close()
+
+
 def test_tabs_of_one_browser_list_what_each_other_keeps_and_removes(page):
     other = page.context.new_page()
     other.goto(page.url)
@@ -333,7 +379,7 @@ def test_a_command_line_is_read_as_it_was_meant_or_refused(browser, address):
     assert read == 4 * 7  # as first words 4 of them can be said, as later ones those that begin like options, too
     for more in ({"rewound": True}, {"forked": True}, {"asked": {"size": 1}}):
         assert not page.evaluate(SAID, [streams[0] | more])[0].startswith("longtake")
-    for at, cut in ((2.0625, True), (0, False)):
-        prompts = [{"at": 0, "prompt": "a"}, {"at": at, "prompt": "b", "cut": cut}]
+    for at, how in ((2.0625, "cut"), (2.0625, "blend"), (0, "")):
+        prompts = [{"at": 0, "prompt": "a"}, {"at": at, "prompt": "b", "how": how}]
         assert not page.evaluate(SAID, [streams[0] | {"prompts": prompts}])[0].startswith("longtake")
     page.context.close()

@@ -105,6 +105,20 @@ def test_words_overtaken_unseen_are_told_of_with_the_next(worker, engine):
     assert worker.read(session).events == ("one", "two")
 
 
+def test_words_that_go_over_are_told_of_while_they_do(worker, engine):
+    session = opened(worker)
+    asked(worker, worker.redirect(session, "new words", "one", over=3, method="slerp"))
+    shown = [(one.events, one.active, one.completed) for one in watch(worker, engine.clock, [session], 4)[session]]
+    assert shown[:4] == [
+        (("one",), ("one",), ()), ((), ("one",), ()), ((), ("one",), ("one",)), ((), (), ()),
+    ]  # fmt: skip
+    asked(worker, worker.redirect(session, "other words", "two", over=3))
+    watch(worker, engine.clock, [session], 0.8)
+    asked(worker, worker.redirect(session, "third words", "three"))
+    piece = watch(worker, engine.clock, [session], 2)[session][0]
+    assert (piece.events, piece.active) == (("three",), ("two", "three")) and set(piece.completed) == {"two", "three"}
+
+
 def test_refused_words_change_nothing(worker, engine):
     session = opened(worker)
     idle(worker)
@@ -231,11 +245,9 @@ def test_what_was_watched_can_be_made_again_by_a_script():
     pieces += watch(worker, clock, [session], 3)[session]
     (at,) = (piece.start_seconds for piece in pieces if piece.events)
     script = script_from(f"a ball | {math.floor(at * 1e4) / 1e4}s: a duck")
-    texts = script.by_block(made, 1000)
-    with made.stream(texts[0], seed=3) as stream:
-        again = dict(
-            enumerate(chunk.frames for chunk in itertools.islice(follow(stream, texts), pieces[-1].number + 1))
-        )
+    cues = script.by_block(made, 1000)
+    with made.stream(cues[0].shown, seed=3) as stream:
+        again = dict(enumerate(chunk.frames for chunk in itertools.islice(follow(stream, cues), pieces[-1].number + 1)))
     assert [piece.number for piece in pieces] != list(range(len(pieces)))  # some were dropped
     for piece in pieces:
         np.testing.assert_array_equal(piece.frames, again[piece.number])
@@ -300,6 +312,8 @@ class Sessions(RuleBasedStateMachine):
         self.words: dict = {}
         self.seen: dict = {}
         self.events: dict = {}
+        self.over: dict = {}
+        self.going: dict = {}
         self.lines: dict = {}
         self.count = 0
 
@@ -318,20 +332,23 @@ class Sessions(RuleBasedStateMachine):
             assert len(self.worker.sessions()) > 0 and busy.retry_seconds >= 1
             return None
         self.words[session], self.seen[session], self.events[session] = "first", [], []
+        self.going[session] = {}
         self.lines[session] = 0
         return session
 
-    @rule(session=sessions, refused=st.booleans(), method=st.sampled_from(["redirect", "cut"]))
-    def redirect(self, session, refused, method):
+    @rule(session=sessions, refused=st.booleans(), method=st.sampled_from(["slerp", "cut"]), over=st.integers(1, 4))
+    def redirect(self, session, refused, method, over):
         if session is None:
             return
         self.count += 1
         words = f"{'xyzzy' if refused else 'words'} {self.count}"
-        future = self.done(self.worker.redirect(session, words, str(self.count), method=method))
+        over = 1 if method == "cut" else over
+        future = self.done(self.worker.redirect(session, words, str(self.count), over=over, method=method))
         if future.exception() is None:
             assert not refused
             self.words[session] = words
             self.events[session].append(str(self.count))
+            self.over[str(self.count)] = over
         else:
             assert refused or session.end
 
@@ -398,8 +415,15 @@ class Sessions(RuleBasedStateMachine):
         assert piece.line == self.lines[session] and piece.words == self.words[session]
         assert not self.seen[session] or place > self.seen[session][-1]
         self.seen[session].append(place)
+        going = self.going[session]
         for event in piece.events:
             assert self.events[session].pop(0) == event
+            going[event] = piece.number
+        assert set(piece.active) == going.keys()
+        for event in piece.completed:
+            overtaken = piece.events[-1:] not in ((), (event,))
+            assert overtaken or piece.number == going[event] + self.over.get(event, 1) - 1
+            del going[event]
 
     @rule(session=consumes(sessions))
     def vanish(self, session):

@@ -80,6 +80,7 @@ def evaluate_redirect(
     prompts: int = 40,
     seeds: int = 2,
     transition: Literal["redirect", "cut"] = "redirect",
+    over: Annotated[int, arg(metavar="BLOCKS")] = 1,
     far: Annotated[float | None, arg(metavar="SHARE")] = None,
     in_flight: Literal["own", "new"] = "own",
     device: Device = None,
@@ -94,6 +95,7 @@ def evaluate_redirect(
         prompts: How many held-out captions.
         seeds: Streams for each caption.
         transition: Whether streams are redirected or begin a new shot.
+        over: Blocks that the words of a redirect go over in.
         far: The share of the far state that weighs on then, 0 to 1, where a recipe has any; unless given, its default.
         in_flight: The prompt that blocks in flight go on under, their own or the new one, where a recipe has any.
         json: Print a JSON list with one object for each recipe.
@@ -107,6 +109,7 @@ def evaluate_redirect(
             prompts=prompts,
             seeds=seeds,
             transition=transition,
+            over=over,
             far=far,
             in_flight=in_flight,
             progress=say,

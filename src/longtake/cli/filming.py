@@ -12,6 +12,7 @@ from longtake.cli.terminal import INTERRUPTED, LiveLine, in_one_line, say
 if TYPE_CHECKING:
     import numpy as np
 
+    from longtake.generation.script import Cue
     from longtake.generation.stream import Chunk, Engine, Stream
     from longtake.media.mp4 import Mp4Writer
 
@@ -35,7 +36,7 @@ def opening(engine: "Engine", path: Path) -> "np.ndarray":
 
 
 def show(
-    stream: "Stream", texts: dict[int, str], pictures: int, path: Path, record: dict[str, Any], keep: Path | None,
+    stream: "Stream", cues: dict[int, "Cue"], pictures: int, path: Path, record: dict[str, Any], keep: Path | None,
     *, force: bool = False, json: bool = False,
 ) -> int:  # fmt: skip
     """Film a stream, keep it as a take if that is asked for, and print where the video is."""
@@ -50,7 +51,7 @@ def show(
         ) as writer,
         _between_blocks(keep is not None) as stopped,
     ):
-        complete = _film(follow(stream, texts), writer, pictures, whole=keep is not None, stopped=stopped)
+        complete = _film(follow(stream, cues), writer, pictures, whole=keep is not None, stopped=stopped)
     if writer.frames_written:
         print(dumps(made(path, writer.frames_written, engine, record)) if json else path)
     if keep is not None:

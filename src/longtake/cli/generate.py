@@ -143,11 +143,11 @@ def _make_one(
     given = None if begin is None else opening(engine, begin)
     before = 0 if given is None else len(given)
     seconds, pictures = length_of(script, engine, seconds, before, whole=keep is not None)
-    texts = script.by_block(engine, pictures, before)
-    engine.prepare([*texts.values()])
+    cues = script.by_block(engine, pictures, before)
+    engine.prepare([cue.shown for cue in cues.values()])
     record = record_of(engine, script, seed, seconds) | ({"image": begin.name} if begin else {})
-    with engine.stream(texts[0], seed=seed, pictures=given) as stream:
-        return show(stream, texts, pictures, path, record, keep, force=force, json=json)
+    with engine.stream(cues[0].shown, seed=seed, pictures=given) as stream:
+        return show(stream, cues, pictures, path, record, keep, force=force, json=json)
 
 
 def _make_many(

@@ -51,8 +51,8 @@ def replay(
     engine.prepare([cue.shown for cue in script.cues])
     with _begun_again(engine, script, record, image) as stream:
         pictures = round(record["seconds"] * engine.frame_rate) or 1
-        texts = {} if "live" in record else script.by_block(engine, pictures, stream.pictures)
-        told = show(stream, texts, count_frames(video), path, record | engine.circumstances, None)
+        cues = {} if "live" in record else script.by_block(engine, pictures, stream.pictures)
+        told = show(stream, cues, count_frames(video), path, record | engine.circumstances, None)
     if told:
         return told
     number = first_difference(video, path)

@@ -124,15 +124,15 @@ def _go_on(
         raise ValueError(f"{file}: {error}") from None
     with stream:
         seconds, pictures = length_of(script, engine, seconds, stream.pictures, whole=keep is not None)
-        texts = script.by_block(engine, pictures, stream.pictures)
+        cues = script.by_block(engine, pictures, stream.pictures)
         if new:
-            engine.prepare([*texts.values()])
-            stream.redirect(texts[0])
+            engine.prepare([cue.shown for cue in cues.values()])
+            stream.redirect(cues[0].shown)
         history = [asdict(told) for told in stream.history]
         begun = {"take": {"blocks": stream.blocks, "history": history, "in_company": stream.in_company}}
         record = record_of(engine, script, stream.seed, seconds) | begun
         path = out or free_name(script.prompt, stream.seed)
-        return show(stream, texts, pictures, path, record, keep)
+        return show(stream, cues, pictures, path, record, keep)
 
 
 def _take_in_words(told: dict[str, Any]) -> str:

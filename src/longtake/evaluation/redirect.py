@@ -28,7 +28,7 @@ from torch import Tensor
 from longtake import parallel
 from longtake.evaluation.scores import Score, Tally, asked_for, joined, tally
 from longtake.evaluation.sources import batches, clip_seed, held_out_captions, seed_list
-from longtake.generation.stream import Engine, PromptInFlight, StreamBatch
+from longtake.generation.stream import FAR_AFTER_CUT, FAR_AFTER_REDIRECT, Engine, PromptInFlight, StreamBatch
 from longtake.toy.captions import (
     COLOUR_CLAUSES,
     PHRASES,
@@ -104,6 +104,7 @@ def evaluate_redirect(
     prompts: int = 40,
     seeds: int = 2,
     transition: Transition = "redirect",
+    over: int = 1,
     far: float | None = None,
     in_flight: PromptInFlight = "own",
     progress: Callable[[str], None] = lambda line: None,
@@ -116,6 +117,7 @@ def evaluate_redirect(
         prompts: how many captions of the fixed held-out list, 1 to 1000.
         seeds: streams for each caption, with seeds 0, 1, ...
         transition: whether streams are redirected, or begin a new shot, as by `Stream.cut`.
+        over: blocks that the words of a redirect go over in, as for `Stream.redirect`.
         far: the share of the far state that weighs on, 0 to 1; None: the transition's own default.
         in_flight: which prompt blocks in flight go on under, their own or the new one, as for `Stream.redirect`.
         progress: is told, in words, how far it is.
@@ -127,16 +129,15 @@ def evaluate_redirect(
     Raises:
         ValueError: no captions, more than there are, no seeds, or a share that is none.
     """
-    if transition == "cut" and in_flight != "own":
-        raise ValueError("a cut drops blocks in flight: in_flight is for redirects")
-    fade = {} if far is None else {"far": far}
+    if transition == "cut" and (in_flight != "own" or over != 1):
+        raise ValueError("a cut drops blocks in flight, and acts at once: in_flight and over are for redirects")
     chosen = redirects(held_out_captions(prompts), seed_list(seeds))
 
     def change(streams: StreamBatch, told: Sequence[str]) -> None:
         if transition == "cut":
-            streams.cut(told, **fade)
+            streams.cut(told, far=FAR_AFTER_CUT if far is None else far)
         else:
-            streams.redirect(told, in_flight=in_flight, **fade)
+            streams.redirect(told, over=over, far=FAR_AFTER_REDIRECT if far is None else far, in_flight=in_flight)
 
     watch = partial(_watch, chosen=chosen, change=change, progress=progress)
     engines = {recipe: engine_of(recipe) for recipe in recipes}  # an unknown name is refused before work begins
@@ -152,6 +153,7 @@ def evaluate_redirect(
                 "prompts": prompts,
                 "seeds": seeds,
                 "transition": transition,
+                "over": over,
                 "far": far,
                 "in_flight": in_flight,
                 **_table(chosen, told, control),

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
+from longtake.generation.blend import Interpolation, require_blend
 from longtake.generation.stream import Chunk, Engine, Stream
 
 Unit = Literal["seconds", "pictures", "latent frames", "blocks", "of the video"]
@@ -28,12 +29,17 @@ EXTENDED = "_extended"  # in the name of a file of rewritten prompts
 
 @dataclass(frozen=True, kw_only=True)
 class Cue:
-    """A prompt and when it begins. rewritten: what is shown in its place, where somebody wrote it out."""
+    """A prompt and when it begins. rewritten: what is shown in its place, where somebody wrote it out.
+
+    over, blend: how the prompt before goes over into it, as for `Stream.redirect`.
+    """
 
     prompt: str
     at: float = 0
     unit: Unit = "seconds"
     rewritten: str | None = None
+    over: int = 1
+    blend: Interpolation = "lerp"
 
     @property
     def shown(self) -> str:
@@ -47,7 +53,7 @@ class Cue:
 class Script:
     """What one video shows. seconds, pictures: how long it is, where its source says so in one of them.
 
-    Raises: ValueError where there is no prompt, or the first does not begin with the video.
+    Raises: ValueError where there is no prompt, or the first does not begin with the video, or goes over from another.
     """
 
     cues: tuple[Cue, ...]
@@ -59,6 +65,8 @@ class Script:
             raise ValueError("there is no prompt")
         if self.cues[0].at != 0:
             raise ValueError(f"the first prompt must begin at 0, but it is {self.cues[0]}")
+        if self.cues[0].over != 1:
+            raise ValueError(f"the first prompt has none to go over from, but a transition over {self.cues[0].over}")
 
     @property
     def prompt(self) -> str:
@@ -75,15 +83,15 @@ class Script:
         cues = (replace(cue, rewritten=text) for cue, text in zip(self.cues, texts, strict=True))
         return replace(self, cues=tuple(cues))
 
-    def by_block(self, engine: Engine, pictures: int, given: int = 0) -> dict[int, str]:
-        """The text shown from each block on. A prompt begins with the first block that begins at its time or later.
+    def by_block(self, engine: Engine, pictures: int, given: int = 0) -> dict[int, Cue]:
+        """What is shown from each block on. A prompt begins with the first block that begins at its time or later.
 
         pictures: how many the video has. given: how many, of whole blocks, the stream goes on from; blocks and times
         count from what follows them. ValueError for a prompt that would never be seen: it begins after the end, or
         another follows before the next block; or that would be late: it begins while the blocks are shown that are
         begun together with the first.
         """
-        texts: dict[int, str] = {}
+        cues: dict[int, Cue] = {}
         pictures_in, together = _pictures_after(engine, given), engine.recipe.in_flight
         for cue in self.cues:
             block = _block_of(cue, engine, pictures, pictures_in)
@@ -93,12 +101,12 @@ class Script:
                     f"{cue} is too early: recipe {engine.recipe.name} begins {together} blocks together, "
                     f"so another prompt can begin from {earliest:g} seconds or {together} blocks on"
                 )
-            if texts and block <= max(texts):
+            if cues and block <= max(cues):
                 raise ValueError(
                     f"{cue} begins in the same block as the prompt before it, or earlier: write times apart"
                 )
-            texts[block] = cue.shown
-        return texts
+            cues[block] = cue
+        return cues
 
 
 def _pictures_after(engine: Engine, given: int) -> Callable[[int], int]:
@@ -123,16 +131,17 @@ def _block_of(cue: Cue, engine: Engine, pictures: int, pictures_in: Callable[[in
     return block
 
 
-def follow(stream: Stream, texts: Mapping[int, str]) -> Iterator[Chunk]:
-    """The chunks of a stream that was opened with the first text, redirected before the blocks that have another begin.
+def follow(stream: Stream, cues: Mapping[int, Cue]) -> Iterator[Chunk]:
+    """The chunks of a stream that was opened with the first, redirected before the blocks that have another begin.
 
     Where blocks are in flight together, the last of them begins that many blocks before it is shown.
     """
     chunks = iter(stream)
     begun_before = stream.engine.recipe.in_flight - 1
     for block in itertools.count():
-        if block and block + begun_before in texts:
-            stream.redirect(texts[block + begun_before])
+        cue = cues.get(block + begun_before)
+        if block and cue:
+            stream.redirect(cue.shown, over=cue.over, blend=cue.blend)
         yield next(chunks)
 
 
@@ -144,7 +153,6 @@ def whole_blocks(engine: Engine, pictures: int, given: int = 0) -> int:
 
 def record_of(engine: Engine, script: Script, seed: int, seconds: float) -> dict[str, Any]:
     """What a video was made of, as plain values; it goes into the file. `script_in` reads the prompts back."""
-    cues = [{"at": cue.at, "unit": cue.unit, "prompt": cue.prompt, "rewritten": cue.rewritten} for cue in script.cues]
     return {
         "model": engine.model_name,
         "weights": engine.weights,
@@ -155,8 +163,14 @@ def record_of(engine: Engine, script: Script, seed: int, seconds: float) -> dict
         **engine.circumstances,
         "seed": seed,
         "seconds": seconds,
-        "prompts": [{key: value for key, value in cue.items() if value is not None} for cue in cues],
+        "prompts": [_record_of_cue(cue) for cue in script.cues],
     }
+
+
+def _record_of_cue(cue: Cue) -> dict[str, Any]:
+    rewritten = {} if cue.rewritten is None else {"rewritten": cue.rewritten}
+    going = {} if cue.over == 1 else {"over": cue.over, "blend": cue.blend}
+    return {"at": cue.at, "unit": cue.unit, "prompt": cue.prompt, **rewritten, **going}
 
 
 def script_in(record: Mapping[str, Any]) -> Script:
@@ -168,11 +182,12 @@ def script_in(record: Mapping[str, Any]) -> Script:
 
 
 def _recorded(cue: Any) -> Cue:
-    if not isinstance(cue, dict) or not cue.keys() <= {"at", "unit", "prompt", "rewritten"}:
+    if not isinstance(cue, dict) or not cue.keys() <= {"at", "unit", "prompt", "rewritten", "over", "blend"}:
         raise ValueError(f"a prompt of a record has a time, got {_short(cue)}")
     texts = [cue.get("prompt"), cue.get("rewritten", "")]
     if cue.get("unit") not in get_args(Unit) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"a prompt of a record is text at a time, got {_short(cue)}")
+    require_blend(cue.get("over", 1), cue.get("blend", "lerp"))
     return Cue(**cue | {"at": _number(cue.get("at"))})
 
 
@@ -359,12 +374,15 @@ def _cue_of(entry: Any) -> Cue:
     times = [key for key in _TIMES if key in entry]
     if len(times) != 1:
         raise ValueError(f"a time has one of at, chunk and frame, got {_short(entry)}")
-    if entry.get("transition"):
-        raise ValueError("prompts change from one block to the next: a transition over several is not there yet")
+    transition, method = entry.get("transition", 0), entry.get("method", "lerp")
+    if type(transition) is not int or transition < 0:  # yes and no are whole numbers, too
+        raise ValueError(f"a transition is a number of blocks from 0, got {_short(transition)}")
+    over = max(1, transition)
+    require_blend(over, method)
     text = entry["prompt"] if "prompt" in entry else _single(entry.get("prompts"))
     if not isinstance(text, str):
         raise ValueError(f"a prompt is text, got {_short(text)}")
-    return Cue(prompt=text, at=_number(entry[times[0]]), unit=_TIMES[times[0]])
+    return Cue(prompt=text, at=_number(entry[times[0]]), unit=_TIMES[times[0]], over=over, blend=method)
 
 
 def _require_known(entry: Mapping[Any, Any], known: Sequence[str], what: str) -> None:

@@ -7,6 +7,7 @@ import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from types import TracebackType
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from longtake import __version__
+from longtake.generation.blend import Blend, Interpolation, require_blend
 from longtake.generation.blockwise import commit, redirect
 from longtake.generation.noise import SeededNoise
 from longtake.generation.recipe import Recipe
@@ -28,7 +30,7 @@ from longtake.models.fp8 import is_eight_bit
 from longtake.models.wan import PromptKeys, WanTransformer
 from longtake.models.weights import fingerprint
 
-FAR_AFTER_REDIRECT = 1.0  # as it was, until a trained far state can be measured
+FAR_AFTER_REDIRECT = 1.0  # as it is: no difference shows (docs/hybrid_forcing.md)
 FAR_AFTER_CUT = 0.0  # a new shot owes nothing to the old one
 
 MOST_TOLD = 10_000
@@ -79,7 +81,7 @@ class Told:
     """What streams were told, each with its own prompt, before the block of that number was made.
 
     They begin with the first; block and picture are then those given. picture: how many each had shown. far, in_flight:
-    as for `Stream.redirect`, None where they have no part.
+    as for `Stream.redirect`, None where they have no part. over, blend: of a redirect.
     """
 
     verb: Literal["begin", "redirect", "cut"]
@@ -88,6 +90,8 @@ class Told:
     picture: int
     far: float | None = None
     in_flight: PromptInFlight | None = None
+    over: int = 1
+    blend: Interpolation = "lerp"
 
     @classmethod
     def of(cls, plain: Mapping[str, Any]) -> Self:
@@ -185,11 +189,20 @@ class Engine:
         self.network.to(dtype)
         self.codec.to(dtype)
 
-    @torch.no_grad()
     def prompt_keys(self, *prompts: str) -> PromptKeys:
         """Cross-attention keys of prompts, one for each stream. ValueError if one is empty or cannot be read."""
+        return self.keys_of(self.embedded(*prompts))
+
+    @torch.no_grad()
+    def embedded(self, *prompts: str) -> Tensor:
+        """Text embeddings [B, L, E] of prompts. ValueError as for `prompt_keys`."""
         _require_words(prompts)
-        return self.network.prompt_keys(self.text.encode(list(prompts))[:, None].to(self.dtype))
+        return self.text.encode(list(prompts))
+
+    @torch.no_grad()
+    def keys_of(self, text_BLE: Tensor) -> PromptKeys:
+        """Cross-attention keys of text embeddings, one for each stream."""
+        return self.network.prompt_keys(text_BLE[:, None].to(self.dtype))
 
     def prepare(self, prompts: Sequence[str]) -> None:
         """Read prompts that streams will show, before the first is opened. ValueError as for `prompt_keys`."""
@@ -318,7 +331,7 @@ class StreamBatch(_Closing):
         self.in_company = False
         self.timings: Timings | None = None
         self.prompts = list(prompts)
-        self._prompt_keys = engine.prompt_keys(*prompts)
+        self._go_over_to(engine.prompt_keys(*prompts))
         self._codec_state: CodecState | None = None
         memory = StreamMemory(engine.recipe.memory(engine.network), engine.network.config.layers, ring=True)
         if pictures_BTHWC is not None:
@@ -339,7 +352,7 @@ class StreamBatch(_Closing):
         self._latents: Iterator[Tensor] | None = engine.recipe.schedule_with(in_flight)(
             engine.network,
             memory,
-            lambda block: self._prompt_keys,
+            self._keys_at,
             self._noise,
             engine.recipe.levels(engine.shift),
             commits=self._stopwatch.begin_commit,
@@ -369,7 +382,8 @@ class StreamBatch(_Closing):
             "pictures": self.pictures,
             "in_company": self.in_company,
             "history": [asdict(told) for told in self.history],
-            "prompt_keys": [[list(layer) for layer in keys.layers] for keys in prompts],  # the first is the present one
+            "prompt_keys": [[list(layer) for layer in keys.layers] for keys in prompts],  # the first is of `prompts`
+            "blend": self._blend and dict(vars(self._blend)),
             "in_flight": [
                 {"block": one.block, "step": one.step, "noisy": one.noisy_BFCHW, "prompt": number[id(one.prompt)]}
                 for one in self._in_flight
@@ -386,7 +400,8 @@ class StreamBatch(_Closing):
         self.history = list(map(Told.of, state["history"]))
         self.prompts = list(self.history[-1].prompts)
         prompts = [PromptKeys([(k, v) for k, v in layers]) for layers in state["prompt_keys"]]
-        self._prompt_keys = prompts[0]
+        blend = state.get("blend")  # takes of the first form have none
+        self._go_over_to(prompts[0], blend and Blend(**blend))
         self._codec_state = None if state["codec"] is None else CodecState(tuple(state["codec"]))
         in_flight = [
             InFlight(one["block"], one["step"], one["noisy"], prompts[one["prompt"]]) for one in state["in_flight"]
@@ -404,51 +419,103 @@ class StreamBatch(_Closing):
         self.blocks, self.pictures = memory.blocks, pictures_BTHWC.shape[1]
 
     def redirect(
-        self, prompts: Sequence[str], *, far: float = FAR_AFTER_REDIRECT, in_flight: PromptInFlight = "own"
-    ) -> None:
+        self, prompts: Sequence[str], *, over: int = 1, blend: Interpolation = "lerp",
+        far: float = FAR_AFTER_REDIRECT, in_flight: PromptInFlight = "own",
+    ) -> None:  # fmt: skip
         """Go on under other prompts, one a stream, from the next block, as `Stream.redirect`."""
         if in_flight not in ("own", "new"):
             raise ValueError(f"blocks in flight go on under their own prompt or the new one, got {in_flight!r}")
-
-        def change(memory: StreamMemory, keys: PromptKeys) -> None:
+        require_blend(over, blend)
+        memory = self._memory_for(prompts)
+        text_BLE, begin = self.engine.embedded(*prompts), self.blocks if in_flight == "new" else self._begins_next
+        keys, going = self.engine.keys_of(text_BLE), self._blend_to(text_BLE, begin, over, blend)
+        with self._closed_unless_refused():
             memory.fade_far(far)
-            redirect(self.engine.network, memory, keys)
-
-        self._go_on_under(prompts, change)
-        self._note("redirect", far, in_flight)
+            self._go_over_to(keys, going)
+            # Once, under the first words of a blend: the blocks to come are committed under theirs, and memory follows.
+            redirect(self.engine.network, memory, self._keys_at(begin))
+        self.prompts = list(prompts)
+        self._note("redirect", far, in_flight, over, blend)
         if in_flight == "new":
-            self._in_flight[:] = [replace(one, prompt=self._prompt_keys) for one in self._in_flight]
+            self._in_flight[:] = [replace(one, prompt=self._keys_at(one.block)) for one in self._in_flight]
 
     def cut(self, prompts: Sequence[str], *, far: float = FAR_AFTER_CUT) -> None:
         """Begin a new shot in every stream, each under its own prompt, with the next block, as `Stream.cut`."""
-        self._go_on_under(prompts, lambda memory, keys: memory.cut(far))
+        memory, keys = self._memory_for(prompts), self.engine.prompt_keys(*prompts)
+        with self._closed_unless_refused():
+            memory.cut(far)
+        self._go_over_to(keys)
+        self.prompts = list(prompts)
         self._note("cut", far)
-        if self._memory is not None and not self._memory.frames:
+        if not memory.frames:
             self._in_flight.clear()  # the schedule drops them too, but a state that is kept before it does has none
             self._codec_state = None  # a decoder that goes on shows the old shot through the new one for two pictures
 
-    def _note(self, verb: Literal["redirect", "cut"], far: float, in_flight: PromptInFlight | None = None) -> None:
-        at = {"block": self.blocks, "picture": self.pictures}
-        self.history.append(Told(verb=verb, prompts=tuple(self.prompts), far=far, in_flight=in_flight, **at))
+    def _note(
+        self, verb: Literal["redirect", "cut"], far: float, in_flight: PromptInFlight | None = None,
+        over: int = 1, blend: Interpolation = "lerp",
+    ) -> None:  # fmt: skip
+        told = Told(
+            verb=verb, prompts=tuple(self.prompts), block=self.blocks, picture=self.pictures,
+            far=far, in_flight=in_flight, over=over, blend=blend,
+        )  # fmt: skip
+        self.history.append(told)
         del self.history[:-MOST_TOLD]
 
-    def _go_on_under(self, prompts: Sequence[str], change: Callable[[StreamMemory, PromptKeys], None]) -> None:
-        """Take other prompts and change the memory: neither if either is refused.
-
-        A change that fails half way, or is stopped by Ctrl-C, closes the streams.
-        """
+    def _memory_for(self, prompts: Sequence[str]) -> StreamMemory:
+        """The memory, to be changed for other prompts."""
         memory = self._open_memory()
         if len(prompts) != len(self.seeds):
             raise ValueError(f"{len(self.seeds)} streams cannot go on under {len(prompts)} prompts")
-        keys = self.engine.prompt_keys(*prompts)
+        return memory
+
+    @contextmanager
+    def _closed_unless_refused(self) -> Iterator[None]:
+        """A change of memory that fails half way, or is stopped by Ctrl-C, closes the streams."""
         try:
-            change(memory, keys)
+            yield
         except ValueError:  # refused before anything changed
             raise
         except BaseException:  # Ctrl-C too: half a recache is in no state to go on from
             self.close()
             raise
-        self._prompt_keys, self.prompts = keys, list(prompts)
+
+    # Prompts
+
+    @property
+    def _begins_next(self) -> int:
+        """The number of the block that begins next, behind those in flight."""
+        return self._in_flight[-1].block + 1 if self._in_flight else self.blocks
+
+    def prompts_of(self, block: int) -> tuple[str, ...]:
+        """The prompts that blocks of that number are under, or go over to; the latest and those to come are known."""
+        told = begins(self.history, self.engine.recipe.in_flight)
+        return next((prompts for since, prompts in reversed(told) if since <= block), told[0][1])
+
+    def _blend_to(self, text_BLE: Tensor, begin: int, over: int, by: Interpolation) -> Blend | None:
+        """From what the block before is under. Words that change at once need none, unless they break off another."""
+        if self._blend is not None:
+            before_BLE = self._blend.at(begin - 1)
+        elif over > 1:
+            shot = next((told for told in reversed(self.history) if told.verb != "redirect"), self.history[0])
+            prompts = shot.prompts if begin <= shot.block else self.prompts_of(begin - 1)
+            before_BLE = self.engine.embedded(*prompts)
+        else:
+            return None
+        return Blend(before_BLE, text_BLE, begin, over, by)
+
+    def _go_over_to(self, keys: PromptKeys, blend: Blend | None = None) -> None:
+        """Blocks that begin from now on are under a prompt, or on the way to it."""
+        self._prompt_keys, self._blend = keys, blend
+        self._blended: tuple[int, PromptKeys] | None = None
+
+    def _keys_at(self, block: int) -> PromptKeys:
+        """The prompt that a block of that number begins under. The same again for the same block."""
+        if self._blend is None or block >= self._blend.end - 1:
+            return self._prompt_keys
+        if self._blended is None or self._blended[0] != block:
+            self._blended = block, self.engine.keys_of(self._blend.at(block))
+        return self._blended[1]
 
     def __iter__(self) -> Self:
         return self
@@ -476,6 +543,8 @@ class StreamBatch(_Closing):
         self.timings = timings
         self.blocks += 1
         self.pictures += pictures
+        if self._blend is not None and self.blocks >= self._blend.end:
+            self._go_over_to(self._prompt_keys)
 
     def _open_memory(self) -> StreamMemory:
         """The memory, between two blocks; RuntimeError where there is none, or a block is not decoded."""
@@ -486,7 +555,7 @@ class StreamBatch(_Closing):
         return self._memory
 
     def _making(self) -> Making:
-        return Making(self._open_memory(), self._prompt_keys, self._in_flight, self._noise)
+        return Making(self._open_memory(), self._keys_at, self._in_flight, self._noise)
 
     @property
     def phase(self) -> Hashable:
@@ -568,9 +637,8 @@ class Stream(_Closing):
         return begins(self._batch.history, self.engine.recipe.in_flight)[-1][0]
 
     def prompt_of(self, block: int) -> str:
-        """The prompt that a block of that number is under; the latest and those to come are known."""
-        told = begins(self._batch.history, self.engine.recipe.in_flight)
-        return next((prompts[0] for since, prompts in reversed(told) if since <= block), told[0][1][0])
+        """The prompt that a block of that number is under, or goes over to; the latest and those to come are known."""
+        return self._batch.prompts_of(block)[0]
 
     @property
     def closed(self) -> bool:
@@ -583,20 +651,25 @@ class Stream(_Closing):
         return self._batch.phase
 
     def redirect(
-        self, prompt: str, *, far: float = FAR_AFTER_REDIRECT, in_flight: PromptInFlight = "own"
+        self, prompt: str, *, over: int = 1, blend: Interpolation = "lerp",
+        far: float = FAR_AFTER_REDIRECT, in_flight: PromptInFlight = "own",
     ) -> None:  # fmt: skip
         """Go on under another prompt, from the next block. The window stays, so what is seen changes as it goes on;
         recipes with a rule of their own flush it, or commit its frames once more (docs/memory.md).
 
+        over: blocks that the words go over in. The first of them is 1 / over of the way, the last wholly under the new
+        prompt; 1 changes all at once. What goes over are the text embeddings, row by row; blend: along a straight line
+        or a sphere, see `generation.blend.between`. A redirect that comes before the last of them goes on from where
+        the words are then; a cut ends it. A rule of the recipe acts once, under the words of the first of them.
         Where a recipe has several blocks in flight, the next one is the next to enter: those in flight go on under
         their own prompt, the one that they began with, and are shown before it. in_flight: "new" puts them all under
-        the new prompt at once, for the steps that they have left: it acts sooner, on blocks that are half made. Without
-        blocks in flight the two are the same.
+        the new prompt at once, for the steps that they have left: it acts sooner, on blocks that are half made. Of
+        words that go over, the oldest takes the first step. Without blocks in flight the two are the same.
         far: the share of the far state that weighs on, 0 (none) to 1 (all); recipes without one take any share and
-        have nothing to fade. The default is not a measured one yet.
-        ValueError, for a prompt that cannot be read or another share, changes nothing.
+        have nothing to fade. All of it by default: no difference shows (docs/hybrid_forcing.md, "Redirects").
+        ValueError, for a prompt that cannot be read or what is out of range, changes nothing.
         """
-        self._batch.redirect([prompt], far=far, in_flight=in_flight)
+        self._batch.redirect([prompt], over=over, blend=blend, far=far, in_flight=in_flight)
 
     def cut(self, prompt: str, *, far: float = FAR_AFTER_CUT) -> None:
         """Begin a new shot with the next block: the window is forgotten, and positions start over.

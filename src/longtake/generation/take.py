@@ -20,7 +20,7 @@ from longtake.files import claim, require_free
 from longtake.generation.stream import MOST_TOLD, UNTOLD, Engine, Stream, Told
 
 _DESCRIPTION, _TENSOR = "longtake_take", "tensor"
-_FORM = 1  # of the file; another one is refused
+_FORM, _READ = 2, (1, 2)  # of the file, and those that are read; the first knows of no blends
 _NAMES = ("model", "codec")  # what only helps to find the weights again: their hashes decide
 
 
@@ -156,7 +156,9 @@ def tell(stream: Stream, told: Told) -> None:
         stream.cut(told.prompts[0], far=told.far)
     else:
         assert told.in_flight is not None
-        stream.redirect(told.prompts[0], far=told.far, in_flight=told.in_flight)
+        stream.redirect(
+            told.prompts[0], over=told.over, blend=told.blend, far=told.far, in_flight=told.in_flight
+        )  # fmt: skip
 
 
 def made_with(engine: Engine) -> dict[str, Any]:
@@ -215,8 +217,9 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{path} is not a whole take ({error})") from None
     if not isinstance(described, dict) or "form" not in described:
         raise ValueError(f"{path} is no take")
-    if described["form"] != _FORM:
-        raise ValueError(f"{path} is a take of form {described['form']}, and this version reads form {_FORM}")
+    if described["form"] not in _READ:
+        forms = " and ".join(map(str, _READ))
+        raise ValueError(f"{path} is a take of form {described['form']}, and this version reads forms {forms}")
     if not {"made_with", "state"} <= described.keys():
         raise ValueError(f"{path} is no take")
     return described, tensors

@@ -16,18 +16,20 @@ from longtake.models.wan import PromptKeys, WanTransformer
 
 @dataclass(frozen=True)
 class Making:
-    """What the next latents of one stream are made from. in_flight: kept up to date, as by `rolling`."""
+    """What the next latents of one stream are made from. prompts: of blocks that begin, by number, the same object for
+    the same prompt. in_flight: kept up to date, as by `rolling`."""
 
     memory: StreamMemory
-    prompt: PromptKeys
+    prompts: Callable[[int], PromptKeys]
     in_flight: list[InFlight]
     noise: Noise
 
     def phase(self, block: int) -> Hashable:
         """What streams of one recipe have in common that can be made together, in blocks of so many latent frames."""
-        prompts = list(dict.fromkeys(id(one) for one in (self.prompt, *(one.prompt for one in self.in_flight))))
+        begins = self.prompts(self.in_flight[-1].block + 1 if self.in_flight else self.memory.blocks)
+        prompts = list(dict.fromkeys(id(one) for one in (begins, *(one.prompt for one in self.in_flight))))
         flight = tuple((one.step, prompts.index(id(one.prompt))) for one in self.in_flight)
-        return self.memory.phase(block), flight, self.prompt.layers[0][0].shape[2]
+        return self.memory.phase(block), flight, begins.layers[0][0].shape[2]
 
 
 def next_latents(
@@ -46,14 +48,16 @@ def next_latents(
         )
         for rows in zip(*(one.in_flight for one in several), strict=True)
     ]  # fmt: skip
-    prompt = prompts.joined([one.prompt for one in several])
+
+    def prompt(block: int) -> PromptKeys:
+        return prompts.joined([one.prompts(block + ahead) for one, ahead in zip(several, later, strict=True)])
 
     def noise(block: int, step: int) -> Tensor:
         return torch.cat([one.noise(block + ahead, step) for one, ahead in zip(several, later, strict=True)])
 
     made = next(
         recipe.schedule_with(flight)(
-            network, Rows([one.memory for one in several]), lambda block: prompt, noise, levels,
+            network, Rows([one.memory for one in several]), prompt, noise, levels,
             commits=commits,
         )
     )  # fmt: skip

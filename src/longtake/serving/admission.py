@@ -58,8 +58,10 @@ def has_room(streams: int, limits: Limits, share: float, holds: Callable[[int], 
     return not streams or (count <= limits.sessions and count * share <= _LOAD and holds(count))
 
 
-def retry_seconds(sessions: Sequence[Session], limits: Limits, frame_rate: float, now: float) -> int:
-    """Until the first session is sure to be over; a guess where none is."""
-    left = [(one.pictures - one.sent) / frame_rate for one in sessions if one.pictures is not None]
+def retry_seconds(
+    sessions: Sequence[Session], limits: Limits, frame_rate: float, now: float, slower: float = 1.0
+) -> int:  # fmt: skip
+    """Until the first session is sure to be over; a guess where none is. slower: seconds that one of video takes."""
+    left = [slower * (one.pictures - one.sent) / frame_rate for one in sessions if one.pictures is not None]
     left += [one.paused_at + limits.pause - now for one in sessions if one.playback.paused]
     return max(1, round(min(left, default=10.0)))

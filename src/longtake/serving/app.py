@@ -178,9 +178,9 @@ def _open_to_all(house: House) -> APIRouter:
     router = APIRouter()
 
     @router.get("/health")
-    async def health() -> dict[str, str]:
-        """Whether the process answers."""
-        return {"status": "ok"}
+    async def health() -> dict[str, Any]:
+        """Whether the process answers: always 200. It tells what /readyz does, for who takes a 503 for a failure."""
+        return {"status": "ok", "ready": house.ready and not house.leaving}
 
     router.add_api_route("/healthz", health, include_in_schema=False)
 

@@ -13,6 +13,9 @@ LARGEST_MESSAGE = 64 * 1024
 LONGEST_PROMPT = 2000
 """Characters of one prompt."""
 
+LONGEST_TRANSITION = 64
+"""Chunks that words may go over in."""
+
 SEED = 42
 """Of a stream that says nothing of its own."""
 
@@ -20,8 +23,8 @@ STATS_SECONDS = 1.0
 CAPABILITIES: dict[str, Any] = {
     "endless": True,
     "pause": True,
-    "methods": ["cut"],
-    "transition_chunks": 0,
+    "methods": ["lerp", "slerp", "cut"],
+    "transition_chunks": LONGEST_TRANSITION,
     "stats_seconds": STATS_SECONDS,
     "snapshot": True,
     "rewind": True,
@@ -77,12 +80,21 @@ class _PromptEvent(_Message):
 class _Change(_Message):
     event: _PromptEvent
     event_id: Event | None = None
-    transition_chunks: Annotated[int, Field(ge=0, le=0)] | None = None
-    method: Literal["cut"] | None = None
+    transition_chunks: Annotated[int, Field(ge=0, le=LONGEST_TRANSITION)] | None = None
+    method: Literal["lerp", "slerp", "cut"] | None = None
+
+    @model_validator(mode="after")
+    def _goes_over_or_cuts(self) -> Self:
+        if self.method == "cut" and (self.transition_chunks or 0) > 1:
+            raise PydanticCustomError("method", "a cut is at once: leave transition_chunks out")
+        if self.method in ("lerp", "slerp") and self.transition_chunks is None:
+            raise PydanticCustomError("method", "words go over in transition_chunks: say how many")
+        return self
 
 
 class Interaction(_Message):
-    """Go on under other words, from the next block; with method "cut", in a new shot."""
+    """Go on under other words, from the next block; over transition_chunks, along a line (method "lerp") or a sphere
+    ("slerp"); with method "cut", in a new shot."""
 
     type: Literal["session.interaction"]
     interaction: _Change

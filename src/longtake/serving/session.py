@@ -23,8 +23,9 @@ class Over(ValueError):
 class Piece(NamedTuple):
     """A chunk for one viewer: pictures uint8 [T, H, W, 3], its number and start among all made, and its cost.
 
-    events: the changes that it is the first to show. words: that it shows. line: how often the stream was rewound or
-    reset before; numbers and starts go up within a line.
+    events: the changes that it is the first to show. active, completed: those that it shows, and shows wholly. words:
+    that it shows, or that others go over to. line: how often the stream was rewound or reset before; numbers and starts
+    go up within a line.
     """
 
     frames: NDArray[np.uint8]
@@ -32,8 +33,19 @@ class Piece(NamedTuple):
     start_seconds: float
     timings: Timings
     events: tuple[str, ...]
+    active: tuple[str, ...]
+    completed: tuple[str, ...]
     words: str
     line: int
+
+
+class Change(NamedTuple):
+    """Something that is seen from block number `since` on, and wholly in `until`. begun: whether that was told."""
+
+    name: str
+    since: int
+    until: int
+    begun: bool = False
 
 
 @dataclass(eq=False)
@@ -43,9 +55,9 @@ class Session:
     prompt: "" until it is open where it goes on from a take under its words. seed: the stream's own once it is open.
     pictures: how many it shall have, None for no end. sent: how many were handed out. end: why it is over, "" while it
     is not: done, stopped, stalled, or what went wrong. stream: None until it is open. made: what waits to be handed
-    out. unseen: changes that are not shown yet, each with the number of the block that will. line: how often it was
-    rewound or reset. lines: those left so that were shown, while they are remembered. touched, paused_at: when the
-    viewer was last heard of, and paused.
+    out. changes: those that are not wholly shown by what is made. line: how often it was rewound or reset. lines: those
+    left so that were shown, while they are remembered. touched, paused_at: when the viewer was last heard of, and
+    paused.
     """
 
     prompt: str
@@ -60,7 +72,7 @@ class Session:
     failed: bool = False
     stream: Stream | None = None
     made: deque[Piece] = field(default_factory=deque)
-    unseen: list[tuple[int, str]] = field(default_factory=list)
+    changes: list[Change] = field(default_factory=list)
     line: int = 0
     lines: dict[int, Line] | None = None
     touched: float = 0.0
@@ -95,11 +107,18 @@ class Session:
         """A chunk that was made: it waits to be handed out."""
         assert self.stream is not None
         left = None if self.pictures is None else self.pictures - self.sent - self.waiting
-        events = tuple(name for since, name in self.unseen if since <= chunk.index)
-        self.unseen = [(since, name) for since, name in self.unseen if since > chunk.index]
+        active = [change for change in self.changes if change.since <= chunk.index]
+        events = tuple(change.name for change in active if not change.begun)
+        completed = tuple(change.name for change in active if change.until <= chunk.index)
+        self.changes = [
+            change._replace(begun=change.begun or change in active)
+            for change in self.changes
+            if change.name not in completed
+        ]
         if not self.made:
             self.touched = now  # from here on it is the viewer who is waited for
-        told = (events, self.stream.prompt_of(chunk.index), self.line)
+        shown = events, tuple(change.name for change in active), completed
+        told = (*shown, self.stream.prompt_of(chunk.index), self.line)
         self.made.append(Piece(chunk.frames[:left], chunk.index, chunk.start_seconds, chunk.timings, *told))
 
     def hand_out(self) -> Piece:
@@ -108,14 +127,19 @@ class Session:
         self._line_shown |= piece.line == self.line
         return piece
 
-    def drop(self, name: str, since: int) -> None:
-        """Drop what waits, for a change that the block of that number is the first to show.
+    def drop(self, name: str, since: int, until: int | None = None) -> None:
+        """Drop what waits, for a change that the block of that number is the first to show, and `until` shows wholly.
 
-        It takes changes along that nobody has seen: they are told of with this one.
+        It takes changes along that nobody has seen, or seen wholly: they are told of with this one.
         """
-        unseen = [event for piece in self.made for event in piece.events] + [event for _, event in self.unseen]
+        begun = {change.name for change in self.changes if change.begun} | {
+            name for piece in self.made for name in piece.completed
+        }
+        begun -= {event for piece in self.made for event in piece.events}
+        waiting = [name for piece in self.made for name in piece.active] + [change.name for change in self.changes]
         self.made.clear()
-        self.unseen = [(since, event) for event in (*unseen, name)]
+        self.changes = [Change(one, since, since, one in begun) for one in dict.fromkeys(waiting)]
+        self.changes.append(Change(name, since, since if until is None else until))
 
     def leave_line(self) -> None:
         """Before a rewind or a reset: what `lines` will tell of the line that is left, if anybody has seen of it."""

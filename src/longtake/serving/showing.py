@@ -91,7 +91,6 @@ class Showing:
                 await asyncio.wait_for(news.wait(), self._worker.seconds_until_due(self._session))
 
     def _about(self, piece: Piece) -> dict[str, Any]:
-        events = list(piece.events)
         return {
             "type": "video.chunk_metadata",
             "request_id": self._session.id,
@@ -100,9 +99,9 @@ class Showing:
             "start_seconds": piece.start_seconds,
             "prompt": piece.words,
             "num_frames": len(piece.frames),
-            "started_event_ids": events,
-            "active_event_ids": events,
-            "completed_event_ids": events,
+            "started_event_ids": list(piece.events),
+            "active_event_ids": list(piece.active),
+            "completed_event_ids": list(piece.completed),
         }
 
     def _note(self, piece: Piece, encoded: float, steering: Steering) -> None:

@@ -96,12 +96,12 @@ class Steering:
 
     async def _interact(self, message: Interaction) -> None:
         change = message.interaction
-        prompt, method = change.event.prompt, change.method or "redirect"
+        prompt, over, method = change.event.prompt, max(1, change.transition_chunks or 1), change.method or "lerp"
         await self._change(
             change.event_id, ("session.interaction.queued", "interaction_failed"),
-            lambda event: self._worker.redirect(self._session, prompt, event, method=method),
+            lambda event: self._worker.redirect(self._session, prompt, event, over=over, method=method),
         )  # fmt: skip
-        self._heard(method, prompt)
+        self._heard("cut" if method == "cut" else "redirect", prompt)
 
     async def _rewind(self, snapshot: str, event_id: str | None, taken: str) -> None:
         take = await self._keeping.take(snapshot, event_id)

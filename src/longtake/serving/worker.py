@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple, TypeVar
 
 import torch
 
+from longtake.generation.blend import Interpolation
 from longtake.generation.recording import Line
 from longtake.generation.stream import Chunk, Engine, Stream
 from longtake.generation.take import Take, bytes_of
@@ -24,7 +25,7 @@ from longtake.serving.session import Over, Piece, Session
 from longtake.serving.turns import how_many, next_size, trial
 
 T = TypeVar("T")
-Method = Literal["redirect", "cut"]
+Method = Interpolation | Literal["cut"]
 
 _MEASURED = 2  # blocks, before anyone comes
 _RECENT = 0.1  # weight of each of the latest blocks in the measured speed
@@ -82,7 +83,7 @@ class Worker:
                 f"a stream is made at least two blocks ahead, {2 * self.block_seconds:g} s, and no less than the "
                 f"{self.limits.lead:g} s that a viewer holds: got {self.limits.ahead:g} s"
             )
-        self._predict, self._foreseen = memory, memory is None
+        self._predict, self._foreseen, self._foreseeing_since = memory, memory is None, self.clock()
         self._memory: Memory | None = None
         self._room, self._looked = 0, -math.inf  # bytes that are free or our streams', and when that was found
         self._exact, self._threads = exact, threads
@@ -114,11 +115,17 @@ class Worker:
             self._let_go(now)
             room = has_room(len(self._sessions), self.limits, self.device_share or 0.0, self._holds)
             if self._stopping or not room:
-                left = retry_seconds(self.sessions(), self.limits, self.engine.frame_rate, now)
-                raise Busy(left if self._foreseen else min(left, _FORESEEN_AFTER))
+                raise Busy(self._retry_seconds(now))
             session = Session(prompt, seed, pictures, now, changed, Playback(now), touched=now)
             self._sessions[session.id] = session
             return session
+
+    def _retry_seconds(self, now: float) -> int:
+        """When asking again may help: once a session is over, or once it is foreseen what streams take. Beside streams
+        that leave little of the time nobody knows when that is: as long again as it takes already."""
+        slower = max(1.0, len(self._sessions) * (self.device_share or 0.0))
+        left = retry_seconds(self.sessions(), self.limits, self.engine.frame_rate, now, slower)
+        return left if self._foreseen else min(left, max(_FORESEEN_AFTER, round(now - self._foreseeing_since)))
 
     def begin(self, session: Session, take: Take | None = None) -> "Future[Session]":
         """Open its stream; ValueError through the future for a prompt, seed or take that the engine refuses.
@@ -129,15 +136,18 @@ class Worker:
         with self._lock:
             return self._command(lambda: self._begin(session, take))
 
-    def redirect(self, session: Session, prompt: str, event: str, *, method: Method = "redirect") -> "Future[Place]":
+    def redirect(
+        self, session: Session, prompt: str, event: str, *, over: int = 1, method: Method = "lerp"
+    ) -> "Future[Place]":
         """Go on under other words, or cut to a new shot; what is made and not handed out is dropped, if they are taken.
 
-        event: a name for this change, which the pieces it shows in carry. ValueError through the future for words that
-        the engine refuses, or where the session is over: then nothing changes.
+        over, method: as over and blend for `Stream.redirect`; or a cut. event: a name for this change, which the pieces
+        it shows in carry. ValueError through the future for words that the engine refuses, or where the session is
+        over: then nothing changes.
         """
         with self._lock:
             session.touched = self.clock()
-            return self._command(lambda: self._redirect(session, prompt, event, method))
+            return self._command(lambda: self._redirect(session, prompt, event, over, method))
 
     def take_bytes(self, session: Session) -> "Future[int]":
         """What a snapshot takes, as the stream stands; nothing is copied. Over as for `snapshot`."""
@@ -267,6 +277,7 @@ class Worker:
                 raise Over("what streams take of memory is not wanted any more")
             return self._idle.wait(seconds)
 
+        self._foreseeing_since = self.clock()
         memory = self._predict(wait) if self._predict else None
         with self._lock:
             self._memory, self._foreseen = memory, True
@@ -349,7 +360,7 @@ class Worker:
             self._untried = None
             return False
         if not self._sessions:
-            return True
+            return self._holds(size, size)
         if self.engine.fused or any(session.stream is None for session in self._sessions.values()):
             return False  # recording graphs of a size takes as long as it takes
         playing = [one for one in self._sessions.values() if not one.playback.paused and not one.whole]
@@ -475,15 +486,15 @@ class Worker:
             stream.redirect(session.prompt)
         return stream
 
-    def _redirect(self, session: Session, prompt: str, name: str, method: Method) -> Place:
+    def _redirect(self, session: Session, prompt: str, name: str, over: int, method: Method) -> Place:
         stream = session.opened_stream()
         if method == "cut":
             stream.cut(prompt)
         else:
-            stream.redirect(prompt)
+            stream.redirect(prompt, over=over, blend=method)
         older = stream.since - stream.blocks
         with self._lock:
-            self._drop(session, name, stream.since)
+            self._drop(session, name, stream.since, stream.since + over - 1)
             session.prompt = prompt
         return Place((stream.pictures + older * self.block_pictures) / self.engine.frame_rate)
 
@@ -530,8 +541,8 @@ class Worker:
         together = min(streams, max(self.gains, default=1)) if together is None else together
         return self._memory.holds(streams, together, self._room)
 
-    def _drop(self, session: Session, name: str, since: int) -> None:
-        session.drop(name, since)
+    def _drop(self, session: Session, name: str, since: int, until: int | None = None) -> None:
+        session.drop(name, since, until)
         self._lock.notify_all()
 
     def _let_go(self, now: float) -> None:

@@ -6,12 +6,12 @@ function down(value) { return Math.floor(value * 1e4) / 1e4; } // never past the
 function quoted(text) { return /^[\w./:=@+-]+$/.test(text) ? text : `'${text.replaceAll("'", `'\\''`)}'`; }
 
 // Why `longtake generate` does not make the same, or "" where it does.
-// stream: { seed, made, forked, rewound, prompts: [{ at, prompt, cut }], asked }, in seconds of all that was made.
+// stream: { seed, made, forked, rewound, prompts: [{ at, prompt, how }], asked }, in seconds of all that was made.
 export function hindrance({ forked, rewound, prompts, asked }) {
   if (asked?.size) return "a change is on its way: try again when it shows";
   if (forked) return "it goes on from a snapshot";
   if (rewound) return "it was rewound";
-  if (prompts.some((one) => one.cut)) return "it holds a cut";
+  if (prompts.some((one) => one.how)) return `it holds a ${prompts.find((one) => one.how).how}`;
   if (prompts.some((one, number) => number && one.at <= prompts[number - 1].at)) return "words were changed before they showed";
   if (prompts.some(({ prompt }) => /\||\[\s*[\d.]+\s*[s%]?\s*:/.test(prompt))) return "words hold marks of time";
   if (/^\d+(\.\d+)?\s*s\s*:/.test(prompts[0].prompt) || prompts[0].prompt.startsWith("-")) return "words hold marks of time";

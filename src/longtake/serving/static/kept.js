@@ -11,7 +11,7 @@ export class Kept {
     Object.assign(this, { list, hands });
     this.items = remembered();
     this.present = null; // the recording that goes on here
-    this.live = false;
+    this.live = this.free = false;
     addEventListener("storage", ({ key }) => key === STORE && this.#hear());
   }
 
@@ -58,10 +58,11 @@ export class Kept {
     this.#lookAgain(LOOKS);
   }
 
-  // live: whether there is a stream to rewind.
-  allow(live) {
-    this.live = live;
+  // live: whether there is a stream to rewind. free: whether another one may start, in place of one that is there.
+  allow(live, free) {
+    Object.assign(this, { live, free });
     for (const button of this.list.querySelectorAll(".rewind")) button.disabled = !live;
+    for (const button of this.list.querySelectorAll(".fork")) button.disabled = !free;
   }
 
   async #remove(item) {
@@ -105,7 +106,7 @@ export class Kept {
     const acts = Object.assign(document.createElement("p"), { className: "acts" });
     if (item.kind === "snapshot") {
       acts.append(act("Rewind", "Go back to it in this stream", () => hands.rewind(item), "rewind", !this.live));
-      acts.append(act("Fork", "Start another stream from it", () => hands.fork(item), "fork"));
+      acts.append(act("Fork", "Start another stream from it", () => hands.fork(item), "fork", !this.free));
     } else {
       acts.append(act("Video", "Download the mp4", () => hands.download(item, "video.mp4"), "video"));
       acts.append(act("run.json", "Download what it was made of", () => hands.download(item, "run.json"), "run"));

@@ -16,8 +16,9 @@ const watching = new URLSearchParams(location.search).get("watch"); // another's
 let model = null; // what /v1/models tells
 let key = sessionStorage.getItem("longtake-key");
 let stream = null;
-// { socket, seed, prompts: [{at, prompt, cut}], asked: Map(id -> {prompt, cut, time}), shown: pictures, made: seconds,
-//   forked, rewound, words: on their way }
+// { socket, seed, prompts: [{at, prompt, how}], asked: Map(id -> {prompt, how, time}), shown: pictures, made: seconds,
+//   forked, rewound, words: on their way, snapped: where the last snapshot is }
+// how: "" for words that change in the shot, "blend", "cut"; "back" for no new words
 // Seconds of prompts are those of all that was made, dropped pictures included, so that a command line can repeat them.
 let next = null; // the snapshot that a stream starts from when this one has ended
 
@@ -56,8 +57,8 @@ async function arrive() {
 }
 
 async function waitUntilReady() {
-  const answer = await fetch("readyz").catch(() => null);
-  if (!answer?.ok) {
+  const health = await ask("health").catch(() => null);
+  if (!health?.ready) {
     show("wait", "Warming up");
     return setTimeout(waitUntilReady, 500);
   }
@@ -126,7 +127,7 @@ function hear(data) {
     stream.seed = message.config.seed;
     stream.id = message.request_id;
     stream.words = message.config.prompt;
-    stream.prompts.push({ at: 0, prompt: stream.words, cut: false });
+    stream.prompts.push({ at: 0, prompt: stream.words, how: "" });
     if (!watching) timeline.begin(stream.words);
     player.begin(message.mime, complain);
     $("cover").hidden = true;
@@ -134,7 +135,7 @@ function hear(data) {
     show("live", "Live");
     busy(false);
   } else if (message.type === "video.chunk_metadata") about = message;
-  else if (message.type === "session.interaction.queued" || message.type === "session.rewind.queued") queued(message);
+  else if (/^session\.(interaction|rewind|seek|reset)\.queued$/.test(message.type)) queued(message);
   else if (message.type === "session.snapshot.done") snapped(message);
   else if (message.type === "session.record.started") recording(message.id);
   else if (message.type === "session.record.done") recorded(message);
@@ -156,7 +157,7 @@ function take(bytes) {
   for (const id of about.started_event_ids) {
     const change = stream.asked.get(id);
     if (!change) continue;
-    timeline.activate(id, at);
+    timeline.activate(id, at, change.how === "back" ? `↩ ${about.prompt}` : about.prompt);
     player.whenAt(at, () => ($("n-change").textContent = seconds((performance.now() - change.time) / 1000)));
     stream.asked.delete(id);
   }
@@ -171,7 +172,7 @@ function follow(at) {
   if (!stream.shown) return timeline.begin(about.prompt);
   if (about.prompt === stream.words) return;
   timeline.ask(at, about.prompt);
-  timeline.activate(at, at);
+  timeline.activate(at, at, about.prompt);
 }
 
 function send() {
@@ -180,20 +181,22 @@ function send() {
   const prompt = words();
   if (!prompt) return complain("Say what is to be seen.");
   complain("");
-  const cut = document.querySelector("[name=change]:checked").value === "cut";
-  const id = change(prompt, cut, prompt);
-  tell({ type: "session.interaction", interaction: { event_id: id, event: { prompt }, ...(cut && { method: "cut" }) } });
+  const how = document.querySelector("[name=change]:checked").value;
+  const id = change(how, prompt);
+  tell({ type: "session.interaction", interaction: { event_id: id, event: { prompt }, ...HOW[how] } });
 }
-function change(prompt, cut, label) {
+const HOW = { "": {}, blend: { transition_chunks: 4, method: "slerp" }, cut: { method: "cut" } };
+
+function change(how, prompt) {
   const id = `e${performance.now().toFixed(0)}-${stream.asked.size}`;
-  stream.asked.set(id, { prompt, cut, time: performance.now() });
-  timeline.ask(id, label);
+  stream.asked.set(id, { prompt, how, time: performance.now() });
+  timeline.ask(id, how === "back" ? `↩ ${prompt}` : prompt);
   return id;
 }
-function queued({ type, event_id: id, start_seconds: at }) {
-  const { prompt, cut } = stream.asked.get(id);
-  if (type === "session.rewind.queued") stream.rewound = true;
-  else stream.prompts.push({ at, prompt, cut });
+function queued({ event_id: id, start_seconds: at }) {
+  const { prompt, how } = stream.asked.get(id);
+  if (how === "back") stream.rewound = true;
+  else stream.prompts.push({ at, prompt, how });
   timeline.accept(id);
 }
 function tell(message) {
@@ -217,14 +220,21 @@ function snapshot() {
 }
 function snapped({ id, start_seconds: made }) {
   const at = stream.shown / model.fps + Math.max(0, made - stream.made); // if nothing of what is to come is dropped
+  stream.snapped = made;
+  busy(false);
   timeline.snapshot(at);
   kept.add({ kind: "snapshot", id, at, words: stream.words, seed: stream.seed, picture: thumbnail() });
   say("Snapshot taken");
 }
 function rewind(item) {
   if (!stream) return;
-  const id = change(item.words, false, `↩ ${item.words}`);
-  tell({ type: "session.rewind", snapshot: item.id, event_id: id });
+  tell({ type: "session.rewind", snapshot: item.id, event_id: change("back", item.words) });
+}
+function back() {
+  if (!$("back").disabled) tell({ type: "session.seek", seconds: stream.snapped, event_id: change("back", "") });
+}
+function reset() {
+  if (!watching && !$("reset").disabled) tell({ type: "session.reset", event_id: change("back", stream.words) });
 }
 function fork(item) {
   if (!stream) return start(item);
@@ -307,8 +317,9 @@ function say(text) { $("news").textContent = text; }
 function complain(text) { $("complaint").textContent = text; $("complaint").hidden = !text; }
 function busy(waiting) {
   $("begin").disabled = $("send").disabled = waiting;
-  for (const name of ["pause", "stop", "snapshot", "record", "share"]) $(name).disabled = waiting || !stream;
-  kept.allow(!waiting && !!stream);
+  for (const name of ["pause", "stop", "snapshot", "reset", "record", "share"]) $(name).disabled = waiting || !stream;
+  $("back").disabled = waiting || stream?.snapped === undefined;
+  kept.allow(!waiting && !!stream, !waiting);
 }
 function rest(text, invitation) {
   show(text === "Stopped" ? "bad" : "", text);
@@ -327,7 +338,7 @@ function numbers(told) {
 
 $("copy").onclick = async () => {
   const shown = stream?.prompts.length ? stream : last;
-  const made = shown ?? { seed: $("seed").value, made: 0, prompts: [{ at: 0, prompt: words() }] };
+  const made = shown ?? { seed: $("seed").value, made: 0, prompts: [{ at: 0, prompt: words(), how: "" }] };
   const why = hindrance(made);
   if (why) return copySays(`Not in one command: ${why}. Any recording can be made again: longtake replay.`);
   const text = commandLine(model, made);
@@ -362,6 +373,8 @@ $("words").onsubmit = (event) => { event.preventDefault(); send(); };
 $("begin").onclick = () => start();
 $("pause").onclick = togglePause;
 $("snapshot").onclick = snapshot;
+$("back").onclick = back;
+$("reset").onclick = reset;
 $("record").onclick = toggleRecording;
 $("stop").onclick = () => tell({ type: "session.stop" });
 $("dice").onclick = () => ($("seed").value = Math.floor(Math.random() * 1e6));
@@ -369,6 +382,8 @@ document.addEventListener("keydown", (event) => {
   if (event.target.closest?.("input, textarea, button, dialog") || event.ctrlKey || event.metaKey || event.altKey) return;
   if (event.key === " ") { event.preventDefault(); stream ? togglePause() : start(); }
   if (event.key === "s") snapshot();
+  if (event.key === "b") back();
+  if (event.key === "0") reset();
   if (event.key === "r") toggleRecording();
   if (event.key === "/") { event.preventDefault(); $("prompt").focus(); $("prompt").select(); }
 });

@@ -24,9 +24,10 @@ export class Timeline {
 
   ask(id, words) { this.#add({ id, words, at: Infinity, state: "sent" }); }
   accept(id) { this.#find(id, (part) => this.#become(part, "accepted")); }
-  activate(id, at) {
+  activate(id, at, words) {
     this.#find(id, (part) => {
-      part.at = at;
+      Object.assign(part, { at, words });
+      part.item.textContent = words;
       this.#become(part, "active");
     });
   }
