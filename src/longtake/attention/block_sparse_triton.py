@@ -5,9 +5,6 @@ Tensors are contiguous, [B, tokens, N, D]; a program has one block of one head o
 heads, then clips. Tiles are powers of two, the blocks inside them any size: what a tile has beyond its block, its
 sequence or its head is read as zero and never written. Sums are float32; logarithms have base 2, as the hardware does.
 
-Only the last block of a sequence can be short, and lists of blocks rise. So loops leave the last of a list to a step of
-its own, and run without masks where blocks and heads fill their tiles.
-
 I query blocks, J key blocks, K of them kept; other letters as in `reference`.
 """
 
@@ -45,10 +42,7 @@ def attend_blocks(
     q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor, chosen_BNIK: Tensor, *, block_q: int, block_k: int,
     launches: Launches = DEFAULT_LAUNCHES,
 ) -> Tensor:  # fmt: skip
-    """Softmax attention over the tokens of the chosen key blocks, differentiable; returns [B, T, N, D].
-
-    The numbers of chosen blocks must rise, as `best_blocks` gives them.
-    """
+    """Softmax attention over the tokens of the chosen key blocks, differentiable; returns [B, T, N, D]."""
     return _Attend.apply(q_BTND, k_BSND, v_BSND, chosen_BNIK, block_q, block_k, launches)
 
 
@@ -160,22 +154,9 @@ def _pointers(x, token, inside, tokens, heads, HEAD: tl.constexpr, D: tl.constex
 
 
 @triton.jit
-def _load(x, token, inside, tokens, heads, HEAD: tl.constexpr, D: tl.constexpr, FULL: tl.constexpr = False):
-    """FULL: all of the tile is real."""
+def _load(x, token, inside, tokens, heads, HEAD: tl.constexpr, D: tl.constexpr):
     pointers, real = _pointers(x, token, inside, tokens, heads, HEAD, D)
-    return tl.load(pointers) if FULL else tl.load(pointers, mask=real, other=0.0)
-
-
-@triton.jit
-def _load_of_queries(x, of_query, is_query, other, FULL: tl.constexpr):
-    """A number of each query's."""
-    return tl.load(x + of_query) if FULL else tl.load(x + of_query, mask=is_query, other=other)
-
-
-@triton.jit
-def _only(scores, real, FULL: tl.constexpr):
-    """Scores of real tokens; the others weigh nothing."""
-    return scores if FULL else tl.where(real, scores, float("-inf"))
+    return tl.load(pointers, mask=real, other=0.0)
 
 
 @triton.jit
@@ -197,42 +178,26 @@ def _forward(
 ):  # fmt: skip
     """One block of queries; the sum of exponentials is kept relative to the highest score so far."""
     block, line = tl.program_id(0), tl.program_id(1)
-    FULL: tl.constexpr = BLOCK_K == TILE_K and HEAD == D
+    scale = LOG2_E / HEAD**0.5
     asking, is_query = _at(block, BLOCK_Q, TILE_Q, queries)
     q = _load(q_ptr, asking, is_query, queries, heads, HEAD, D)
     chosen_ptr += (line.to(tl.int64) * tl.num_programs(0) + block) * kept
     highest = tl.full([TILE_Q], float("-inf"), tl.float32)
     total = tl.zeros([TILE_Q], tl.float32)
     read = tl.zeros([TILE_Q, D], tl.float32)
-    for i in range(kept - 1):
-        highest, total, read = _read(
-            q, tl.load(chosen_ptr + i), highest, total, read, k_ptr, v_ptr, keys, heads, HEAD, BLOCK_K, TILE_K, D, FULL
-        )
-    highest, total, read = _read(
-        q, tl.load(chosen_ptr + kept - 1), highest, total, read, k_ptr, v_ptr, keys, heads, HEAD, BLOCK_K, TILE_K, D,
-        False,
-    )  # fmt: skip
+    for i in range(kept):
+        answering, is_key = _at(tl.load(chosen_ptr + i), BLOCK_K, TILE_K, keys)
+        k = _load(k_ptr, answering, is_key, keys, heads, HEAD, D)
+        scores = tl.where(is_key[None, :], _product(q, tl.trans(k)), float("-inf"))
+        higher = tl.maximum(highest, tl.max(scores, 1) * scale)
+        weights = tl.exp2(scores * scale - higher[:, None])
+        shrunk = tl.exp2(highest - higher)
+        v = _load(v_ptr, answering, is_key, keys, heads, HEAD, D)
+        total = total * shrunk + tl.sum(weights, 1)
+        read = read * shrunk[:, None] + _product(weights.to(v.dtype), v)
+        highest = higher
     _store(out_ptr, read / total[:, None], asking, is_query, queries, heads, HEAD, D)
     tl.store(log_sums_ptr + line.to(tl.int64) * queries + asking, highest + tl.log2(total), mask=is_query)
-
-
-@triton.jit
-def _read(
-    q, block, highest, total, read, k_ptr, v_ptr, keys, heads, HEAD: tl.constexpr, BLOCK_K: tl.constexpr,
-    TILE_K: tl.constexpr, D: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    """One more block of keys."""
-    scale = LOG2_E / HEAD**0.5
-    answering, is_key = _at(block, BLOCK_K, TILE_K, keys)
-    k = _load(k_ptr, answering, is_key, keys, heads, HEAD, D, FULL)
-    scores = _only(_product(q, tl.trans(k)), is_key[None, :], FULL)
-    higher = tl.maximum(highest, tl.max(scores, 1) * scale)
-    weights = tl.exp2(scores * scale - higher[:, None])
-    shrunk = tl.exp2(highest - higher)
-    v = _load(v_ptr, answering, is_key, keys, heads, HEAD, D, FULL)
-    total = total * shrunk + tl.sum(weights, 1)
-    read = read * shrunk[:, None] + _product(weights.to(v.dtype), v)
-    return higher, total, read
 
 
 @triton.jit
@@ -243,7 +208,7 @@ def _grad_q(
 ):  # fmt: skip
     """One block of queries; leaves each query's gradient along its own output, which the keys' gradients need too."""
     block, line = tl.program_id(0), tl.program_id(1)
-    FULL: tl.constexpr = BLOCK_K == TILE_K and HEAD == D
+    scale = LOG2_E / HEAD**0.5
     asking, is_query = _at(block, BLOCK_Q, TILE_Q, queries)
     q = _load(q_ptr, asking, is_query, queries, heads, HEAD, D)
     out = _load(out_ptr, asking, is_query, queries, heads, HEAD, D)
@@ -254,30 +219,15 @@ def _grad_q(
     tl.store(deltas_ptr + of_query, delta, mask=is_query)
     chosen_ptr += (line.to(tl.int64) * tl.num_programs(0) + block) * kept
     grad_q = tl.zeros([TILE_Q, D], tl.float32)
-    for i in range(kept - 1):
-        grad_q += _grad_q_of(
-            q, grad, log_sum, delta, tl.load(chosen_ptr + i), k_ptr, v_ptr, keys, heads, HEAD, BLOCK_K, TILE_K, D, FULL
-        )
-    grad_q += _grad_q_of(
-        q, grad, log_sum, delta, tl.load(chosen_ptr + kept - 1), k_ptr, v_ptr, keys, heads, HEAD, BLOCK_K, TILE_K, D,
-        False,
-    )  # fmt: skip
+    for i in range(kept):
+        answering, is_key = _at(tl.load(chosen_ptr + i), BLOCK_K, TILE_K, keys)
+        k = _load(k_ptr, answering, is_key, keys, heads, HEAD, D)
+        scores = tl.where(is_key[None, :], _product(q, tl.trans(k)), float("-inf"))
+        weights = tl.exp2(scores * scale - log_sum[:, None])
+        v = _load(v_ptr, answering, is_key, keys, heads, HEAD, D)
+        grad_scores = weights * (_product(grad, tl.trans(v)) - delta[:, None])
+        grad_q += _product(grad_scores.to(k.dtype), k)
     _store(grad_q_ptr, grad_q / HEAD**0.5, asking, is_query, queries, heads, HEAD, D)
-
-
-@triton.jit
-def _grad_q_of(
-    q, grad, log_sum, delta, block, k_ptr, v_ptr, keys, heads, HEAD: tl.constexpr, BLOCK_K: tl.constexpr,
-    TILE_K: tl.constexpr, D: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    """What one block of keys adds."""
-    answering, is_key = _at(block, BLOCK_K, TILE_K, keys)
-    k = _load(k_ptr, answering, is_key, keys, heads, HEAD, D, FULL)
-    scores = _only(_product(q, tl.trans(k)), is_key[None, :], FULL)
-    weights = tl.exp2(scores * (LOG2_E / HEAD**0.5) - log_sum[:, None])
-    v = _load(v_ptr, answering, is_key, keys, heads, HEAD, D, FULL)
-    grad_scores = weights * (_product(grad, tl.trans(v)) - delta[:, None])
-    return _product(grad_scores.to(k.dtype), k)
 
 
 @triton.jit
@@ -286,50 +236,30 @@ def _grad_kv(
     queries, keys, heads, HEAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr,
     TILE_K: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys, over the query blocks that chose it, if any."""
+    """One block of keys, over the query blocks that chose it; tiles of scores lie on their side, [TILE_K, TILE_Q]."""
     block, line = tl.program_id(0), tl.program_id(1)
-    FULL: tl.constexpr = BLOCK_Q == TILE_Q and HEAD == D
+    scale = LOG2_E / HEAD**0.5
     answering, is_key = _at(block, BLOCK_K, TILE_K, keys)
     k = _load(k_ptr, answering, is_key, keys, heads, HEAD, D)
     v = _load(v_ptr, answering, is_key, keys, heads, HEAD, D)
     row = line.to(tl.int64) * tl.num_programs(0) + block
     askers_ptr += row * blocks
-    log_sums_ptr += line.to(tl.int64) * queries
-    deltas_ptr += line.to(tl.int64) * queries
     grad_k = tl.zeros([TILE_K, D], tl.float32)
     grad_v = tl.zeros([TILE_K, D], tl.float32)
-    count = tl.load(counts_ptr + row)
-    for i in range(count - 1):
-        grad_k, grad_v = _grad_kv_of(
-            k, v, is_key, tl.load(askers_ptr + i), grad_k, grad_v, q_ptr, log_sums_ptr, grad_ptr, deltas_ptr, queries,
-            heads, HEAD, BLOCK_Q, TILE_Q, D, FULL,
-        )  # fmt: skip
-    if count > 0:
-        grad_k, grad_v = _grad_kv_of(
-            k, v, is_key, tl.load(askers_ptr + count - 1), grad_k, grad_v, q_ptr, log_sums_ptr, grad_ptr, deltas_ptr,
-            queries, heads, HEAD, BLOCK_Q, TILE_Q, D, False,
-        )  # fmt: skip
+    for i in range(tl.load(counts_ptr + row)):
+        asking, is_query = _at(tl.load(askers_ptr + i), BLOCK_Q, TILE_Q, queries)
+        of_query = line.to(tl.int64) * queries + asking
+        q = _load(q_ptr, asking, is_query, queries, heads, HEAD, D)
+        log_sum = tl.load(log_sums_ptr + of_query, mask=is_query, other=float("inf"))
+        scores = tl.where(is_key[:, None], _product(k, tl.trans(q)), float("-inf"))
+        weights = tl.exp2(scores * scale - log_sum[None, :])
+        grad = _load(grad_ptr, asking, is_query, queries, heads, HEAD, D)
+        delta = tl.load(deltas_ptr + of_query, mask=is_query, other=0.0)
+        grad_v += _product(weights.to(grad.dtype), grad)
+        grad_scores = weights * (_product(v, tl.trans(grad)) - delta[None, :])
+        grad_k += _product(grad_scores.to(q.dtype), q)
     _store(grad_k_ptr, grad_k / HEAD**0.5, answering, is_key, keys, heads, HEAD, D)
     _store(grad_v_ptr, grad_v, answering, is_key, keys, heads, HEAD, D)
-
-
-@triton.jit
-def _grad_kv_of(
-    k, v, is_key, block, grad_k, grad_v, q_ptr, log_sums_ptr, grad_ptr, deltas_ptr, queries, heads, HEAD: tl.constexpr,
-    BLOCK_Q: tl.constexpr, TILE_Q: tl.constexpr, D: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    """With what one block of queries adds; tiles of scores lie on their side, [TILE_K, TILE_Q]."""
-    asking, is_query = _at(block, BLOCK_Q, TILE_Q, queries)
-    q = _load(q_ptr, asking, is_query, queries, heads, HEAD, D, FULL)
-    log_sum = _load_of_queries(log_sums_ptr, asking, is_query, float("inf"), FULL)
-    scores = tl.where(is_key[:, None], _product(k, tl.trans(q)), float("-inf"))
-    weights = tl.exp2(scores * (LOG2_E / HEAD**0.5) - log_sum[None, :])
-    grad = _load(grad_ptr, asking, is_query, queries, heads, HEAD, D, FULL)
-    delta = _load_of_queries(deltas_ptr, asking, is_query, 0.0, FULL)
-    grad_v += _product(weights.to(grad.dtype), grad)
-    grad_scores = weights * (_product(v, tl.trans(grad)) - delta[None, :])
-    grad_k += _product(grad_scores.to(q.dtype), q)
-    return grad_k, grad_v
 
 
 @triton.jit
