@@ -1,6 +1,5 @@
 """Words that go over into others block by block: what each block is under, in every schedule and recipe."""
 
-from dataclasses import replace
 from itertools import islice
 from random import Random
 
@@ -105,50 +104,65 @@ def test_a_blend_is_the_schedule_under_words_that_go_over(name, by) -> None:
     assert same(memory.state(), streamed["memory"])
     assert [one["block"] for one in streamed["in_flight"]] == [one.block for one in flight]
     assert same([one["noisy"] for one in streamed["in_flight"]], [one.noisy_BFCHW for one in flight])
-    assert streamed["blend"] is None or made.recipe.in_flight > 3
+    assert not streamed["blends"] or made.recipe.in_flight > 3
     assert same(streamed["prompt_keys"][0], layers(whole))
 
 
-def watched(made):
-    """The engine, and the keys that each block began under."""
-    begun = {}
-
-    def schedule(network, memory, prompts, *given, **told):
-        return made.recipe.schedule(
-            network, memory, lambda block: begun.setdefault(block, prompts(block)), *given, **told
-        )
-
-    return replace(made, recipe=replace(made.recipe, schedule=schedule)), begun
-
-
+@pytest.mark.parametrize("name", ["self_forcing_sink", "rolling_forcing"])
 @settings(deadline=None, max_examples=30)
 @given(seed=seeds)
-def test_whatever_is_said_a_blend_begins_from_what_is_shown(seed) -> None:
-    """Breaking off other blends, before the first block, after cuts, twice between two blocks, over fewer and more."""
-    made, begun = watched(engine("self_forcing_sink"))
+def test_whatever_is_said_a_blend_begins_from_what_is_shown(name, seed) -> None:
+    """Breaking off other blends, before the first block, after cuts, twice between two blocks, over fewer and more,
+    for blocks in flight and behind them, and after it was kept and taken up again."""
+    made = engine(name)
     random = Random(seed)
     stream = made.stream("abc", seed=3)
-    shown = {-1: made.embedded("abc")}  # of each block, and of those to come
-    to_come = [shown[-1]]
+    words = dict.fromkeys(range(-1, 60), made.embedded("abc"))  # of each block, as far as it is said
     for number in range(8):
         text = "x" * (4 + number)
-        match random.choice(["on", "blend", "blend", "redirect", "cut"]):
-            case "blend" | "redirect" as verb:
-                over, by = random.randrange(2, 5) if verb == "blend" else 1, random.choice(WAYS)
-                base, new = shown[stream.blocks - 1], made.embedded(text)
-                to_come = [between(base, new, k / over, by) for k in range(1, over + 1)]
-                stream.redirect(text, over=over, blend=by)
-            case "cut":
-                stream.cut(text)
-                to_come = [made.embedded(text)]
-                shown[stream.blocks - 1] = to_come[0]  # the shot before it is over
+        verb = random.choice(["on", "blend", "blend", "blend", "redirect", "cut", "keep"])
+        if verb in ("blend", "redirect"):
+            over, by = random.randrange(2, 6) if verb == "blend" else 1, random.choice(WAYS)
+            in_flight = random.choice(["own", "new"])
+            begin = stream.blocks if in_flight == "new" else stream._batch._begins_next
+            base, new = words[begin - 1], made.embedded(text)
+            for block in range(begin, 60):
+                words[block] = between(base, new, min((block - begin + 1) / over, 1), by)
+            stream.redirect(text, over=over, blend=by, in_flight=in_flight)
+        elif verb == "cut":
+            stream.cut(text)
+            words |= dict.fromkeys(range(stream.blocks - 1, 60), made.embedded(text))  # the shot before it is over
+        elif verb == "keep":
+            stream = Take.of(stream).resume(made)
         for _ in range(random.randrange(3)):
-            block = stream.blocks
             next(stream)
-            shown[block] = to_come[0]
-            to_come = to_come[1:] or to_come
-            expected = made.keys_of(shown[block])
-            assert same(layers(begun[block]), layers(expected))
+        begins = stream._batch._begins_next
+        for block, prompt in [
+            *((one.block, one.prompt) for one in stream._batch._in_flight),
+            (begins, stream._batch._keys_at(begins)),
+        ]:
+            assert same(layers(prompt), layers(made.keys_of(words[block])))
+        blends = stream._batch._blends
+        assert [one.begin for one in blends] == sorted({one.begin for one in blends})
+        assert all(one.begin >= stream.blocks for one in blends[1:])
+
+
+def test_a_change_that_fails_half_way_for_blocks_in_flight_closes_the_stream() -> None:
+    made = engine("rolling_forcing")
+    stream = made.stream("abc", seed=3)
+    pictures(stream, 4)
+    keys, asked = made.keys_of, []
+
+    def fails(text_BLE: Tensor) -> PromptKeys:
+        asked.append(text_BLE)
+        if len(asked) == 3:  # of the prompt, of the block that is the first to change, and of the one behind it
+            raise MemoryError
+        return keys(text_BLE)
+
+    object.__setattr__(made, "keys_of", fails)
+    with pytest.raises(MemoryError):
+        stream.redirect("defgh", over=4, in_flight="new")
+    assert stream.closed
 
 
 def test_blocks_in_flight_take_the_first_steps_if_that_is_asked_for() -> None:
@@ -170,10 +184,10 @@ def test_after_a_blend_a_stream_is_under_the_prompts_own_keys_and_keeps_nothing_
     stream = made.stream("abc", seed=3)
     pictures(stream, 3)
     stream.redirect("defgh", over=3)
-    assert "blend" in Take.of(stream).info()["bytes"]
+    assert "blends" in Take.of(stream).info()["bytes"]
     pictures(stream, 3 + made.recipe.in_flight)
     state = stream.state()
-    assert state["blend"] is None and len(state["prompt_keys"]) == 1
+    assert state["blends"] == [] and len(state["prompt_keys"]) == 1
     assert same(state["prompt_keys"][0], layers(made.prompt_keys("defgh")))
 
 
@@ -192,7 +206,12 @@ def test_a_batch_goes_over_as_its_streams_do_alone() -> None:
 
 @pytest.mark.parametrize(
     "how, why",
-    [({"over": 0}, "1 block or more, got 0"), ({"over": 2.5}, "got 2.5"), ({"blend": "cut"}, "lerp or slerp")],
+    [
+        ({"over": 0}, "1 block or more, got 0"),
+        ({"over": 2.5}, "got 2.5"),
+        ({"over": True}, "got True"),
+        ({"blend": "cut"}, "lerp or slerp"),
+    ],
 )
 def test_what_is_no_blend_is_refused_and_changes_nothing(how, why) -> None:
     stream = tiny.engine().stream("a ball")

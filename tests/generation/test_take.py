@@ -165,7 +165,7 @@ def test_takes_of_the_first_form_go_on(tmp_path: Path) -> None:
         described = json.loads(file.metadata()["longtake_take"])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     assert described["form"] == 2
-    del described["state"]["blend"]
+    del described["state"]["blends"]
     for told in described["state"]["history"]:
         del told["over"], told["blend"]
     for form in (1, 3):

@@ -124,6 +124,8 @@ def test_words_go_over_in_as_many_chunks_as_was_asked_for(house):
         ({"method": "slerp"}, "say how many"),
         ({"transition_chunks": 65}, "less than or equal to 64"),
         ({"transition_chunks": -1}, "greater than or equal to 0"),
+        ({"transition_chunks": True}, "valid integer"),
+        ({"transition_chunks": "4"}, "valid integer"),
         ({"method": "dissolve", "transition_chunks": 4}, "'lerp', 'slerp' or 'cut'"),
     ],
 )

@@ -41,7 +41,7 @@ class Blend:
 
 def require_blend(over: int, by: str) -> None:
     """ValueError unless prompts can go over so."""
-    if not isinstance(over, int) or over < 1:
+    if type(over) is not int or over < 1:  # yes and no are whole numbers, too
         raise ValueError(f"words change over 1 block or more, got {over!r}")
     if by not in get_args(Interpolation):
         raise ValueError(f"words are blended by {' or '.join(get_args(Interpolation))}, got {by!r}")

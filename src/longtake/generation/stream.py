@@ -383,7 +383,7 @@ class StreamBatch(_Closing):
             "in_company": self.in_company,
             "history": [asdict(told) for told in self.history],
             "prompt_keys": [[list(layer) for layer in keys.layers] for keys in prompts],  # the first is of `prompts`
-            "blend": self._blend and dict(vars(self._blend)),
+            "blends": [dict(vars(blend)) for blend in self._blends],
             "in_flight": [
                 {"block": one.block, "step": one.step, "noisy": one.noisy_BFCHW, "prompt": number[id(one.prompt)]}
                 for one in self._in_flight
@@ -400,8 +400,8 @@ class StreamBatch(_Closing):
         self.history = list(map(Told.of, state["history"]))
         self.prompts = list(self.history[-1].prompts)
         prompts = [PromptKeys([(k, v) for k, v in layers]) for layers in state["prompt_keys"]]
-        blend = state.get("blend")  # takes of the first form have none
-        self._go_over_to(prompts[0], blend and Blend(**blend))
+        blends = state.get("blends", [])  # takes of the first form have none
+        self._go_over_to(prompts[0], [Blend(**blend) for blend in blends])
         self._codec_state = None if state["codec"] is None else CodecState(tuple(state["codec"]))
         in_flight = [
             InFlight(one["block"], one["step"], one["noisy"], prompts[one["prompt"]]) for one in state["in_flight"]
@@ -428,16 +428,16 @@ class StreamBatch(_Closing):
         require_blend(over, blend)
         memory = self._memory_for(prompts)
         text_BLE, begin = self.engine.embedded(*prompts), self.blocks if in_flight == "new" else self._begins_next
-        keys, going = self.engine.keys_of(text_BLE), self._blend_to(text_BLE, begin, over, blend)
+        keys, blends = self.engine.keys_of(text_BLE), self._blends_to(text_BLE, begin, over, blend)
         with self._closed_unless_refused():
             memory.fade_far(far)
-            self._go_over_to(keys, going)
+            self._go_over_to(keys, blends)
             # Once, under the first words of a blend: the blocks to come are committed under theirs, and memory follows.
             redirect(self.engine.network, memory, self._keys_at(begin))
+            if in_flight == "new":
+                self._in_flight[:] = [replace(one, prompt=self._keys_at(one.block)) for one in self._in_flight]
         self.prompts = list(prompts)
         self._note("redirect", far, in_flight, over, blend)
-        if in_flight == "new":
-            self._in_flight[:] = [replace(one, prompt=self._keys_at(one.block)) for one in self._in_flight]
 
     def cut(self, prompts: Sequence[str], *, far: float = FAR_AFTER_CUT) -> None:
         """Begin a new shot in every stream, each under its own prompt, with the next block, as `Stream.cut`."""
@@ -492,29 +492,38 @@ class StreamBatch(_Closing):
         told = begins(self.history, self.engine.recipe.in_flight)
         return next((prompts for since, prompts in reversed(told) if since <= block), told[0][1])
 
-    def _blend_to(self, text_BLE: Tensor, begin: int, over: int, by: Interpolation) -> Blend | None:
-        """From what the block before is under. Words that change at once need none, unless they break off another."""
-        if self._blend is not None:
-            before_BLE = self._blend.at(begin - 1)
-        elif over > 1:
-            shot = next((told for told in reversed(self.history) if told.verb != "redirect"), self.history[0])
-            prompts = shot.prompts if begin <= shot.block else self.prompts_of(begin - 1)
-            before_BLE = self.engine.embedded(*prompts)
-        else:
-            return None
-        return Blend(before_BLE, text_BLE, begin, over, by)
+    def _blends_to(self, text_BLE: Tensor, begin: int, over: int, by: Interpolation) -> Sequence[Blend]:
+        """Those that go on until the block `begin`, and one from what the block before it is under.
 
-    def _go_over_to(self, keys: PromptKeys, blend: Blend | None = None) -> None:
-        """Blocks that begin from now on are under a prompt, or on the way to it."""
-        self._prompt_keys, self._blend = keys, blend
+        Words that change at once need none, unless they break off another.
+        """
+        if over == 1 and not self._blends:
+            return []
+        going_on = [blend for blend in self._blends if blend.begin < begin]
+        return [*going_on, Blend(self._words_of(begin - 1), text_BLE, begin, over, by)]
+
+    def _words_of(self, block: int) -> Tensor:
+        """The embedding of the latest block or one to come; before a shot's first block, of what the shot began as."""
+        blend = next((blend for blend in reversed(self._blends) if blend.begin <= block), None)
+        if blend is not None:
+            return blend.at(block)
+        shot = next((told for told in reversed(self.history) if told.verb != "redirect"), self.history[0])
+        return self.engine.embedded(*(shot.prompts if block < shot.block else self.prompts_of(block)))
+
+    def _go_over_to(self, keys: PromptKeys, blends: Sequence[Blend] = ()) -> None:
+        """Blocks that begin from now on are under a prompt, or on the way to it by the last blend.
+
+        Those before it are what blocks in flight are under; they follow one another by the blocks in which they begin.
+        """
+        self._prompt_keys, self._blends = keys, list(blends)
         self._blended: tuple[int, PromptKeys] | None = None
 
     def _keys_at(self, block: int) -> PromptKeys:
         """The prompt that a block of that number begins under. The same again for the same block."""
-        if self._blend is None or block >= self._blend.end - 1:
+        if not self._blends or block >= self._blends[-1].end - 1:
             return self._prompt_keys
         if self._blended is None or self._blended[0] != block:
-            self._blended = block, self.engine.keys_of(self._blend.at(block))
+            self._blended = block, self.engine.keys_of(self._blends[-1].at(block))
         return self._blended[1]
 
     def __iter__(self) -> Self:
@@ -543,7 +552,9 @@ class StreamBatch(_Closing):
         self.timings = timings
         self.blocks += 1
         self.pictures += pictures
-        if self._blend is not None and self.blocks >= self._blend.end:
+        while len(self._blends) > 1 and self._blends[1].begin < self.blocks:
+            del self._blends[0]
+        if self._blends and self._blends[-1].end <= self.blocks:
             self._go_over_to(self._prompt_keys)
 
     def _open_memory(self) -> StreamMemory:

@@ -43,7 +43,7 @@ Name = Annotated[str, Field(max_length=64)]
 
 
 class _Message(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)  # else true and "1" are whole numbers
 
 
 class Start(_Message):
