@@ -12,6 +12,7 @@ from longtake.distillation.pretrain import forced_in_one_pass
 from longtake.distillation.rollout import rollout
 from longtake.distillation.trainer import Learner
 from longtake.generation.noise import SeededNoise
+from longtake.generation.recipe import Recipe
 from longtake.memory.view import ClipView
 from longtake.models.wan import WanTransformer
 from longtake.recipes import hybrid_forcing, self_forcing_sink
@@ -118,14 +119,18 @@ def test_replayed_lessons_have_the_gradients_of_plain_ones() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels are recorded on a GPU alone")
-def test_lessons_that_read_a_far_state_are_replayed_with_the_gradients_of_plain_ones() -> None:
+@pytest.mark.parametrize("recipe, together", [(hybrid_forcing(), ()), (tiny.rolling_recipe(), (2, 3, 2))])
+def test_lessons_that_read_a_far_state_or_go_by_windows_are_replayed_with_the_gradients_of_plain_ones(
+    recipe: Recipe, together: tuple[int, ...]
+) -> None:
     def lesson_of(network: WanTransformer, recorded: bool) -> tuple[Learner, Callable[..., torch.Tensor]]:
-        text, memory = tiny.text(batch=2).float().cuda(), hybrid_forcing().memory(network)
+        text, memory = tiny.text(batch=2).float().cuda(), recipe.memory(network)
 
         def loss(clean: torch.Tensor, noisy: torch.Tensor) -> torch.Tensor:
             level, prompts = torch.full(clean.shape[:2], 0.5, device=clean.device), network.prompt_keys(text)
             first = torch.zeros(clean.shape[:2], dtype=torch.long, device=clean.device)
-            return forced_in_one_pass(network, clean, noisy, level, prompts, first, tiny.BLOCK, memory).square().mean()
+            velocity = forced_in_one_pass(network, clean, noisy, level, prompts, first, tiny.BLOCK, memory, together)
+            return velocity.square().mean()
 
         learner = Learner(network, [torch.optim.SGD(network.parameters(), lr=0.1)], average=None)
         return learner, learner.taught_by(loss, recorded=recorded)

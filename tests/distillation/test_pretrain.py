@@ -1,4 +1,5 @@
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -16,10 +17,15 @@ from longtake.distillation.pretrain import (
     forced_in_one_pass,
     teacher_forcing_loss,
 )
+from longtake.distillation.rollout import steps_in_windows
+from longtake.flow import clean_from_velocity
+from longtake.generation.blockwise import commit
+from longtake.generation.rolling import InFlight, calls
 from longtake.memory.far import Delta, FarShape, SinkInFar
-from longtake.memory.stream_memory import MemoryShape
+from longtake.memory.stream_memory import MemoryShape, StreamMemory
 from longtake.memory.window import WindowShape
 from longtake.models.light_codec import Reconstruction
+from longtake.recipes import rolling_forcing
 
 SHAPE = MemoryShape(window=WindowShape(sink=3, past=3), extent=15)
 HYBRID = replace(SHAPE, far=FarShape(), near=partial(block_sparse, share=0.4, block_q=6, block_k=6))
@@ -34,6 +40,12 @@ def clips(batch: int = 2, frames: int = 6) -> Clips:
         torch.zeros(batch, frames, dtype=torch.long),
         torch.zeros(batch, frames, *size[3:], dtype=torch.float64),
     )
+
+
+def by_windows(made, given: Clips, offset: int, **more) -> torch.Tensor:
+    """The loss of clips by windows, under the memory of a stream that rolls."""
+    settings = {"block": tiny.BLOCK, "memory": tiny.rolling_recipe().memory(made), "levels": tiny.LEVELS}
+    return teacher_forcing_loss(made, given, 3.0, 5.0, offset=offset, **settings, **more)
 
 
 def perfect(made, given: Clips):
@@ -53,11 +65,18 @@ def test_the_true_velocity_has_no_loss() -> None:
     assert flow_loss(perfect(tiny.network(), given), given, 3.0, 5.0) < 1e-4
     loss = teacher_forcing_loss(perfect(tiny.network(), given), given, 3.0, 5.0, block=3, memory=SHAPE)
     assert loss < 1e-4
+    for offset in range(len(tiny.LEVELS)):
+        assert by_windows(perfect(tiny.network(), given), given, offset) < 1e-4
 
 
-def test_staying_costs_nothing_as_long_as_one_stays() -> None:
+@pytest.mark.parametrize("offset", [None, 0, 2])
+def test_staying_costs_nothing_as_long_as_one_stays(offset: int | None) -> None:
     anchor, given = tiny.network(), clips()
-    stay = partial(teacher_forcing_loss, clips=given, shift=3.0, focus_weight=5.0, block=3, memory=SHAPE, anchor=anchor)
+    memory = SHAPE if offset is None else tiny.rolling_recipe().memory(anchor)
+    windows = {"offset": offset, "levels": tiny.LEVELS}
+    stay = partial(
+        teacher_forcing_loss, clips=given, shift=3.0, focus_weight=5.0, block=3, memory=memory, anchor=anchor, **windows
+    )
     network = copy.deepcopy(anchor)
     loss = stay(network)
     loss.backward()
@@ -88,13 +107,16 @@ def test_every_parameter_learns_from_both_losses() -> None:
     for loss_of in (
         lambda made: flow_loss(made, clips(), 3.0, 5.0),
         lambda made: teacher_forcing_loss(made, clips(), 3.0, 5.0, block=3, memory=SHAPE),
+        lambda made: by_windows(made, clips(), offset=1),
     ):
         made = tiny.network()
         loss_of(made).backward()
         assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in made.parameters())
 
 
-def forced(by, made, shape: MemoryShape, frames: int) -> tuple[torch.Tensor, torch.Tensor, dict]:
+def forced(
+    by, made, shape: MemoryShape, frames: int, together: Sequence[int] = ()
+) -> tuple[torch.Tensor, torch.Tensor, dict]:
     """The velocities of two clips with a change of prompt, a sum of them, and what every parameter learns from it."""
     dice = torch.Generator().manual_seed(4)
     size = (2, frames, *tiny.LATENTS[1:])
@@ -102,7 +124,7 @@ def forced(by, made, shape: MemoryShape, frames: int) -> tuple[torch.Tensor, tor
     level_BF = torch.rand(2, frames // 3, generator=dice, dtype=torch.float64).repeat_interleave(3, dim=1)
     prompts = made.prompt_keys(tiny.text(2, prompts=2))
     prompt_BF = (torch.arange(frames) > torch.tensor([[4], [7]])).long()
-    velocity = by(made, past, noisy, level_BF, prompts, prompt_BF, 3, shape)
+    velocity = by(made, past, noisy, level_BF, prompts, prompt_BF, 3, shape, together)
     made.zero_grad()
     (velocity * asked).sum().backward()
     learned = {name: p.grad for name, p in made.named_parameters() if p.grad is not None}
@@ -236,6 +258,8 @@ def test_what_one_pass_cannot_show_is_refused() -> None:
     published = replace(SHAPE, far=FarShape(sink=SinkInFar.AS_WELL))
     with pytest.raises(ValueError, match="block by block"):
         forced(forced_in_one_pass, tiny.network(reads_far=True), published, 12)
+    with pytest.raises(ValueError, match="together cannot read a far state"):
+        forced(forced_in_one_pass, tiny.network(reads_far=True), HYBRID, 12, together=[2, 2])
 
 
 def test_a_far_state_learns_to_remember_what_no_window_shows() -> None:
@@ -244,3 +268,101 @@ def test_a_far_state_learns_to_remember_what_no_window_shows() -> None:
     assert error[-1] < 0.75 * error[1], "where it returns it is known, where it first comes it is not"
     unread = returning.errors(made, replace(memory, far=None), blocks=5)
     assert unread[-1] > 0.9 * unread[1]
+
+
+# windows
+
+
+OFFSETS = pytest.mark.parametrize("offset", range(len(tiny.LEVELS)))
+
+
+@OFFSETS
+@pytest.mark.parametrize("sink, extent, frames", [(3, 15, 27), (0, 15, 27), (6, 18, 30), (3, 15, 6)])
+def test_windows_in_one_pass_are_a_walk_through_the_memory_that_serves(
+    offset: int, sink: int, extent: int, frames: int
+) -> None:
+    made = tiny.network(extent=extent)
+    shape = rolling_forcing(sink=sink).with_levels(len(tiny.LEVELS)).memory(made)
+    together = [len(steps) for steps in steps_in_windows(frames // tiny.BLOCK, len(tiny.LEVELS), offset)]
+    (at_once, _, learned_at_once), (walked, _, learned) = (
+        forced(by, made, shape, frames, together) for by in (forced_in_one_pass, forced_by_block)
+    )
+    torch.testing.assert_close(at_once, walked)
+    assert learned.keys() == learned_at_once.keys() == dict(made.named_parameters()).keys()
+    torch.testing.assert_close(learned_at_once, learned, rtol=1e-5, atol=1e-5)
+
+
+@OFFSETS
+@pytest.mark.parametrize("blocks", [2, 8])
+def test_a_window_is_answered_as_the_stream_answers_after_the_same_finished_blocks(offset: int, blocks: int) -> None:
+    """The walk against the schedule that serves, which is given the window's blocks as those in flight."""
+    made, levels = tiny.network(), tiny.LEVELS
+    shape, prompt = tiny.rolling_recipe().memory(made), tiny.prompt(made)
+    windows = steps_in_windows(blocks, len(levels), offset)
+    steps = [step for window in windows for step in window]
+    past, noisy = ([tiny.noise(seed)(block, 0) for block in range(blocks)] for seed in (1, 2))
+    level_BF = torch.tensor([[levels[step] for step in steps]]).repeat_interleave(tiny.BLOCK, dim=1)
+    said = torch.zeros(level_BF.shape, dtype=torch.long)
+    together = [*map(len, windows)]
+    with torch.no_grad():
+        velocity = forced_by_block(
+            made, torch.cat(past, 1), torch.cat(noisy, 1), level_BF, prompt, said, tiny.BLOCK, shape, together
+        )
+    answers = clean_from_velocity(torch.cat(noisy, 1), velocity, level_BF).split(tiny.BLOCK, dim=1)
+    memory, begins = StreamMemory(shape, made.config.layers, ring=True), 0
+    for window in windows:
+        with torch.no_grad():
+            for block in past[memory.blocks : begins]:
+                commit(made, memory, block, prompt)
+        numbers = range(begins, begins := begins + len(window))
+        flight = [InFlight(b, steps[b], noisy[b], prompt) for b in numbers if steps[b]]  # the schedule adds the newest
+        serving = calls(
+            made, memory, lambda block: prompt, lambda block, step: noisy[block], levels,
+            lambda flight: False, blocks, flight,
+        )  # fmt: skip
+        call = next(serving)
+        assert call.blocks == tuple(numbers) and call.levels == tuple(levels[step] for step in window)
+        torch.testing.assert_close(torch.cat(call.clean, 1), torch.cat(answers[numbers.start : numbers.stop], 1))
+        memory = StreamMemory(shape, made.config.layers, ring=True)  # the call has committed its own answer
+
+
+@OFFSETS
+def test_a_lesson_hears_the_windows_of_a_stream_at_their_levels(offset: int) -> None:
+    made, size, heard = tiny.network(), 7, []
+    forward = made.forward
+    made.forward = lambda noisy, level, *more: heard.append(level) or forward(noisy, level, *more)
+    by_windows(made, clips(frames=size * tiny.BLOCK), offset, by_block=True)
+    lesson, heard[:] = [*heard], []
+    memory, prompt = StreamMemory(tiny.rolling_recipe().memory(made), made.config.layers, ring=True), tiny.prompt(made)
+    for _ in calls(made, memory, lambda block: prompt, tiny.noise(1), tiny.LEVELS, lambda flight: False, size):
+        ...
+    served = [level.expand(2, -1) for level in heard[offset :: len(tiny.LEVELS)]]
+    assert len(lesson) == len(served) and all(map(torch.equal, lesson, served))
+
+
+def test_with_one_level_windows_are_teacher_forcing_block_by_block() -> None:
+    made, shape = tiny.network(), tiny.rolling_recipe().memory(tiny.network())
+    windows = steps_in_windows(6, 1, 0)
+    assert windows == 6 * [[0]]
+    for by in (forced_in_one_pass, forced_by_block):
+        together, alone = (forced(by, made, shape, 18, counts) for counts in ([*map(len, windows)], ()))
+        torch.testing.assert_close(together, alone)
+
+
+@pytest.mark.parametrize("by", [forced_in_one_pass, forced_by_block])
+def test_blocks_of_a_window_see_each_other_and_what_was_finished_before_any_of_them(by) -> None:
+    made, (past, noisy) = tiny.network(), (clips(1, 12).latents_BFCHW, clips(2, 12).latents_BFCHW[1:])
+    shape, prompt = tiny.rolling_recipe().memory(made), tiny.prompt(made)
+    level_BF, said = torch.full((1, 12), 0.8), torch.zeros(1, 12, dtype=torch.long)
+
+    @torch.no_grad()
+    def answer(past: torch.Tensor, noisy: torch.Tensor) -> torch.Tensor:
+        return by(made, past, noisy, level_BF, prompt, said, tiny.BLOCK, shape, [1, 3])[:, 3:6]
+
+    def sees(which: int, block: int) -> bool:
+        changed = [past.clone(), noisy.clone()]
+        changed[which][:, 3 * block : 3 * block + 3] += 1
+        return not torch.equal(answer(*changed), answer(past, noisy))
+
+    assert [sees(0, block) for block in range(4)] == [True, False, False, False]
+    assert [sees(1, block) for block in range(4)] == [False, True, True, True]

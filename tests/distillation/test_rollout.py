@@ -9,7 +9,7 @@ import torch
 from tests import tiny
 
 from longtake.attention.block_sparse import block_sparse
-from longtake.distillation.rollout import rollout, windows
+from longtake.distillation.rollout import rollout, steps_in_windows, windows
 from longtake.generation.blockwise import blockwise, commit
 from longtake.generation.noise import SeededNoise
 from longtake.generation.recipe import Schedule
@@ -163,6 +163,7 @@ def test_the_windows_of_seven_blocks_and_five_levels_are_the_published_ones(offs
         if grad
     }
     assert kept == expected and len(seen) == 7 + 4
+    assert [tuple(steps) for steps in steps_in_windows(7, 5, offset)] == [*expected.values()]
     assert out.shape[1] == 7 * tiny.BLOCK
 
 
@@ -174,6 +175,8 @@ def test_windows_are_calls_of_the_stream_and_every_block_is_in_one(offset: int) 
     served = list(calls(made, memory, lambda block: keys, tiny.noise(7), tiny.LEVELS, lambda flight: False, size))
     taken = [call for call in served if call.number % T == offset]
     assert [block for call in taken for block in call.blocks] == list(range(size))
+    by_step = [[tiny.LEVELS[step] for step in steps] for steps in steps_in_windows(size, T, offset)]
+    assert by_step == [list(call.levels) for call in taken]
     got = rolled(made, tiny.noise(7), blocks=size, learning=size, schedule=partial(windows, offset=offset))
     torch.testing.assert_close(got, torch.cat([one for call in taken for one in call.clean], 1))
 

@@ -184,7 +184,7 @@ def steps(monkeypatch, out: Path, recipe: Recipe = RECIPE, reads_far: bool = Fal
     """Two steps of distribution matching: what the teacher sampled from, what rollouts began with, and the student."""
     seen = SimpleNamespace(targets=[], began=[], student=tiny.network(extent=12, reads_far=reads_far).float())
     seen.samplers, seen.given, seen.schedules, seen.memories = [], [], [], []
-    seen.supplies, seen.lessons, seen.given_blocks = [], [], []
+    seen.supplies, seen.lessons, seen.windows, seen.given_blocks = [], [], [], []
 
     def sampled(teacher, noise, levels):
         seen.samplers.append(teacher)
@@ -206,6 +206,7 @@ def steps(monkeypatch, out: Path, recipe: Recipe = RECIPE, reads_far: bool = Fal
 
     def forced(network, clips, *more, **named):
         seen.lessons.append(clips.latents_BFCHW)
+        seen.windows.append((named["levels"], named["offset"]))
         return teacher_forcing_loss(network, clips, *more, **named)
 
     def clips(count, seed, frames, memory_share=0.0):
@@ -468,7 +469,7 @@ def test_ode_refuses_what_it_could_not_train_or_show_before_work_begins(
         )  # type: ignore[arg-type]
 
 
-def forced(out: Path, **settings) -> tuple[WanTransformer, list[Clips]]:
+def forced(out: Path, recipe: Recipe = RECIPE, **settings) -> tuple[WanTransformer, list[Clips]]:
     """A tiny network after steps of teacher forcing, and the supplies of clips it was taught on."""
     supplies = []
 
@@ -484,25 +485,55 @@ def forced(out: Path, **settings) -> tuple[WanTransformer, list[Clips]]:
     )
     text = WordEncoder(WordEncoderConfig(words=9, length=5, dim=8)).requires_grad_(False)
     network = tiny.network(extent=12).float()
-    stage = TeacherForcingStage(batch=1, frames=6, **settings)
+    stage = TeacherForcingStage(**{"batch": 1, "frames": 6} | settings)
     out.mkdir()
-    stages.train_teacher_forcing(text, network, world, [RECIPE], 3.0, stage, Run(out=out, device=torch.device("cpu")))
+    stages.train_teacher_forcing(text, network, world, [recipe], 3.0, stage, Run(out=out, device=torch.device("cpu")))
     return network, supplies
 
 
 def test_teacher_forcing_is_at_the_levels_of_the_first_steps_where_they_are_asked_for(monkeypatch, tmp_path) -> None:
+    heard = heard_lessons(monkeypatch)
+    forced(tmp_path / "any", steps=1)
+    forced(tmp_path / "first", steps=1, first_steps=2)
+    assert heard == [((), None), (RECIPE.levels(3.0)[:2], None)], "none named: any"
+    with pytest.raises(ValueError, match="has 4 steps: first_steps cannot be 5"):
+        forced(tmp_path / "none", steps=1, first_steps=5)
+
+
+def heard_lessons(monkeypatch) -> list[tuple[tuple[float, ...], int | None]]:
+    """The levels and the offset of each lesson."""
     heard = []
 
     def loss(network, clips, *more, **named):
-        heard.append(named["levels"])
+        heard.append((named["levels"], named["offset"]))
         return teacher_forcing_loss(network, clips, *more, **named)
 
     monkeypatch.setattr("longtake.distillation.stages.teacher_forcing.teacher_forcing_loss", loss)
-    forced(tmp_path / "any", steps=1)
-    forced(tmp_path / "first", steps=1, first_steps=2)
-    assert heard == [(), RECIPE.levels(3.0)[:2]], "none named: any"
-    with pytest.raises(ValueError, match="has 4 steps: first_steps cannot be 5"):
-        forced(tmp_path / "none", steps=1, first_steps=5)
+    return heard
+
+
+@pytest.mark.parametrize("more", [{}, {"recompute": True}, {"anchor_weight": 1.0}, {"rank": 2}])
+def test_teacher_forcing_of_a_recipe_that_rolls_is_by_windows(more: dict, monkeypatch, tmp_path: Path) -> None:
+    heard, recipe = heard_lessons(monkeypatch), rolling_forcing().with_levels(2)
+    network, _ = forced(tmp_path / "run", recipe, frames=15, steps=12, **more)
+    assert {levels for levels, _ in heard} == {recipe.levels(3.0)}
+    assert {offset for _, offset in heard} == {0, 1} and len(heard) == (24 if "anchor_weight" in more else 12)
+    before = tiny.network(extent=12).float().state_dict()
+    assert all(not torch.equal(weight, before[name]) for name, weight in network.state_dict().items())
+    assert 0 < read_metrics(tmp_path / "run")[-1]["loss"] < 10
+
+
+def test_blocks_in_flight_have_no_first_steps_alone(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="blocks at all its steps in flight: first_steps is not for it"):
+        forced(tmp_path / "run", rolling_forcing().with_levels(2), steps=1, first_steps=1)
+
+
+def test_real_clips_teach_windows_whatever_goes_by_windows_beside_them(monkeypatch, tmp_path: Path) -> None:
+    settings = {"levels": (2, 1), "real_weight": 1.0, "steps": 12, "most_given": 2, "last_exits": 1}
+    seen = steps(monkeypatch, tmp_path, rolling_forcing(), **settings)
+    levels = {count: rolling_forcing().with_levels(count).levels(3.0) for count in (1, 2)}
+    assert set(seen.windows) == {(levels[2], 0), (levels[2], 1), (levels[1], 0)} and len(seen.windows) == 12
+    assert len(set(seen.schedules)) > 1 and all(row["real"] > 0 for row in read_metrics(tmp_path))
 
 
 def test_an_anchor_holds_a_network_to_what_it_was_on_clips_not_made_for_memory(tmp_path) -> None:

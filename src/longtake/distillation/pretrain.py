@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from longtake.distillation.rollout import steps_in_windows
 from longtake.flow import add_noise, shift_level
 from longtake.generation.blockwise import commit, view_for
 from longtake.memory.stream_memory import MemoryShape, StreamMemory
@@ -74,6 +75,7 @@ def teacher_forcing_loss(
     memory: MemoryShape,
     by_block: bool = False,
     levels: Sequence[float] = (),
+    offset: int | None = None,
     anchor: WanTransformer | None = None,
 ) -> Tensor:
     """Velocity error of noisy blocks, each at its own level and in front of the clean past that streaming would hold.
@@ -81,13 +83,21 @@ def teacher_forcing_loss(
     The clean past carries a little noise, so that a stream's own small errors are not new to the network. What reads
     the past teaches what wrote it: keys learn to be found, in the window and in the far state. by_block: whether clips
     are walked block by block, which is slower and gives the same. levels: those that are drawn from; none given: all
-    from 0 to 1, shifted. anchor: a network whose velocity is aimed at, and not the clips' own: a lesson in staying as
-    that one is (Learning without Forgetting, arXiv 1606.09282).
+    from 0 to 1, shifted. offset: blocks go together instead, by the windows that `rollout.windows` takes, each at the
+    level of its step: rolling diffusion (arXiv 2402.09470) as the schedule that serves has blocks in flight. anchor: a
+    network whose velocity is aimed at, and not the clips' own: a lesson in staying as that one is (Learning without
+    Forgetting, arXiv 1606.09282).
     """
     clean = clips.latents_BFCHW
     blocks = clean.shape[1] // block
-    draw = torch.rand(clean.shape[0], blocks, device=clean.device)
-    level = _one_of(levels, draw) if levels else shift_level(draw, shift)
+    together: list[int] = []
+    if offset is None:
+        draw = torch.rand(clean.shape[0], blocks, device=clean.device)
+        level = _one_of(levels, draw) if levels else shift_level(draw, shift)
+    else:
+        windows = steps_in_windows(blocks, len(levels), offset)
+        together = [len(steps) for steps in windows]
+        level = torch.stack([_all_at(levels[step], clean) for steps in windows for step in steps], dim=1)
     level_BF = level.repeat_interleave(block, dim=1)
     noise = torch.randn_like(clean)
     past = clean + CONTEXT_NOISE * torch.randn_like(clean)
@@ -95,13 +105,18 @@ def teacher_forcing_loss(
     noisy = add_noise(clean, noise, level_BF)
 
     def answer(of: WanTransformer) -> Tensor:
-        return forced(of, past, noisy, level_BF, of.prompt_keys(clips.text_BPLE), clips.prompt_BF, block, memory)
+        prompts = of.prompt_keys(clips.text_BPLE)
+        return forced(of, past, noisy, level_BF, prompts, clips.prompt_BF, block, memory, together)
 
     target = noise - clean
     if anchor is not None:
         with torch.no_grad():
             target = answer(anchor)
     return _focused_mse(answer(network), target, clips.focus_BFHW, focus_weight)
+
+
+def _all_at(level: float, clips_BFCHW: Tensor) -> Tensor:
+    return torch.full(clips_BFCHW.shape[:1], level, device=clips_BFCHW.device)
 
 
 def _one_of(levels: Sequence[float], draw: Tensor) -> Tensor:
@@ -112,7 +127,7 @@ def _one_of(levels: Sequence[float], draw: Tensor) -> Tensor:
 
 def forced_in_one_pass(
     network: WanTransformer, past_BFCHW: Tensor, noisy_BFCHW: Tensor, level_BF: Tensor,
-    prompts: PromptKeys, prompt_BF: Tensor, block: int, memory: MemoryShape,
+    prompts: PromptKeys, prompt_BF: Tensor, block: int, memory: MemoryShape, together: Sequence[int] = (),
 ) -> Tensor:  # fmt: skip
     """Velocity [B, F, C, H, W] of every noisy block in front of its past, all at once. Truth: `forced_by_block`.
 
@@ -120,7 +135,7 @@ def forced_in_one_pass(
     """
     require_one_pass(memory)
     frames = past_BFCHW.shape[1]
-    view = network.teacher_forced_view(past_BFCHW, block, memory)
+    view = network.teacher_forced_view(past_BFCHW, block, memory, together)
     velocity = network(
         torch.cat([past_BFCHW, noisy_BFCHW], dim=1),
         torch.cat([torch.zeros_like(level_BF), level_BF], dim=1),
@@ -139,21 +154,26 @@ def require_one_pass(memory: MemoryShape) -> None:
 
 def forced_by_block(
     network: WanTransformer, past_BFCHW: Tensor, noisy_BFCHW: Tensor, level_BF: Tensor,
-    prompts: PromptKeys, prompt_BF: Tensor, block: int, memory: MemoryShape,
+    prompts: PromptKeys, prompt_BF: Tensor, block: int, memory: MemoryShape, together: Sequence[int] = (),
 ) -> Tensor:  # fmt: skip
     """Velocity [B, F, C, H, W] of every noisy block in front of the memory of a stream, whatever that is.
 
     A block is estimated, then the past's own block is committed, as streams go on from given blocks. Unlike
-    theirs, commits keep their graph, and a change of prompt does nothing to the memory, under no policy.
+    theirs, commits keep their graph, and a change of prompt does nothing to the memory, under no policy. together: how
+    many blocks, one after the other, are estimated in one call, before the first of them is committed; none given: one.
     """
     stream = StreamMemory(memory, network.config.layers, ring=False, keeps_graph=True)
-    parts = (x.split(block, dim=1) for x in (past_BFCHW, noisy_BFCHW, level_BF, prompt_BF))
+    frames = past_BFCHW.shape[1]
+    sizes = [count * block for count in together] or block
+    parts = (x.split(sizes, dim=1) for x in (past_BFCHW, noisy_BFCHW, level_BF, prompt_BF))
     velocities = []
     for past, noisy, level, prompt in zip(*parts, strict=True):
         view = view_for(network, stream, noisy, prompts, prompt)
         velocities.append(network(noisy, level, prompts, view, prompt))
-        if len(velocities) * block < past_BFCHW.shape[1]:
-            commit(network, stream, past, prompts, view, prompt)
+        if stream.frames + past.shape[1] < frames:
+            own = view if past.shape[1] == block else None
+            for one, its_prompt in zip(past.split(block, dim=1), prompt.split(block, dim=1), strict=True):
+                commit(network, stream, one, prompts, own, its_prompt)
     return torch.cat(velocities, dim=1)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -64,6 +65,12 @@ def windows(
     for call in calls(network, memory, prompts, noise, levels, keeps_graph, end):
         if taken(call.number):
             yield from call.clean
+
+
+def steps_in_windows(blocks: int, levels: int, offset: int) -> list[list[int]]:
+    """The steps of the blocks in flight in each call that `windows` takes of a clip: of all blocks, in order."""
+    steps = [(offset - block) % levels for block in range(blocks)]  # a call's number is that of a block and its step
+    return [[steps[block] for block in one] for _, one in groupby(range(blocks), lambda block: block + steps[block])]
 
 
 def rollout(

@@ -7,6 +7,7 @@ and calls `view.attend`, so every backbone can read through every view.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -103,58 +104,69 @@ class TeacherForcedView:
 
     near: how the window is attended. commits_keep_sink: see `MemoryShape`. far: what each layer, by number, makes of
     frames that left the window, all placed alike, and projections: of what a layer reads from it; without one it stands
-    under the window's denominator. The sink must not enter it: ValueError.
+    under the window's denominator. The sink must not enter it: ValueError. together: how many noisy blocks, one after
+    the other, are denoised in one call and see each other; none given: each alone. They read no far state: ValueError.
     """
 
     def __init__(
         self, axes: RotaryAxes, shape: WindowShape, extent: int | None, block: int, blocks: int,
         rows: int, columns: int, device: torch.device | str, *,
         near: Attend = dense, commits_keep_sink: bool = True, far: Mapping[int, FarShape] | None = None,
-        projections: Sequence[Callable[[Tensor], Tensor]] = (),
+        projections: Sequence[Callable[[Tensor], Tensor]] = (), together: Sequence[int] = (),
     ):  # fmt: skip
+        if far and together:
+            raise ValueError("blocks that are denoised together cannot read a far state")
         if far and any(one.sink is not SinkInFar.NEVER for one in far.values()):
             raise ValueError("a far state that the sink enters as well can only be walked through block by block")
         self.block, self.blocks, self.tokens = block, blocks, rows * columns
         self._near, self._far, self._projections = near, far or {}, projections
-        frames = [range(b * block, (b + 1) * block) for b in range(blocks)]
-        # What the halves read, the clean one first; of equal lengths, and once if they read the same.
-        halves = [
-            [fitting(_held_frames(own.start, shape), block, sink, extent) for own in frames]
-            for sink in ((shape.sink,) if commits_keep_sink else (0, shape.sink))
-        ]
+        frames, windows = (
+            [range(a * block, b * block) for a, b in pairwise((0, *accumulate(counts)))]
+            for counts in ([1] * blocks, together or [1] * blocks)
+        )
         grid = Grid(axes, rows, columns)
         placed = next(iter(self._far.values()), None)
         self._moments = [_moment(own, placed, grid, shape, extent, device) for own in frames] if placed else []
-        positions = [place for own in frames for place in place_frames((), own, shape.sink, extent).current]
-        self.rotation = grid.rotation(positions + positions, device)
+        positions = [f for own in (*frames, *windows) for f in place_frames((), own, shape.sink, extent).current]
+        self.rotation = grid.rotation(positions, device)
 
-        def at_their_places(held: Sequence[int], own: range) -> Rotation:
+        def readings(passes: list[range], sink: int) -> list[_Reading]:
+            held = [fitting(_held_frames(own.start, shape), len(own), sink, extent) for own in passes]
+            return list(zip(passes, map(tuple, held), strict=True))
+
+        def at_their_places(own: range, held: Sequence[int]) -> Rotation:
             return grid.rotation(place_frames(held, own, shape.sink, extent).held, device)
 
         self._groups = [
             _Group(
-                blocks=lasting(_numbers(tuple(group), device)),
-                held=lasting(_numbers(tuple(tuple(tuple(half[b]) for b in group) for half in halves), device)),
-                rotation=_stack([_stack([at_their_places(half[b], frames[b]) for b in group]) for half in halves]),
+                halves=halves,
+                own=lasting(_numbers(tuple(tuple(own) for own, _ in alike), device)),
+                held=lasting(_numbers(tuple(held for _, held in alike), device)),
+                rotation=_stack([at_their_places(*one) for one in alike]),
             )
-            for group in _equally_long(halves[0])
+            for halves, alike in _equally_long(
+                readings(frames, shape.sink if commits_keep_sink else 0), readings(windows, shape.sink)
+            )
         ]
 
     def attend(self, layer: int, own: Tokens) -> Tensor:
-        halves = (2, self.blocks, self.block * self.tokens)
+        halves = (2, self.blocks * self.block, self.tokens)
         q, k, plain_k, v = (x.unflatten(1, halves) for x in (own.q, own.k, own.plain_k, own.v))
-        clean_k, clean_v = (x[:, 0].unflatten(2, (self.block, self.tokens)).flatten(1, 2) for x in (plain_k, v))
+        clean_k, clean_v = plain_k[:, 0], v[:, 0]
         out = torch.empty_like(q)
         for group in self._groups:
-            q_group, k_group, v_group = (x[:, :, group.blocks] for x in (q, k, v))
-            out[:, :, group.blocks] = group.attend(
-                self._near, q_group, k_group, v_group, clean_k[:, group.held], clean_v[:, group.held]
+            own_q, own_k, own_v = (x[:, group.halves, group.own] for x in (q, k, v))
+            out[:, group.halves, group.own] = group.attend(
+                self._near, own_q, own_k, own_v, clean_k[:, group.held], clean_v[:, group.held]
             )
+        out = out.flatten(1, 3)
         if layer in self._far:
-            plain_q, state = own.plain_q.unflatten(1, halves), FarState(self._far[layer])
+            halves = (2, self.blocks, self.block * self.tokens)
+            answers, plain_q = out.unflatten(1, halves), own.plain_q.unflatten(1, halves)
             project = self._projections[layer] if self._projections else None
-            out = self._with_far(out, plain_q, clean_k, clean_v, state, project)
-        return out.flatten(1, 3)
+            state = FarState(self._far[layer])
+            out = self._with_far(answers, plain_q, clean_k, clean_v, state, project).flatten(1, 3)
+        return out
 
     def _with_far(
         self, near: Tensor, plain_q: Tensor, clean_k: Tensor, clean_v: Tensor, state: FarState,
@@ -208,26 +220,29 @@ def _moment(
     return _Moment(gone, far.rotation(grid, behind, device), far.rotation(grid, asking, device))
 
 
+_Reading = tuple[range, tuple[int, ...]]
+"""A pass in a clip: its own frames, and those that it remembers."""
+
+
 @dataclass(frozen=True)
 class _Group:
-    """Blocks that remember equally many frames: their numbers [G], the frames they read [H, G, R], those' rotation.
+    """Passes over equally many frames that remember equally many: in which halves of the tokens they are (clean,
+    noisy), their own frames [G, F], the frames they read [G, R] and those' rotation."""
 
-    H is 2 if the halves read different frames, else 1.
-    """
-
-    blocks: Tensor
+    halves: slice
+    own: Tensor
     held: Tensor
     rotation: Rotation
 
     def attend(self, near: Attend, q: Tensor, k: Tensor, v: Tensor, held_k: Tensor, held_v: Tensor) -> Tensor:
-        """q, k, v [B, 2, G, T, N, D] of the clean and the noisy half; held [B, H, G, R, tokens, N, D], all clean."""
-        halves = (q.shape[0], 2, q.shape[2])
-        held_k = rotate(held_k.flatten(3, 4), self.rotation)
+        """q, k, v [B, halves, G, F, tokens, N, D]; held [B, G, R, tokens, N, D], all clean."""
+        passes = q.shape[:3]
+        held_k = rotate(held_k.flatten(2, 3), self.rotation)
         k, v = (
-            torch.cat([held.expand(*halves, *held.shape[3:]), own], dim=3)
-            for held, own in ((held_k, k), (held_v.flatten(3, 4), v))
+            torch.cat([held.unsqueeze(1).expand(*passes, *held.shape[2:]), own.flatten(3, 4)], dim=3)
+            for held, own in ((held_k, k), (held_v.flatten(2, 3), v))
         )
-        return near(*(x.flatten(0, 2) for x in (q, k, v))).unflatten(0, halves)
+        return near(*(x.flatten(0, 2) for x in (q.flatten(3, 4), k, v))).view_as(q)
 
 
 @dataclass(frozen=True)
@@ -274,12 +289,13 @@ def _held_frames(committed: int, shape: WindowShape) -> list[int]:
     return [f for f in range(committed) if f < shape.sink or f >= committed - shape.past]
 
 
-def _equally_long(held: list[list[int]]) -> list[list[int]]:
-    """Indices of the lists, grouped by length."""
-    groups: dict[int, list[int]] = {}
-    for index, frames in enumerate(held):
-        groups.setdefault(len(frames), []).append(index)
-    return list(groups.values())
+def _equally_long(clean: list[_Reading], noisy: list[_Reading]) -> list[tuple[slice, list[_Reading]]]:
+    """Passes of a clip's halves by their lengths, with the halves that they are in: both where both read alike."""
+    groups: dict[tuple[int, int, int, int], list[_Reading]] = {}
+    for one in dict.fromkeys([*clean, *noisy]):
+        own, held = one
+        groups.setdefault((0 if one in clean else 1, 2 if one in noisy else 1, len(own), len(held)), []).append(one)
+    return [(slice(*halves), alike) for (*halves, _, _), alike in groups.items()]
 
 
 @lru_cache(maxsize=256)

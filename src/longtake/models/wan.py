@@ -283,21 +283,25 @@ class WanTransformer(nn.Module):
         return Grid(self.config.axes, *self._grid(latents_BFCHW))
 
     def teacher_forced_view(
-        self, clean_BFCHW: Tensor, block: int, memory: MemoryShape
+        self, clean_BFCHW: Tensor, block: int, memory: MemoryShape, together: Sequence[int] = ()
     ) -> TeacherForcedView | LayeredView:  # fmt: skip
-        """A view for [clean copy | noisy copy] of a clip: every noisy block in front of its clean past, in parallel."""
+        """A view for [clean copy | noisy copy] of a clip: every noisy block in front of its clean past, in parallel.
+
+        together: how many noisy blocks, one after the other, are denoised in one call; none given: each alone.
+        """
         blocks, place = clean_BFCHW.shape[1] // block, (*self._grid(clean_BFCHW), clean_BFCHW.device)
         far = dict.fromkeys(range(len(self.blocks)), memory.far) if memory.far else None
         most = TeacherForcedView(
             self.config.axes, memory.window, memory.extent, block, blocks, *place,
             near=memory.near, commits_keep_sink=memory.commits_keep_sink, far=far, projections=self.projections,
+            together=together,
         )  # fmt: skip
         if not memory.converted:
             return most
         span = WindowShape(sink=0, past=memory.overlap)
         far = {layer: shape for layer, shape in memory.converted.items() if shape}
         others = TeacherForcedView(
-            self.config.axes, span, memory.extent, block, blocks, *place, near=memory.near, far=far
+            self.config.axes, span, memory.extent, block, blocks, *place, near=memory.near, far=far, together=together
         )  # fmt: skip
         return LayeredView(most, dict.fromkeys(memory.converted, others))
 

@@ -5,6 +5,7 @@ import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from longtake import parallel
@@ -29,6 +30,8 @@ def train_teacher_forcing(
             raise ValueError(f"frames ({stage.frames}) must be whole blocks of {recipe.block}")
         if stage.first_steps > len(recipe.steps):
             raise ValueError(f"{recipe.name} has {len(recipe.steps)} steps: first_steps cannot be {stage.first_steps}")
+        if stage.first_steps and recipe.rolls:
+            raise ValueError(f"{recipe.name} has blocks at all its steps in flight: first_steps is not for it")
         memory = recipe.memory(network)  # refused before work begins
         if not stage.recompute:
             require_one_pass(memory)
@@ -76,17 +79,27 @@ def forced_lesson(
 ) -> Callable[..., Tensor]:  # fmt: skip
     """Teacher forcing under a recipe's memory, of the `parts_of` of clips; of its weight for the learner.
 
-    levels, anchor: see `teacher_forcing_loss`.
+    levels, anchor: see `teacher_forcing_loss`. A recipe that rolls is learned by windows at its own levels, whose
+    offset is drawn for each batch.
     """
     memory = recipe.memory(network)
+    if recipe.rolls:
+        levels = recipe.levels(shift)
 
-    def loss(latents_BFCHW: Tensor, tokens_BPL: Tensor, prompt_BF: Tensor, focus_BFHW: Tensor) -> Tensor:
+    def loss(
+        latents_BFCHW: Tensor, tokens_BPL: Tensor, prompt_BF: Tensor, focus_BFHW: Tensor, offset: int | None
+    ) -> Tensor:  # fmt: skip
         with run.autocast():
             clips = Clips(latents_BFCHW, embed(text, tokens_BPL), prompt_BF, focus_BFHW)
             found = teacher_forcing_loss(
                 network, clips, shift, focus_weight,
-                block=recipe.block, memory=memory, by_block=by_block, levels=levels, anchor=anchor,
+                block=recipe.block, memory=memory, by_block=by_block, levels=levels, offset=offset, anchor=anchor,
             )  # fmt: skip
         return weight * found
 
-    return learner.taught_by(loss, recorded=not (by_block or memory.converted))
+    taught = learner.taught_by(loss, recorded=not (by_block or memory.converted))
+
+    def lesson(*parts: Tensor) -> Tensor:
+        return taught(*parts, int(torch.randint(len(levels), ())) if recipe.rolls else None)
+
+    return lesson
