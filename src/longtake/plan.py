@@ -44,18 +44,9 @@ from longtake.models.wan import PromptKeys, WanConfig, WanTransformer
 from longtake.models.wan_vae import WanVAE, WanVAEConfig
 from longtake.models.weights import described
 from longtake.parallel import kind_of, mapped_tensors
-from longtake.recipes import (
-    CODEC_FILE,
-    MODELS,
-    NETWORK_FILE,
-    RECIPES,
-    WAN_SHIFT,
-    decoder_named,
-    packaged,
-    reading,
-    recipe_named,
-    require_block,
-)
+from longtake.recipes import MODELS, RECIPES, recipe_named
+from longtake.recipes.wan_engines import WAN_SHIFT, decoder_named, reading, require_block
+from longtake.recipes.weight_files import CODEC_FILE, NETWORK_FILE, packaged
 from longtake.toy.scenes import HEIGHT, WIDTH
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
