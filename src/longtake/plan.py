@@ -174,7 +174,7 @@ def plan(
     """Bytes of a stream by part, its moments and its peak, ready for JSON; nothing is loaded.
 
     model: toy, or a name of `longtake models`. size: width and height of pictures. recipe: by default the one that the
-    model was trained under, else self_forcing_sink. decoder: of `recipes.DECODERS`, by default the model's own.
+    model was trained under, else self_forcing_sink. decoder: of `wan_engines.DECODERS`, by default the model's own.
     compile: as for `recipes.load`, on a GPU. `moments` are what is there at the same time. ValueError for unknown
     names, with the nearest, and for sizes, recipes and decoders that cannot be.
     """
