@@ -26,6 +26,7 @@ from longtake.attention.block_sparse import attend_blocks, best_blocks, block_sc
 from longtake.attention.dense import dense
 from longtake.evaluation.toy import evaluate_toy
 from longtake.generation.stream import Engine
+from longtake.recipes.devices import device_named
 
 RECIPE, TOKENS, SHARE = "hybrid_forcing", 12, 0.2  # the recipe's own
 
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=1)
     options = parser.parse_args()
-    device = recipes.device_named(None)
+    device = device_named(None)
     engine = recipes.load(options.model, recipe=RECIPE, device=device)
     torch.manual_seed(0)
     ways = {"all": dense, **{name: partial(attend, choice) for name, choice in CHOICES.items()}}

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from longtake.generation.stream import to_uint8
 from longtake.models.codec import Codec
-from longtake.recipes import toy_codec
+from longtake.recipes.weight_files import toy_codec
 from longtake.toy.detect import detect, detector_fingerprint, window_truth
 from longtake.toy.palettes import look
 from longtake.toy.poses import Pose, pose

@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from longtake import recipes
 from longtake.attention import linear, reference
 from longtake.attention.dense import dense, massed
 from longtake.attention.linear import Features
@@ -36,6 +35,8 @@ from longtake.attention.rope import Grid, Rotation, rotate
 from longtake.flow import add_noise, shift_level
 from longtake.memory.view import Tokens
 from longtake.models.features import LearnedForm
+from longtake.recipes.engines import latent_size
+from longtake.recipes.weight_files import TEACHER_FILE, load_network, packaged, toy_codec
 from longtake.toy.clips import training_scenes
 from longtake.toy.world import render
 
@@ -102,8 +103,8 @@ def main() -> None:
 def recordings(taught: int, held_out: int) -> tuple[Grid, list[Recorded], list[Recorded]]:
     """Clips to learn from and others, each at a level of its own, evenly spread before the shift."""
     device = torch.device("cpu")
-    text, network, description = recipes.load_network(recipes.packaged(recipes.TEACHER_FILE), device)
-    codec = recipes.toy_codec(device)
+    text, network, description = load_network(packaged(TEACHER_FILE), device)
+    codec = toy_codec(device)
     generator = torch.Generator().manual_seed(0)
 
     def recorded(count: int, seed: int) -> list[Recorded]:
@@ -126,7 +127,7 @@ def recordings(taught: int, held_out: int) -> tuple[Grid, list[Recorded], list[R
         return made
 
     torch.manual_seed(0)
-    return network.grid(torch.zeros(1, 1, *recipes.latent_size(codec))), recorded(taught, 1), recorded(held_out, 2)
+    return network.grid(torch.zeros(1, 1, *latent_size(codec))), recorded(taught, 1), recorded(held_out, 2)
 
 
 @dataclass

@@ -14,8 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from longtake import recipes
 from longtake.evaluation.sources import held_out_captions
+from longtake.recipes.devices import device_named
+from longtake.recipes.teacher import TEACHER_STEPS, toy_teacher
+from longtake.recipes.weight_files import CONVERTED_FILE, TEACHER_FILE, load_network
 
 MARK = "teacher"
 
@@ -25,16 +27,16 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", type=Path, required=True, help="folders with converted.safetensors")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--prompts", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=recipes.TEACHER_STEPS)
+    parser.add_argument("--steps", type=int, default=TEACHER_STEPS)
     options = parser.parse_args()
-    device = recipes.device_named(None)
+    device = device_named(None)
     found = {}
     for folder in options.models:
-        _, network, _ = recipes.load_network(folder / recipes.CONVERTED_FILE, torch.device("cpu"))
+        _, network, _ = load_network(folder / CONVERTED_FILE, torch.device("cpu"))
         assert network.config.conversion is not None
         current, found[str(folder)] = network.config.conversion.current, {}
-        for name, file in {MARK: recipes.TEACHER_FILE, "converted": recipes.CONVERTED_FILE}.items():
-            made = recipes.toy_teacher(device, model=folder, file=file, steps=options.steps)
+        for name, file in {MARK: TEACHER_FILE, "converted": CONVERTED_FILE}.items():
+            made = toy_teacher(device, model=folder, file=file, steps=options.steps)
             prompts = held_out_captions(options.prompts)
             pieces = [prompts[begin : begin + 25] for begin in range(0, len(prompts), 25)]
             steps_BF = torch.cat([changes(made(some, range(len(some)))) for some in pieces])

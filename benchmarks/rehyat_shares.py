@@ -15,9 +15,16 @@ from pathlib import Path
 
 import torch
 
-from longtake import recipes
 from longtake.distillation.attention_matching import easiest
 from longtake.models.wan import converted
+from longtake.recipes.weight_files import (
+    CODEC_FILE,
+    CONVERTED_FILE,
+    ENCODER_FILE,
+    TEACHER_FILE,
+    load_network,
+    save_network,
+)
 
 
 def main() -> None:
@@ -26,18 +33,18 @@ def main() -> None:
     parser.add_argument("--shares", nargs="+", type=float, required=True)
     parser.add_argument("--out", required=True, help="what the folders' names begin with")
     options = parser.parse_args()
-    text, network, description = recipes.load_network(options.matched / recipes.CONVERTED_FILE, torch.device("cpu"))
+    text, network, description = load_network(options.matched / CONVERTED_FILE, torch.device("cpu"))
     matching = json.loads((options.matched / "record.json").read_text())["spent"]["matching"]
     errors = {int(layer): one["beside_answer"] for layer, one in matching.items()}
     assert network.config.conversion is not None
     for share in options.shares:
         folder = Path(f"{options.out}{round(100 * share)}")
         folder.mkdir(parents=True)
-        for file in (recipes.CODEC_FILE, recipes.ENCODER_FILE, recipes.TEACHER_FILE):
+        for file in (CODEC_FILE, ENCODER_FILE, TEACHER_FILE):
             shutil.copyfile(options.matched / file, folder / file)
         made = converted(network, replace(network.config.conversion, layers=easiest(errors, share)))
-        path, shift = folder / recipes.CONVERTED_FILE, description["shift"]
-        recipes.save_network(path, text, made, role=description["role"], shift=shift, int8=False)
+        path, shift = folder / CONVERTED_FILE, description["shift"]
+        save_network(path, text, made, role=description["role"], shift=shift, int8=False)
         print(folder, made.config.conversion and made.config.conversion.layers)
 
 

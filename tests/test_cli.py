@@ -489,10 +489,10 @@ def test_bench_of_attention_has_a_row_for_each_window_and_backend(small_wan, cap
 
 
 def test_bench_of_codecs_has_a_row_for_each_step(small_wan, monkeypatch, capsys):
-    from longtake import recipes
     from longtake.models.wan_vae import WanVAE, WanVAEConfig
+    from longtake.recipes.wan_engines import DECODERS
 
-    monkeypatch.setitem(recipes.DECODERS, "wan", lambda: WanVAE(WanVAEConfig(dim=4)))
+    monkeypatch.setitem(DECODERS, "wan", lambda: WanVAE(WanVAEConfig(dim=4)))
     arguments = ["bench", "codec", "--size", "32x16", "--device", "cpu"]
     assert main([*arguments, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]

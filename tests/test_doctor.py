@@ -17,6 +17,7 @@ from longtake.attention.backends import BACKENDS, Backend
 from longtake.cli import main
 from longtake.doctor import Finding, Requirement
 from longtake.evaluation import kernels
+from longtake.recipes import devices, weight_files
 
 LONGTAKE = [sys.executable, "-c", "import sys; from longtake.cli import main; sys.exit(main())"]
 CPU = torch.device("cpu")
@@ -199,13 +200,13 @@ def test_a_kernel_that_breaks_off_is_a_problem_and_the_others_are_checked(monkey
 def packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the embedded decoder, which is looked for in the place of every file."""
     path = tmp_path / "copy.safetensors"
-    path.write_bytes(recipes.packaged(recipes.CODEC_FILE).read_bytes())
-    monkeypatch.setattr(recipes, "packaged", lambda name: path)
+    path.write_bytes(weight_files.packaged(weight_files.CODEC_FILE).read_bytes())
+    monkeypatch.setattr(weight_files, "packaged", lambda name: path)
     return path
 
 
 def test_weights_that_are_whole(packaged: Path) -> None:
-    files = [*dict.fromkeys(recipes.MODELS.values()), recipes.CODEC_FILE]
+    files = [*dict.fromkeys(recipes.MODELS.values()), weight_files.CODEC_FILE]
     assert [(one.state, one.name) for one in found(doctor._weights)] == [("ok", file) for file in files]
 
 
@@ -238,7 +239,7 @@ def test_weights_other_than_those_installed(packaged: Path, monkeypatch: pytest.
 
 
 def test_weights_that_are_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipes, "TOY_WEIGHTS", "toy/nowhere")
+    monkeypatch.setattr(weight_files, "TOY_WEIGHTS", "toy/nowhere")
     assert all("not part of this installation" in one.about for one in found(doctor._weights))
 
 
@@ -285,7 +286,7 @@ def test_a_gpu_that_does_not_compute_is_a_problem(monkeypatch: pytest.MonkeyPatc
     def refused(name: Any) -> torch.device:
         raise ValueError("cannot compute on device 'cuda:0': out of memory")
 
-    monkeypatch.setattr(recipes, "device_named", refused)
+    monkeypatch.setattr(devices, "device_named", refused)
     card = doctor._gpu("cuda:0")
     assert card.state == "problem" and "out of memory" in card.about and "--device cpu" in card.advice
 

@@ -22,7 +22,8 @@ import longtake
 from longtake.cli import main
 from longtake.generation.stream import Stream
 from longtake.media.mp4 import Mp4Writer, read_comment, read_frames
-from longtake.recipes import MODELS, packaged
+from longtake.recipes import MODELS
+from longtake.recipes.weight_files import packaged
 from tests import processes
 
 PROMPT = "a red ball bounces over green hills"

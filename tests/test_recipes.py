@@ -17,6 +17,20 @@ from longtake.memory.stream_memory import StreamMemory
 from longtake.memory.window import WindowShape
 from longtake.models.features import Conversion
 from longtake.models.wan import converted, reading_far
+from longtake.recipes.devices import CPU
+from longtake.recipes.methods import MEMORY_RULES
+from longtake.recipes.teacher import toy_teacher
+from longtake.recipes.weight_files import (
+    CODEC_FILE,
+    ENCODER_FILE,
+    NETWORK_FILE,
+    TEACHER_FILE,
+    load_codec,
+    load_network,
+    packaged,
+    save_network,
+    toy_codec,
+)
 from longtake.toy.scenes import HEIGHT, RATE, WIDTH
 from tests import tiny
 
@@ -28,7 +42,7 @@ def engine(model="toy", recipe="self_forcing_sink", dtype=torch.float32):
 def test_recipes_that_are_compared_see_equally_many_finished_frames_and_fit_the_network() -> None:
     network = converted(engine().network, Conversion(layers=(0, 9)))
     network.config = replace(network.config, reads_far=True)
-    for name in recipes.RECIPES.keys() - set(recipes.MEMORY_RULES):
+    for name in recipes.RECIPES.keys() - set(MEMORY_RULES):
         recipe = recipes.recipe_named(name)
         assert recipe.name == name
         assert recipe.sink + recipe.past == 6
@@ -83,8 +97,8 @@ def test_blocks_in_flight_come_on_top_of_sink_and_past() -> None:
 
 
 def test_rolling_forcing_streams_from_a_folder(tmp_path: Path) -> None:
-    for name in (recipes.NETWORK_FILE, recipes.CODEC_FILE):
-        shutil.copy(recipes.packaged(name), tmp_path / name)
+    for name in (NETWORK_FILE, CODEC_FILE):
+        shutil.copy(packaged(name), tmp_path / name)
     with engine(tmp_path, "rolling_forcing").stream("a red ball bounces over green hills") as stream:
         assert [len(next(stream).frames) for _ in range(2)] == [9, 12]
     with pytest.raises(ValueError, match="no weights for recipe rolling_forcing"):
@@ -181,14 +195,14 @@ def test_hybrid_forcing_without_what_is_new_in_it_is_self_forcing_with_a_sink() 
 
 def test_weights_stream_under_the_far_state_they_learned_to_read_and_no_other(tmp_path: Path) -> None:
     file = tmp_path / "student.safetensors"
-    text, network, about = recipes.load_network(recipes.packaged(recipes.NETWORK_FILE), recipes.CPU)
+    text, network, about = load_network(packaged(NETWORK_FILE), CPU)
     network, taught = reading_far(network), "hybrid_forcing:far=delta,features=2"
 
     def saved(*names: str) -> None:
-        recipes.save_network(file, text, network, role="student", shift=about["shift"], int8=True, recipes=names)
+        save_network(file, text, network, role="student", shift=about["shift"], int8=True, recipes=names)
 
     saved("self_forcing", taught)
-    assert recipes.load_network(file, recipes.CPU)[2]["recipes"] == ["self_forcing", taught]
+    assert load_network(file, CPU)[2]["recipes"] == ["self_forcing", taught]
     for name in (taught, "hybrid_forcing:features=2.0,share=1,far=delta", "hybrid_forcing:far=none", "self_forcing"):
         assert engine(file, name).recipe.name == name
     for name in ("hybrid_forcing", "hybrid_forcing:far=delta", "hybrid_forcing:far=delta,features=2,frames=9"):
@@ -199,22 +213,22 @@ def test_weights_stream_under_the_far_state_they_learned_to_read_and_no_other(tm
         with pytest.raises(ValueError, match=said):
             engine(file, name)
     saved()  # as files were written before
-    assert "recipes" not in recipes.load_network(file, recipes.CPU)[2]
+    assert "recipes" not in load_network(file, CPU)[2]
     assert engine(file, "hybrid_forcing").recipe.far == FarShape()
 
 
 def test_options_need_no_weights_of_their_own(monkeypatch) -> None:
-    monkeypatch.setitem(recipes.MODELS, ("toy", "hybrid_forcing"), recipes.NETWORK_FILE)
+    monkeypatch.setitem(recipes.MODELS, ("toy", "hybrid_forcing"), NETWORK_FILE)
     engine_of = engine("toy", "hybrid_forcing:share=0.1,far=none")
     assert engine_of.recipe.name == "hybrid_forcing:share=0.1,far=none"
 
 
 def test_a_name_a_folder_and_a_file_load_the_same_network(tmp_path: Path) -> None:
-    for name in (recipes.NETWORK_FILE, recipes.CODEC_FILE):
-        shutil.copy(recipes.packaged(name), tmp_path / name)
+    for name in (NETWORK_FILE, CODEC_FILE):
+        shutil.copy(packaged(name), tmp_path / name)
     alone = tmp_path / "alone"
     alone.mkdir()
-    shutil.copy(tmp_path / recipes.NETWORK_FILE, alone / "mine.safetensors")
+    shutil.copy(tmp_path / NETWORK_FILE, alone / "mine.safetensors")
     prompt = "a red ball bounces over green hills"
     frames = []
     for model in ("toy", tmp_path, alone / "mine.safetensors"):
@@ -259,16 +273,16 @@ def test_a_folder_of_the_models_name_does_not_hide_it(tmp_path: Path, monkeypatc
 
 def test_weights_of_another_kind_are_refused() -> None:
     with pytest.raises(ValueError, match="holds a teacher, which cannot stream"):
-        engine(recipes.packaged(recipes.TEACHER_FILE))
+        engine(packaged(TEACHER_FILE))
     with pytest.raises(ValueError, match="does not hold a network"):
-        engine(recipes.packaged(recipes.CODEC_FILE))
+        engine(packaged(CODEC_FILE))
     with pytest.raises(ValueError, match="does not hold a codec"):
-        recipes.load_codec([recipes.packaged(recipes.NETWORK_FILE)], torch.device("cpu"))
+        load_codec([packaged(NETWORK_FILE)], torch.device("cpu"))
 
 
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     cut = tmp_path / "student.safetensors"
-    cut.write_bytes(recipes.packaged(recipes.NETWORK_FILE).read_bytes()[:1000])
+    cut.write_bytes(packaged(NETWORK_FILE).read_bytes()[:1000])
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         longtake.load(cut, recipe="self_forcing")
 
@@ -282,20 +296,20 @@ def test_a_chosen_precision_leaves_the_weights_unrounded() -> None:
 
 
 def test_the_teacher_makes_whole_clips() -> None:
-    clips = recipes.toy_teacher(steps=1)(["a red ball"], [1])
+    clips = toy_teacher(steps=1)(["a red ball"], [1])
     assert clips.dtype == torch.uint8
     assert clips.shape == (1, 1 + 4 * (engine().network.config.extent - 1), HEIGHT, WIDTH, 3)
     assert clips.shape[1] >= 5 * RATE
 
 
 def test_codec_and_teacher_are_taken_from_a_folder(tmp_path: Path) -> None:
-    for name in (recipes.CODEC_FILE, recipes.ENCODER_FILE):
-        shutil.copy(recipes.packaged(name), tmp_path / name)
-    assert recipes.toy_codec(model=tmp_path).latent_channels == recipes.toy_codec().latent_channels
+    for name in (CODEC_FILE, ENCODER_FILE):
+        shutil.copy(packaged(name), tmp_path / name)
+    assert toy_codec(model=tmp_path).latent_channels == toy_codec().latent_channels
     with pytest.raises(ValueError, match=r"nor a folder that holds teacher\.safetensors"):
-        recipes.toy_teacher(model=tmp_path)
+        toy_teacher(model=tmp_path)
     with pytest.raises(ValueError, match=r"nor a folder that holds codec_decoder\.safetensors"):
-        recipes.toy_codec(model=tmp_path / recipes.CODEC_FILE)
+        toy_codec(model=tmp_path / CODEC_FILE)
 
 
 def test_the_number_of_levels_can_be_chosen() -> None:
@@ -321,6 +335,6 @@ def test_the_faster_type_is_found_by_one_threads_own_time(
     monkeypatch: pytest.MonkeyPatch, seconds: float, chosen: torch.dtype
 ) -> None:
     ticks, threads = cycle([0.0, seconds, 0.0, 1.0]), torch.get_num_threads()  # of float32, then of bfloat16
-    monkeypatch.setattr("longtake.recipes.time.thread_time", lambda: next(ticks))
+    monkeypatch.setattr("longtake.recipes.devices.time.thread_time", lambda: next(ticks))
     assert longtake.load("toy", recipe="self_forcing_sink").dtype == chosen
     assert torch.get_num_threads() == threads

@@ -10,6 +10,7 @@ import pytest
 
 from longtake import recipes
 from longtake.media.mp4 import read_frames
+from longtake.recipes.weight_files import CODEC_FILE, NETWORK_FILE
 
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "longtake/toy/weights/"
@@ -27,7 +28,7 @@ def wheel(tmp_path_factory) -> Path:
 def test_the_wheel_carries_what_generate_needs_and_no_more(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     weights = {name.removeprefix(WEIGHTS) for name in names if name.startswith(WEIGHTS) and "safetensors" in name}
-    assert weights == {recipes.CODEC_FILE, recipes.NETWORK_FILE, *recipes.MODELS.values()}
+    assert weights == {CODEC_FILE, NETWORK_FILE, *recipes.MODELS.values()}
     assert "longtake/models/hub.yaml" in names
     assert "longtake/serving/static/index.html" in names
     assert all(name.startswith("longtake") for name in names)

@@ -179,7 +179,7 @@ def _triton() -> Finding:
 def _gpu(name: str) -> Finding:
     import torch
 
-    from longtake.recipes import device_named
+    from longtake.recipes.devices import device_named
 
     try:
         device_named(name)
@@ -266,11 +266,12 @@ def _chosen_attention(device: str) -> Finding:
 
 
 def _weights() -> Iterator[Finding]:
-    from longtake import recipes
+    from longtake.recipes import MODELS
+    from longtake.recipes.weight_files import CODEC_FILE, packaged
 
-    for name in dict.fromkeys([*recipes.MODELS.values(), recipes.CODEC_FILE]):
+    for name in dict.fromkeys([*MODELS.values(), CODEC_FILE]):
         try:
-            path = recipes.packaged(name)
+            path = packaged(name)
             about = _content(path)
         except (ValueError, OSError) as error:
             advice = "pip install --force-reinstall longtake"
@@ -281,7 +282,7 @@ def _weights() -> Iterator[Finding]:
 
 def _content(path: Path) -> str:
     """What a file of the embedded model holds, a delta with its base. ValueError unless it is whole."""
-    from longtake.recipes import load_tensors
+    from longtake.recipes.weight_files import load_tensors
 
     tensors, description = load_tensors(path)
     if odd := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:

@@ -16,18 +16,10 @@ from longtake.memory.far import FarShape
 from longtake.memory.view import Attend
 from longtake.models.codec import Codec
 from longtake.models.features import Conversion
-from longtake.recipes import (
-    CODEC_FILE,
-    CPU,
-    MODELS,
-    NETWORK_FILE,
-    RECIPES,
-    latent_size,
-    load_codec,
-    load_network,
-    packaged,
-    recipe_named,
-)
+from longtake.recipes import MODELS, RECIPES, recipe_named
+from longtake.recipes.devices import CPU
+from longtake.recipes.engines import latent_size
+from longtake.recipes.weight_files import CODEC_FILE, NETWORK_FILE, load_codec, load_network, packaged
 
 MODEL = "toy"  # whose sizes are taken
 LOOKED_AT = 30  # blocks, to find the one from which on all are alike

@@ -44,18 +44,9 @@ from longtake.models.wan import PromptKeys, WanConfig, WanTransformer
 from longtake.models.wan_vae import WanVAE, WanVAEConfig
 from longtake.models.weights import described
 from longtake.parallel import kind_of, mapped_tensors
-from longtake.recipes import (
-    CODEC_FILE,
-    MODELS,
-    NETWORK_FILE,
-    RECIPES,
-    WAN_SHIFT,
-    decoder_named,
-    packaged,
-    reading,
-    recipe_named,
-    require_block,
-)
+from longtake.recipes import MODELS, RECIPES, recipe_named
+from longtake.recipes.wan_engines import WAN_SHIFT, decoder_named, reading, require_block
+from longtake.recipes.weight_files import CODEC_FILE, NETWORK_FILE, packaged
 from longtake.toy.scenes import HEIGHT, WIDTH
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -183,7 +174,7 @@ def plan(
     """Bytes of a stream by part, its moments and its peak, ready for JSON; nothing is loaded.
 
     model: toy, or a name of `longtake models`. size: width and height of pictures. recipe: by default the one that the
-    model was trained under, else self_forcing_sink. decoder: of `recipes.DECODERS`, by default the model's own.
+    model was trained under, else self_forcing_sink. decoder: of `wan_engines.DECODERS`, by default the model's own.
     compile: as for `recipes.load`, on a GPU. `moments` are what is there at the same time. ValueError for unknown
     names, with the nearest, and for sizes, recipes and decoders that cannot be.
     """

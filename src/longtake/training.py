@@ -57,6 +57,19 @@ from longtake.media.pictures import contact_sheet, save_png
 from longtake.models.light_codec import LightCodec, LightCodecConfig
 from longtake.models.text import WordEncoder, WordEncoderConfig
 from longtake.models.wan import WanConfig, WanTransformer, reading_far
+from longtake.recipes.engines import latent_size
+from longtake.recipes.weight_files import (
+    CODEC_FILE,
+    CONVERTED_FILE,
+    ENCODER_FILE,
+    NETWORK_FILE,
+    TEACHER_FILE,
+    load_codec,
+    load_network,
+    packaged,
+    save_codec,
+    save_network,
+)
 from longtake.toy import captions, world
 from longtake.toy.clips import ClipPool, Prompts, sample_prompts
 from longtake.toy.scenes import CLIP_PICTURES, RATE, sample_scenes
@@ -111,7 +124,7 @@ def _seed_of_noise(seed: int, rank: int) -> int:
 
 def _folder_named(start: str | Path) -> Path:
     """A folder of weights; "toy" is that of the embedded model. ValueError if there is none."""
-    folder = recipes.packaged(recipes.CODEC_FILE).parent if str(start) == "toy" else Path(start)
+    folder = packaged(CODEC_FILE).parent if str(start) == "toy" else Path(start)
     if not folder.is_dir():
         raise ValueError(f"no folder {start}: name one that holds weights, or toy")
     return folder
@@ -167,10 +180,10 @@ class _Inputs:
         return self.source is not None and (self.source / file).is_file()
 
     def codec(self) -> LightCodec:
-        return recipes.load_codec([self.path(recipes.CODEC_FILE), self.path(recipes.ENCODER_FILE)], self.device)
+        return load_codec([self.path(CODEC_FILE), self.path(ENCODER_FILE)], self.device)
 
     def network(self, file: str) -> tuple[WordEncoder, WanTransformer, float]:
-        text, network, description = recipes.load_network(self.path(file), self.device)
+        text, network, description = load_network(self.path(file), self.device)
         return text, network, description["shift"]
 
     def student(self, chosen: Sequence[Recipe]) -> tuple[WordEncoder, WanTransformer, float]:
@@ -178,15 +191,15 @@ class _Inputs:
 
         It can read a far state if one of them has one. If one of them has converted layers, the converted teacher.
         """
-        begin = recipes.TEACHER_FILE
-        if any(recipe.joint for recipe in chosen) and self.has(recipes.CONVERTED_FILE):
-            begin = recipes.CONVERTED_FILE
-        text, network, shift = self.network(recipes.NETWORK_FILE if self.has(recipes.NETWORK_FILE) else begin)
+        begin = TEACHER_FILE
+        if any(recipe.joint for recipe in chosen) and self.has(CONVERTED_FILE):
+            begin = CONVERTED_FILE
+        text, network, shift = self.network(NETWORK_FILE if self.has(NETWORK_FILE) else begin)
         return text, reading_far(network) if any(recipe.far for recipe in chosen) else network, shift
 
     def teacher_of(self, text: WordEncoder) -> WanTransformer:
         """The teacher, whose prompts a student's text encoder has to read as its own does."""
-        own, teacher, _ = self.network(recipes.TEACHER_FILE)
+        own, teacher, _ = self.network(TEACHER_FILE)
         if own.config != text.config or not all(map(_alike, own.parameters(), text.parameters())):
             raise ValueError(f"{self.source} holds a student of another teacher: their text encoders differ")
         return teacher
@@ -215,8 +228,8 @@ def _train_codec(stage: CodecStage, inputs: _Inputs, chosen: Sequence[Recipe], r
         return world.render(scenes, stage.pictures, first, painter)
 
     spent = stages.train_codec(codec, pictures, lambda name: _show_codec(codec, name, run), stage, run)
-    recipes.save_codec(run.out, codec, int8=True)
-    saved = recipes.load_codec([run.out / recipes.CODEC_FILE, run.out / recipes.ENCODER_FILE], run.device)
+    save_codec(run.out, codec, int8=True)
+    saved = load_codec([run.out / CODEC_FILE, run.out / ENCODER_FILE], run.device)
     return spent | _codec_report(saved, run)
 
 
@@ -247,8 +260,8 @@ def _codec_report(codec: LightCodec, run: Run) -> dict[str, float]:
 
 
 def _train_teacher(stage: TeacherStage, inputs: _Inputs, chosen: Sequence[Recipe], run: Run) -> dict[str, float]:
-    if inputs.has(recipes.TEACHER_FILE):
-        text, network, shift = inputs.network(recipes.TEACHER_FILE)
+    if inputs.has(TEACHER_FILE):
+        text, network, shift = inputs.network(TEACHER_FILE)
         if (network.config, shift) != (stage.network, stage.shift):
             raise ValueError(f"{inputs.source} holds a teacher of another shape or shift: start from its codec alone")
     else:
@@ -259,23 +272,23 @@ def _train_teacher(stage: TeacherStage, inputs: _Inputs, chosen: Sequence[Recipe
     toy = ToyWorld(inputs.codec(), run)
     spent = stages.train_teacher(text, network, toy, stage, run)
     if run.first:
-        path = run.out / recipes.TEACHER_FILE
-        recipes.save_network(path, text, network, role="teacher", shift=stage.shift, int8=True)
+        path = run.out / TEACHER_FILE
+        save_network(path, text, network, role="teacher", shift=stage.shift, int8=True)
     return spent
 
 
 def _train_attention_matching(
     stage: AttentionMatchingStage, inputs: _Inputs, chosen: Sequence[Recipe], run: Run
 ) -> dict[str, Any]:
-    text, teacher, shift = inputs.network(recipes.TEACHER_FILE)
+    text, teacher, shift = inputs.network(TEACHER_FILE)
     toy = ToyWorld(inputs.codec(), run)
     network, spent = stages.train_attention_matching(text, teacher, toy, shift, stage, run)
-    _save_clip_network(recipes.CONVERTED_FILE, text, network, shift, run)
+    _save_clip_network(CONVERTED_FILE, text, network, shift, run)
     return spent
 
 
 def _train_finetune(stage: FinetuneStage, inputs: _Inputs, chosen: Sequence[Recipe], run: Run) -> dict[str, float]:
-    file = recipes.TEACHER_FILE if stage.softmax else recipes.CONVERTED_FILE
+    file = TEACHER_FILE if stage.softmax else CONVERTED_FILE
     text, network, shift = inputs.network(file)
     toy = ToyWorld(inputs.codec(), run)
     spent = stages.train_finetune(text, network, toy, shift, stage, run)
@@ -287,7 +300,7 @@ def _save_clip_network(file: str, text: WordEncoder, network: WanTransformer, sh
     """As it is: other stages go on from it, and its softmax twin is compared with it."""
     if run.first:
         role = "teacher" if network.config.conversion is None else "converted teacher"
-        recipes.save_network(run.out / file, text, network, role=role, shift=shift, int8=False)
+        save_network(run.out / file, text, network, role=role, shift=shift, int8=False)
 
 
 def _train_teacher_forcing(
@@ -323,8 +336,8 @@ def _save_student(
     text: WordEncoder, network: WanTransformer, shift: float, chosen: Sequence[Recipe], run: Run, *, int8: bool
 ) -> None:
     if run.first:
-        path, names = run.out / recipes.NETWORK_FILE, [recipe.name for recipe in chosen]
-        recipes.save_network(path, text, network, role="student", shift=shift, int8=int8, recipes=names)
+        path, names = run.out / NETWORK_FILE, [recipe.name for recipe in chosen]
+        save_network(path, text, network, role="student", shift=shift, int8=int8, recipes=names)
 
 
 @dataclass(frozen=True)
@@ -336,15 +349,15 @@ class _Kind:
     train: Callable[[Any, _Inputs, Sequence[Recipe], Run], dict[str, Any]]
 
 
-_CODEC = (recipes.CODEC_FILE, recipes.ENCODER_FILE)
+_CODEC = (CODEC_FILE, ENCODER_FILE)
 STAGES = {
     "codec": _Kind(CodecStage, (), _train_codec),
     "teacher": _Kind(TeacherStage, _CODEC, _train_teacher),
-    "attention_matching": _Kind(AttentionMatchingStage, (*_CODEC, recipes.TEACHER_FILE), _train_attention_matching),
-    "finetune": _Kind(FinetuneStage, (*_CODEC, recipes.TEACHER_FILE), _train_finetune),
-    "teacher_forcing": _Kind(TeacherForcingStage, (*_CODEC, recipes.TEACHER_FILE), _train_teacher_forcing),
-    "ode": _Kind(OdeStage, (*_CODEC, recipes.TEACHER_FILE), _train_ode),
-    "dmd": _Kind(DmdStage, (*_CODEC, recipes.TEACHER_FILE, recipes.NETWORK_FILE), _train_dmd),
+    "attention_matching": _Kind(AttentionMatchingStage, (*_CODEC, TEACHER_FILE), _train_attention_matching),
+    "finetune": _Kind(FinetuneStage, (*_CODEC, TEACHER_FILE), _train_finetune),
+    "teacher_forcing": _Kind(TeacherForcingStage, (*_CODEC, TEACHER_FILE), _train_teacher_forcing),
+    "ode": _Kind(OdeStage, (*_CODEC, TEACHER_FILE), _train_ode),
+    "dmd": _Kind(DmdStage, (*_CODEC, TEACHER_FILE, NETWORK_FILE), _train_dmd),
 }
 
 
@@ -358,7 +371,7 @@ class ToyWorld:
 
     def __init__(self, codec: LightCodec, run: Run):
         self._codec, self._run = codec, run
-        self.latent_size = recipes.latent_size(codec)
+        self.latent_size = latent_size(codec)
 
     def clips(self, size: int, seed: int, frames: int, memory_share: float = 0.0) -> ClipPool:
         pictures = max(CLIP_PICTURES, 1 + (frames - 1) * self._codec.temporal_factor)

@@ -21,7 +21,8 @@ from longtake.models.standins import RandomText
 from longtake.models.wan import WanTransformer
 from longtake.models.wan_vae import WanVAE, WanVAEConfig
 from longtake.plan import bytes_of_stream
-from longtake.recipes import hybrid_forcing, longlive, reading, rehyat, rolling_forcing, self_forcing_sink
+from longtake.recipes import hybrid_forcing, longlive, rehyat, rolling_forcing, self_forcing_sink
+from longtake.recipes.wan_engines import reading
 
 PASSES = [f"{PASS} {number}" for number in range(1, 5)]
 

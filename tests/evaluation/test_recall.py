@@ -12,7 +12,8 @@ from torch import Tensor
 
 from longtake.evaluation import recall, sources
 from longtake.evaluation.sources import stacked
-from longtake.recipes import self_forcing_sink, toy_codec
+from longtake.recipes import self_forcing_sink
+from longtake.recipes.weight_files import toy_codec
 from longtake.toy.captions import parse
 from longtake.toy.detect import detect
 from longtake.toy.scenes import ATTRIBUTES, RATE, Scenes, held_out_combinations, make_scene

@@ -23,7 +23,8 @@ from longtake.cli.verify import _recipe_to_verify
 from longtake.evaluation import verify
 from longtake.evaluation.verify import Check, latent_colour_checks, latents_checks, motion, neighbours_alike
 from longtake.models.wan_vae import WanVAE, WanVAEConfig
-from longtake.recipes import WAN_SHIFT, load_network, packaged
+from longtake.recipes.wan_engines import WAN_SHIFT
+from longtake.recipes.weight_files import load_network, packaged
 
 BLOCK, PATCH = 3, 2
 SHORT = ["--size", "192x112", "--blocks", "2", "--device", "cpu"]

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from tests import tiny
 
 import longtake
-from longtake import recipes
 from longtake.generation.stream import Engine
+from longtake.recipes.weight_files import CODEC_FILE, NETWORK_FILE, packaged
 
 PROMPT = "anything"
 
@@ -92,8 +92,8 @@ def test_pictures_that_do_not_fit_are_refused() -> None:
 
 def test_the_embedded_model_goes_on_from_what_it_sees(tmp_path: Path) -> None:
     """And without an encoder's file it streams as ever, but takes no pictures."""
-    for name in (recipes.NETWORK_FILE, recipes.CODEC_FILE):
-        shutil.copy(recipes.packaged(name), tmp_path / name)
+    for name in (NETWORK_FILE, CODEC_FILE):
+        shutil.copy(packaged(name), tmp_path / name)
     prompt = "a red ball stands still over green hills"
     without = longtake.load(tmp_path, recipe="self_forcing_sink", dtype=torch.float32)
     pictures = np.concatenate([chunk.frames for chunk in islice(without.stream(prompt), 2)])

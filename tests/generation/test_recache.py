@@ -20,7 +20,8 @@ from longtake.generation.stream import StreamBatch
 from longtake.memory.stream_memory import StreamMemory
 from longtake.memory.view import MemoryView
 from longtake.models.wan import PromptKeys, WanTransformer
-from longtake.recipes import MEMORY_RULES, MODELS, recipe_named
+from longtake.recipes import MODELS, recipe_named
+from longtake.recipes.methods import MEMORY_RULES
 
 B = tiny.BLOCK
 EVERY = pytest.mark.parametrize("name", MEMORY_RULES)

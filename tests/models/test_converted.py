@@ -24,6 +24,8 @@ from longtake.models.features import Conversion
 from longtake.models.text import WordEncoder, WordEncoderConfig
 from longtake.models.wan import WanConfig, WanTransformer, converted
 from longtake.recipes import rehyat
+from longtake.recipes.devices import CPU
+from longtake.recipes.weight_files import NETWORK_FILE, load_network, save_network
 
 BLOCK = tiny.BLOCK
 
@@ -45,8 +47,8 @@ def text_encoder() -> WordEncoder:
 
 
 def saved(path: Path, network: WanTransformer, int8: bool = False) -> WanTransformer:
-    recipes.save_network(path, text_encoder(), network, role="student", shift=3.0, int8=int8)
-    return recipes.load_network(path, recipes.CPU)[1]
+    save_network(path, text_encoder(), network, role="student", shift=3.0, int8=int8)
+    return load_network(path, CPU)[1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,7 +87,7 @@ def test_files_of_networks_that_know_nothing_of_maps_load_as_before(tmp_path: Pa
         description = json.loads(file.metadata()["longtake"])
     assert description["network"].pop("conversion") is None
     save_file(load_file(path), path, metadata={"longtake": json.dumps(description)})
-    loaded = recipes.load_network(path, recipes.CPU)[1]
+    loaded = load_network(path, CPU)[1]
     assert loaded.config == plain.config and not loaded.features
 
 
@@ -298,9 +300,9 @@ def test_weights_that_cannot_be_streamed_are_refused(network, said: str) -> None
 
 
 def test_a_recipe_that_needs_maps_is_refused_by_one_line_when_weights_are_loaded(tmp_path: Path) -> None:
-    saved(tmp_path / recipes.NETWORK_FILE, tiny.network().float())
+    saved(tmp_path / NETWORK_FILE, tiny.network().float())
     with pytest.raises(ValueError, match=r"these weights have none: longtake train attention_matching converts some$"):
-        recipes.load(tmp_path / recipes.NETWORK_FILE, recipe="rehyat", device="cpu")
+        recipes.load(tmp_path / NETWORK_FILE, recipe="rehyat", device="cpu")
 
 
 @pytest.mark.parametrize("name", ["far=delta", "far=cap,frames=0", "far=keep,frames=4", "far=none,frames=4"])

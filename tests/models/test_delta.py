@@ -22,6 +22,8 @@ from longtake.models.names import is_low_rank
 from longtake.models.wan import reading_far
 from longtake.models.weights import described, load_weights, save_weights
 from longtake.plan import plan
+from longtake.recipes.devices import CPU
+from longtake.recipes.weight_files import CODEC_FILE, NETWORK_FILE, load_network, load_tensors, packaged, save_network
 
 SHAPES = {"network.q.weight": (24, 40), "network.o.weight": (40, 24), "network.q.bias": (24,), "text.words": (9, 8)}
 PROMPT = "a red ball bounces over green hills"
@@ -39,12 +41,12 @@ def saved(path: Path, tensors: Tensors, *, int8: bool = False, **about: object) 
 
 
 def read_back(path: Path) -> Tensors:
-    return recipes.load_tensors(path)[0]
+    return load_tensors(path)[0]
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    return saved(tmp_path / recipes.NETWORK_FILE, weights(0))
+    return saved(tmp_path / NETWORK_FILE, weights(0))
 
 
 def tuned_from(base: Path, changes: Tensors, **about: object) -> Path:
@@ -59,7 +61,7 @@ def tuned_from(base: Path, changes: Tensors, **about: object) -> Path:
 @given(seed=st.integers(1, 1000), scale=st.floats(1e-3, 1))
 def test_at_full_rank_it_is_the_tuned_weights_but_for_int8_rounding_of_their_change(tmp_path_factory, seed, scale):
     folder = tmp_path_factory.mktemp("full")
-    base = saved(folder / recipes.NETWORK_FILE, weights(0))
+    base = saved(folder / NETWORK_FILE, weights(0))
     tensors = {name: x + scale * weights(seed)[name] for name, x in weights(0).items()}
     told = save_delta(folder / "delta.safetensors", base, saved(folder / "tuned.safetensors", tensors), rank=24)
     whole = read_back(folder / "delta.safetensors")
@@ -76,7 +78,7 @@ def test_at_full_rank_it_is_the_tuned_weights_but_for_int8_rounding_of_their_cha
 def test_what_is_lost_is_the_least_that_any_factors_of_the_rank_would_lose(tmp_path_factory, seed, rank, scale):
     """But for the rounding of the factors, which is small beside the change: smaller than an int8 file's weights."""
     folder = tmp_path_factory.mktemp("rank")
-    base, name = saved(folder / recipes.NETWORK_FILE, weights(0)), "network.q.weight"
+    base, name = saved(folder / NETWORK_FILE, weights(0)), "network.q.weight"
     change = scale * weights(seed)[name]
     told = save_delta(
         folder / "delta.safetensors", base, tuned_from(base, {name: weights(0)[name] + change}), rank=rank
@@ -92,7 +94,7 @@ def test_what_is_lost_is_the_least_that_any_factors_of_the_rank_would_lose(tmp_p
 @given(seed=st.integers(1, 1000))
 def test_the_error_falls_with_the_rank_and_the_file_grows(tmp_path_factory, seed):
     folder = tmp_path_factory.mktemp("falls")
-    base = saved(folder / recipes.NETWORK_FILE, weights(0))
+    base = saved(folder / NETWORK_FILE, weights(0))
     changes = {name: x + 0.1 * weights(seed)[name] for name, x in weights(0).items() if name.endswith("weight")}
     tuned = tuned_from(base, changes)
     told = [save_delta(folder / f"{rank}.safetensors", base, tuned, rank=rank) for rank in (1, 3, 6, 10, 14)]
@@ -144,7 +146,7 @@ def test_a_delta_is_refused_for_another_base_and_for_one_that_is_not_there(base,
     delta, own = tmp_path / "delta.safetensors", {"network.q.bias": torch.ones(24)}
     belongs = save_delta(delta, base, tuned_from(base, own), rank=2)["base"]
     saved(base, weights(5))
-    embedded = recipes.packaged(recipes.NETWORK_FILE)
+    embedded = packaged(NETWORK_FILE)
     with pytest.raises(ValueError) as refused:
         read_back(delta)
     said = str(refused.value)
@@ -174,7 +176,7 @@ def test_a_delta_whose_tensors_have_no_place_is_refused(base, tmp_path):
 
 def test_leftovers_and_gaps_of_a_delta_are_named(tmp_path):
     delta = tmp_path / "delta.safetensors"
-    save_delta(delta, recipes.packaged(recipes.NETWORK_FILE), tuned_student(tmp_path / "tuned.safetensors"), rank=2)
+    save_delta(delta, packaged(NETWORK_FILE), tuned_student(tmp_path / "tuned.safetensors"), rank=2)
     stored, about = load_weights(delta)
     for tensors, said in (
         (stored | {"network.extra": torch.zeros(3)}, r"1 not known \(network.extra\)"),
@@ -189,12 +191,12 @@ def test_what_cannot_be_a_delta_is_refused_and_leaves_nothing(base, tmp_path, ca
     tuned, delta = tuned_from(base, {"network.q.bias": torch.ones(24)}), tmp_path / "delta.safetensors"
     save_delta(tmp_path / "other.safetensors", base, tuned, rank=2)
     wider = saved(tmp_path / "wider.safetensors", weights(0) | {"network.q.weight": torch.randn(24, 41)})
-    codec, there = recipes.packaged(recipes.CODEC_FILE), sorted(tmp_path.iterdir())
+    codec, there = packaged(CODEC_FILE), sorted(tmp_path.iterdir())
     for arguments, said in (
         ([base, tuned, "-o", delta, "--rank", 0], "the rank of a delta is 1 or more, got 0"),
         ([base, base, "-o", delta], f"{base} does not differ from {base}"),
         ([base, wider, "-o", delta], "it lacks or reshapes 1 tensors (network.q.weight)"),
-        (["toy", tuned, "-o", delta], f"{tuned} is not {recipes.packaged(recipes.NETWORK_FILE)} tuned"),
+        (["toy", tuned, "-o", delta], f"{tuned} is not {packaged(NETWORK_FILE)} tuned"),
         ([base, codec, "-o", delta], f"{codec} does not hold a network"),
         (
             [base, tmp_path / "other.safetensors", "-o", delta],
@@ -217,7 +219,7 @@ def test_what_cannot_be_a_delta_is_refused_and_leaves_nothing(base, tmp_path, ca
 def test_the_command_tells_size_and_error(base, tmp_path, capsys):
     tuned_from(base, {"network.q.weight": weights(0)["network.q.weight"] + weights(1)["network.q.weight"]})
     (tmp_path / "run").mkdir()
-    shutil.move(tmp_path / "tuned.safetensors", tmp_path / "run" / recipes.NETWORK_FILE)
+    shutil.move(tmp_path / "tuned.safetensors", tmp_path / "run" / NETWORK_FILE)
     delta = tmp_path / "delta.safetensors"
     arguments = ["models", "delta", str(tmp_path), str(tmp_path / "run"), "-o", str(delta), "--rank", "3"]
     assert main([*arguments, "--json"]) == 0
@@ -236,25 +238,23 @@ def test_the_command_tells_size_and_error(base, tmp_path, capsys):
 
 def tuned_student(path: Path) -> Path:
     """The embedded student, changed in every way that training under a far state changes one."""
-    text, network, about = recipes.load_network(recipes.packaged(recipes.NETWORK_FILE), recipes.CPU)
+    text, network, about = load_network(packaged(NETWORK_FILE), CPU)
     network = reading_far(network)
     torch.manual_seed(0)
     for parameter in network.parameters():
         parameter += 0.02 * torch.randn_like(parameter) * parameter.abs().mean().clamp_min(0.05)
-    recipes.save_network(
-        path, text, network, role="student", shift=about["shift"], int8=False, recipes=["hybrid_forcing"]
-    )
+    save_network(path, text, network, role="student", shift=about["shift"], int8=False, recipes=["hybrid_forcing"])
     return path
 
 
 @pytest.fixture
 def embedded(tmp_path, monkeypatch) -> Path:
     """An installation that has a delta for hybrid_forcing; its path."""
-    for name in (recipes.NETWORK_FILE, recipes.CODEC_FILE):
-        (tmp_path / name).symlink_to(recipes.packaged(name))
+    for name in (NETWORK_FILE, CODEC_FILE):
+        (tmp_path / name).symlink_to(packaged(name))
     delta = tmp_path / "student_hybrid_forcing.safetensors"
-    save_delta(delta, recipes.packaged(recipes.NETWORK_FILE), tuned_student(tmp_path / "tuned.safetensors"), rank=8)
-    monkeypatch.setattr(recipes, "TOY_WEIGHTS", str(tmp_path))
+    save_delta(delta, packaged(NETWORK_FILE), tuned_student(tmp_path / "tuned.safetensors"), rank=8)
+    monkeypatch.setattr("longtake.recipes.weight_files.TOY_WEIGHTS", str(tmp_path))
     monkeypatch.setitem(recipes.MODELS, ("toy", "hybrid_forcing"), delta.name)
     return delta
 
@@ -266,7 +266,7 @@ def pictures(model: str | Path) -> tuple[str, np.ndarray]:
 
 
 def test_an_embedded_delta_streams_as_the_merged_weights_do(embedded, tmp_path):
-    tensors, description = recipes.load_tensors(embedded)
+    tensors, description = load_tensors(embedded)
     merged = tmp_path / "merged.safetensors"
     save_weights(merged, tensors, {key: x for key, x in description.items() if key != "delta"}, int8=False)
     told, frames = pictures("toy")
@@ -279,8 +279,8 @@ def test_an_embedded_delta_streams_as_the_merged_weights_do(embedded, tmp_path):
 def test_a_folder_whose_student_is_a_delta_on_the_embedded_one_streams(embedded, tmp_path):
     folder = tmp_path / "mine"
     folder.mkdir()
-    shutil.copy(embedded, folder / recipes.NETWORK_FILE)
-    shutil.copy(recipes.packaged(recipes.CODEC_FILE), folder)
+    shutil.copy(embedded, folder / NETWORK_FILE)
+    shutil.copy(packaged(CODEC_FILE), folder)
     assert pictures(folder)[0] == pictures("toy")[0]
 
 
@@ -302,7 +302,7 @@ def test_what_is_told_of_a_recipe_is_told_of_its_delta(embedded, capsys):
     assert "--model toy --recipe hybrid_forcing" in capsys.readouterr().out.splitlines()
     found = {one.name: one for one in doctor._weights()}
     assert found[embedded.name].state == "ok" and found[embedded.name].about.startswith("student, 12.2 million numbers")
-    (embedded.parent / recipes.NETWORK_FILE).unlink()
-    shutil.copy(embedded.parent / "tuned.safetensors", embedded.parent / recipes.NETWORK_FILE)
+    (embedded.parent / NETWORK_FILE).unlink()
+    shutil.copy(embedded.parent / "tuned.safetensors", embedded.parent / NETWORK_FILE)
     broken = next(one for one in doctor._weights() if one.name == embedded.name)
     assert broken.state == "problem" and "is a delta on the weights" in broken.about

@@ -21,7 +21,8 @@ from longtake.models import hub
 from longtake.models.checkpoints import load_published, load_wan, load_wan_vae
 from longtake.models.hub import Download, published, registry
 from longtake.models.wan_vae import WanVAE, WanVAEConfig
-from longtake.recipes import load_wan_network, recipe_named
+from longtake.recipes import recipe_named
+from longtake.recipes.wan_engines import load_wan_network
 
 pytest.importorskip("huggingface_hub")
 NAME, FILE = "self-forcing", "checkpoints/self_forcing_dmd.pt"

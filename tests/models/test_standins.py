@@ -5,7 +5,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-from longtake import recipes
 from longtake.evaluation.parts import work_by_part
 from longtake.evaluation.steady import bench_steady
 from longtake.models import checkpoints
@@ -13,7 +12,8 @@ from longtake.models.checkpoints import WAN_1_3B
 from longtake.models.standins import NoDecoder, RandomText, drawn, without_numbers
 from longtake.models.wan import WanTransformer
 from longtake.models.wan_vae import WanVAE, WanVAEConfig
-from longtake.recipes import RECIPES, load_random, reading, recipe_named
+from longtake.recipes import RECIPES, load_random, recipe_named
+from longtake.recipes.wan_engines import DECODERS, reading
 
 CPU = torch.device("cpu")
 SMALL = replace(WAN_1_3B, dim=24, heads=2, ffn_dim=32, layers=2, text_dim=8)
@@ -23,7 +23,7 @@ SMALL = replace(WAN_1_3B, dim=24, heads=2, ffn_dim=32, layers=2, text_dim=8)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Wan's 1.3B and its VAE, tiny in width alone."""
     monkeypatch.setitem(checkpoints.NETWORKS, "wan2.1-1.3b", SMALL)
-    monkeypatch.setitem(recipes.DECODERS, "wan", lambda: WanVAE(WanVAEConfig(dim=4)))
+    monkeypatch.setitem(DECODERS, "wan", lambda: WanVAE(WanVAEConfig(dim=4)))
 
 
 @pytest.mark.parametrize("name", RECIPES)

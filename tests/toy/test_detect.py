@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as nn
 
 from longtake.generation.stream import to_uint8
-from longtake.recipes import toy_codec
+from longtake.recipes.weight_files import toy_codec
 from longtake.toy.detect import Detections, detect, detector_fingerprint, frozen_fingerprint, window_truth
 from longtake.toy.palettes import look
 from longtake.toy.poses import Pose, pose

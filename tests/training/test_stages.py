@@ -26,6 +26,16 @@ from longtake.models.delta import save_delta
 from longtake.models.text import WordEncoder
 from longtake.models.wan import WanTransformer
 from longtake.models.weights import load_weights
+from longtake.recipes.devices import CPU
+from longtake.recipes.teacher import toy_teacher
+from longtake.recipes.weight_files import (
+    CODEC_FILE,
+    CONVERTED_FILE,
+    NETWORK_FILE,
+    TEACHER_FILE,
+    load_network,
+    save_network,
+)
 from longtake.toy import world
 from longtake.training import STAGES, _seed_of_noise, report, with_settings
 from tests.processes import Started
@@ -59,8 +69,8 @@ READS = {
     "ode": "teacher",
     "dmd": "ode",
 }
-MAKES = {"codec": recipes.CODEC_FILE, "teacher": recipes.TEACHER_FILE}
-MAKES |= dict.fromkeys(("attention_matching", "finetune"), recipes.CONVERTED_FILE)
+MAKES = {"codec": CODEC_FILE, "teacher": TEACHER_FILE}
+MAKES |= dict.fromkeys(("attention_matching", "finetune"), CONVERTED_FILE)
 
 
 def command(stage: str, out: Path, folders: Path) -> list[str]:
@@ -99,7 +109,7 @@ def test_from_nothing_to_a_student_that_streams(folders) -> None:
     assert all(row["pull"] > 0 for row in rows) and rows[-1]["far_weights"] > 0
     assert read_metrics(folders / "teacher_forcing")[-1]["far_weights"] > 0
     for stage in ("teacher_forcing", "dmd"):
-        with safe_open(folders / stage / recipes.NETWORK_FILE, "pt") as file:
+        with safe_open(folders / stage / NETWORK_FILE, "pt") as file:
             assert json.loads(file.metadata()["longtake"])["recipes"] == list(RECIPES[stage])
     engine = recipes.load(folders / "dmd", recipe="self_forcing_sink", dtype=torch.float32, levels=2)
     with engine.stream("a red ball") as stream:
@@ -117,7 +127,7 @@ def test_a_run_killed_and_resumed_is_the_uninterrupted_run(stage: str, folders: 
     assert not (out / "record.json").exists(), "the kill came too late to test anything"
     assert 0 < saved_step(out) < STEPS
     finish(start(*command(stage, out, folders)))
-    file = MAKES.get(stage, recipes.NETWORK_FILE)
+    file = MAKES.get(stage, NETWORK_FILE)
     whole, resumed = load_file(folders / stage / file), load_file(out / file)
     assert whole.keys() == resumed.keys()
     assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
@@ -205,21 +215,21 @@ def test_curves_are_drawn_of_metrics_that_not_every_step_has(tmp_path: Path) -> 
 
 def test_a_student_of_another_teacher_is_refused(folders: Path, tmp_path: Path, capsys) -> None:
     mixed = shutil.copytree(folders / "dmd", tmp_path / "mixed")
-    other = load_file(mixed / recipes.TEACHER_FILE)
-    with safe_open(mixed / recipes.TEACHER_FILE, "pt") as file:
+    other = load_file(mixed / TEACHER_FILE)
+    with safe_open(mixed / TEACHER_FILE, "pt") as file:
         described = file.metadata()
     name = "text.words.weight.scale"
-    save_file(other | {name: other[name] * 2}, mixed / recipes.TEACHER_FILE, metadata=described)
+    save_file(other | {name: other[name] * 2}, mixed / TEACHER_FILE, metadata=described)
     assert main(["train", "dmd", "--out", str(tmp_path / "out"), "--from", str(mixed)]) == 2
     assert "another teacher" in capsys.readouterr().err
 
 
 def test_a_student_of_a_teacher_of_other_sizes_is_refused(folders: Path, tmp_path: Path, capsys) -> None:
     mixed = shutil.copytree(folders / "ode", tmp_path / "mixed")
-    path = mixed / recipes.TEACHER_FILE
-    text, network, about = recipes.load_network(path, recipes.CPU)
+    path = mixed / TEACHER_FILE
+    text, network, about = load_network(path, CPU)
     text, network = WordEncoder(replace(text.config, dim=32)), WanTransformer(replace(network.config, text_dim=32))
-    recipes.save_network(path, text, network, role="teacher", shift=about["shift"], int8=True)
+    save_network(path, text, network, role="teacher", shift=about["shift"], int8=True)
     assert main(["train", "dmd", "--from", str(mixed), "--out", str(tmp_path / "out")]) == 2
     assert "a student of another teacher: their text encoders differ" in capsys.readouterr().err
 
@@ -231,14 +241,14 @@ def test_teacher_forcing_goes_on_from_a_student(folders: Path, tmp_path: Path) -
     def weight(path: Path) -> Tensor:
         return load_weights(path)[0]["network.blocks.0.ffn.0.weight"]
 
-    student = weight(folders / "ode" / recipes.NETWORK_FILE)
-    assert torch.allclose(weight(tmp_path / recipes.NETWORK_FILE), student, atol=1e-6)
-    assert not torch.allclose(weight(tmp_path / recipes.TEACHER_FILE), student, atol=1e-6)
+    student = weight(folders / "ode" / NETWORK_FILE)
+    assert torch.allclose(weight(tmp_path / NETWORK_FILE), student, atol=1e-6)
+    assert not torch.allclose(weight(tmp_path / TEACHER_FILE), student, atol=1e-6)
 
 
 def test_a_student_trained_at_a_rank_is_a_delta_of_that_rank(folders: Path, tmp_path: Path) -> None:
     finish(start(*command("dmd", tmp_path / "run", folders), "rank=4"))
-    base, tuned = (folder / recipes.NETWORK_FILE for folder in (folders / "ode", tmp_path / "run"))
+    base, tuned = (folder / NETWORK_FILE for folder in (folders / "ode", tmp_path / "run"))
     told = save_delta(tmp_path / "delta.safetensors", base, tuned, rank=4)
     assert told["low_rank"] == 26 and told["error_of_change"] < 0.01
     engine = recipes.load(tmp_path / "run", recipe="self_forcing", device="cpu")
@@ -300,8 +310,8 @@ def test_a_folder_belongs_to_one_run(folders: Path, capsys) -> None:
 
 
 def test_matching_teaches_maps_alone_and_converts_the_layers_that_it_measured_best(folders: Path) -> None:
-    teacher, _ = load_weights(folders / "teacher" / recipes.TEACHER_FILE)
-    matched, description = load_weights(folders / "attention_matching" / recipes.CONVERTED_FILE)
+    teacher, _ = load_weights(folders / "teacher" / TEACHER_FILE)
+    matched, description = load_weights(folders / "attention_matching" / CONVERTED_FILE)
     maps = matched.keys() - teacher.keys()
     assert maps and all(".self_attn.features." in name for name in maps) and teacher.keys() < matched.keys()
     assert all(torch.equal(teacher[name], matched[name]) for name in teacher)
@@ -314,7 +324,7 @@ def test_matching_teaches_maps_alone_and_converts_the_layers_that_it_measured_be
         assert max(one["heads_beside_near"]) <= 1 + 1e-6 and set(one["local_heads"]) >= set(left_local)
     row = read_metrics(folders / "attention_matching")[0]
     assert row["loss"] == pytest.approx((row["layer_0"] + row["layer_1"]) / 2)
-    tuned, _ = load_weights(folders / "finetune" / recipes.CONVERTED_FILE)
+    tuned, _ = load_weights(folders / "finetune" / CONVERTED_FILE)
     changed = {name.split(".")[0] for name in tuned if not torch.equal(tuned[name], matched[name])}
     assert changed == {"network"} and tuned.keys() == matched.keys()
 
@@ -322,21 +332,21 @@ def test_matching_teaches_maps_alone_and_converts_the_layers_that_it_measured_be
 def test_the_softmax_twin_is_tuned_on_the_same_clips(folders: Path, tmp_path: Path) -> None:
     settings = ["--set", "steps=2", "seconds=1e9", *SETTINGS["finetune"], "softmax=true"]
     finish(start("finetune", "--from", str(folders / "teacher"), "--out", str(tmp_path), *settings))
-    before, _ = load_weights(folders / "teacher" / recipes.TEACHER_FILE)
-    after, description = load_weights(tmp_path / recipes.TEACHER_FILE)
+    before, _ = load_weights(folders / "teacher" / TEACHER_FILE)
+    after, description = load_weights(tmp_path / TEACHER_FILE)
     assert description["role"] == "teacher" and description["network"]["conversion"] is None
     assert any(not torch.equal(after[name], before[name]) for name in before)
-    assert not (tmp_path / recipes.CONVERTED_FILE).exists()
+    assert not (tmp_path / CONVERTED_FILE).exists()
 
 
 def test_a_converted_teacher_tuned_at_a_rank_is_a_delta_on_the_teacher(folders: Path, tmp_path: Path) -> None:
     settings = ["--set", "steps=2", "seconds=1e9", *SETTINGS["finetune"], "rank=2"]
     finish(start("finetune", "--from", str(folders / "attention_matching"), "--out", str(tmp_path), *settings))
     tuned = tmp_path / "tuned.safetensors"
-    (tmp_path / recipes.CONVERTED_FILE).rename(tuned)
-    told = save_delta(tmp_path / recipes.CONVERTED_FILE, tmp_path / recipes.TEACHER_FILE, tuned, rank=2)
+    (tmp_path / CONVERTED_FILE).rename(tuned)
+    told = save_delta(tmp_path / CONVERTED_FILE, tmp_path / TEACHER_FILE, tuned, rank=2)
     assert told["low_rank"] and told["error"] < 2e-3, "what int8 rounds is all that is lost"
-    networks = [recipes.load_network(path, torch.device("cpu"))[1] for path in (tuned, Path(told["file"]))]
+    networks = [load_network(path, torch.device("cpu"))[1] for path in (tuned, Path(told["file"]))]
     assert networks[1].config == networks[0].config and networks[0].features
     for ours, theirs in zip(*(one.state_dict().values() for one in networks), strict=True):
         assert (ours - theirs).norm() <= 0.02 * theirs.norm() + 1e-6
@@ -359,5 +369,5 @@ def test_a_converted_teacher_becomes_a_student_that_streams(folders: Path, tmp_p
     engine = recipes.load(distilled, recipe="rehyat", dtype=torch.float32, levels=2)
     with engine.stream("a red ball") as stream:
         assert next(stream).frames.shape == (9, world.HEIGHT, world.WIDTH, 3)
-    clips = recipes.toy_teacher(model=folders / "finetune", steps=1, file=recipes.CONVERTED_FILE)(["a red ball"], [1])
+    clips = toy_teacher(model=folders / "finetune", steps=1, file=CONVERTED_FILE)(["a red ball"], [1])
     assert clips.shape[:2] == (1, 45)

@@ -133,7 +133,8 @@ def bench_attention(
     from longtake.evaluation import pieces
     from longtake.evaluation.steady import machine
     from longtake.models.umt5 import LENGTH
-    from longtake.recipes import published_sizes, recipe_named
+    from longtake.recipes import recipe_named
+    from longtake.recipes.wan_engines import published_sizes
 
     place, precision = _place(device, dtype)
     config, height, width = published_sizes(model, _height_width(size))
@@ -169,7 +170,8 @@ def bench_codec(
     from longtake.evaluation import pieces
     from longtake.evaluation.steady import machine
     from longtake.models.standins import drawn
-    from longtake.recipes import decoder_named, fused_codec, published_sizes
+    from longtake.recipes.devices import fused_codec
+    from longtake.recipes.wan_engines import decoder_named, published_sizes
 
     if frames < 1:
         raise ValueError(f"a block has one latent frame or more, got {frames}")
@@ -188,7 +190,7 @@ def bench_codec(
 
 def _place(device: str | None, dtype: str) -> "tuple[torch.device, torch.dtype]":
     """Where, and in which precision: bfloat16 on a GPU and float32 on a CPU unless one is named."""
-    from longtake.recipes import device_named, usual_dtype
+    from longtake.recipes.devices import device_named, usual_dtype
 
     place = device_named(device)
     return place, precision_named(dtype) or usual_dtype(place)

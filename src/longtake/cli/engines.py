@@ -53,7 +53,7 @@ def precision_named(name: str) -> "torch.dtype | None":
 def together(device: str | None) -> "Iterator[tuple[bool, torch.device]]":
     """Whether this process is the first of those that torchrun started, and the device to use; one alone is."""
     from longtake import parallel
-    from longtake.recipes import device_named
+    from longtake.recipes.devices import device_named
 
     rank, processes, own = parallel.join()
     try:

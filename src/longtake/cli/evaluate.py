@@ -148,7 +148,7 @@ def evaluate_recall(
         json: Print a JSON list with one object for each recipe.
     """
     from longtake.evaluation import recall
-    from longtake.recipes import toy_codec
+    from longtake.recipes.weight_files import toy_codec
 
     with together(device) as (first, place):
         results = recall.evaluate_recall(
@@ -249,21 +249,22 @@ def evaluate_compare(file: Annotated[tuple[Path, ...], Positional], json: bool =
 
 def _codec_source(model: str, device: "torch.device", dtype: str) -> "Source":
     from longtake.evaluation.sources import codec_source
-    from longtake.recipes import toy_codec
+    from longtake.recipes.weight_files import toy_codec
 
     return codec_source(toy_codec(device, model=model))
 
 
 def _teacher_source(model: str, device: "torch.device", dtype: str) -> "Source":
     from longtake.evaluation.sources import clip_source
-    from longtake.recipes import TEACHER_STEPS, toy_teacher
+    from longtake.recipes.teacher import TEACHER_STEPS, toy_teacher
 
     return clip_source(toy_teacher(device, model=model, dtype=precision_named(dtype)), device, TEACHER_STEPS)
 
 
 def _converted_source(model: str, device: "torch.device", dtype: str) -> "Source":
     from longtake.evaluation.sources import clip_source
-    from longtake.recipes import CONVERTED_FILE, TEACHER_STEPS, toy_teacher
+    from longtake.recipes.teacher import TEACHER_STEPS, toy_teacher
+    from longtake.recipes.weight_files import CONVERTED_FILE
 
     sample = toy_teacher(device, model=model, dtype=precision_named(dtype), file=CONVERTED_FILE)
     return clip_source(sample, device, TEACHER_STEPS)

@@ -100,7 +100,7 @@ def _script_of(text: str, chat: str | None, device: str | None) -> "Script":
     script = script_from(text)
     if chat is None:
         return script
-    from longtake.recipes import device_named
+    from longtake.recipes.devices import device_named
 
     (written,) = _written_out([script], chat, device_named(device))
     for cue in written.cues:

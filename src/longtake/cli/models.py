@@ -109,7 +109,7 @@ def models_delta(
         json: Print one JSON object.
     """
     from longtake.models.delta import save_delta
-    from longtake.recipes import student_file
+    from longtake.recipes.weight_files import student_file
 
     print_result(save_delta(out, student_file(base), student_file(tuned), rank=rank), json, _delta_in_words)
     return 0
@@ -133,7 +133,7 @@ def models_mix(
         json: Print one JSON object.
     """
     from longtake.models.mix import save_mix
-    from longtake.recipes import student_file
+    from longtake.recipes.weight_files import student_file
 
     print_result(save_mix(out, student_file(base), student_file(tuned), share=share), json, _mix_in_words)
     return 0

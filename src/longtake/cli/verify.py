@@ -50,7 +50,8 @@ def verify(
     from longtake.models.hub import registry
     from longtake.models.wan_vae import WanVAEConfig
     from longtake.plan import pixels
-    from longtake.recipes import device_named, latent_sides, usual_dtype
+    from longtake.recipes.devices import device_named, usual_dtype
+    from longtake.recipes.wan_engines import latent_sides
 
     chosen, shift = _recipe_to_verify(checkpoint, recipe, blocks)
     width, height = pixels(size)
@@ -91,7 +92,8 @@ def verify(
 def _recipe_to_verify(checkpoint: str, recipe: str | None, blocks: int) -> "tuple[Recipe, float]":
     """The recipe of a checkpoint's clip and the shift of its levels, the registry's for names that it knows."""
     from longtake.models.hub import registry
-    from longtake.recipes import WAN_SHIFT, recipe_named, require_block
+    from longtake.recipes import recipe_named
+    from longtake.recipes.wan_engines import WAN_SHIFT, require_block
 
     known = registry().get(checkpoint)
     if known and known.recipe is None and blocks:
