@@ -236,8 +236,8 @@ def test_a_pass_that_fails_ends_only_the_stream_that_fails_alone():
     assert set(engine.passes) == {2}
     worker.pause(doomed)  # so that it makes none alone meanwhile
     asked(worker, worker.redirect(doomed, "explode", "event"))
-    engine.clock.now += 5
     worker.resume(doomed)
+    engine.clock.now += 5  # both have played away what they had
     pieces = watch(worker, engine.clock, [other, doomed], 5)
     assert doomed.failed and not other.end and len(pieces[other]) > 5
     assert worker.gains == {}

@@ -27,7 +27,7 @@ class Limits:
 
     sessions: int = 4
     ahead: float = 2.0
-    lead: float = 0.75
+    lead: float = 1.0
     stall: float = 60.0
     pause: float = 300.0
 
