@@ -304,11 +304,13 @@ def test_info_says_what_was_told_and_when() -> None:
     stream = engine("rolling_forcing").stream("abc", seed=7)
     pictures(stream, 2)
     stream.redirect("defgh")
+    stream.redirect("abc", over=3, blend="slerp")
     told = Take.of(stream).info()
     assert told == json.loads(json.dumps(told))
     assert told["told"] == [
         {"at": 0, "verb": "begin", "prompt": "abc"},
         {"at": 21 / 16, "verb": "redirect", "prompt": "defgh"},
+        {"at": 21 / 16, "verb": "redirect", "prompt": "abc", "over": 3, "blend": "slerp"},
     ]
     assert (told["seed"], told["blocks"], told["seconds"]) == (7, 2, 21 / 16)
     assert told["bytes"]["in_flight"] == 2 * 4 * np.prod(tiny.LATENTS), "two blocks are half made"

@@ -1,5 +1,6 @@
 """`longtake take`: streams that were kept, what they are and how they go on."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -135,13 +136,17 @@ def _go_on(
         return show(stream, cues, pictures, path, record, keep)
 
 
+def _how(one: Mapping[str, Any]) -> str:
+    return f" (over {one['over']} blocks, {one['blend']})" if "over" in one else ""
+
+
 def _take_in_words(told: dict[str, Any]) -> str:
     sizes = told["bytes"]
     return "\n".join(
         [
             f"{told['model']}, {told['recipe']}, {len(told['levels'])} levels, seed {told['seed']}: "
             f"{told['seconds']:g} s made, {told['blocks']} blocks",
-            *(f"{one['at']:8.2f} s  {one['verb']:9} {one['prompt']}" for one in told["told"]),
+            *(f"{one['at']:8.2f} s  {one['verb']:9} {one['prompt']}{_how(one)}" for one in told["told"]),
             f"longtake {told['longtake']}, torch {told['torch']}, {told['device']}, {told['dtype']}, "
             f"weights {told['weights']}, codec {told['codec_weights']}",
             f"{sum(sizes.values()) / 1e6:.2f} MB: "

@@ -109,7 +109,13 @@ class Take:
             "blocks": self.state["blocks"],
             "seconds": self.state["pictures"] / rate,
             "told": [
-                {"at": told.picture / rate, "verb": told.verb, "prompt": told.prompts[0]} for told in self.history
+                {
+                    "at": told.picture / rate,
+                    "verb": told.verb,
+                    "prompt": told.prompts[0],
+                    **({"over": told.over, "blend": told.blend} if told.over > 1 else {}),
+                }
+                for told in self.history
             ],
             "bytes": bytes_of(self.state),
         }
