@@ -140,8 +140,10 @@ class StreamMemory:
 
     @property
     def is_full(self) -> bool:
-        """Whether every window is a ring buffer that holds all frames it ever will: what is read grows no more."""
-        return all(isinstance(window, RingWindow) and window.is_full for window in self._windows)
+        """Whether what is read grows no more: every window is a ring buffer that holds all frames it ever will, and
+        every far state has absorbed something."""
+        full = all(isinstance(window, RingWindow) and window.is_full for window in self._windows)
+        return full and all(state.sums is not None for state in self._far.values())
 
     @property
     def clip_is_full(self) -> bool:
