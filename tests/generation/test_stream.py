@@ -1,7 +1,7 @@
 """The embedded model's streams, as a user meets them."""
 
 from dataclasses import replace
-from itertools import islice
+from itertools import combinations, islice
 from unittest.mock import patch
 from weakref import ref
 
@@ -11,6 +11,7 @@ import torch
 from tests import tiny
 
 import longtake
+from longtake.generation.stream import on_host
 
 PROMPT = "a red ball bounces over green hills"
 
@@ -177,3 +178,15 @@ def test_prompts_are_prepared_by_the_text_encoder_unless_one_is_empty(monkeypatc
     with pytest.raises(ValueError, match="the prompt is empty"):
         made.prepare(["a ball", "  "])
     assert seen == [["a ball", "a cube"]]
+
+
+@pytest.mark.parametrize(
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"))]
+)
+def test_pictures_come_to_the_host_as_arrays_of_their_own(device: str) -> None:
+    """Laid out in whatever order."""
+    given = [torch.randint(256, (2, 3, 4, 5), dtype=torch.uint8, device=device).movedim(1, -1) for _ in range(3)]
+    arrays = [on_host(pictures) for pictures in given]
+    for array, pictures in zip(arrays, given, strict=True):
+        assert array.shape == (2, 4, 5, 3) and (array == pictures.cpu().numpy()).all()
+    assert not any(np.shares_memory(one, other) for one, other in combinations(arrays, 2))

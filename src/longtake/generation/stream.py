@@ -68,7 +68,7 @@ class Timings(NamedTuple):
 
 @dataclass(frozen=True)
 class Chunk:
-    """The pictures of one block: uint8 [T, H, W, 3], and where they stand in the stream."""
+    """The pictures of one block: uint8 [T, H, W, 3], the reader's own, and where they stand in the stream."""
 
     frames: np.ndarray
     index: int
@@ -698,7 +698,7 @@ class Stream(_Closing):
     def __next__(self) -> Chunk:
         started = time.perf_counter()
         index, start_seconds = self._batch.blocks, self._batch.pictures / self.engine.frame_rate
-        frames_THWC: np.ndarray = next(self._batch)[0].cpu().numpy()
+        frames_THWC = on_host(next(self._batch)[0])
         assert self._batch.timings is not None
         timings = self._batch.timings._replace(total_seconds=time.perf_counter() - started)
         return Chunk(frames_THWC, index, start_seconds, timings)
@@ -715,11 +715,11 @@ def _next_together(engine: Engine, streams: Sequence[Stream]) -> list[Chunk]:
     stopwatch = _Stopwatch(engine)
     latents_BFCHW = _latents_together(engine, batches, stopwatch.begin_commit)
     stopwatch.made()
-    frames_BTHWC, codec_states = _decoded_together(engine, batches, latents_BFCHW)
+    pictures, codec_states = _decoded_together(engine, batches, latents_BFCHW)
     timings = stopwatch.decoded()
     chunks = []
-    for batch, frames_THWC, codec_state in zip(batches, frames_BTHWC, codec_states, strict=True):
-        chunks.append(Chunk(frames_THWC.copy(), batch.blocks, batch.pictures / engine.frame_rate, timings))
+    for batch, frames_THWC, codec_state in zip(batches, pictures, codec_states, strict=True):
+        chunks.append(Chunk(frames_THWC, batch.blocks, batch.pictures / engine.frame_rate, timings))
         batch._codec_state, batch._finished_BFCHW = codec_state, None
         batch._count(len(frames_THWC), timings)
     return chunks
@@ -748,18 +748,31 @@ def _latents_together(engine: Engine, batches: Sequence[StreamBatch], commits: C
 @torch.no_grad()
 def _decoded_together(
     engine: Engine, batches: Sequence[StreamBatch], latents_BFCHW: Tensor
-) -> tuple[np.ndarray, Sequence[CodecState]]:
-    """Pictures, uint8 [B, T, H, W, 3], and the codec state of each: nothing is changed, lest it fails half way."""
+) -> tuple[list[np.ndarray], Sequence[CodecState]]:
+    """Pictures, uint8 [T, H, W, 3], and the codec state of each: nothing is changed, lest it fails half way."""
     states = [batch._codec_state for batch in batches]
     joined = CodecState.joined([state for state in states if state is not None])
     frames, after = engine.codec.decode(latents_BFCHW.to(engine.dtype), joined)
-    return to_uint8(frames).cpu().numpy(), after.rows()
+    # A row would keep the others in memory.
+    return [on_host(frames_THWC.clone()) for frames_THWC in to_uint8(frames)], after.rows()
 
 
 def to_uint8(frames_BFCHW: Tensor) -> Tensor:
     """Pictures in -1..1 (values beyond are cut) as uint8 [B, F, H, W, C]."""
     scaled = (frames_BFCHW.float().clamp(-1, 1) + 1) * 127.5
     return scaled.round().to(torch.uint8).movedim(2, -1)
+
+
+def on_host(pictures: Tensor) -> np.ndarray:
+    """Pictures as an array of the host: of a GPU in page-locked memory, which is the array's own until it is let go of,
+    and then serves later ones. Fresh memory of any other kind takes many times as long.
+    """
+    if not pictures.is_cuda:
+        return pictures.numpy()
+    held = torch.empty(pictures.shape, dtype=pictures.dtype, pin_memory=True)
+    held.copy_(pictures, non_blocking=True)
+    torch.cuda.current_stream(pictures.device).synchronize()
+    return held.numpy()
 
 
 def from_uint8(pictures_BFHWC: Tensor) -> Tensor:
