@@ -1,6 +1,6 @@
 import torch
 
-from longtake.generation.noise import SeededNoise, generator_for
+from longtake.generation.noise import DrawnAhead, SeededNoise, generator_for
 
 
 def noise(*seeds: int) -> SeededNoise:
@@ -17,6 +17,22 @@ def test_noise_depends_on_seed_block_and_step_and_on_nothing_else() -> None:
 def test_a_batch_of_seeds_is_their_noise_side_by_side() -> None:
     both = noise(5, 9)(3, 2)
     assert torch.equal(both[:1], noise(5)(3, 2)) and torch.equal(both[1:], noise(9)(3, 2))
+
+
+def test_noise_that_was_drawn_ahead_is_the_same() -> None:
+    drawn: list[tuple[int, int]] = []
+
+    def noted(block: int, step: int) -> torch.Tensor:
+        drawn.append((block, step))
+        return noise(5)(block, step)
+
+    ahead = DrawnAhead(noted)
+    ahead.draw(3, 0)
+    assert drawn == [(3, 0)]
+    asked = [(3, 0), (3, 1), (3, 0)]
+    assert all(torch.equal(ahead(*key), noise(5)(*key)) for key in asked) and drawn == asked
+    ahead.draw(4, 0)
+    assert torch.equal(ahead(6, 0), noise(5)(6, 0))
 
 
 def test_noise_is_standard_normal_at_any_block() -> None:

@@ -36,6 +36,22 @@ class SeededNoise:
         return made.to(self.device, non_blocking=True)
 
 
+class DrawnAhead:
+    """The same noise, some of it drawn before it is asked for: on the host, while the device is at work."""
+
+    def __init__(self, noise: Noise):
+        self._noise = noise
+        self._ahead: tuple[int, int, Tensor] | None = None
+
+    def draw(self, block: int, step: int) -> None:
+        """Draw what will be asked for; in the place of what was drawn before."""
+        self._ahead = block, step, self._noise(block, step)
+
+    def __call__(self, block: int, step: int) -> Tensor:
+        ahead, self._ahead = self._ahead, None
+        return ahead[2] if ahead is not None and ahead[:2] == (block, step) else self._noise(block, step)
+
+
 def generator_for(*key: int) -> torch.Generator:
     """A host generator whose state depends on every integer of the key and on their order: one of 2^32 states."""
     return torch.Generator().manual_seed(_mixed(key))

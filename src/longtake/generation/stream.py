@@ -20,7 +20,7 @@ from torch import Tensor
 from longtake import __version__
 from longtake.generation.blend import Blend, Interpolation, require_blend
 from longtake.generation.blockwise import commit, redirect
-from longtake.generation.noise import SeededNoise
+from longtake.generation.noise import DrawnAhead, SeededNoise
 from longtake.generation.recipe import Recipe
 from longtake.generation.rolling import InFlight
 from longtake.generation.together import Making, next_latents
@@ -345,9 +345,9 @@ class StreamBatch(_Closing):
         self._memory: StreamMemory | None = memory
         self._finished_BFCHW: Tensor | None = None  # a block that is committed and not decoded
         self._in_flight = in_flight
-        self._noise = SeededNoise(
-            self.seeds, (engine.recipe.block, *engine.latent_size), engine.device, torch.float32
-        )  # fmt: skip
+        self._noise = DrawnAhead(
+            SeededNoise(self.seeds, (engine.recipe.block, *engine.latent_size), engine.device, torch.float32)
+        )
         self._stopwatch = _Stopwatch(engine)
         self._latents: Iterator[Tensor] | None = engine.recipe.schedule_with(in_flight)(
             engine.network,
@@ -543,10 +543,16 @@ class StreamBatch(_Closing):
         latents_BFCHW, self._finished_BFCHW = self._finished_BFCHW, None
         if latents_BFCHW is None:
             latents_BFCHW = next(latents)
+            self._draw_ahead()
         self._stopwatch.made()
         pictures_BTHWC = self._decode(latents_BFCHW)
         self._count(pictures_BTHWC.shape[1], self._stopwatch.decoded())
         return pictures_BTHWC
+
+    def _draw_ahead(self) -> None:
+        """What the block that begins next starts from, while the device is still at the last one's commit."""
+        assert self._memory is not None
+        self._noise.draw(self._in_flight[-1].block + 1 if self._in_flight else self._memory.blocks, 0)
 
     def _count(self, pictures: int, timings: Timings) -> None:
         self.timings = timings
@@ -742,6 +748,7 @@ def _latents_together(engine: Engine, batches: Sequence[StreamBatch], commits: C
         batch._go_on_with(one.memory, one.in_flight)  # a schedule that rolls compares with its own last block
         batch._finished_BFCHW = latents_BFCHW[row : row + 1]
         batch.in_company = True
+        batch._draw_ahead()
     return latents_BFCHW
 
 
