@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="triton is not installed (it comes with lon
 from longtake.models.codec import CodecState
 from longtake.models.standins import without_numbers
 from longtake.models.wan_vae import WanVAE, WanVAEConfig
-from longtake.models.wan_vae_triton import doubled_and_convolved, fuse_decoder, phases
+from longtake.models.wan_vae_triton import fuse_decoder, in_phases, phases
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = WanVAEConfig(
@@ -114,6 +114,11 @@ def test_it_has_a_twin_without_numbers() -> None:
 
 @pytest.mark.parametrize("height, width", [(1, 1), (3, 4)])
 def test_doubled_pictures_are_convolved_by_phases(height: int, width: int) -> None:
-    x, weight = torch.randn(2, 5, height, width, device=DEVICE), torch.randn(7, 5, 3, 3, device=DEVICE)
-    want = F.conv2d(F.interpolate(x, scale_factor=2, mode="nearest-exact"), weight, padding=1)
-    torch.testing.assert_close(doubled_and_convolved(x, phases(weight)), want, atol=1e-4, rtol=1e-4)
+    x, weight = torch.randn(2, 5, 3, height, width, device=DEVICE), torch.randn(7, 5, 3, 3, device=DEVICE)
+    larger = F.interpolate(x.transpose(1, 2).flatten(0, 1), scale_factor=2, mode="nearest-exact")
+    want = F.conv2d(larger, weight, padding=1).unflatten(0, (2, 3)).transpose(1, 2)
+    four = in_phases(x, phases(weight)).unflatten(1, (2, 2, 7))
+    for row in range(2):
+        for column in range(2):
+            got = four[:, row, column, :, :, row : row + height, column : column + width]
+            torch.testing.assert_close(got, want[:, :, :, row::2, column::2], atol=1e-4, rtol=1e-4)

@@ -108,7 +108,11 @@ class Carry:
     def keep(self, joined: Tensor, frames: int, dim: int) -> None:
         """Keep the last frames for the layer's next turn, as they lie in memory."""
         # A copy: a view would keep the whole piece alive for as long as the state is kept.
-        self._kept.append(joined.narrow(dim, joined.shape[dim] - frames, frames).clone())
+        self.hand_on(joined.narrow(dim, joined.shape[dim] - frames, frames).clone())
+
+    def hand_on(self, past: Tensor) -> None:
+        """Keep these frames for the layer's next turn, which nobody writes to any more."""
+        self._kept.append(past)
 
     def state(self) -> CodecState:
         """What the next piece needs; call it when every layer has run."""

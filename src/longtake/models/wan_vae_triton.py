@@ -2,8 +2,9 @@
 """Wan's decoder in a stream that is under way, for GPUs. `models.wan_vae` is its definition.
 
 Channels lie next to each other in memory, as convolutions on a GPU want them. One kernel adds a convolution's bias and
-a block's shortcut, norms, applies SiLU and writes behind the frames that the next convolution looks back at. A picture
-is doubled and convolved in one: each of the four phases of the larger picture sees 2 x 2 places of the smaller one.
+a block's shortcut, norms, applies SiLU, writes behind the frames that the next convolution looks back at, and keeps
+those for its next turn. A picture is doubled and convolved in one: each of the four phases of the larger picture sees
+2 x 2 places of the smaller one, and that kernel takes each place from its phase.
 
 Tensors are [batch, channels, frames, height, width], as in `models.wan_vae`; `_rows` are the same with channels last.
 """
@@ -37,14 +38,26 @@ def fuse_decoder(codec: WanVAE) -> None:
 
 
 class Parts(NamedTuple):
-    """A tensor that is still to be added up: x, a bias of its channels, and one like x."""
+    """A tensor that is still to be added up: x, a bias of its channels, and one like x.
+
+    in_phases: whether x is what `in_phases` gives; then nothing stands beside it.
+    """
 
     x: Tensor
     bias: Tensor | None = None
     beside: Tensor | None = None
+    in_phases: bool = False
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """Of the sum."""
+        batch, channels, frames, height, width = self.x.shape
+        if self.in_phases:
+            return batch, channels // 4, frames, 2 * (height - 1), 2 * (width - 1)
+        return batch, channels, frames, height, width
 
     def sum(self) -> Tensor:
-        """In the place of x."""
+        """In the place of x, which is not in phases."""
         for part in (self.bias if self.bias is None else self.bias.view(-1, 1, 1, 1), self.beside):
             if part is not None:
                 self.x.add_(part)
@@ -89,10 +102,7 @@ class FusedDecoder:
         if layer.time_conv is not None:
             two = _rows(F.conv3d(behind(x, carry), layer.time_conv.weight, layer.time_conv.bias))
             x = _from_rows(two.unflatten(-1, (2, -1)).permute(0, 1, 4, 2, 3, 5).flatten(1, 2))
-        rows = _rows(x)
-        pictures = rows.flatten(0, 1).permute(0, 3, 1, 2)
-        larger = doubled_and_convolved(pictures, self._phases[layer]).permute(0, 2, 3, 1)
-        return Parts(_from_rows(larger.unflatten(0, rows.shape[:2])), cast(nn.Conv2d, layer.resample[1]).bias)
+        return Parts(in_phases(x, self._phases[layer]), cast(nn.Conv2d, layer.resample[1]).bias, in_phases=True)
 
 
 def phases(weight_OIHW: Tensor) -> Tensor:
@@ -106,21 +116,22 @@ def phases(weight_OIHW: Tensor) -> Tensor:
     return four.to(weight_OIHW.dtype).contiguous(memory_format=torch.channels_last)
 
 
-def doubled_and_convolved(x_NCHW: Tensor, phases: Tensor) -> Tensor:
-    """Truth: `conv2d` of the nearest-neighbour picture of twice the size, padded by 1, without its bias."""
-    count, _, height, width = x_NCHW.shape
-    four = F.conv2d(x_NCHW, phases, padding=1).unflatten(1, (2, 2, -1))
-    made = x_NCHW.new_empty(count, 2 * height, 2 * width, four.shape[3]).permute(0, 3, 1, 2)
-    for row in range(2):
-        for column in range(2):
-            seen = four[:, row, column, :, row : row + height, column : column + width]
-            made[:, :, row::2, column::2] = seen
-    return made
+def in_phases(x: Tensor, phases: Tensor) -> Tensor:
+    """The doubled picture, convolved without its bias, as [batch, 4 * channels, frames, height + 1, width + 1].
+
+    In the phase of row p and column q, place (i, j) of the smaller picture is at (i + p, j + q); what is left over has
+    no meaning.
+    """
+    rows = _rows(x)
+    four = F.conv2d(rows.flatten(0, 1).permute(0, 3, 1, 2), phases, padding=1)
+    return _from_rows(four.permute(0, 2, 3, 1).contiguous().unflatten(0, rows.shape[:2]))
 
 
 def behind(x: Tensor, carry: Carry) -> Tensor:
     """x with the two frames before it in front, as `Carry.extend`."""
-    joined, _ = _room_behind(x, carry)
+    batch, channels, frames, height, width = x.shape
+    joined = _room(x, (batch, channels, frames + 2, height, width))
+    joined[:, :, :2] = carry.past([batch, channels, 2, height, width])
     joined[:, :, 2:] = x
     carry.keep(joined, 2, FRAMES)
     return joined
@@ -133,31 +144,32 @@ def norm_silu(parts: Parts, norm: ChannelNorm, carry: Carry) -> Tensor:
 
 def sum_norm_silu(parts: Parts, norm: ChannelNorm, carry: Carry) -> tuple[Tensor, Tensor]:
     """The sum, and what `norm_silu` makes of it."""
-    total = torch.empty_like(parts.x)
+    total = _room(parts.x, parts.shape)
     return total, _sum_norm_silu(parts, norm, carry, total)
 
 
 def _sum_norm_silu(parts: Parts, norm: ChannelNorm, carry: Carry, total: Tensor | None) -> Tensor:
-    joined, past_rows = _room_behind(parts.x, carry)
-    batch, width = parts.x.shape[:2]
-    rows, tile = parts.x.numel() // width, triton.next_power_of_2(width)
-    many = max(1, _PROGRAM // tile)
-    unused = norm.gamma  # in the place of what there is not
-    _kernel[(triton.cdiv(rows, many),)](
+    batch, channels, frames, height, width = parts.shape
+    past = _laid_out(carry.past([batch, channels, 2, height, width]))
+    joined = _room(past, (batch, channels, frames + 2, height, width))
+    kept = _room(past, (batch, channels, 2, height, width))
+    tile = channels & -channels  # so that tiles, which are powers of two, fill a row
+    many = triton.next_power_of_2(max(1, _PROGRAM // channels) + 1) // 2
+    rows, unused = (frames + 2) * height * width, norm.gamma  # in the place of what there is not
+    _kernel[triton.cdiv(rows, many), batch](
         parts.x, unused if parts.bias is None else parts.bias, unused if parts.beside is None else parts.beside,
-        norm.gamma, unused if total is None else total, joined, rows, rows // batch, past_rows, width**0.5,
-        width, tile, many, parts.bias is not None, parts.beside is not None, total is not None,
+        norm.gamma, past, unused if total is None else total, joined, kept, frames, channels**0.5,
+        height, width, channels, tile, many,
+        parts.bias is not None, parts.beside is not None, parts.in_phases, total is not None,
     )  # fmt: skip
-    carry.keep(joined, 2, FRAMES)
+    carry.hand_on(kept)
     return joined
 
 
-def _room_behind(x: Tensor, carry: Carry) -> tuple[Tensor, int]:
-    """Room for x behind the two frames before it, which are there; and how many rows those take in each clip."""
-    batch, channels, frames, height, width = x.shape
-    joined = _from_rows(x.new_empty(batch, frames + 2, height, width, channels))
-    joined[:, :, :2] = carry.past([batch, channels, 2, height, width])
-    return joined, 2 * height * width
+def _room(like: Tensor, shape: tuple[int, int, int, int, int]) -> Tensor:
+    """For a tensor of that shape, channels next to each other."""
+    batch, channels, frames, height, width = shape
+    return _from_rows(like.new_empty(batch, frames, height, width, channels))
 
 
 def _beside_shortcut(x: Tensor, last: nn.Conv3d, shortcut: nn.Module, total: Tensor) -> Parts:
@@ -187,25 +199,50 @@ def _from_rows(rows_BFHWC: Tensor) -> Tensor:
 
 @triton.jit
 def _kernel(
-    x_ptr, bias_ptr, beside_ptr, gamma_ptr, total_ptr, out_ptr, rows, clip_rows, past_rows, gain,
-    WIDTH: tl.constexpr, TILE: tl.constexpr, MANY: tl.constexpr,
-    BIASED: tl.constexpr, ADDED: tl.constexpr, KEPT: tl.constexpr,
+    x_ptr, bias_ptr, beside_ptr, gamma_ptr, past_ptr, total_ptr, out_ptr, kept_ptr, frames, gain,
+    HEIGHT: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr, MANY: tl.constexpr,
+    BIASED: tl.constexpr, ADDED: tl.constexpr, IN_PHASES: tl.constexpr, TOTALLED: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * MANY + tl.arange(0, MANY)
-    column = tl.arange(0, TILE)
-    real = (row < rows)[:, None] & (column < WIDTH)[None, :]
-    at = row[:, None] * WIDTH + column[None, :]
-    x = tl.load(x_ptr + at, mask=real, other=0.0).to(tl.float32)
-    if BIASED:
-        x += tl.load(bias_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)[None, :]
-    if ADDED:
-        x += tl.load(beside_ptr + at, mask=real, other=0.0).to(tl.float32)
-    if KEPT:
-        total = x.to(total_ptr.dtype.element_ty)
-        tl.store(total_ptr + at, total, mask=real)
-        x = total.to(tl.float32)
-    gains = gain * tl.load(gamma_ptr + column, mask=column < WIDTH, other=0.0).to(tl.float32)
-    normed = x / tl.maximum(tl.sqrt(tl.sum(x * x, 1)), EPS)[:, None] * gains[None, :]
-    out = normed / (1 + tl.exp(-normed))
-    put = at + ((row // clip_rows + 1) * past_rows * WIDTH)[:, None]
-    tl.store(out_ptr + put, out.to(out_ptr.dtype.element_ty), mask=real)
+    """Rows of a clip's past, then of its own frames; the second number of a program counts clips."""
+    past_rows: tl.constexpr = 2 * HEIGHT * COLUMNS
+    own_rows, clip = frames * (HEIGHT * COLUMNS), tl.program_id(1).to(tl.int64)
+    row = tl.program_id(0) * MANY + tl.arange(0, MANY)
+    is_past, is_any = (row < past_rows)[:, None], row < past_rows + own_rows
+    is_own, is_kept = ((row >= past_rows) & is_any)[:, None], ((row >= own_rows) & is_any)[:, None]
+    is_any = is_any[:, None]
+    own = (clip * own_rows + row - past_rows)[:, None] * WIDTH
+    if IN_PHASES:
+        at_row, at_column = (row - past_rows) // COLUMNS, row % COLUMNS
+        frame, line = clip * frames + at_row // HEIGHT, at_row % HEIGHT
+        phase = line % 2 * 2 + at_column % 2
+        place = (frame * (HEIGHT // 2 + 1) + line % 2 + line // 2) * (COLUMNS // 2 + 1) + at_column % 2 + at_column // 2
+        x_ptr += (place * 4 + phase)[:, None] * WIDTH
+    else:
+        x_ptr += own
+    sums, squares = (), tl.zeros([MANY], tl.float32)
+    for part in tl.static_range(WIDTH // TILE):
+        channel = part * TILE + tl.arange(0, TILE)
+        column = channel[None, :]
+        x = tl.load(x_ptr + column, mask=is_own, other=0.0).to(tl.float32)
+        if BIASED:
+            x += tl.load(bias_ptr + channel).to(tl.float32)[None, :]
+        if ADDED:
+            x += tl.load(beside_ptr + own + column, mask=is_own, other=0.0).to(tl.float32)
+        if TOTALLED:
+            total = x.to(total_ptr.dtype.element_ty)
+            tl.store(total_ptr + own + column, total, mask=is_own)
+            x = total.to(tl.float32)
+        squares += tl.sum(x * x, 1)
+        sums += (x,)  # type: ignore[assignment]
+    scale = (gain / tl.maximum(tl.sqrt(squares), EPS))[:, None]
+    past = (clip * past_rows + row)[:, None] * WIDTH
+    out = (clip * (past_rows + own_rows) + row)[:, None] * WIDTH
+    kept = (clip * past_rows + row - own_rows)[:, None] * WIDTH
+    for part in tl.static_range(WIDTH // TILE):
+        channel = part * TILE + tl.arange(0, TILE)
+        column = channel[None, :]
+        normed = sums[part] * scale * tl.load(gamma_ptr + channel).to(tl.float32)[None, :]
+        made = (normed / (1 + tl.exp(-normed))).to(out_ptr.dtype.element_ty)
+        made = tl.where(is_past, tl.load(past_ptr + past + column, mask=is_past, other=0.0), made)
+        tl.store(out_ptr + out + column, made, mask=is_any)
+        tl.store(kept_ptr + kept + column, made, mask=is_kept)
