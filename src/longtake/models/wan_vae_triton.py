@@ -71,6 +71,7 @@ class FusedDecoder:
         self._codec, self._plain = codec, codec.decode_piece
         upsamples = (layer for layer in codec.decoder.upsamples if isinstance(layer, Upsample))
         self._phases = {layer: phases(cast(nn.Conv2d, layer.resample[1]).weight) for layer in upsamples}
+        self._last = aligned(cast(nn.Conv3d, codec.decoder.head[2]))
 
     def decode_piece(self, raw_BFCHW: Tensor, carry: Carry) -> Tensor:
         """As `WanVAE.decode_piece`."""
@@ -96,13 +97,23 @@ class FusedDecoder:
                 parts = Parts(_laid_out(layer(parts.sum())))
         layers = decoder.head
         norm, _, last = layers
-        return _convolved(last, norm_silu(parts, norm, carry), last.bias).transpose(1, 2)
+        weight, bias = self._last
+        pictures = F.conv3d(norm_silu(parts, norm, carry), weight, bias, padding=last.padding)
+        return pictures[:, : last.out_channels].transpose(1, 2)
 
     def _upsampled(self, layer: Upsample, x: Tensor, carry: Carry) -> Parts:
         if layer.time_conv is not None:
             two = _rows(F.conv3d(behind(x, carry), layer.time_conv.weight, layer.time_conv.bias))
             x = _from_rows(two.unflatten(-1, (2, -1)).permute(0, 1, 4, 2, 3, 5).flatten(1, 2))
         return Parts(in_phases(x, self._phases[layer]), cast(nn.Conv2d, layer.resample[1]).bias, in_phases=True)
+
+
+def aligned(layer: nn.Conv3d) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a convolution, with zeros for channels up to a multiple of 8: matrix units take no others."""
+    assert layer.bias is not None
+    more = -layer.out_channels % 8
+    weight = F.pad(layer.weight, (0,) * 9 + (more,))
+    return weight.contiguous(memory_format=torch.channels_last_3d), F.pad(layer.bias, (0, more))
 
 
 def phases(weight_OIHW: Tensor) -> Tensor:
