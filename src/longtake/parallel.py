@@ -189,7 +189,9 @@ class Recorded:
         if kind not in self._records:
             self._records[kind] = self._record(arguments)
         record = self._records[kind]
-        torch._foreach_copy_(record.inputs, tensors)
+        for dtype in {x.dtype for x in tensors}:  # of one type a kernel copies many
+            held, given = ([x for x in some if x.dtype == dtype] for some in (record.inputs, tensors))
+            torch._foreach_copy_(held, given)
         record.graph.replay()
         return record.output if self._lends else mapped_tensors(record.output, Tensor.clone)
 

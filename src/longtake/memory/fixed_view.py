@@ -35,7 +35,10 @@ class FixedView:
 
     def hold(self, view: MemoryView) -> None:
         """Take over what a view of the same kind reads."""
-        torch._foreach_copy_(self._fixed, list(_tensors(view)))
+        tensors = list(_tensors(view))
+        for dtype in {x.dtype for x in tensors}:  # of one type and layout a kernel copies many
+            fixed, read = ([x for x in some if x.dtype == dtype] for some in (self._fixed, tensors))
+            torch._foreach_copy_(fixed, read)
 
     @property
     def nbytes(self) -> int:
@@ -101,10 +104,11 @@ def _kind(view: MemoryView) -> Hashable:
 
 
 def _tensors(view: MemoryView) -> Iterator[Tensor]:
-    """All that a view reads, in a fixed order."""
+    """All that a view reads, in a fixed order. Without the axis of a single clip, by which part of a room would seem to
+    lie otherwise than what is put there."""
     yield from view.rotation
     for remembered in view.layers:
-        yield from remembered or ()
+        yield from (x.squeeze(0) for x in remembered or ())
     for far in view.far.values():
         yield from (*(far.state.sums or ()), *far.rotation)
 
