@@ -154,8 +154,8 @@ def norm_silu(parts: Parts, norm: ChannelNorm, carry: Carry) -> Tensor:
 
 
 def sum_norm_silu(parts: Parts, norm: ChannelNorm, carry: Carry) -> tuple[Tensor, Tensor]:
-    """The sum, and what `norm_silu` makes of it."""
-    total = _room(parts.x, parts.shape)
+    """The sum, in the place of x where that is not in phases, and what `norm_silu` makes of it."""
+    total = _room(parts.x, parts.shape) if parts.in_phases else parts.x
     return total, _sum_norm_silu(parts, norm, carry, total)
 
 
