@@ -57,7 +57,7 @@ def assert_near(got: Tensor, want: Tensor, share: float) -> None:
 
 
 @pytest.mark.parametrize("dtype, share", TYPES)
-@pytest.mark.parametrize("batch, span", [(1, 1), (2, None)])
+@pytest.mark.parametrize("batch, span", [(1, 1), (1, 2), (2, None)])
 @torch.no_grad()
 def test_a_stream_is_decoded_as_by_the_definition(dtype: torch.dtype, share: float, batch: int, span: int) -> None:
     """Each goes on from the other's state, too."""
