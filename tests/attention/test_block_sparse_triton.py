@@ -122,6 +122,16 @@ def test_the_same_blocks_are_best_ties_included(blocks: int, share: float) -> No
     assert best.long().equal(reference.best_blocks(scores, share))
 
 
+def test_scores_of_any_size_and_sign_are_ranked() -> None:
+    scores = torch.randn(2, 3, 50, 220, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    scores *= 10.0 ** torch.arange(-25, 25, device=DEVICE)[:, None]
+    scores[..., ::7] = -0.0
+    scores[..., 3::7] = 0.0
+    scores[:, :, ::2, 5] = float("-inf")
+    for share in (0.2, 0.999):
+        assert kernels.best_blocks(scores, share).long().equal(reference.best_blocks(scores, share))
+
+
 @pytest.mark.parametrize("centre_heads", [False, True])
 def test_models_reach_the_kernels_by_the_same_call(monkeypatch: pytest.MonkeyPatch, centre_heads: bool) -> None:
     it = made(33, 60, 16, 8, heads=3, head_dim=16)

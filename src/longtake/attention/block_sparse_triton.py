@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from longtake.attention.reference import kept_blocks
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-RANKED_AT_ONCE = tl.constexpr(32)
+LEAST = tl.constexpr(-(2**31))  # of whole numbers of 32 bits
 
 
 class Launch(NamedTuple):
@@ -63,7 +63,7 @@ def best_blocks(scores_BNIJ: Tensor, share: float) -> Tensor:
     blocks = scores.shape[-1]
     kept = kept_blocks(share, blocks)
     best = scores.new_empty(*scores.shape[:-1], kept, dtype=torch.int32)
-    _best_blocks[(scores.numel() // blocks,)](scores, best, blocks, kept, max(_tile(blocks), 32), num_warps=4)
+    _best_blocks[(scores.numel() // blocks,)](scores, best, blocks, kept, max(_tile(blocks), 32), num_warps=1)
     return best
 
 
@@ -290,19 +290,19 @@ def _block_means(
 
 @triton.jit
 def _best_blocks(scores_ptr, best_ptr, blocks, kept, TILE: tl.constexpr):
-    """One row of scores: a block's rank is the number of blocks ahead of it, and the best are written as they come."""
+    """One row of scores: bit by bit the worst of the best is found, and the best are written as they come."""
     row = tl.program_id(0)
-    scores_ptr += row * blocks
     block = tl.arange(0, TILE)
-    score = tl.load(scores_ptr + block, mask=block < blocks, other=float("-inf"))
-    rank = tl.zeros([TILE], tl.int32)
-    for start in range(0, blocks, RANKED_AT_ONCE):
-        rival = start + tl.arange(0, RANKED_AT_ONCE)
-        other = tl.load(scores_ptr + rival, mask=rival < blocks, other=float("-inf"))
-        ahead = (other[None, :] > score[:, None]) | (
-            (other[None, :] == score[:, None]) & (rival[None, :] < block[:, None])
-        )
-        rank += tl.sum(ahead.to(tl.int32), 1)
-    chosen = (rank < kept) & (block < blocks)
+    real = block < blocks
+    score = tl.load(scores_ptr + row * blocks + block, mask=real, other=0.0)
+    bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)  # both zeros are equal
+    order = tl.where(real, bits ^ ((bits >> 31) & 0x7FFFFFFF), LEAST)  # whole numbers that rise as scores do
+    worst = tl.where(tl.sum((order >= 0).to(tl.int32), 0) >= kept, 0, LEAST)
+    for i in range(31):
+        higher = worst + (1 << (30 - i))
+        worst = tl.where(tl.sum((order >= higher).to(tl.int32), 0) >= kept, higher, worst)
+    above, equal = order > worst, order == worst
+    room = kept - tl.sum(above.to(tl.int32), 0)
+    chosen = real & (above | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room)))
     place = tl.cumsum(chosen.to(tl.int32), 0) - 1
-    tl.store(best_ptr + row * kept + place, block, mask=chosen & (place < kept))
+    tl.store(best_ptr + row * kept + place, block, mask=chosen)
