@@ -105,8 +105,8 @@ def teacher_forcing_loss(
     noisy = add_noise(clean, noise, level_BF)
 
     def answer(of: WanTransformer) -> Tensor:
-        prompts = of.prompt_keys(clips.text_BPLE)
-        return forced(of, past, noisy, level_BF, prompts, clips.prompt_BF, block, memory, together)
+        prompts, own = of.prompt_keys(clips.text_BPLE), of.with_own_far(memory)
+        return forced(of, past, noisy, level_BF, prompts, clips.prompt_BF, block, own, together)
 
     target = noise - clean
     if anchor is not None:

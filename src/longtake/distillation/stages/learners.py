@@ -40,8 +40,8 @@ def dmd_adam(network: WanTransformer, lr: float, far_lr: float) -> torch.optim.O
 
 
 def _far_group(network: WanTransformer, far_lr: float) -> list[dict[str, Any]]:
-    """Projections and features of what is far, where there are any: they have a rate of their own and do not decay."""
-    readers = [*network.projections, *network.features.values()]
+    """Projections, maps and features of what is far, where there are any: with a rate of their own, and no decay."""
+    readers = [*network.projections, *network.far_maps.values(), *network.features.values()]
     far = [parameter for reader in readers for parameter in reader.parameters()]
     return [{"params": far, "lr": far_lr, "weight_decay": 0.0}] if far else []
 

@@ -37,7 +37,7 @@ class Stage:
 _MAY_BE_0 = {
     "seed", "kl_weight", "focus_weight", "no_prompt_share", "encoder_blocks", "decoder_blocks", "most_given", "pull",
     "self_forcing_share", "memory_share", "anchor_weight", "recompute", "real_weight", "real_frames", "real_batch",
-    "last_exits", "rank", "layers", "first_steps", "overlap", "turns_with_frames", "both_ways", "softmax",
+    "last_exits", "rank", "layers", "first_steps", "overlap", "turns_with_frames", "both_ways", "softmax", "far_maps",
 }  # fmt: skip
 
 
@@ -145,7 +145,8 @@ class TeacherForcingStage(Stage):
     memory is asked; `DmdStage` has lessons at the same levels. anchor_weight: of a second lesson in each step, on as
     many clips that are not made for memory: to answer as the network did when the stage began, at the recipe's levels.
     So a few-step student learns to remember and stays what it was. rank: of what is added to each matrix (0: any), see
-    `low_rank`.
+    `low_rank`. far_maps: whether queries and keys of far states get maps of their own (`OwnMaps`), if they have none;
+    their rate is far_lr.
     """
 
     seconds: float = 80.0
@@ -162,6 +163,7 @@ class TeacherForcingStage(Stage):
     first_steps: int = 0
     anchor_weight: float = 0.0
     rank: int = 0
+    far_maps: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
