@@ -20,7 +20,7 @@ from longtake.generation.blockwise import blockwise
 from longtake.generation.recipe import Recipe
 from longtake.models.delta import pays
 from longtake.models.text import WordEncoder, WordEncoderConfig
-from longtake.models.wan import WanTransformer
+from longtake.models.wan import WanTransformer, with_far_maps
 from longtake.recipes import recipe_named, rolling_forcing, self_forcing_sink
 
 CLIP = 9
@@ -594,6 +594,15 @@ def test_projections_have_a_rate_of_their_own_and_do_not_decay() -> None:
     assert set(adam.param_groups[1]["params"]) == own
     grouped = [p for group in (*muon.param_groups, *adam.param_groups) for p in group["params"]]
     assert len(grouped) == len(set(grouped)) == len(list(made.parameters()))
+
+
+def test_maps_of_far_states_have_the_rate_of_projections() -> None:
+    made = with_far_maps(tiny.network(reads_far=True))
+    maps = {parameter for one in made.far_maps.values() for parameter in one.parameters()}
+    for adam in (dmd_adam(made, 1e-4, 1e-2), learner_of(made, 1e-4, 1e-2, 0.9)._optimizers[-1]):
+        plain, far = adam.param_groups
+        assert maps <= set(far["params"]) and not maps & set(plain["params"])
+        assert (far["lr"], far["weight_decay"]) == (1e-2, 0.0)
 
 
 def judged_part(blocks: int, learned: int, given: tuple[torch.Tensor, ...] = ()) -> torch.Tensor:
