@@ -37,7 +37,7 @@ class Stage:
 _MAY_BE_0 = {
     "seed", "kl_weight", "focus_weight", "no_prompt_share", "encoder_blocks", "decoder_blocks", "most_given", "pull",
     "self_forcing_share", "memory_share", "anchor_weight", "recompute", "real_weight", "real_frames", "real_batch",
-    "last_exits", "rank", "layers", "first_steps", "overlap", "turns_with_frames", "both_ways", "softmax",
+    "last_exits", "rank", "layers", "first_steps", "far_only", "overlap", "turns_with_frames", "both_ways", "softmax",
 }  # fmt: skip
 
 
@@ -136,8 +136,9 @@ class TeacherForcingStage(Stage):
     """The causal student, from the teacher or from a student, on clips of `frames` latent frames: longer than the
     teacher's, so that the sink comes to lie far behind.
 
-    far_lr: rate of the projections of what is read from far states, see `DmdStage`. memory_share: of clips made for
-    memory, which begin out of sight of what they show, and look away from it until neither sink nor recent frames
+    far_lr: rate of the projections of what is read from far states, see `DmdStage`. far_only: whether nothing but them
+    learns, so that the student stays what it was wherever nothing is far. memory_share: of clips made for memory,
+    which begin out of sight of what they show, and look away from it until neither sink nor recent frames
     show it, under captions that do not say what it was; they take some length (8.5 seconds in the toy world).
     recompute: whether clips are walked block by block, and of each pass only what went in and what came out is kept:
     the rest is computed again for its gradient. The same in more time and a small part of the memory. first_steps: of
@@ -154,6 +155,7 @@ class TeacherForcingStage(Stage):
     frames: int = 33
     lr: float = 1e-3
     far_lr: float = 5e-3
+    far_only: bool = False
     average: float = 0.995
     focus_weight: float = 1.0
     pool: int = 1024
@@ -162,6 +164,11 @@ class TeacherForcingStage(Stage):
     first_steps: int = 0
     anchor_weight: float = 0.0
     rank: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.far_only and self.rank:
+            raise ValueError("far_only leaves no matrix that a rank could be of: give one of the two")
 
 
 @dataclass(frozen=True, kw_only=True)
