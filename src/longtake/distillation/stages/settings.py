@@ -144,9 +144,9 @@ class TeacherForcingStage(Stage):
     the rest is computed again for its gradient. The same in more time and a small part of the memory. first_steps: of
     the recipe, at whose levels blocks are noisy (0: at any level). There it is decided what a block shows, so there
     memory is asked; `DmdStage` has lessons at the same levels. anchor_weight: of a second lesson in each step, on as
-    many clips that are not made for memory: to answer as the network did when the stage began, at the recipe's levels.
-    So a few-step student learns to remember and stays what it was. rank: of what is added to each matrix (0: any), see
-    `low_rank`.
+    many clips that are not made for memory: to answer as the network did when the stage began and saw all of its
+    window, at the recipe's levels. So a few-step student learns to remember, and to see a part of its window, and
+    stays what it was. rank: of what is added to each matrix (0: any), see `low_rank`.
     """
 
     seconds: float = 80.0
