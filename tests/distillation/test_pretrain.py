@@ -90,6 +90,13 @@ def test_staying_costs_nothing_as_long_as_one_stays(offset: int | None) -> None:
     assert all(p.grad is None for p in anchor.parameters())
 
 
+def test_an_anchor_sees_all_of_its_window() -> None:
+    network, given = tiny.network(reads_far=True), clips()
+    stay = partial(teacher_forcing_loss, network, given, 3.0, 5.0, block=3, anchor=copy.deepcopy(network))
+    assert stay(memory=replace(HYBRID, near=MemoryShape.near)) < 1e-12
+    assert stay(memory=HYBRID) > 1e-6, "that of the network, which sees two fifths"
+
+
 def test_chosen_levels_are_the_only_ones() -> None:
     seen = []
 
@@ -184,7 +191,7 @@ def test_an_anchor_answers_through_maps_of_its_own() -> None:
     anchor = tiny.network(reads_far=True)
     for projection in anchor.projections:
         torch.nn.init.normal_(projection.weight)
-    anchor, recipe, given = tiny.with_drawn_maps(anchor), hybrid_forcing(), clips(frames=12)
+    anchor, recipe, given = tiny.with_drawn_maps(anchor), hybrid_forcing(share=1), clips(frames=12)
     network = copy.deepcopy(anchor)
     with torch.no_grad():
         for maps in network.far_maps.values():

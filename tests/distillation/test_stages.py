@@ -484,7 +484,7 @@ def forced(out: Path, recipe: Recipe = RECIPE, **settings) -> tuple[WanTransform
         show=lambda name, latents: None,
     )
     text = WordEncoder(WordEncoderConfig(words=9, length=5, dim=8)).requires_grad_(False)
-    network = tiny.network(extent=12).float()
+    network = tiny.network(extent=12, reads_far=recipe.far is not None).float()
     stage = TeacherForcingStage(**{"batch": 1, "frames": 6} | settings)
     out.mkdir()
     stages.train_teacher_forcing(text, network, world, [recipe], 3.0, stage, Run(out=out, device=torch.device("cpu")))
@@ -498,6 +498,18 @@ def test_teacher_forcing_is_at_the_levels_of_the_first_steps_where_they_are_aske
     assert heard == [((), None), (RECIPE.levels(3.0)[:2], None)], "none named: any"
     with pytest.raises(ValueError, match="has 4 steps: first_steps cannot be 5"):
         forced(tmp_path / "none", steps=1, first_steps=5)
+
+
+def test_what_reads_what_is_far_learns_alone_where_that_is_asked_for(tmp_path: Path) -> None:
+    recipe = recipe_named("hybrid_forcing:tokens=4")
+    network, _ = forced(tmp_path / "run", recipe, frames=15, steps=2, far_only=True)
+    before = tiny.network(extent=12, reads_far=True).float().state_dict()
+    moved = {name for name, weight in network.state_dict().items() if not torch.equal(weight, before[name])}
+    assert moved and all(".linear_proj." in name for name in moved), "the network around it is as it was"
+    with pytest.raises(ValueError, match="far_only is for recipes with a far state"):
+        forced(tmp_path / "none", steps=1, far_only=True)
+    with pytest.raises(ValueError, match="leaves no matrix that a rank could be of"):
+        TeacherForcingStage(far_only=True, rank=2)
 
 
 def heard_lessons(monkeypatch) -> list[tuple[tuple[float, ...], int | None]]:
