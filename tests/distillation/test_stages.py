@@ -615,6 +615,8 @@ def test_maps_of_far_states_have_the_rate_of_projections() -> None:
         plain, far = adam.param_groups
         assert maps <= set(far["params"]) and not maps & set(plain["params"])
         assert (far["lr"], far["weight_decay"]) == (1e-2, 0.0)
+    learner_of(made, 1e-4, 1e-2, 0.9, far_only=True)
+    assert maps < {parameter for parameter in made.parameters() if parameter.requires_grad}
 
 
 def judged_part(blocks: int, learned: int, given: tuple[torch.Tensor, ...] = ()) -> torch.Tensor:
