@@ -49,10 +49,11 @@ def latents(engine: Engine, blocks: int) -> list[Tensor]:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels are recorded on a GPU alone")
-@pytest.mark.parametrize("name", METHODS)
-def test_streams_on_a_gpu_agree_with_the_plain_network(name: str) -> None:
+@pytest.mark.parametrize("name, maps", [*((name, False) for name in METHODS), ("hybrid_forcing", True)])
+def test_streams_on_a_gpu_agree_with_the_plain_network(name: str, maps: bool) -> None:
     recipe = tiny.rolling_recipe() if name == "rolling_forcing" else RECIPES[name]()
     plain = tiny.engine(recipe)
+    plain = replace(plain, network=tiny.with_drawn_maps(plain.network)) if maps else plain
     for projection in plain.network.projections:
         torch.nn.init.normal_(projection.weight, std=0.1)
     plain.network.cuda()

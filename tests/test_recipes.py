@@ -217,6 +217,18 @@ def test_weights_stream_under_the_far_state_they_learned_to_read_and_no_other(tm
     assert engine(file, "hybrid_forcing").recipe.far == FarShape()
 
 
+@pytest.mark.parametrize("int8", [False, True])
+def test_maps_of_a_far_state_come_back_from_a_file(int8: bool, tmp_path: Path) -> None:
+    text, network, about = load_network(packaged(NETWORK_FILE), torch.device("cpu"))
+    network, file = tiny.with_drawn_maps(network), tmp_path / NETWORK_FILE
+    save_network(file, text, network, role="student", shift=about["shift"], int8=int8)
+    _, loaded, _ = load_network(file, torch.device("cpu"))
+    assert loaded.config == network.config and loaded.config.far_maps
+    for layer, maps in network.far_maps.items():
+        for one, other in zip(maps.parameters(), loaded.far_maps[layer].parameters(), strict=True):
+            torch.testing.assert_close(other, one, rtol=0, atol=(one.abs().max() / 254 + 1e-6).item() if int8 else 1e-9)
+
+
 def test_options_need_no_weights_of_their_own(monkeypatch) -> None:
     monkeypatch.setitem(recipes.MODELS, ("toy", "hybrid_forcing"), NETWORK_FILE)
     engine_of = engine("toy", "hybrid_forcing:share=0.1,far=none")

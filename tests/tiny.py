@@ -12,7 +12,7 @@ from longtake.memory.stream_memory import MemoryShape, StreamMemory
 from longtake.memory.window import WindowShape
 from longtake.models.features import Conversion
 from longtake.models.light_codec import LightCodec, LightCodecConfig
-from longtake.models.wan import PromptKeys, WanConfig, WanTransformer, converted
+from longtake.models.wan import PromptKeys, WanConfig, WanTransformer, converted, reading_far, with_far_maps
 from longtake.recipes import rolling_forcing, self_forcing_sink
 
 BLOCK = 3
@@ -27,6 +27,16 @@ def network(extent: int = 15, seed: int = 0, reads_far: bool = False) -> WanTran
         reads_far=reads_far,
     )  # fmt: skip
     return WanTransformer(config).double().eval()
+
+
+def with_drawn_maps(network: WanTransformer) -> WanTransformer:
+    """The same network with maps of its own for its far state, as if trained."""
+    made = with_far_maps(reading_far(network))
+    torch.manual_seed(9)
+    for maps in made.far_maps.values():
+        for parameter in maps.parameters():
+            torch.nn.init.normal_(parameter, std=0.5)
+    return made
 
 
 def text(batch: int = 1, prompts: int = 1, seed: int = 1) -> torch.Tensor:

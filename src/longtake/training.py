@@ -56,7 +56,7 @@ from longtake.generation.stream import to_uint8
 from longtake.media.pictures import contact_sheet, save_png
 from longtake.models.light_codec import LightCodec, LightCodecConfig
 from longtake.models.text import WordEncoder, WordEncoderConfig
-from longtake.models.wan import WanConfig, WanTransformer, reading_far
+from longtake.models.wan import WanConfig, WanTransformer, reading_far, with_far_maps
 from longtake.recipes.engines import latent_size
 from longtake.recipes.weight_files import (
     CODEC_FILE,
@@ -308,6 +308,9 @@ def _train_teacher_forcing(
 ) -> dict[str, float]:
     text, network, shift = inputs.student(chosen)
     inputs.teacher_of(text)  # which refuses a student of another
+    if stage.far_maps and not any(recipe.far for recipe in chosen):
+        raise ValueError("far_maps is for recipes with a far state, such as hybrid_forcing")
+    network = with_far_maps(network) if stage.far_maps else network
     toy = ToyWorld(inputs.codec(), run)
     spent = stages.train_teacher_forcing(text, network, toy, chosen, shift, stage, run)
     _save_student(text, network, shift, chosen, run, int8=False)

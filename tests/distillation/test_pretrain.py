@@ -9,6 +9,7 @@ from tests import returning, tiny
 
 from longtake import parallel
 from longtake.attention.block_sparse import block_sparse
+from longtake.attention.linear import WIDTHS
 from longtake.distillation.pretrain import (
     Clips,
     codec_loss,
@@ -25,7 +26,8 @@ from longtake.memory.far import Delta, FarShape, SinkInFar
 from longtake.memory.stream_memory import MemoryShape, StreamMemory
 from longtake.memory.window import WindowShape
 from longtake.models.light_codec import Reconstruction
-from longtake.recipes import rolling_forcing
+from longtake.models.wan import with_far_maps
+from longtake.recipes import hybrid_forcing, rolling_forcing
 
 SHAPE = MemoryShape(window=WindowShape(sink=3, past=3), extent=15)
 HYBRID = replace(SHAPE, far=FarShape(), near=partial(block_sparse, share=0.4, block_q=6, block_k=6))
@@ -86,6 +88,13 @@ def test_staying_costs_nothing_as_long_as_one_stays(offset: int | None) -> None:
     stay(network).backward()
     assert network.head.head.bias.grad.abs().max() > 1e-3
     assert all(p.grad is None for p in anchor.parameters())
+
+
+def test_an_anchor_sees_all_of_its_window() -> None:
+    network, given = tiny.network(reads_far=True), clips()
+    stay = partial(teacher_forcing_loss, network, given, 3.0, 5.0, block=3, anchor=copy.deepcopy(network))
+    assert stay(memory=replace(HYBRID, near=MemoryShape.near)) < 1e-12
+    assert stay(memory=HYBRID) > 1e-6, "that of the network, which sees two fifths"
 
 
 def test_chosen_levels_are_the_only_ones() -> None:
@@ -151,6 +160,51 @@ def test_teacher_forcing_in_one_pass_is_a_walk_through_the_memory_that_serves(
         torch.testing.assert_close(gradient, learned_at_once[name], msg=name, **close)
 
 
+@pytest.mark.parametrize("rule", [FarShape(), FarShape(form=WIDTHS[2], rule=Delta(), turns_with_frames=False)])
+def test_maps_of_a_far_state_learn_alike_in_one_pass_and_by_block(rule: FarShape) -> None:
+    made = tiny.network(reads_far=True)
+    for projection in made.projections:
+        torch.nn.init.normal_(projection.weight)
+    made = tiny.with_drawn_maps(made)
+    shape = made.with_own_far(replace(SHAPE, far=rule))
+    at_once, _, learned_at_once = forced(forced_in_one_pass, made, shape, 18)
+    walked, _, learned = forced(forced_by_block, made, shape, 18)
+    torch.testing.assert_close(at_once, walked)
+    assert not torch.allclose(walked, forced(forced_by_block, made, replace(shape, maps={}), 18)[0])
+    for name, gradient in learned.items():
+        assert (gradient - learned_at_once[name]).norm() < 1e-5 * gradient.norm(), name
+        assert ".far_maps." not in name or all(head.abs().max() > 0 for head in gradient), name
+    assert sum(".far_maps." in name for name in learned) == 2 * made.config.layers
+
+
+def test_maps_learn_before_they_are_other_than_nothing() -> None:
+    """Not before projections are: what is read from far then counts for nothing."""
+    made = with_far_maps(tiny.network(reads_far=True))
+    for projection in made.projections:
+        torch.nn.init.normal_(projection.weight)
+    *_, learned = forced(forced_in_one_pass, made, made.with_own_far(replace(SHAPE, far=FarShape())), 12)
+    assert all(gradient.abs().max() > 0 for name, gradient in learned.items() if ".far_maps." in name)
+
+
+def test_an_anchor_answers_through_maps_of_its_own() -> None:
+    """Whichever network's maps the memory was made with."""
+    anchor = tiny.network(reads_far=True)
+    for projection in anchor.projections:
+        torch.nn.init.normal_(projection.weight)
+    anchor, recipe, given = tiny.with_drawn_maps(anchor), hybrid_forcing(share=1), clips(frames=12)
+    network = copy.deepcopy(anchor)
+    with torch.no_grad():
+        for maps in network.far_maps.values():
+            maps.keys += 1
+    costs = []
+    for one in (network, anchor):
+        torch.manual_seed(2)
+        memory = recipe.memory(one)
+        costs.append(teacher_forcing_loss(network, given, 3.0, 5.0, block=3, memory=memory, anchor=anchor).item())
+    assert costs[0] == costs[1] > 1e-6
+    assert teacher_forcing_loss(anchor, given, 3.0, 5.0, block=3, memory=recipe.memory(network), anchor=anchor) < 1e-12
+
+
 @pytest.mark.parametrize("rule", [FarShape(), FarShape(rule=Delta(), turns_with_frames=False)])
 def test_a_far_state_teaches_projections_at_once_and_then_the_keys_that_entered_it(rule: FarShape) -> None:
     """The fourth of four blocks reads what entered with the second."""
@@ -173,13 +227,13 @@ def test_a_far_state_teaches_projections_at_once_and_then_the_keys_that_entered_
 
 
 def test_a_walk_that_computes_passes_again_learns_the_same() -> None:
-    plain, again = tiny.network(reads_far=True), tiny.network(reads_far=True)
+    plain, again = (tiny.with_drawn_maps(tiny.network()) for _ in range(2))
     for made in (plain, again):
         for projection in made.projections:
             torch.nn.init.constant_(projection.weight, 0.1)
     parallel.checkpoint_layers([again], ("forward", "keys_to_commit"))
     (velocity, _, learned), (same, _, learned_again) = (
-        forced(forced_by_block, made, HYBRID, 15) for made in (plain, again)
+        forced(forced_by_block, made, made.with_own_far(HYBRID), 15) for made in (plain, again)
     )
     assert torch.equal(velocity, same) and learned.keys() == learned_again.keys()
     assert all(torch.equal(learned[name], learned_again[name]) for name in learned)

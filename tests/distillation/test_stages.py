@@ -20,7 +20,7 @@ from longtake.generation.blockwise import blockwise
 from longtake.generation.recipe import Recipe
 from longtake.models.delta import pays
 from longtake.models.text import WordEncoder, WordEncoderConfig
-from longtake.models.wan import WanTransformer
+from longtake.models.wan import WanTransformer, with_far_maps
 from longtake.recipes import recipe_named, rolling_forcing, self_forcing_sink
 
 CLIP = 9
@@ -484,7 +484,7 @@ def forced(out: Path, recipe: Recipe = RECIPE, **settings) -> tuple[WanTransform
         show=lambda name, latents: None,
     )
     text = WordEncoder(WordEncoderConfig(words=9, length=5, dim=8)).requires_grad_(False)
-    network = tiny.network(extent=12).float()
+    network = tiny.network(extent=12, reads_far=recipe.far is not None).float()
     stage = TeacherForcingStage(**{"batch": 1, "frames": 6} | settings)
     out.mkdir()
     stages.train_teacher_forcing(text, network, world, [recipe], 3.0, stage, Run(out=out, device=torch.device("cpu")))
@@ -498,6 +498,18 @@ def test_teacher_forcing_is_at_the_levels_of_the_first_steps_where_they_are_aske
     assert heard == [((), None), (RECIPE.levels(3.0)[:2], None)], "none named: any"
     with pytest.raises(ValueError, match="has 4 steps: first_steps cannot be 5"):
         forced(tmp_path / "none", steps=1, first_steps=5)
+
+
+def test_what_reads_what_is_far_learns_alone_where_that_is_asked_for(tmp_path: Path) -> None:
+    recipe = recipe_named("hybrid_forcing:tokens=4")
+    network, _ = forced(tmp_path / "run", recipe, frames=15, steps=2, far_only=True)
+    before = tiny.network(extent=12, reads_far=True).float().state_dict()
+    moved = {name for name, weight in network.state_dict().items() if not torch.equal(weight, before[name])}
+    assert moved and all(".linear_proj." in name for name in moved), "the network around it is as it was"
+    with pytest.raises(ValueError, match="far_only is for recipes with a far state"):
+        forced(tmp_path / "none", steps=1, far_only=True)
+    with pytest.raises(ValueError, match="leaves no matrix that a rank could be of"):
+        TeacherForcingStage(far_only=True, rank=2)
 
 
 def heard_lessons(monkeypatch) -> list[tuple[tuple[float, ...], int | None]]:
@@ -594,6 +606,17 @@ def test_projections_have_a_rate_of_their_own_and_do_not_decay() -> None:
     assert set(adam.param_groups[1]["params"]) == own
     grouped = [p for group in (*muon.param_groups, *adam.param_groups) for p in group["params"]]
     assert len(grouped) == len(set(grouped)) == len(list(made.parameters()))
+
+
+def test_maps_of_far_states_have_the_rate_of_projections() -> None:
+    made = with_far_maps(tiny.network(reads_far=True))
+    maps = {parameter for one in made.far_maps.values() for parameter in one.parameters()}
+    for adam in (dmd_adam(made, 1e-4, 1e-2), learner_of(made, 1e-4, 1e-2, 0.9)._optimizers[-1]):
+        plain, far = adam.param_groups
+        assert maps <= set(far["params"]) and not maps & set(plain["params"])
+        assert (far["lr"], far["weight_decay"]) == (1e-2, 0.0)
+    learner_of(made, 1e-4, 1e-2, 0.9, far_only=True)
+    assert maps < {parameter for parameter in made.parameters() if parameter.requires_grad}
 
 
 def judged_part(blocks: int, learned: int, given: tuple[torch.Tensor, ...] = ()) -> torch.Tensor:

@@ -130,9 +130,12 @@ def test_news_are_asked_for_from_where_the_reading_block_stands():
     torch.testing.assert_close(found.news_LM[:, -1], (answer - before).norm(dim=1) / before.norm(dim=1))
 
 
+@pytest.mark.parametrize("maps", [False, True])
 @torch.no_grad()
-def test_recording_changes_no_stream_and_shares_are_of_the_norms():
+def test_recording_changes_no_stream_and_shares_are_of_the_norms(maps: bool):
+    """What is recorded of keys is what a far state gets of them."""
     engine = reading_engine()
+    engine = replace(engine, network=tiny.with_drawn_maps(engine.network)) if maps else engine
     plan = memory._Plan.of("any", engine, HOURS, {})
     streams = [memory._Stream("one", 3), memory._Stream("two", 4)]
     made = memory._record(plan, streams, 5, lambda line: None)
@@ -144,7 +147,9 @@ def test_recording_changes_no_stream_and_shares_are_of_the_norms():
         held = plain.held(layer)
         for row, one in enumerate(made):
             recorded = torch.cat([one.blocks[0].k_LTND[layer], one.blocks[4].k_LTND[layer]])
-            torch.testing.assert_close(recorded, held.k_BTND[row], atol=1e-5, rtol=1e-5)
+            absorbed = plain.far(layer).shape.mapped_keys(held.k_BTND)
+            assert torch.equal(absorbed, held.k_BTND) != maps
+            torch.testing.assert_close(recorded, absorbed[row], atol=1e-5, rtol=1e-5)
     assert made[0].queries_LTND.shape == made[0].blocks[0].k_LTND.shape
     assert not torch.allclose(made[0].shares_LK[:, -1], made[1].shares_LK[:, -1])
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests import tiny
 from tests.models.layouts import CONFIG, LAYOUTS, network, shards
 from tests.models.test_hub import cache, cache_of  # noqa: F401 (a fixture)
 from torch import Tensor
@@ -21,7 +22,15 @@ from torch import Tensor
 from longtake.cli import main
 from longtake.cli.verify import _recipe_to_verify
 from longtake.evaluation import verify
-from longtake.evaluation.verify import Check, latent_colour_checks, latents_checks, motion, neighbours_alike
+from longtake.evaluation.verify import (
+    Check,
+    latent_colour_checks,
+    latents_checks,
+    motion,
+    neighbours_alike,
+    weights_are_there,
+)
+from longtake.models.wan import with_far_maps
 from longtake.models.wan_vae import WanVAE, WanVAEConfig
 from longtake.recipes.wan_engines import WAN_SHIFT
 from longtake.recipes.weight_files import load_network, packaged
@@ -65,6 +74,13 @@ def test_a_network_that_works_passes_and_leaves_a_report_and_a_sheet(student: Te
     assert (told["layout"], told["tensors"], told["stored_as"]) == ("original", len(student), ["float32"])
     assert told["parameters"] == sum(tensor.numel() for tensor in student.values())
     assert "stand-in" in report["text"] and str(tmp_path) not in json.dumps(report)
+
+
+def test_what_begins_at_zero_may_be_zero_and_no_other_matrix() -> None:
+    network = with_far_maps(tiny.network(reads_far=True))
+    assert weights_are_there(network).passed
+    torch.nn.init.zeros_(network.layers[0].self_attn.k.weight)
+    assert weights_are_there(network).number == 1
 
 
 def test_the_same_command_gives_the_same_numbers(student: Tensors, tmp_path: Path, capsys) -> None:

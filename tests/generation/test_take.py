@@ -46,6 +46,7 @@ def engine(name: str) -> Engine:
     made = (recipes.RECIPES | SMALL)[name]()
     engine = replace(tiny.engine(made.with_levels(3 if made.rolls else 2)), text=ByLength())
     if made.far:
+        engine = replace(engine, network=tiny.with_drawn_maps(engine.network))
         for layer in engine.network.layers:
             torch.nn.init.normal_(layer.self_attn.linear_proj.weight)  # it matters what is read from far
     return engine

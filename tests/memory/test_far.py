@@ -24,7 +24,8 @@ from longtake.memory.far import Decay, Delta, FarShape, FarState, Keep, MassCap,
 from longtake.memory.stream_memory import MemoryShape, StreamMemory
 from longtake.memory.view import Tokens
 from longtake.memory.window import Keys, WindowShape
-from longtake.models.wan import WanTransformer
+from longtake.models.features import OwnMaps
+from longtake.models.wan import WanTransformer, with_far_maps
 
 BLOCK = tiny.BLOCK
 GRID = Grid(RotaryAxes(split=(4, 2, 2)), rows=1, columns=2)
@@ -214,7 +215,8 @@ def network(seed: int = 0) -> WanTransformer:
 
 
 def shape_of(made: WanTransformer, far_shape: FarShape | None, past: int = 3) -> MemoryShape:
-    return MemoryShape(window=WindowShape(sink=3, past=past), extent=made.config.extent, far=far_shape)
+    window = WindowShape(sink=3, past=past)
+    return MemoryShape(window=window, extent=made.config.extent, far=far_shape, maps=made.far_maps)
 
 
 @dataclass(frozen=True)
@@ -252,8 +254,12 @@ class EverythingView:
         if not gone:
             return near
         form = self.far.form
-        asked = form.of_queries(own.plain_q, self._far_rotation([f - self._back for f in self.current]))
-        features = [form.of_keys(keys.k_BTND, rotation) for keys, rotation in gone]
+        maps = self.network.layers[layer].self_attn.far_maps
+        added = (maps.queries, maps.keys) if maps else (0, 0)
+        asked = form.of_queries(
+            each_head_mapped(own.plain_q, added[0]), self._far_rotation([f - self._back for f in self.current])
+        )
+        features = [form.of_keys(each_head_mapped(keys.k_BTND, added[1]), rotation) for keys, rotation in gone]
         absorbed = Features(*(torch.cat(parts, 1) for parts in zip(*features, strict=True)))
         values = torch.cat([keys.v_BTND for keys, _ in gone], 1).float()
         read = reference.linear(asked.above, asked.below, absorbed.above, absorbed.below, values)
@@ -264,6 +270,13 @@ class EverythingView:
         return rotation if self.far.turns_with_frames else without_frames(rotation, self.grid)
 
 
+def each_head_mapped(x_BTND: Tensor, added: Tensor | int) -> Tensor:
+    """x + x A of each head."""
+    if isinstance(added, int):
+        return x_BTND
+    return torch.stack([x + x @ own for x, own in zip(x_BTND.unbind(2), added, strict=True)], dim=2)
+
+
 def without_frames(rotation: Rotation, grid: Grid) -> Rotation:
     """Rows and columns turn, the pairs of the frame's axis do not."""
     of_frame = torch.arange(rotation.cos_TA.shape[1]) < grid.axes.split[0] // 2
@@ -272,12 +285,17 @@ def without_frames(rotation: Rotation, grid: Grid) -> Rotation:
 
 @pytest.mark.parametrize("turns", [True, False], ids=["all", "space"])
 @pytest.mark.parametrize(
-    "past, ring, ratio", [(3, True, 1), (6, False, 1), (0, True, 1), (3, True, 0.5), (3, False, 2), (0, True, 4)]
-)
+    "past, ring, ratio, maps",
+    [
+        (3, True, 1, False), (6, False, 1, False), (0, True, 1, False), (3, True, 0.5, False), (3, False, 2, False),
+        (0, True, 4, False), (3, True, 1, True), (0, False, 2, True),
+    ],
+)  # fmt: skip
 @torch.no_grad()
-def test_streaming_equals_seeing_everything_again(past: int, ring: bool, ratio: float, turns: bool) -> None:
+def test_streaming_equals_seeing_everything_again(past: int, ring: bool, ratio: float, maps: bool, turns: bool) -> None:
     """A window and a state of fixed size answer as the definitions do with all of the stream at hand, B = 2."""
     made, far_shape = network(), FarShape(form=WIDTHS[ratio], turns_with_frames=turns)
+    made = tiny.with_drawn_maps(made) if maps else made
     memory = StreamMemory(shape_of(made, far_shape, past), made.config.layers, ring=ring)
     prompts, level = tiny.prompt(made, batch=2), torch.full((2, BLOCK), 0.7, dtype=torch.float64)
     everything: list[list[Keys]] = [[] for _ in made.layers]
@@ -307,6 +325,44 @@ def test_projections_at_zero_or_no_far_state_are_the_plain_window() -> None:
 
     expected = video(plain, None)
     assert torch.equal(video(made, None), expected) and torch.equal(video(made, far.PAPER), expected)
+
+
+@torch.no_grad()
+def test_maps_begin_as_if_there_were_none() -> None:
+    """But for the order in which float32 sums are rounded; once they are others, streams are until something is far."""
+    made = network()
+    q = torch.randn(2, 6, 2, 12).double()
+    assert all(torch.equal(of(q), q) for of in (OwnMaps(2, 12).double().of_keys, OwnMaps(2, 12).double().of_queries))
+
+    def video(model: WanTransformer) -> Tensor:
+        memory = StreamMemory(shape_of(model, far.PAPER), model.config.layers, ring=True)
+        prompt = tiny.prompt(model)
+        return torch.cat(list(blockwise(model, memory, lambda _: prompt, tiny.noise(3), tiny.LEVELS, end=5)), dim=1)
+
+    plain, begun, learned = map(video, (made, with_far_maps(made), tiny.with_drawn_maps(made)))
+    torch.testing.assert_close(begun, plain, atol=1e-5, rtol=0)
+    near = slice(0, 3 * BLOCK)
+    assert torch.equal(learned[:, near], plain[:, near]) and not torch.allclose(learned, plain, atol=1e-2)
+
+
+@RATIOS
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+@torch.no_grad()
+def test_maps_are_passed_before_all_else_and_by_nothing_else(rule: Rule, ratio: float) -> None:
+    """Absorbing and asking through maps is to absorb and to ask what they make, faded in between or not."""
+    maps, far_shape = OwnMaps(3, 8), FarShape(form=WIDTHS[ratio], rule=rule)
+    for parameter in maps.parameters():
+        torch.nn.init.normal_(parameter)
+    plain, mapped = FarState(far_shape), FarState(replace(far_shape, maps=maps))
+    for i, (k, v) in enumerate(frames_of(BLOCK, seed=seed) for seed in range(3)):
+        numbers = tuple(range(BLOCK * i, BLOCK * (i + 1)))
+        rotation = GRID.rotation(numbers, "cpu")
+        plain = plain.fade(0.5).absorb(Keys(each_head_mapped(k, maps.keys), v, numbers), rotation)
+        mapped = mapped.fade(0.5).absorb(Keys(k, v, numbers), rotation)
+    assert_same_sums(mapped, plain)
+    q = frames_of(BLOCK, seed=9)[0]
+    read, expected = mapped.read(q, rotation), plain.read(each_head_mapped(q, maps.queries), rotation)
+    torch.testing.assert_close(read, expected, atol=1e-3, rtol=1e-3)
 
 
 @torch.no_grad()
@@ -342,19 +398,22 @@ def rolled(made: WanTransformer, learning: int) -> Tensor:
 
 @pytest.mark.parametrize("zero", [True, False])
 def test_projections_learn_from_the_start_and_checkpointing_changes_no_gradient(zero: bool) -> None:
-    plain, made = ((tiny.network(reads_far=True) if zero else network()) for _ in range(2))
+    plain, made = ((tiny.network(reads_far=True) if zero else tiny.with_drawn_maps(network())) for _ in range(2))
     parallel.checkpoint_layers(made.blocks, ("before_attention", "after_attention"))
     for model in (plain, made):
         rolled(model, learning=3).square().mean().backward()
     gradients = dict(made.named_parameters())
     for name, parameter in plain.named_parameters():
+        if name.endswith("far_maps.keys"):
+            assert parameter.grad is None, "what is absorbed in a rollout is cut from its graph"
+            continue
         torch.testing.assert_close(gradients[name].grad, parameter.grad, rtol=0, atol=0, msg=name)
-        assert not name.endswith("linear_proj.weight") or parameter.grad.any(), name
+        assert not name.endswith(("linear_proj.weight", "far_maps.queries")) or parameter.grad.any(), name
 
 
 def test_no_gradient_passes_through_the_far_state() -> None:
     """The last block's loss is a function of the parameters through its own pass alone: earlier blocks are given."""
-    made = network()
+    made = tiny.with_drawn_maps(network())
     last = rolled(made, learning=1)
     whole = rolled(made, learning=6)[:, -BLOCK:]
     for one, other in zip(

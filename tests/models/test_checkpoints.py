@@ -24,7 +24,7 @@ from longtake.models.convert import convert
 from longtake.models.diffusers import from_transformer, to_transformer
 from longtake.models.features import Conversion
 from longtake.models.names import WRAPPERS, codec_name_in_diffusers, network_name_in_diffusers, without_wrappers
-from longtake.models.wan import WanTransformer, converted, reading_far
+from longtake.models.wan import WanTransformer, converted, reading_far, with_far_maps
 from longtake.models.wan_vae import WanVAE, WanVAEConfig
 from longtake.models.weights import Checkpoint, open_checkpoint, save_weights
 
@@ -81,6 +81,15 @@ def test_a_network_that_reads_a_far_state_says_so_by_its_names(tmp_path: Path) -
     assert load_wan(path).config == replace(CONFIG, reads_far=True)
     with pytest.raises(ValueError, match=r"diffusers' Wan has no place for blocks.0.self_attn.linear_proj.weight"):
         convert(path, tmp_path / "there", "diffusers")
+
+
+def test_a_network_with_maps_for_its_far_state_says_so_by_its_names(tmp_path: Path) -> None:
+    made = with_far_maps(reading_far(network()))
+    for maps in made.far_maps.values():
+        torch.nn.init.normal_(maps.keys)
+    loaded = load_wan(LAYOUTS["generator_ema (Self Forcing)"](tmp_path, made.state_dict()))
+    assert loaded.config == replace(CONFIG, reads_far=True, far_maps=True)
+    assert equal(loaded.state_dict(), made.state_dict())
 
 
 def test_the_type_is_the_file_s_unless_asked_for(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from tests import tiny
 from longtake.generation.blockwise import commit
 from longtake.memory.stream_memory import MemoryShape
 from longtake.memory.window import WindowShape
-from longtake.models.wan import WanConfig, WanTransformer, reading_far
+from longtake.models.wan import WanConfig, WanTransformer, reading_far, with_far_maps
 
 BLOCK = tiny.BLOCK
 
@@ -147,6 +147,17 @@ def test_a_network_that_learns_to_read_far_states_is_still_the_one_it_was() -> N
     assert torch.equal(
         made(noisy, level, prompts, made.clip_view(noisy)), plain(noisy, level, prompts, made.clip_view(noisy))
     )
+
+
+def test_a_network_that_gets_maps_for_its_far_state_keeps_all_it_had() -> None:
+    plain = tiny.network(reads_far=True)
+    made = with_far_maps(plain)
+    assert made.config == replace(plain.config, far_maps=True) and with_far_maps(made) is made and not plain.far_maps
+    weights = made.state_dict()
+    assert all(torch.equal(weights.pop(name), weight) for name, weight in plain.state_dict().items())
+    assert {weight.shape for weight in weights.values()} == {(2, 12, 12)} and len(weights) == 2 * made.config.layers
+    with pytest.raises(ValueError, match="far state, which this network does not read"):
+        with_far_maps(tiny.network())
 
 
 def test_the_published_size_has_the_published_number_of_tensors() -> None:

@@ -75,14 +75,16 @@ def test_with_gradients_a_pass_is_that_of_the_definition() -> None:
     assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize("maps", [False, True])
 @pytest.mark.parametrize("far", ["keep", "decay", "delta", "none"])
 @torch.no_grad()
-def test_what_is_far_is_added_as_its_definition_says(far: str) -> None:
-    """By a kernel or not, by the rule: "delta" makes and reads its sums in another way."""
+def test_what_is_far_is_added_as_its_definition_says(far: str, maps: bool) -> None:
+    """By a kernel or not, by the rule: "delta" makes and reads its sums in another way; maps come before either."""
     recipe = hybrid_forcing(far=far, frames=9.0 if far == "decay" else math.inf)
     quick = replace(recipe, far=recipe.far and FusedFar.of(recipe.far))
     assert isinstance(quick.far, FusedFar) == (far in ("keep", "decay"))
-    made = tiny.network(reads_far=True).float().to(DEVICE)
+    made = tiny.network(reads_far=True)
+    made = (tiny.with_drawn_maps(made) if maps else made).float().to(DEVICE)
     for projection in made.projections:
         torch.nn.init.normal_(projection.weight)
     plain, fast = (StreamMemory(one.memory(made), made.config.layers, ring=True) for one in (recipe, quick))

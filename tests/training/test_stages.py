@@ -246,6 +246,25 @@ def test_teacher_forcing_goes_on_from_a_student(folders: Path, tmp_path: Path) -
     assert not torch.allclose(weight(tmp_path / TEACHER_FILE), student, atol=1e-6)
 
 
+def test_maps_of_a_far_state_are_learned_saved_streamed_and_learned_on(folders: Path, tmp_path: Path) -> None:
+    few = ["--recipe", HYBRID, "--set", "steps=2", "seconds=1e9"]
+    for stage, source, settings in (
+        ("teacher_forcing", folders / "ode", [*SETTINGS["teacher_forcing"], "anchor_weight=1", "far_maps=true"]),
+        ("dmd", tmp_path / "teacher_forcing", [one for one in SETTINGS["dmd"] if "levels" not in one]),
+    ):
+        finish(start(stage, "--from", str(source), "--out", str(tmp_path / stage), *few, *settings))
+    maps = [
+        {name: x for name, x in load_weights(tmp_path / stage / NETWORK_FILE)[0].items() if ".far_maps." in name}
+        for stage in ("teacher_forcing", "dmd")
+    ]
+    assert len(maps[0]) == 2 * 2 and all(x.any() for x in maps[0].values())
+    assert all(not torch.equal(x, maps[1][name]) for name, x in maps[0].items())
+    engine = recipes.load(tmp_path / "dmd", recipe=HYBRID, device="cpu")
+    assert engine.network.config.far_maps
+    with engine.stream("a red ball") as stream:
+        assert sum(len(next(stream).frames) for _ in range(5)) == 9 + 4 * 12
+
+
 def test_a_student_trained_at_a_rank_is_a_delta_of_that_rank(folders: Path, tmp_path: Path) -> None:
     finish(start(*command("dmd", tmp_path / "run", folders), "rank=4"))
     base, tuned = (folder / NETWORK_FILE for folder in (folders / "ode", tmp_path / "run"))
@@ -283,6 +302,7 @@ def test_every_stage_is_a_verb() -> None:
         ("dmd", ["--from", "{ode}", "--set", "memory_share=0.5", "real_weight=1"], "take more frames"),
         ("teacher_forcing", ["--from", "{ode}", "--set", "frames=32"], "whole blocks"),
         ("teacher_forcing", ["--from", "{ode}", "--set", "memory_share=0.5"], "take more frames"),
+        ("teacher_forcing", ["--from", "{ode}", "--set", "far_maps=true"], "far_maps is for recipes with a far state"),
         ("teacher", ["--from", "{ode}"], "another shape"),
         ("teacher", [], "--from"),
         ("teacher_forcing", ["--from", "{ode}", "--recipe", "rehyat"], "these weights have none"),

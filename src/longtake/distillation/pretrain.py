@@ -1,7 +1,7 @@
 """Losses on clips: the codec's, the teacher's flow matching, and the same under the causal memory (teacher forcing)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -85,8 +85,8 @@ def teacher_forcing_loss(
     are walked block by block, which is slower and gives the same. levels: those that are drawn from; none given: all
     from 0 to 1, shifted. offset: blocks go together instead, by the windows that `rollout.windows` takes, each at the
     level of its step: rolling diffusion (arXiv 2402.09470) as the schedule that serves has blocks in flight. anchor: a
-    network whose velocity is aimed at, and not the clips' own: a lesson in staying as that one is (Learning without
-    Forgetting, arXiv 1606.09282).
+    network whose velocity is aimed at, and not the clips' own, where it sees all of its window: a lesson in staying as
+    that one is (Learning without Forgetting, arXiv 1606.09282), whatever blocks of keys the memory leaves out.
     """
     clean = clips.latents_BFCHW
     blocks = clean.shape[1] // block
@@ -104,15 +104,15 @@ def teacher_forcing_loss(
     forced = forced_by_block if by_block else forced_in_one_pass
     noisy = add_noise(clean, noise, level_BF)
 
-    def answer(of: WanTransformer) -> Tensor:
-        prompts = of.prompt_keys(clips.text_BPLE)
-        return forced(of, past, noisy, level_BF, prompts, clips.prompt_BF, block, memory, together)
+    def answer(of: WanTransformer, memory: MemoryShape) -> Tensor:
+        prompts, own = of.prompt_keys(clips.text_BPLE), of.with_own_far(memory)
+        return forced(of, past, noisy, level_BF, prompts, clips.prompt_BF, block, own, together)
 
     target = noise - clean
     if anchor is not None:
         with torch.no_grad():
-            target = answer(anchor)
-    return _focused_mse(answer(network), target, clips.focus_BFHW, focus_weight)
+            target = answer(anchor, replace(memory, near=MemoryShape.near))
+    return _focused_mse(answer(network, memory), target, clips.focus_BFHW, focus_weight)
 
 
 def _all_at(level: float, clips_BFCHW: Tensor) -> Tensor:

@@ -153,7 +153,9 @@ class _Plan:
             states = {name: replace(shape, rule=rule) for name, rule in rules.items()} or {OWN: shape}
             replace(memory, far=shape).require_fit(engine.recipe.block, engine.network.config.extent)
         setting = Setting(
-            memory=memory, block=engine.recipe.block, grid=engine.network.grid(torch.empty(1, 1, *engine.latent_size))
+            memory=replace(memory, maps={}),  # what is recorded is mapped already
+            block=engine.recipe.block,
+            grid=engine.network.grid(torch.empty(1, 1, *engine.latent_size)),
         )
         least = (setting.opening + 1) * _block_seconds(engine)
         if not least <= 3600 * hours < math.inf:
@@ -306,7 +308,10 @@ def _to(block: Block, device: torch.device) -> Block:
 
 
 class _Recorder(StreamMemory):
-    """A memory that keeps all that is committed, and watches how the far state is read."""
+    """A memory that keeps all that is committed, and watches how the far state is read.
+
+    Keys and queries are kept as a far state gets them: through the layers' own maps, if they have any.
+    """
 
     def __init__(self, shape: MemoryShape, layers: int):
         super().__init__(shape, layers, ring=True)
@@ -325,8 +330,11 @@ class _Recorder(StreamMemory):
 
     def commit(self, keys: LayerKeys, count: int, grid: Grid | None = None, **more: Any) -> None:
         super().commit(keys, count, grid, **more)
-        self.committed.append(keys)
-        self.queries, nowhere = self._watched.last_whole_pass(), torch.full((len(keys[0][0]),), torch.nan)
+        far = [self.shape.far_of(layer) or FarShape() for layer in range(self.layers)]
+        self.committed.append([(one.mapped_keys(k), v) for one, (k, v) in zip(far, keys, strict=True)])
+        asked = self._watched.last_whole_pass()
+        self.queries = [one.mapped_queries(q) for one, q in zip(far, asked, strict=True)]
+        nowhere = torch.full((len(keys[0][0]),), torch.nan)
         means = [torch.stack(shares).mean(0).cpu() if shares else nowhere for shares in self._watched.shares]
         self.shares.append(torch.stack(means, 1))
 

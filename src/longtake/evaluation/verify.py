@@ -87,12 +87,13 @@ def fits(checkpoint: Checkpoint) -> Check:
 def weights_are_there(network: WanTransformer) -> Check:
     """How many tensors hold numbers that are not finite, or, of matrices and kernels, nothing but zeros.
 
-    A projection that reads the far state may be zero: it begins so.
+    What reads the far state, a projection or a map of its own, may be zero: it begins so.
     """
+    begin_at_zero = {p for part in (*network.projections, *network.far_maps.values()) for p in part.parameters()}
     odd = [
         name
         for name, x in network.named_parameters()
-        if not x.isfinite().all() or (x.ndim > 1 and ".linear_proj." not in name and not x.any())
+        if not x.isfinite().all() or (x.ndim > 1 and x not in begin_at_zero and not x.any())
     ]
     named = f": {', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''}" if odd else ""
     return Check(name="weights", number=len(odd), most=0, about=f"tensors not finite, or empty matrices{named}")

@@ -104,6 +104,7 @@ class Recipe:
             far=self.far,
             near=self.near,
             policy=self.policy,
+            maps=network.far_maps,
             converted=converted,
             overlap=overlap,
         )

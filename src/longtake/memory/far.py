@@ -121,18 +121,36 @@ class SinkInFar(Enum):
     ROTATED_TWICE = auto()  # released for inference: also rotated before it is absorbed
 
 
+class Maps(Protocol):
+    """What plain head vectors [B, T, N, D] of one layer pass before a far state makes features of them; no window sees
+    what comes of it."""
+
+    def of_keys(self, plain_BTND: Tensor) -> Tensor: ...
+
+    def of_queries(self, plain_BTND: Tensor) -> Tensor: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class FarShape:
     """What a recipe makes of what left the window.
 
     turns_with_frames: whether positions of features are those of frame, row and column (published), or of row and
-    column alone: then it is the same wherever in time a state is read from.
+    column alone: then it is the same wherever in time a state is read from. maps: a layer's own; published are none.
     """
 
     form: Form = linear.PAPER
     rule: Rule = field(default_factory=Keep)
     sink: SinkInFar = SinkInFar.NEVER
     turns_with_frames: bool = True
+    maps: Maps | None = None
+
+    def mapped_keys(self, plain_BTND: Tensor) -> Tensor:
+        """What is absorbed of a layer's keys."""
+        return plain_BTND if self.maps is None else self.maps.of_keys(plain_BTND)
+
+    def mapped_queries(self, plain_BTND: Tensor) -> Tensor:
+        """What is asked by a layer's queries."""
+        return plain_BTND if self.maps is None else self.maps.of_queries(plain_BTND)
 
     def rotation(self, grid: Grid, positions: Sequence[float], device: torch.device | str) -> Rotation:
         """Of the features of the tokens of frames at these positions. Frames all at 0 do not turn with their axis."""
@@ -143,7 +161,7 @@ class FarShape:
         return FarShape(**vars(self))
 
     def absorb(self, sums: Sums | None, keys: Keys, rotation: Rotation) -> Sums:
-        """The sums after these frames too, placed once and for all by `rotation`."""
+        """The sums after these frames too, whose keys are mapped already, placed once and for all by `rotation`."""
         return self.rule.absorb(sums, self.form.of_keys(keys.k_BTND, rotation), keys.v_BTND, len(keys.frames))
 
 
@@ -162,17 +180,18 @@ class FarState:
 
     def absorb(self, keys: Keys, rotation: Rotation) -> Self:
         """The state after these frames too, placed once and for all by `rotation`."""
-        return self._with(self.shape.absorb(self.sums, keys, rotation))
+        mapped = keys._replace(k_BTND=self.shape.mapped_keys(keys.k_BTND))
+        return self._with(self.shape.absorb(self.sums, mapped, rotation))
 
     def read(self, plain_q_BTND: Tensor, rotation: Rotation) -> Tensor:
         """What the far past answers to unrotated queries that stand at `rotation`."""
         assert self.sums is not None, "nothing was absorbed yet"
-        return self.shape.rule.read(self.sums, self.shape.form.of_queries(plain_q_BTND, rotation))
+        return self.shape.rule.read(self.sums, self._asking(plain_q_BTND, rotation))
 
     def weigh(self, plain_q_BTND: Tensor, rotation: Rotation) -> Weighed:
         """What the far past puts above and below a bar that it shares with others. Only for rules that add."""
         assert self.sums is not None, "nothing was absorbed yet"
-        return linear.weigh(self.sums, self.shape.form.of_queries(plain_q_BTND, rotation))
+        return linear.weigh(self.sums, self._asking(plain_q_BTND, rotation))
 
     @property
     def present_B(self) -> Tensor:
@@ -187,6 +206,9 @@ class FarState:
 
     def nbytes(self) -> int:
         return sum(part.nbytes for part in self.sums or ())
+
+    def _asking(self, plain_q_BTND: Tensor, rotation: Rotation) -> Features:
+        return self.shape.form.of_queries(self.shape.mapped_queries(plain_q_BTND), rotation)
 
     def _with(self, sums: Sums | None) -> Self:
         return type(self)(self.shape, sums)

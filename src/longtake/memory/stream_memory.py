@@ -1,7 +1,7 @@
 """Every layer's memory of one stream (or of a batch of streams that move together)."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from longtake.attention.dense import dense
 from longtake.attention.linear import Sums
 from longtake.attention.rope import Grid, rotate
-from longtake.memory.far import FarShape, FarState, SinkInFar, require_share
+from longtake.memory.far import FarShape, FarState, Maps, SinkInFar, require_share
 from longtake.memory.policies import PLAIN, Average, Bank, Policy
 from longtake.memory.view import Attend, FarView, MemoryView, Rotate, fitting, place_frames, rotated
 from longtake.memory.window import Keys, RingWindow, Window, WindowShape
@@ -27,7 +27,8 @@ class MemoryShape:
     reads what fits it beside its own frames: the sink, and the latest others. far: what is made of frames that left
     the window (None: they are gone). near: how the window is attended. commits_keep_sink: whether commits read so too;
     if not, the latest frames come before the sink. policy: what else makes it the memory of a paper; ValueError beside
-    far states or commits without the sink, which go with none of those rules.
+    far states or commits without the sink, which go with none of those rules. maps: of layers, by number, what their
+    queries and keys pass on the way into `far`.
 
     converted: layers, by number, that keep the last `overlap` frames in the place of that window, and read what is made
     of all frames before those under one denominator with them (ReHyAt, 2601.04342); of None nothing is made.
@@ -39,6 +40,7 @@ class MemoryShape:
     near: Attend = dense
     commits_keep_sink: bool = True
     policy: Policy = PLAIN
+    maps: Mapping[int, Maps] = field(default_factory=dict)
     converted: Mapping[int, FarShape | None] = field(default_factory=dict)
     overlap: int = 0
 
@@ -59,7 +61,9 @@ class MemoryShape:
 
     def far_of(self, layer: int) -> FarShape | None:
         """What a layer makes of frames that left its window."""
-        return self.converted.get(layer, self.far)
+        if layer in self.converted:
+            return self.converted[layer]
+        return self.far and replace(self.far, maps=self.maps.get(layer))
 
     def blocks_until_full(self, block: int) -> int:
         """How many blocks a stream makes until all that is remembered is full; the last one finds something far."""

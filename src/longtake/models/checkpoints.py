@@ -206,6 +206,7 @@ def network_config(checkpoint: Checkpoint) -> WanConfig:
         patch=patch,
         level_dim=shapes["time_embedding.0"][1],
         reads_far=projection is not None,
+        far_maps="blocks.0.self_attn.far_maps.keys" in checkpoint.meta,
     )
 
 

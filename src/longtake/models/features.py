@@ -1,7 +1,8 @@
-"""Learned features of a far state: one small network for each head, with powers of its output (ReHyAt, 2601.04342).
+"""What a far state learns for itself: features, or maps of what other features are made of.
 
-Unlike the forms of `attention.linear` they have weights, one pair of maps a layer. What they make is above 0, so that
-every far key has a weight above 0 and a denominator never passes through 0.
+Features: one small network for each head, with powers of its output (ReHyAt, 2601.04342). Unlike the forms of
+`attention.linear` they have weights, one pair of maps a layer. What they make is above 0, so that every far key has a
+weight above 0 and a denominator never passes through 0.
 """
 
 import math
@@ -141,6 +142,25 @@ class LearnedForm(nn.Module):
             return Features(rotate(below, fitted(rotation, below.shape[-1])), below)
         features = phi(rotate(plain_BTND, rotation))
         return Features(features, features)
+
+
+class OwnMaps(nn.Module):
+    """A linear map of head vectors [B, T, N, D] for queries of a far state and one for its keys, each head its own.
+
+    Window and far state ask different things of the same vectors; so what one needs does not bend what the other sees.
+    Each map is x + x A. Its A [N, D, D] is what has weights: zero at first, and small beside the identity, which eight
+    bits could not hold beside it.
+    """
+
+    def __init__(self, heads: int, head_dim: int):
+        super().__init__()
+        self.queries, self.keys = (nn.Parameter(torch.zeros(heads, head_dim, head_dim)) for _ in range(2))
+
+    def of_queries(self, plain_BTND: Tensor) -> Tensor:
+        return plain_BTND + torch.einsum("btnd,nde->btne", plain_BTND, self.queries)
+
+    def of_keys(self, plain_BTND: Tensor) -> Tensor:
+        return plain_BTND + torch.einsum("btnd,nde->btne", plain_BTND, self.keys)
 
 
 def _per_head(x_BTND: Tensor, weight_NDR: Tensor, bias_NR: Tensor) -> Tensor:

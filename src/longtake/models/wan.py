@@ -25,16 +25,17 @@ from longtake.memory.span_memory import SpanShape, SpanView
 from longtake.memory.stream_memory import LayerKeys, MemoryShape
 from longtake.memory.view import ClipView, LayeredView, MemoryView, Rotate, TeacherForcedView, Tokens, View, frame_mask
 from longtake.memory.window import WindowShape
-from longtake.models.features import Conversion, LearnedForm
+from longtake.models.features import Conversion, LearnedForm, OwnMaps
 
 
 @dataclass(frozen=True, kw_only=True)
 class WanConfig:
     """Sizes of the transformer. `extent` is how many latent frames it was trained to see at once.
 
-    reads_far: whether its layers can read a far state, each through a projection of its own. conversion: which layers
-    are converted (ReHyAt), if any are. ValueError for sizes below 1, a width that heads cannot share, and layers that
-    there are not.
+    reads_far: whether its layers can read a far state, each through a projection of its own. far_maps: whether queries
+    and keys of a far state pass maps of each head's own first (`OwnMaps`). conversion: which layers are converted
+    (ReHyAt), if any are. ValueError for sizes below 1, a width that heads cannot share, maps without a far state that
+    is read, and layers that there are not.
     """
 
     dim: int
@@ -48,12 +49,15 @@ class WanConfig:
     rotary_split: tuple[int, int, int] | None = None
     extent: int = 21
     reads_far: bool = False
+    far_maps: bool = False
     conversion: Conversion | None = None
 
     def __post_init__(self) -> None:
         for name in ("dim", "heads", "ffn_dim", "layers", "text_dim", "channels", "patch", "level_dim", "extent"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.far_maps and not self.reads_far:
+            raise ValueError("maps of its own are for a far state, which this network does not read")
         if self.conversion and max(self.conversion.layers) >= self.layers:
             raise ValueError(f"layer {max(self.conversion.layers)} cannot be converted: there are {self.layers}")
         if self.dim % self.heads or (self.dim // self.heads) % 2:
@@ -123,13 +127,16 @@ class Attention(nn.Module):
 class SelfAttention(Attention):
     """Attention among video tokens. `linear_proj`, shared by the heads, is for what they read from a far state.
 
-    It begins at zero, so that a network that learns to read begins as the one it was. `features`, of a converted layer,
-    are what it reads all but its near span by.
+    It begins at zero, so that a network that learns to read begins as the one it was. `far_maps` are for what is asked
+    of such a state and put into it. `features`, of a converted layer, are what it reads all but its near span by.
     """
 
-    def __init__(self, dim: int, heads: int, reads_far: bool, features: LearnedForm | None = None):
+    def __init__(
+        self, dim: int, heads: int, reads_far: bool, features: LearnedForm | None = None, *, far_maps: bool = False
+    ):  # fmt: skip
         super().__init__(dim, heads)
         self.linear_proj = _zero_linear(dim // heads) if reads_far else None
+        self.far_maps = OwnMaps(heads, dim // heads) if far_maps else None
         self.features = features
 
 
@@ -137,10 +144,11 @@ class Block(nn.Module):
     """One transformer layer, in the two halves on either side of its self-attention."""
 
     def __init__(
-        self, dim: int, heads: int, ffn_dim: int, reads_far: bool = False, features: LearnedForm | None = None
+        self, dim: int, heads: int, ffn_dim: int, reads_far: bool = False, features: LearnedForm | None = None,
+        *, far_maps: bool = False,
     ):  # fmt: skip
         super().__init__()
-        self.self_attn = SelfAttention(dim, heads, reads_far, features)
+        self.self_attn = SelfAttention(dim, heads, reads_far, features, far_maps=far_maps)
         self.cross_attn = Attention(dim, heads)
         self.norm3 = nn.LayerNorm(dim, eps=1e-6)
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(ffn_dim, dim))
@@ -200,7 +208,9 @@ class WanTransformer(nn.Module):
         self.time_embedding = nn.Sequential(nn.Linear(config.level_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(
-            Block(dim, config.heads, config.ffn_dim, config.reads_far, _features(config, i, far_tokens=1))
+            Block(
+                dim, config.heads, config.ffn_dim, config.reads_far, _features(config, i, 1), far_maps=config.far_maps
+            )
             for i in range(config.layers)
         )
         self.head = Head(dim, patch_size)
@@ -215,6 +225,11 @@ class WanTransformer(nn.Module):
         return [block.self_attn.linear_proj for block in self.layers if block.self_attn.linear_proj is not None]
 
     @property
+    def far_maps(self) -> dict[int, OwnMaps]:
+        """What queries and keys of each layer's far state pass, by number; none in a network without such maps."""
+        return {i: b.self_attn.far_maps for i, b in enumerate(self.layers) if b.self_attn.far_maps is not None}
+
+    @property
     def features(self) -> dict[int, LearnedForm]:
         """Of the converted layers, by number."""
         return {i: b.self_attn.features for i, b in enumerate(self.layers) if b.self_attn.features is not None}
@@ -223,6 +238,11 @@ class WanTransformer(nn.Module):
         """What each converted layer makes of what left its near span, by its number, summed under that rule."""
         turns = bool(self.config.conversion and self.config.conversion.turns_with_frames)
         return {i: FarShape(form=form, rule=rule, turns_with_frames=turns) for i, form in self.features.items()}
+
+    def with_own_far(self, memory: MemoryShape) -> MemoryShape:
+        """The same shape, if it was made for another network like this one, with this one's maps and features."""
+        converted = {i: far and replace(far, form=self.features[i]) for i, far in memory.converted.items()}
+        return replace(memory, maps=self.far_maps, converted=converted)
 
     def prompt_keys(self, text_BPLE: Tensor) -> PromptKeys:
         """Cross-attention keys of P prompts per batch element. Every one of the L rows is attended, as published."""
@@ -290,7 +310,7 @@ class WanTransformer(nn.Module):
         together: how many noisy blocks, one after the other, are denoised in one call; none given: each alone.
         """
         blocks, place = clean_BFCHW.shape[1] // block, (*self._grid(clean_BFCHW), clean_BFCHW.device)
-        far = dict.fromkeys(range(len(self.blocks)), memory.far) if memory.far else None
+        far = {i: shape for i in range(len(self.blocks)) if memory.far and (shape := memory.far_of(i))}
         most = TeacherForcedView(
             self.config.axes, memory.window, memory.extent, block, blocks, *place,
             near=memory.near, commits_keep_sink=memory.commits_keep_sink, far=far, projections=self.projections,
@@ -333,9 +353,20 @@ class WanTransformer(nn.Module):
 
 def reading_far(network: WanTransformer) -> WanTransformer:
     """The same network, able to read a far state through projections that begin at zero; itself if it already is."""
-    if network.config.reads_far:
-        return network
-    made = WanTransformer(replace(network.config, reads_far=True))
+    return network if network.config.reads_far else _grown(network, replace(network.config, reads_far=True))
+
+
+def with_far_maps(network: WanTransformer) -> WanTransformer:
+    """The same network with maps of its own for its far state, at the identity at first; itself if it has them.
+
+    ValueError for a network that reads no far state.
+    """
+    return network if network.config.far_maps else _grown(network, replace(network.config, far_maps=True))
+
+
+def _grown(network: WanTransformer, config: WanConfig) -> WanTransformer:
+    """The same network in a configuration that adds to it; what is added is as it begins."""
+    made = WanTransformer(config)
     made.load_state_dict(made.state_dict() | network.state_dict())
     weight = network.patch_embedding.weight
     return made.to(weight.device, weight.dtype).requires_grad_(weight.requires_grad).train(network.training)

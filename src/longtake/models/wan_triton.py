@@ -126,4 +126,5 @@ def add_far(far: FarView, near_BTND: Tensor, plain_q_BTND: Tensor) -> Tensor:
     if not isinstance(far.state.shape, FusedFar) or not isinstance(far.project, nn.Linear):
         return far.add_to(near_BTND, plain_q_BTND)
     assert sums is not None, "nothing was absorbed yet"
-    return fused.add_far(near_BTND, plain_q_BTND, far.rotation, sums, far.project.weight, far.project.bias)
+    asked_BTND = far.state.shape.mapped_queries(plain_q_BTND)
+    return fused.add_far(near_BTND, asked_BTND, far.rotation, sums, far.project.weight, far.project.bias)

@@ -23,10 +23,20 @@ def at_rank(network: WanTransformer, rank: int) -> None:
         parallel.share_parameters(network)
 
 
-def learner_of(network: WanTransformer, lr: float, far_lr: float, average: float) -> Learner:
-    """A whole network that learns: hidden matrices by Muon, all else by AdamW."""
-    network.requires_grad_(True).train()
+def learner_of(
+    network: WanTransformer, lr: float, far_lr: float, average: float, *, far_only: bool = False
+) -> Learner:  # fmt: skip
+    """A whole network that learns: hidden matrices by Muon, all else by AdamW. far_only: nothing but what reads what is
+    far does, ValueError where nothing reads it.
+    """
     apart = _far_group(network, far_lr)
+    if far_only and not apart:
+        raise ValueError("far_only is for recipes with a far state: nothing else would learn")
+    network.requires_grad_(not far_only).train()
+    if far_only:
+        for parameter in apart[0]["params"]:
+            parameter.requires_grad_(True)
+        return Learner(network, [torch.optim.AdamW(apart)], average=average)
     return Learner(network, muon_and_adam(network, lr, adamw_only=NETWORK_ENDS, apart=apart), average=average)
 
 
@@ -40,8 +50,8 @@ def dmd_adam(network: WanTransformer, lr: float, far_lr: float) -> torch.optim.O
 
 
 def _far_group(network: WanTransformer, far_lr: float) -> list[dict[str, Any]]:
-    """Projections and features of what is far, where there are any: they have a rate of their own and do not decay."""
-    readers = [*network.projections, *network.features.values()]
+    """Projections, maps and features of what is far, where there are any: with a rate of their own, and no decay."""
+    readers = [*network.projections, *network.far_maps.values(), *network.features.values()]
     far = [parameter for reader in readers for parameter in reader.parameters()]
     return [{"params": far, "lr": far_lr, "weight_decay": 0.0}] if far else []
 

@@ -37,7 +37,8 @@ class Stage:
 _MAY_BE_0 = {
     "seed", "kl_weight", "focus_weight", "no_prompt_share", "encoder_blocks", "decoder_blocks", "most_given", "pull",
     "self_forcing_share", "memory_share", "anchor_weight", "recompute", "real_weight", "real_frames", "real_batch",
-    "last_exits", "rank", "layers", "first_steps", "overlap", "turns_with_frames", "both_ways", "softmax",
+    "last_exits", "rank", "layers", "first_steps", "far_only", "overlap", "turns_with_frames", "both_ways", "softmax",
+    "far_maps",
 }  # fmt: skip
 
 
@@ -136,16 +137,19 @@ class TeacherForcingStage(Stage):
     """The causal student, from the teacher or from a student, on clips of `frames` latent frames: longer than the
     teacher's, so that the sink comes to lie far behind.
 
-    far_lr: rate of the projections of what is read from far states, see `DmdStage`. memory_share: of clips made for
-    memory, which begin out of sight of what they show, and look away from it until neither sink nor recent frames
+    far_lr: rate of the projections of what is read from far states, see `DmdStage`. far_only: whether nothing but them
+    learns, so that the student stays what it was wherever nothing is far. memory_share: of clips made for memory,
+    which begin out of sight of what they show, and look away from it until neither sink nor recent frames
     show it, under captions that do not say what it was; they take some length (8.5 seconds in the toy world).
     recompute: whether clips are walked block by block, and of each pass only what went in and what came out is kept:
     the rest is computed again for its gradient. The same in more time and a small part of the memory. first_steps: of
     the recipe, at whose levels blocks are noisy (0: at any level). There it is decided what a block shows, so there
     memory is asked; `DmdStage` has lessons at the same levels. anchor_weight: of a second lesson in each step, on as
-    many clips that are not made for memory: to answer as the network did when the stage began, at the recipe's levels.
-    So a few-step student learns to remember and stays what it was. rank: of what is added to each matrix (0: any), see
-    `low_rank`.
+    many clips that are not made for memory: to answer as the network did when the stage began and saw all of its
+    window, at the recipe's levels. So a few-step student learns to remember, and to see a part of its window, and
+    stays what it was. rank: of what is added to each matrix (0: any), see `low_rank`.
+    far_maps: whether queries and keys of far states get maps of their own (`OwnMaps`), if they have none; they learn as
+    the projections do.
     """
 
     seconds: float = 80.0
@@ -154,6 +158,7 @@ class TeacherForcingStage(Stage):
     frames: int = 33
     lr: float = 1e-3
     far_lr: float = 5e-3
+    far_only: bool = False
     average: float = 0.995
     focus_weight: float = 1.0
     pool: int = 1024
@@ -162,6 +167,12 @@ class TeacherForcingStage(Stage):
     first_steps: int = 0
     anchor_weight: float = 0.0
     rank: int = 0
+    far_maps: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.far_only and self.rank:
+            raise ValueError("far_only leaves no matrix that a rank could be of: give one of the two")
 
 
 @dataclass(frozen=True, kw_only=True)

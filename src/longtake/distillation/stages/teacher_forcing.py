@@ -37,7 +37,7 @@ def train_teacher_forcing(
             require_one_pass(memory)
     anchor = copy.deepcopy(network).requires_grad_(False) if stage.anchor_weight else None
     at_rank(network, stage.rank)
-    learner = learner_of(network, stage.lr, stage.far_lr, stage.average)
+    learner = learner_of(network, stage.lr, stage.far_lr, stage.average, far_only=stage.far_only)
     compile_for(run, network, *([anchor] if anchor else []))
     if stage.recompute:
         parallel.checkpoint_layers([network], ("forward", "keys_to_commit"))
