@@ -10,9 +10,8 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 from types import TracebackType
-from typing import Any, Literal, NamedTuple, Protocol, Self, cast
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -285,48 +284,30 @@ class _Closing(ABC):
 
 
 class _Stopwatch:
-    """Times the parts of chunks, each as the device does it. A commit is told of as it begins.
-
-    The host does not wait before the last of them, so that a device always knows what comes next.
-    """
+    """Times the parts of chunks, each once the device has done what came before. A commit is told of as it begins."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+        self._wait = engine.wait
         self.start()
 
     def start(self) -> None:
-        self._began = self._moment()
-        self._commit_began: float | torch.cuda.Event | None = None
+        self._began = time.perf_counter()
+        self._commit_began: float | None = None
 
     def begin_commit(self) -> None:
-        self._commit_began = self._moment()
+        self._wait()
+        self._commit_began = time.perf_counter()
 
     def made(self) -> None:
         """Denoised and committed."""
-        self._made = self._moment()
+        self._wait()
+        self._made = time.perf_counter()
 
     def decoded(self) -> Timings:
-        decoded = self._moment()
-        self._engine.wait()
+        self._wait()
+        decoded = time.perf_counter()
         committing = self._made if self._commit_began is None else self._commit_began
-        moments = self._began, committing, self._made, decoded
-        denoise, commit, codec = (_seconds(*both) for both in pairwise(moments))
-        return Timings(denoise, commit, codec, _seconds(self._began, decoded))
-
-    def _moment(self) -> float | torch.cuda.Event:
-        """When the device will have done what it was told so far."""
-        if self._engine.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self._engine.device))
-        return event
-
-
-def _seconds(before: float | torch.cuda.Event, after: float | torch.cuda.Event) -> float:
-    """Between moments of one kind; the device has come to both."""
-    if isinstance(before, float) and isinstance(after, float):
-        return after - before
-    return cast(torch.cuda.Event, before).elapsed_time(cast(torch.cuda.Event, after)) / 1000
+        return Timings(committing - self._began, self._made - committing, decoded - self._made, decoded - self._began)
 
 
 class StreamBatch(_Closing):
