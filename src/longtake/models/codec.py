@@ -114,11 +114,6 @@ class Carry:
         """Keep these frames for the layer's next turn, which nobody writes to any more."""
         self._kept.append(past)
 
-    def rest(self) -> CodecState:
-        """Of a video that is under way: what layers kept whose turn is still to come, taken from them."""
-        past, self._past = self._past, []
-        return CodecState(past)
-
     def state(self) -> CodecState:
         """What the next piece needs; call it when every layer has run."""
         if not self.fresh and self._past:
@@ -158,17 +153,15 @@ class Codec(nn.Module, ABC):
     def encode(self, frames_BFCHW: Tensor, state: CodecState | None = None) -> tuple[Tensor, CodecState]:
         """Latents of the next pictures: 1 + k * temporal_factor of them at the start, k * temporal_factor later."""
         self._check_frames(frames_BFCHW, fresh=state is None)
-        raw_BFCHW, state = self.through(self.encode_piece, self._cut_frames(frames_BFCHW, state is None), state)
+        raw_BFCHW, state = self._through(self.encode_piece, self._cut_frames(frames_BFCHW, state is None), state)
         return self.normalise(raw_BFCHW), state
 
     def decode(self, latents_BFCHW: Tensor, state: CodecState | None = None) -> tuple[Tensor, CodecState]:
         """Pictures of the next latent frames, about -1..1; clamping them is left to the caller."""
         self._check_latents(latents_BFCHW)
-        return self.decode_raw(self.denormalise(latents_BFCHW), state)
-
-    def decode_raw(self, raw_BFCHW: Tensor, state: CodecState | None) -> tuple[Tensor, CodecState]:
-        """As `decode`, of raw latents."""
-        return self.through(self.decode_piece, raw_BFCHW.split(self.span or raw_BFCHW.shape[1], dim=1), state)
+        raw_BFCHW = self.denormalise(latents_BFCHW)
+        pieces = raw_BFCHW.split(self.span or raw_BFCHW.shape[1], dim=1)
+        return self._through(self.decode_piece, pieces, state)
 
     @abstractmethod
     def encode_piece(self, frames_BFCHW: Tensor, carry: Carry) -> Tensor:
@@ -190,10 +183,9 @@ class Codec(nn.Module, ABC):
         """Undoes `normalise`."""
         return latents_BFCHW * self.latent_std.view(-1, 1, 1) + self.latent_mean.view(-1, 1, 1)
 
-    def through(
+    def _through(
         self, step: Callable[[Tensor, Carry], Tensor], pieces: Iterable[Tensor], state: CodecState | None
     ) -> tuple[Tensor, CodecState]:
-        """What a step makes of pieces, one after the other, joined along frames; and the state after the last."""
         outputs = []
         for piece in pieces:
             carry, state = Carry(state), None  # of a state in between, layers let go as they take their part

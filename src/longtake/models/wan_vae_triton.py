@@ -9,7 +9,6 @@ those for its next turn. A picture is doubled and convolved in one: each of the 
 Tensors are [batch, channels, frames, height, width], as in `models.wan_vae`; `_rows` are the same with channels last.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -18,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, nn
 
-from longtake.models.codec import Carry, CodecState
+from longtake.models.codec import Carry
 from longtake.models.wan_vae import FRAMES, ChannelNorm, ResidualBlock, Upsample, WanVAE
 
 EPS = tl.constexpr(1e-12)  # of torch.nn.functional.normalize
@@ -26,7 +25,7 @@ _PROGRAM = 4096  # numbers of one program
 
 
 def fuse_decoder(codec: WanVAE) -> None:
-    """Let latents that have something before them be decoded so, in calls without gradients; others are as they were.
+    """Let pieces that have something before them be decoded so, in calls without gradients; others are as they were.
 
     Weights change their place in memory, and no number. Answers differ from the definition's by rounding; states are
     the same, but for the order in which they lie in memory, so that either goes on from the other's.
@@ -35,7 +34,7 @@ def fuse_decoder(codec: WanVAE) -> None:
         if parameter.dim() > 3:
             flat = torch.channels_last if parameter.dim() == 4 else torch.channels_last_3d
             parameter.data = parameter.data.contiguous(memory_format=flat)
-    setattr(codec, "decode_raw", FusedDecoder(codec).decode_raw)  # noqa: B010  # as in `wan_triton`
+    setattr(codec, "decode_piece", FusedDecoder(codec).decode_piece)  # noqa: B010  # as in `wan_triton`
 
 
 class Parts(NamedTuple):
@@ -66,56 +65,26 @@ class Parts(NamedTuple):
 
 
 class FusedDecoder:
-    """The layers of a codec's decoder, whose parameters stay its own.
-
-    All latent frames of a call go through the coarse half of the resolutions at once, where one alone does not fill a
-    GPU; through the others, whose tensors are large, as many as the codec's span says.
-    """
+    """The layers of a codec's decoder, whose parameters stay its own."""
 
     def __init__(self, codec: WanVAE) -> None:
-        self._codec, self._plain = codec, codec.decode_raw
-        layers = [*codec.decoder.middle, *codec.decoder.upsamples]
-        upsamples = [layer for layer in layers if isinstance(layer, Upsample)]
-        half = layers.index(upsamples[len(upsamples) // 2])
-        self._coarse, self._fine = layers[:half], layers[half:]
+        self._codec, self._plain = codec, codec.decode_piece
+        upsamples = (layer for layer in codec.decoder.upsamples if isinstance(layer, Upsample))
         self._phases = {layer: phases(cast(nn.Conv2d, layer.resample[1]).weight) for layer in upsamples}
         self._last = aligned(cast(nn.Conv3d, codec.decoder.head[2]))
 
-    def decode_raw(self, raw_BFCHW: Tensor, state: CodecState | None) -> tuple[Tensor, CodecState]:
-        """As `Codec.decode_raw`."""
-        if torch.is_grad_enabled() or raw_BFCHW.is_meta:
-            return self._plain(raw_BFCHW, state)
-        frames = raw_BFCHW.shape[1]
-        span = self._codec.span or frames
-        if state is None:
-            first, state = self._plain(raw_BFCHW[:, :span], None)
-            if span >= frames:
-                return first, state
-            others, state = self.decode_raw(raw_BFCHW[:, span:], state)
-            return torch.cat([first, others], dim=1), state
-        carry = Carry(state)
-        x = self._to_half(raw_BFCHW, carry)
-        pieces = x.split(span * x.shape[FRAMES] // frames, FRAMES)
-        pictures, after = self._codec.through(self._to_pictures, pieces, carry.rest())
-        return pictures, CodecState((*carry.state().tensors, *after.tensors))
-
-    def _to_half(self, raw_BFCHW: Tensor, carry: Carry) -> Tensor:
-        first = self._codec.decoder.conv1
-        x = behind(_laid_out(self._codec.conv2(raw_BFCHW.transpose(1, 2))), carry)
-        return self._run(self._coarse, Parts(_convolved(first, x), first.bias), carry).sum()
-
-    def _to_pictures(self, x: Tensor, carry: Carry) -> Tensor:
-        layers: Any = self._codec.decoder.head  # of the kinds that `models.wan_vae` puts at these places
-        norm, _, last = layers
-        weight, bias = self._last
-        x = norm_silu(self._run(self._fine, Parts(x), carry), norm, carry)
-        return F.conv3d(x, weight, bias, padding=last.padding)[:, : last.out_channels].transpose(1, 2)
-
-    def _run(self, layers: Sequence[nn.Module], parts: Parts, carry: Carry) -> Parts:
-        for layer in layers:
+    def decode_piece(self, raw_BFCHW: Tensor, carry: Carry) -> Tensor:
+        """As `WanVAE.decode_piece`."""
+        if carry.fresh or torch.is_grad_enabled() or raw_BFCHW.is_meta:
+            return self._plain(raw_BFCHW, carry)
+        codec, decoder = self._codec, self._codec.decoder
+        layers: Any  # of the kinds that `models.wan_vae` puts at these places
+        x = behind(_laid_out(codec.conv2(raw_BFCHW.transpose(1, 2))), carry)
+        parts = Parts(_convolved(decoder.conv1, x), decoder.conv1.bias)
+        for layer in (*decoder.middle, *decoder.upsamples):
             if isinstance(layer, ResidualBlock):
-                inner: Any = layer.residual
-                first, _, one, second, _, _, other = inner
+                layers = layer.residual
+                first, _, one, second, _, _, other = layers
                 total, x = sum_norm_silu(parts, first, carry)
                 del parts  # pictures take much memory: each goes as soon as it can
                 x = _convolved(one, x)
@@ -126,7 +95,11 @@ class FusedDecoder:
                 parts = self._upsampled(layer, parts.sum(), carry)
             else:
                 parts = Parts(_laid_out(layer(parts.sum())))
-        return parts
+        layers = decoder.head
+        norm, _, last = layers
+        weight, bias = self._last
+        pictures = F.conv3d(norm_silu(parts, norm, carry), weight, bias, padding=last.padding)
+        return pictures[:, : last.out_channels].transpose(1, 2)
 
     def _upsampled(self, layer: Upsample, x: Tensor, carry: Carry) -> Parts:
         if layer.time_conv is not None:
@@ -136,7 +109,7 @@ class FusedDecoder:
 
 
 def aligned(layer: nn.Conv3d) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a convolution, with zeros for channels up to a multiple of 8: matrix units take no others."""
+    """Weight and bias of a convolution, with zeros for channels up to a multiple of 8, which matrix units want."""
     assert layer.bias is not None
     more = -layer.out_channels % 8
     weight = F.pad(layer.weight, (0,) * 9 + (more,))
