@@ -8,6 +8,7 @@ import torch
 from tests import tiny
 from torch.utils._pytree import tree_leaves
 
+from longtake.generation.noise import DrawnAhead
 from longtake.generation.take import fork
 from longtake.memory.stream_memory import StreamMemory
 from longtake.recipes import recipe_named
@@ -119,7 +120,7 @@ def broken(*_, **__):
 
 
 @pytest.mark.parametrize("name", ["self_forcing_sink", "rolling_forcing"])
-@pytest.mark.parametrize("fails", ["forward", "decode"])
+@pytest.mark.parametrize("fails", ["forward", "draw", "decode"])
 def test_a_pass_that_fails_costs_no_stream_a_block(name, fails, monkeypatch):
     engine = engine_of(name)
     streams = [engine.stream("a ball", seed=seed) for seed in range(2)]
@@ -127,10 +128,10 @@ def test_a_pass_that_fails_costs_no_stream_a_block(name, fails, monkeypatch):
         next(stream)
     twins = [fork(stream) for stream in streams]
     with monkeypatch.context() as failing:
-        failing.setattr(engine.network if fails == "forward" else engine.codec, fails, broken)
+        failing.setattr({"forward": engine.network, "draw": DrawnAhead, "decode": engine.codec}[fails], fails, broken)
         with pytest.raises(RuntimeError, match="out of memory"):
             engine.next_together(streams)
-    if fails == "decode":
+    if fails != "forward":
         for change in (
             lambda: streams[0].state(),
             lambda: streams[0].redirect("a cat"),

@@ -748,6 +748,7 @@ def _latents_together(engine: Engine, batches: Sequence[StreamBatch], commits: C
         batch._go_on_with(one.memory, one.in_flight)  # a schedule that rolls compares with its own last block
         batch._finished_BFCHW = latents_BFCHW[row : row + 1]
         batch.in_company = True
+    for batch in batches:  # once all of them are whole: this takes time, and may be stopped
         batch._draw_ahead()
     return latents_BFCHW
 
