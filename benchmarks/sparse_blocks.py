@@ -43,7 +43,7 @@ from longtake.memory.view import Attend
 
 STUDENT = "self_forcing_sink"  # which is hybrid_forcing:share=1,far=none
 SHARE = 0.2
-SIZES = [(28, 28), (21, 21), (14, 14), (12, 12), (28, 12), (12, 28), (84, 12)]  # of query and key blocks
+SIZES = [(28, 28), (12, 12), (12, 6), (12, 4), (6, 12), (6, 6), (6, 4), (4, 4), (12, 28)]  # of query and key blocks
 WINDOWS = (252, 504, 756)  # keys of the first, the second and every later block
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -23,11 +23,11 @@ MAY_IMPORT = {
     "models": "attention memory",
     "generation": "files flow memory models",
     "toy": "models",
-    "distillation": "flow attention memory models generation parallel",
-    "evaluation": "flow parallel attention memory models generation media toy",
+    "distillation": "files flow attention memory models generation parallel",
+    "evaluation": "files flow parallel attention memory models generation media toy",
     "serving": "generation media",
     "recipes": "flow media parallel attention memory models generation toy distillation evaluation",
-    "training": "flow media parallel attention memory models generation toy distillation evaluation recipes",
+    "training": "files flow media parallel attention memory models generation toy distillation evaluation recipes",
     "batch": "media parallel models generation",
     "explain": "memory models generation evaluation recipes",
     "plan": "attention memory models generation parallel toy recipes",
@@ -37,7 +37,7 @@ MAY_IMPORT = {
         "explain plan batch doctor recipes"
     ),
 }
-ENGINE_AND_TRAINING = "flow attention memory models generation distillation parallel recipes toy training"
+ENGINE_AND_TRAINING = "files flow attention memory models generation distillation parallel recipes toy training"
 BARE = {"torch", "numpy", "einops", "safetensors", "pyyaml"}
 
 

@@ -96,13 +96,13 @@ def test_blocks_in_flight_come_on_top_of_sink_and_past() -> None:
         replace(recipe.with_levels(4), policy=recipes.reward_forcing().policy).memory(network)
 
 
-def test_rolling_forcing_streams_from_a_folder(tmp_path: Path) -> None:
+def test_weights_of_a_folder_stream_under_a_recipe_they_were_not_made_for(tmp_path: Path) -> None:
     for name in (NETWORK_FILE, CODEC_FILE):
         shutil.copy(packaged(name), tmp_path / name)
     with engine(tmp_path, "rolling_forcing").stream("a red ball bounces over green hills") as stream:
         assert [len(next(stream).frames) for _ in range(2)] == [9, 12]
-    with pytest.raises(ValueError, match="no weights for recipe rolling_forcing"):
-        engine("toy", "rolling_forcing")
+    with pytest.raises(ValueError, match="no weights for recipe rehyat"):
+        engine("toy", "rehyat")
 
 
 def test_options_change_a_recipe_and_stay_in_its_name() -> None:

@@ -1,5 +1,8 @@
 """Files that grow beside their names and take them when they are whole."""
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -18,6 +21,22 @@ def require_free_video(path: Path, *, overwrite: bool = False, way_out: str = "r
     require_free(path, overwrite=overwrite, way_out=way_out)
     if path.suffix.lower() != ".mp4":
         raise ValueError(f"videos are mp4 files: name {path} {path.stem}.mp4")
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Where to write a file that takes its name when it is whole. If it never is, what was there before stays."""
+    beside = unfinished(path)
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def unfinished(path: Path) -> Path:
+    """Where a file grows before it takes its name."""
+    return path.with_name(path.name + ".part")
 
 
 def claim(beside: Path, note: str = "") -> None:

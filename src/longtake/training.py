@@ -20,7 +20,6 @@ PyAV is installed, mp4. A folder that holds state.pt holds a run that was stoppe
 
 import fcntl
 import json
-import os
 import platform
 import shutil
 import sys
@@ -51,6 +50,7 @@ from longtake.distillation.stages import (
     strips,
 )
 from longtake.distillation.trainer import STATE_FILE, Dice, Run, read_metrics
+from longtake.files import whole
 from longtake.generation.recipe import Recipe
 from longtake.generation.stream import to_uint8
 from longtake.media.pictures import contact_sheet, save_png
@@ -207,8 +207,8 @@ class _Inputs:
     def hand_on(self, files: Sequence[str], out: Path) -> None:
         """Leave in the output folder what the stage read."""
         for file in files:
-            shutil.copyfile(self.path(file), out / (file + ".part"))
-            os.replace(out / (file + ".part"), out / file)
+            with whole(out / file) as beside:
+                shutil.copyfile(self.path(file), beside)
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
@@ -459,9 +459,8 @@ def _finish(run: Run, inputs: _Inputs, kind: _Kind, spent: dict[str, Any], proce
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(beside, path)
+    with whole(path) as beside:
+        beside.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def _samples(out: Path) -> Path:

@@ -11,6 +11,7 @@ from tyro.extras import SubcommandApp
 from longtake.cli.engines import in_precision, load_engine, precision_named
 from longtake.cli.options import Codec, Compile, Device, Levels, Precision, StreamPrecision
 from longtake.cli.terminal import CHECK_FAILED, print_result, say
+from longtake.files import whole
 
 if TYPE_CHECKING:
     import torch
@@ -227,9 +228,8 @@ def _keep(folder: Path, result: dict[str, Any]) -> Path:
 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / file_name(result)
-    beside = path.with_name(path.name + ".part")
-    beside.write_text(dumps(result, indent=1) + "\n", encoding="utf-8")
-    beside.replace(path)
+    with whole(path) as beside:
+        beside.write_text(dumps(result, indent=1) + "\n", encoding="utf-8")
     return path
 
 

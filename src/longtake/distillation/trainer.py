@@ -1,7 +1,6 @@
 """The loop: rates that warm up and fall, averages, metrics, pictures on the way, and a state that survives a kill."""
 
 import json
-import os
 import signal
 import sys
 import time
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from longtake import parallel
+from longtake.files import whole
 
 METRICS_FILE = "metrics.jsonl"
 STATE_FILE = "state.pt"
@@ -253,9 +253,8 @@ class _State:
         random = parallel.gather(_random_state(self._run.device))
         if self._run.first:
             parts = {name: part.state_dict() for name, part in self._parts.items()}
-            beside = self._file.with_suffix(".part")
-            torch.save({"step": step, "seconds": seconds, "random": random, "parts": parts}, beside)
-            os.replace(beside, self._file)
+            with whole(self._file) as beside:
+                torch.save({"step": step, "seconds": seconds, "random": random, "parts": parts}, beside)
 
     def resume(self) -> tuple[int, float]:
         """Load what was saved, if anything was; returns the step to go on from and the seconds already spent."""
@@ -320,9 +319,9 @@ def read_metrics(out: Path) -> list[dict[str, float]]:
 
 def _forget_rows(out: Path, step: int) -> None:
     """Drop the metrics of steps that will be made again."""
-    beside = out / f"{METRICS_FILE}.part"
-    beside.write_text("".join(json.dumps(row) + "\n" for row in read_metrics(out) if row["step"] < step))
-    os.replace(beside, out / METRICS_FILE)
+    kept = [json.dumps(row) + "\n" for row in read_metrics(out) if row["step"] < step]
+    with whole(out / METRICS_FILE) as beside:
+        beside.write_text("".join(kept))
 
 
 def _log(out: Path, row: dict[str, float]) -> None:

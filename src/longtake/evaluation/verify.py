@@ -7,8 +7,7 @@ Shapes: F latent frames or pictures, C channels, H W height and width.
 """
 
 import math
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from json import dumps
 from pathlib import Path
@@ -23,6 +22,7 @@ from longtake import __version__
 from longtake.attention import reference
 from longtake.attention.dense import dense
 from longtake.evaluation.speed import cpu_name
+from longtake.files import whole
 from longtake.generation.blockwise import view_for
 from longtake.generation.noise import SeededNoise, generator_for
 from longtake.generation.recipe import Recipe
@@ -321,19 +321,15 @@ def save_report(folder: Path, report: Mapping[str, Any], pictures_FHWC: np.ndarr
     """
     folder.mkdir(parents=True, exist_ok=True)
     told, sheet = folder / "verify.json", folder / "contact_sheet.png"
-    _write(told, lambda path: path.write_text(dumps(report, indent=2) + "\n", encoding="utf-8"))
+    with whole(told) as beside:
+        beside.write_text(dumps(report, indent=2) + "\n", encoding="utf-8")
     if pictures_FHWC is None:
         sheet.unlink(missing_ok=True)
         return [told]
     shown = np.linspace(0, len(pictures_FHWC) - 1, min(_SHOWN, len(pictures_FHWC))).round().astype(int)
-    _write(sheet, lambda path: save_png(path, contact_sheet(pictures_FHWC[shown], _COLUMNS)))
+    with whole(sheet) as beside:
+        save_png(beside, contact_sheet(pictures_FHWC[shown], _COLUMNS))
     return [told, sheet]
-
-
-def _write(path: Path, write: Callable[[Path], Any]) -> None:
-    beside = path.with_name(path.name + ".part")
-    write(beside)
-    os.replace(beside, path)
 
 
 def _plain(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ A file is safetensors; its description holds all that is no tensor, in JSON. Wha
 """
 
 import json
-import os
 import stat
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from longtake.files import claim, require_free
+from longtake.files import claim, require_free, unfinished, whole
 from longtake.generation.stream import MOST_TOLD, UNTOLD, Engine, Stream, Told
 
 _DESCRIPTION, _TENSOR = "longtake_take", "tensor"
@@ -59,18 +58,17 @@ class Take:
         require_writable(path, overwrite=overwrite)
         tensors: dict[str, Tensor] = {}
         described = {"form": _FORM, "made_with": self.made_with, "state": _packed(self.state, tensors)}
-        beside = _beside(path)
-        beside.touch()
-        mode = stat.S_IMODE(beside.stat().st_mode)  # as the user wants files; safetensors lets only the owner read
         try:
-            stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(stored, beside, metadata={_DESCRIPTION: json.dumps(described)})
-            beside.chmod(mode)
-            os.replace(beside, path)
+            with whole(path) as beside:
+                beside.touch()
+                mode = stat.S_IMODE(
+                    beside.stat().st_mode
+                )  # as the user wants files; safetensors lets only the owner read
+                stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+                save_file(stored, beside, metadata={_DESCRIPTION: json.dumps(described)})
+                beside.chmod(mode)
         except SafetensorError as error:  # how it tells of a full disk
             raise OSError(f"cannot write {path}: {error}") from None
-        finally:
-            beside.unlink(missing_ok=True)
 
     def resume(self, engine: Engine) -> Stream:
         """A stream that goes on from here, bit for bit. ValueError, with the reason, for an engine that would not."""
@@ -200,14 +198,9 @@ def bytes_of(state: Mapping[str, Any]) -> dict[str, int]:
 def require_writable(path: Path, *, overwrite: bool = False) -> None:
     """OSError where no take can be written, FileExistsError for a name in use: best known before a stream runs."""
     require_free(path, overwrite=overwrite)
-    beside = _beside(path)
+    beside = unfinished(path)
     claim(beside)
     beside.unlink()
-
-
-def _beside(path: Path) -> Path:
-    """Where a take grows before it takes its name."""
-    return path.with_name(path.name + ".part")
 
 
 def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -21,6 +21,7 @@ from longtake.recipes.methods import MEMORY_RULES
 TOY_WEIGHTS = "toy/weights"
 NETWORK_FILE = "student.safetensors"
 HYBRID_FILE = "student_hybrid.safetensors"
+ROLLING_FILE = "student_rolling.safetensors"
 TEACHER_FILE = "teacher.safetensors"
 CONVERTED_FILE = "converted.safetensors"
 CODEC_FILE = "codec_decoder.safetensors"
@@ -30,10 +31,11 @@ MODELS: dict[tuple[str, str], str] = {
     ("toy", "self_forcing"): NETWORK_FILE,
     ("toy", "self_forcing_sink"): NETWORK_FILE,
     ("toy", "hybrid_forcing"): HYBRID_FILE,
+    ("toy", "rolling_forcing"): ROLLING_FILE,
     **{("toy", name): NETWORK_FILE for name in MEMORY_RULES},
 }
 """(model, recipe) -> the network's weights: the student, distilled under the first two recipes, one of its own, or a
-delta on the student."""
+delta on the student (`rolling_forcing`)."""
 
 
 def model_names() -> set[str]:
