@@ -8,8 +8,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core
 import pytest
 import torch
 
+from tests.guarded import guard
+
 
 @pytest.fixture(autouse=True)
 def poison() -> None:
     """Fresh memory is filled with NaN, so that what was never written cannot pass for a number."""
     torch.use_deterministic_algorithms(True)
+
+
+@pytest.fixture(autouse=True)
+def guarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No kernel that is interpreted reads or writes beside its tensors."""
+    guard(monkeypatch)

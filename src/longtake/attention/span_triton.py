@@ -136,10 +136,13 @@ def _weights(weights: PowerWeights, dtype: torch.dtype) -> list[Tensor]:
 
 
 def _sizes(size: int, features: int, dtype: torch.dtype) -> dict[str, int | str]:
+    """The least heads take 4 warps: 8 cut tiles into so many products that uniform registers run out, and `ptxas` 12.8
+    takes one that it never wrote for a tile's address, at times an illegal one."""
+    padded = max(16, triton.next_power_of_2(size))
     return {
-        "HEAD": size, "DEGREE": features // size, "D": max(16, triton.next_power_of_2(size)),
+        "HEAD": size, "DEGREE": features // size, "D": padded,
         "TILE": _TILE, "HIDDEN": _HIDDEN[dtype], "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
-        "num_warps": 8, "num_stages": 2 if dtype == torch.bfloat16 else 1,
+        "num_warps": 4 if padded == 16 else 8, "num_stages": 2 if dtype == torch.bfloat16 else 1,
     }  # fmt: skip
 
 
