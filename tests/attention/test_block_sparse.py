@@ -60,6 +60,20 @@ def test_reading_the_chosen_equals_its_definition_with_gradients(it: Case, share
     )
 
 
+@given(it=CASES, share=SHARES)
+@FEW
+def test_reading_the_chosen_in_bfloat16_is_off_by_its_rounding(it: Case, share: float) -> None:
+    chosen = it.chosen(share)
+    q, k, v = (x.bfloat16().requires_grad_() for x in it[:3])
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    read = block_sparse.attend_blocks(q, k, v, chosen, **it.blocks)
+    expected = reference.attend_blocks(*exact, chosen, **it.blocks)
+    towards = torch.ones_like(expected)
+    gradients = torch.autograd.grad(read, (q, k, v), towards.to(read)), torch.autograd.grad(expected, exact, towards)
+    for fast, slow in zip((read, *gradients[0]), (expected, *gradients[1]), strict=True):
+        assert (fast.double() - slow).norm() <= 0.02 * (slow.norm() + exact[2].norm())
+
+
 @pytest.mark.parametrize("keys", [4680, 9360, 14040])  # of the first, the second and later blocks at 480p
 def test_published_windows_equal_their_definition_with_gradients(keys: int) -> None:
     it = case(72, keys, 64, 64, batch=1, heads=1, head_dim=16)

@@ -17,7 +17,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from longtake.attention import reference
 from longtake.attention.dense import dense
 
-GATHERED_AT_ONCE = 2**17  # numbers of the keys, and as many of the values: copies that stay in a processor's cache
+GATHERED_AT_ONCE = 2**18  # numbers of the keys, and as many of the values: bounds copies
 
 
 def block_sparse(
@@ -92,7 +92,7 @@ def _block_means(x_BTND: Tensor, size: int) -> Tensor:
 def _attend_gathered(
     q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor, chosen_BNIK: Tensor, *, block_q: int, block_k: int
 ) -> Tensor:  # fmt: skip
-    """Dense attention of every query block to a copy of its chosen keys, a few query blocks at a time."""
+    """Attention of every query block to a copy of its chosen keys, some query blocks at a time."""
     (clips, tokens, heads, head_dim), keys = q_BTND.shape, k_BSND.shape[1]
     q = rearrange(_whole(q_BTND, block_q), "b (i r) n d -> (b n i) 1 r d", r=block_q)
     k, v = (rearrange(_whole(x, block_k), "b (j r) n d -> (b n) j (r d)", r=block_k) for x in (k_BSND, v_BSND))
@@ -105,17 +105,24 @@ def _attend_gathered(
     def gathered(x: Tensor, some: slice) -> Tensor:
         return x.flatten(0, 1).index_select(0, places[some].flatten()).view(len(places[some]), 1, -1, head_dim)
 
+    attend = _by_products if q.dtype == torch.bfloat16 else scaled_dot_product_attention
     at_once = max(1, GATHERED_AT_ONCE // (places.shape[1] * block_k * head_dim))
     pieces = [slice(start, start + at_once) for start in range(0, len(q), at_once)]
     read = torch.cat(
         [
-            scaled_dot_product_attention(
-                q[some], gathered(k, some), gathered(v, some), attn_mask=None if is_key is None else is_key[some]
-            )
+            attend(q[some], gathered(k, some), gathered(v, some), None if is_key is None else is_key[some])
             for some in pieces
         ]
     )
     return rearrange(read, "(b n i) 1 r d -> b (i r) n d", b=clips, n=heads)[:, :tokens]
+
+
+def _by_products(q: Tensor, k: Tensor, v: Tensor, is_key: Tensor | None) -> Tensor:
+    """Scores are rounded to the type of the tensors. In bfloat16 torch's CPU kernel is no faster than in float32."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT
+    if is_key is not None:
+        scores = scores.masked_fill(~is_key, -torch.inf)
+    return scores.softmax(dim=-1) @ v
 
 
 def _whole(x_BTND: Tensor, size: int) -> Tensor:
