@@ -1,6 +1,7 @@
 """Many processes, layers compiled or checkpointed, calls recorded: applied from outside, so that no model or loss knows
 of it."""
 
+import gc
 import os
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
@@ -31,6 +32,7 @@ def join() -> tuple[int, int, torch.device]:
 def leave() -> None:
     """Part from the other processes; nothing to do when there are none."""
     if distributed.is_initialized():
+        gc.collect()  # recorded graphs that exchange with the others must go before what they exchange by
         distributed.destroy_process_group()
 
 

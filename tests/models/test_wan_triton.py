@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
@@ -20,6 +20,7 @@ from longtake.attention.fused_triton import rotate
 from longtake.memory.fixed_view import FixedView, FixedViews
 from longtake.memory.stream_memory import StreamMemory
 from longtake.models.features import Conversion
+from longtake.models.split import split_tokens
 from longtake.models.wan import WanTransformer, converted
 from longtake.models.wan_triton import FusedFar, add_far, fuse_clips, fuse_layers
 from longtake.recipes import hybrid_forcing
@@ -59,6 +60,27 @@ def test_passes_equal_their_definition(dtype: torch.dtype, share: float, prompts
     for ours, theirs in keys:
         assert_near(ours[0], theirs[0], share)
         assert_near(ours[1], theirs[1], share)
+
+
+@torch.no_grad()
+def test_a_pass_that_is_shared_out_equals_its_definition() -> None:
+    """By one process; how many share it out is tested in plain torch."""
+    plain, noisy = tiny.network().to(DEVICE, torch.float32), torch.randn(2, *tiny.LATENTS, device=DEVICE)
+    said = plain.prompt_keys(tiny.text(batch=2).to(DEVICE, torch.float32))
+    given = noisy, torch.rand(2, tiny.BLOCK, device=DEVICE), said, plain.clip_view(noisy)
+    quick = fused(plain)
+    distributed.init_process_group(
+        "nccl" if DEVICE == "cuda" else "gloo", store=distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        split_tokens(quick, rotate)
+        made, keys = quick(*given), quick.keys_to_commit(*given)
+    finally:
+        distributed.destroy_process_group()
+    assert_near(made, plain(*given), 1e-5)
+    for ours, theirs in zip(keys, plain.keys_to_commit(*given), strict=True):
+        assert_near(ours[0], theirs[0], 1e-5)
+        assert_near(ours[1], theirs[1], 1e-5)
 
 
 def test_with_gradients_a_pass_is_that_of_the_definition() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import arg
 from tyro.extras import SubcommandApp
 
-from longtake.cli.engines import in_precision, load_engine, precision_named
+from longtake.cli.engines import in_precision, load_engine, precision_named, together
 from longtake.cli.options import Codec, Compile, Device, Levels, Precision, StreamPrecision
 from longtake.cli.terminal import CHECK_FAILED, print_result, say
 from longtake.files import whole
@@ -48,7 +48,7 @@ def bench_stream(
 
     With --blocks, --minutes or --random-weights one long stream is timed once all that it remembers is full, and the
     time of its blocks told by part (docs/speed.md). With --minutes it exits 1 where blocks become slower, memory grows,
-    or numbers are lost.
+    or numbers are lost. More GPUs for one stream: torchrun -m longtake.cli bench stream ...
 
     Args:
         recipe: The methods to time, one after the other.
@@ -73,33 +73,38 @@ def bench_stream(
     if out is not None and not long:
         raise ValueError("-o keeps results of long streams: add --blocks or --minutes")
 
-    def engine(name: str) -> "Engine":
+    def engine(name: str, place: "torch.device") -> "Engine":
         if not random_weights:
-            return load_engine(model, name, levels, device, dtype, codec, compile)
+            return load_engine(model, name, levels, place, dtype, codec, compile)
         from longtake.recipes import load_random
 
         made = load_random(
-            model, recipe=name, size=_height_width(size), decoder=decoder or "wan", device=device,
+            model, recipe=name, size=_height_width(size), decoder=decoder or "wan", device=place,
             dtype=precision_named(dtype), levels=levels, compile=compile,
         )  # fmt: skip
         return in_precision(made, dtype)
 
-    timed = STEADY_BLOCKS if blocks is None else blocks
-    results = []
-    for name in recipe:
+    def timed(name: str, place: "torch.device", tell: Callable[[str], None]) -> dict[str, Any]:
+        from longtake.evaluation import speed
+        from longtake.evaluation.steady import bench_steady
+        from longtake.recipes import split
+
+        loaded = engine(name, place)
+        split(loaded)
         if long:
-            from longtake.evaluation.steady import bench_steady
+            most = STEADY_BLOCKS if blocks is None else blocks
+            return bench_steady(loaded, prompt, blocks=most, minutes=minutes or 0.0, say=tell)
+        return speed.bench_stream(loaded, prompt, seconds, repeats) | {"redirect": speed.time_redirects(loaded, prompt)}
 
-            result = bench_steady(engine(name), prompt, blocks=timed, minutes=minutes or 0.0, say=say)
-        else:
-            from longtake.evaluation import speed
-
-            loaded = engine(name)
-            result = speed.bench_stream(loaded, prompt, seconds, repeats)
-            result["redirect"] = speed.time_redirects(loaded, prompt)
-        results.append(result)
-        if out is not None:
-            say(f"{_keep(out, result)}: {result['frames_per_second']:.1f} frames a second")
+    results = []
+    with together(device) as (first, place):
+        for name in recipe:
+            result = timed(name, place, say if first else lambda line: None)
+            results.append(result)
+            if out is not None and first:
+                say(f"{_keep(out, result)}: {result['frames_per_second']:.1f} frames a second")
+    if not first:
+        return 0
     _print(results, json, _steady_in_words if long else _speed_in_words)
     changed = [result for result in results if minutes is not None and _changes(result)]
     for result in changed:
@@ -264,7 +269,8 @@ def _steady_in_words(result: dict[str, Any]) -> str:
             f"{block['p99']:.1f} ms (p50 / p95 / p99 of {result['blocks']})",
             f"first chunk after {first['cold']:.2f} s cold, {first['warm']:.2f} s warm; "
             f"at most {result['peak_memory_mib']:.0f} MiB",
-            f"{result['model']}, {result['size']}, {result['decoder']}, {result['precision']}, {result['device']}; "
+            f"{result['model']}, {result['size']}, {result['decoder']}, {result['precision']}, "
+            f"{result['processes']} x {result['device']}; "
             f"{len(result['levels'])} levels, sink {window['sink']} + past {window['past']} + {window['current']} x "
             f"{window['in_flight']}, sparsity {result['sparsity'] or 'none'}",
             f"over {length:.0f} s of video: at its end blocks take {changed['block_ms']:.3f} times as long, "

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from longtake import __version__
+from longtake import __version__, parallel
 from longtake.generation.stream import Engine, PromptInFlight
 from longtake.generation.timing import Timing, measure
 
@@ -54,6 +54,7 @@ def bench_stream(engine: Engine, prompt: str, seconds: float, repeats: int) -> d
         "levels": len(engine.recipe.steps),
         "precision": engine.circumstances["dtype"],
         "device": str(engine.device),
+        "processes": parallel.processes(),
         "threads": torch.get_num_threads(),
         "seconds": seconds,
         "cpu": cpu_name(),

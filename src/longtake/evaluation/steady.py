@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.utils._pytree import tree_leaves
 
-from longtake import __version__
+from longtake import __version__, parallel
 from longtake.attention.backends import choices
 from longtake.evaluation.parts import Work, seconds_by_part, work_by_part
 from longtake.evaluation.rates import Rates, rates
@@ -161,6 +161,7 @@ def circumstances(engine: Engine) -> dict[str, Any]:
         "precision": engine.circumstances["dtype"],
         "passes": engine.circumstances["passes"],
         "attention": attention_taken(),
+        "processes": parallel.processes(),
         **machine(engine.device),
     }  # fmt: skip
 
@@ -176,7 +177,10 @@ def attention_taken() -> dict[str, str]:
 def file_name(result: Mapping[str, Any]) -> str:
     """For a result's file: what tells it from others of one machine, in letters that every file system takes."""
     told = [result[name] for name in ("model", "recipe", "decoder", "size", "precision", "passes")]
-    return re.sub(r"[^\w.-]+", "_", "-".join([*told, f"{len(result['levels'])}levels"])) + ".json"
+    told.append(f"{len(result['levels'])}levels")
+    if result["processes"] > 1:
+        told.append(f"{result['processes']}processes")
+    return re.sub(r"[^\w.-]+", "_", "-".join(told)) + ".json"
 
 
 def machine(device: torch.device) -> dict[str, Any]:

@@ -156,10 +156,14 @@ class Block(nn.Module):
 
     def before_attention(self, x_BFTE: Tensor, levels_BF6E: Tensor, rotation: Rotation) -> Tokens:
         """The layer's own tokens, [B, F * T, N, D] each."""
+        q, k, v = self.plain_tokens(x_BFTE, levels_BF6E)
+        return Tokens(rotate(q, rotation), rotate(k, rotation), q, k, v)
+
+    def plain_tokens(self, x_BFTE: Tensor, levels_BF6E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Unrotated queries, keys and values, [B, F * T, N, D] each."""
         shift, scale = self._modulation(levels_BF6E)[:2]
         x = _modulated(x_BFTE, shift, scale).flatten(1, 2)
-        q, (k, v) = self.self_attn.queries(x), self.self_attn.keys_values(x)
-        return Tokens(rotate(q, rotation), rotate(k, rotation), q, k, v)
+        return self.self_attn.queries(x), *self.self_attn.keys_values(x)
 
     def after_attention(
         self, x_BFTE: Tensor, attended_BTND: Tensor, levels_BF6E: Tensor,
@@ -253,7 +257,7 @@ class WanTransformer(nn.Module):
         self, noisy_BFCHW: Tensor, level_BF: Tensor, prompts: PromptKeys, view: View, prompt_BF: Tensor | None = None
     ) -> Tensor:
         """Velocity [B, F, C, H, W] of noisy latents at levels in 0..1; `prompt_BF` numbers each frame's prompt."""
-        x, level_BFE, levels_BF6E = self._embed(noisy_BFCHW, level_BF)
+        x, level_BFE, levels_BF6E = self.embed(noisy_BFCHW, level_BF)
         for i, block in enumerate(self.layers):
             own = block.before_attention(x, levels_BF6E, view.rotation)
             x = block.after_attention(x, view.attend(i, own), levels_BF6E, prompts.layers[i], prompt_BF)
@@ -263,7 +267,7 @@ class WanTransformer(nn.Module):
         self, clean_BFCHW: Tensor, level_BF: Tensor, prompts: PromptKeys, view: View, prompt_BF: Tensor | None = None
     ) -> LayerKeys:
         """Every layer's unrotated keys and values of finished latents. The last layer stops once it has its own."""
-        x, _, levels_BF6E = self._embed(clean_BFCHW, level_BF)
+        x, _, levels_BF6E = self.embed(clean_BFCHW, level_BF)
         keys = []
         for i, block in enumerate(self.layers):
             own = block.before_attention(x, levels_BF6E, view.rotation)
@@ -332,7 +336,7 @@ class WanTransformer(nn.Module):
             raise ValueError(f"latents of {height} x {width} cannot be cut into patches of {patch} x {patch}")
         return height // patch, width // patch
 
-    def _embed(self, latents_BFCHW: Tensor, level_BF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def embed(self, latents_BFCHW: Tensor, level_BF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens [B, F, T, E], level embedding [B, F, E] and its projection for the layers [B, F, 6, E]."""
         weight = self.patch_embedding.weight
         rows, columns = self._grid(latents_BFCHW)

@@ -26,8 +26,8 @@ def fuse_layers(network: WanTransformer) -> None:
     """
     for block in network.layers:
         layer = FusedLayer(block)
-        setattr(block, "before_attention", layer.before_attention)  # noqa: B010  # a type checker forbids the plain way
-        setattr(block, "after_attention", layer.after_attention)  # noqa: B010
+        for method in ("before_attention", "plain_tokens", "after_attention"):
+            setattr(block, method, getattr(layer, method))
 
 
 def fuse_clips(network: WanTransformer) -> None:
@@ -64,7 +64,7 @@ class FusedLayer:
 
     def __init__(self, block: Block):
         self._block = block
-        self._before, self._after = block.before_attention, block.after_attention
+        self._before, self._plain, self._after = block.before_attention, block.plain_tokens, block.after_attention
 
     def before_attention(self, x_BFTE: Tensor, levels_BF6E: Tensor, rotation: Rotation) -> Tokens:
         """As `Block.before_attention`."""
@@ -75,6 +75,16 @@ class FusedLayer:
         q, plain_q = fused.norm_rotate_(own.q(x), own.norm_q.weight, own.heads, rotation)
         k, plain_k = fused.norm_rotate_(own.k(x), own.norm_k.weight, own.heads, rotation)
         return Tokens(q, k, plain_q, plain_k, own.v(x).unflatten(-1, (own.heads, -1)))
+
+    def plain_tokens(self, x_BFTE: Tensor, levels_BF6E: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `Block.plain_tokens`."""
+        if torch.is_grad_enabled():
+            return self._plain(x_BFTE, levels_BF6E)
+        own = self._block.self_attn
+        x = fused.modulate(x_BFTE, levels_BF6E, self._block.modulation).flatten(1, 2)
+        q, k = fused.norm_(own.q(x), own.norm_q.weight), fused.norm_(own.k(x), own.norm_k.weight)
+        q, k, v = (part.unflatten(-1, (own.heads, -1)) for part in (q, k, own.v(x)))
+        return q, k, v
 
     def after_attention(
         self, x_BFTE: Tensor, attended_BTND: Tensor, levels_BF6E: Tensor,

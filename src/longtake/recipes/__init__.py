@@ -22,6 +22,7 @@ from longtake.recipes.methods import (
     self_forcing,
     self_forcing_sink,
 )
+from longtake.recipes.processes import split
 from longtake.recipes.wan_engines import load_random, load_wan
 from longtake.recipes.weight_files import MODELS
 
@@ -45,4 +46,5 @@ __all__ = [
     "rolling_sink",
     "self_forcing",
     "self_forcing_sink",
+    "split",
 ]
