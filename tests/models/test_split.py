@@ -150,9 +150,9 @@ def test_streams_are_those_of_one_process_and_each_remembers_half(place: str) ->
             assert [2 * one[name][1] for one in theirs] == [held + counts] * 2, name
 
 
-def on_a_gpu(name: str) -> None:
+def on_a_gpu(recipe: Recipe) -> None:
     """Streams by fused kernels and recorded graphs, shared out, beside one that is not."""
-    made = engine(RECIPES[name](), torch.float32)
+    made = engine(recipe, torch.float32)
     made.network.cuda()
     made.codec.cuda()
     plain = replace(made, text=TextOnGPU())
@@ -165,8 +165,8 @@ def on_a_gpu(name: str) -> None:
 
 def gpu_streams_of(rank: int, folder: str) -> None:
     join(rank, folder, 2)
-    for name in ("self_forcing_sink", "hybrid_forcing", "rolling_forcing"):
-        on_a_gpu(name)
+    for recipe in (self_forcing_sink(), hybrid_forcing(), tiny.rolling_recipe()):
+        on_a_gpu(recipe)
     parallel.leave()
 
 
