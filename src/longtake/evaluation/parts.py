@@ -185,12 +185,12 @@ def work_by_part(engine: Engine, prompt: str, blocks: int = 1) -> dict[str, Work
         text=RandomText(rows, engine.network.config.text_dim, META),
         recipe=replace(engine.recipe, near=_counted(engine.recipe.near), far=far),
     )
-    full = engine.blocks_until_full
+    before = engine.blocks_until_full + 1  # one more than it takes: its rotations are made anew, and then kept
     counting = Counting()
     marks = Marks(counting.so_far)
     with Fused(counting.attended), marked(twin, marks):
         stream = twin.stream_batch([prompt], seeds=[0])
-        for _ in islice(stream, full):
+        for _ in islice(stream, before):
             marks.take(_difference)
         with counting:
             for _ in islice(stream, blocks):
