@@ -1,22 +1,16 @@
 """What is predicted of other cards: bounds that follow from data sheets and measured parts."""
 
-import importlib.util
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "predict.py"
+from tests.scripts import benchmark
 
 
 @pytest.fixture
 def predict() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("predict", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("predict")
 
 
 def result(**more: Any) -> dict[str, Any]:

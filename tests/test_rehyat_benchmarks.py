@@ -1,6 +1,5 @@
 """What the benchmarks of converted layers tell, at tiny size."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -10,17 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-SCRIPTS = Path(__file__).parents[1] / "benchmarks"
+from tests.scripts import BENCHMARKS, benchmark
 
 
 def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)
-    spec.loader.exec_module(module)
-    return module
+    monkeypatch.syspath_prepend(str(BENCHMARKS))  # they import each other
+    return benchmark(name)
 
 
 def told(module: ModuleType, out: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> None:

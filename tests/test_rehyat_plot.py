@@ -1,6 +1,5 @@
 """The plot of time against length: which points are drawn, where lines cross, and that it is drawn."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -9,18 +8,14 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("matplotlib", reason="matplotlib is not installed (it comes with longtake[train])")
+from tests.scripts import benchmark
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "plot_rehyat.py"
+pytest.importorskip("matplotlib", reason="matplotlib is not installed (it comes with longtake[train])")
 
 
 @pytest.fixture(scope="module")
 def plot() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("plot_rehyat", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("plot_rehyat")
 
 
 def cases() -> list[dict[str, Any]]:

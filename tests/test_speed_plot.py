@@ -1,6 +1,5 @@
 """The plot of a block's time: what is set beside what, and that it is drawn."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -9,19 +8,16 @@ from typing import Any
 
 import pytest
 
+from tests.scripts import benchmark
+
 pytest.importorskip("matplotlib", reason="matplotlib is not installed (it comes with longtake[train])")
 
-SCRIPT = Path(__file__).parents[1] / "benchmarks" / "plot_speed.py"
 PARTS = {"network pass 1": 60.0, "network pass 2": 50.0, "commit": 40.0, "far state": 5.0, "decode": 80.0, "other": 1.0}
 
 
 @pytest.fixture(scope="module")
 def plot() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("plot_speed", SCRIPT)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return benchmark("plot_speed")
 
 
 def result(**more: Any) -> dict[str, Any]:
