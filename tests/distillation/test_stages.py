@@ -567,6 +567,29 @@ def test_an_anchor_holds_a_network_to_what_it_was_on_clips_not_made_for_memory(t
     assert "anchor" in read_metrics(tmp_path / "100.0")[0] and "anchor" not in read_metrics(tmp_path / "0.0")[0]
 
 
+def test_an_anchor_alone_teaches_a_network_to_do_with_a_part_of_its_window(tmp_path: Path) -> None:
+    sparse = recipe_named("hybrid_forcing:far=none,share=0.2,tokens=2")
+    given = pretrain.Clips(
+        torch.randn(8, 9, *tiny.LATENTS[1:]), torch.randn(8, 2, 5, 8), torch.zeros(8, 9, dtype=torch.long),
+        torch.zeros(8, 9, *tiny.LATENTS[2:]),
+    )  # fmt: skip
+    start = tiny.network(extent=12).float()
+
+    def strays(network: WanTransformer) -> float:
+        torch.manual_seed(5)
+        memory = sparse.memory(network)
+        return teacher_forcing_loss(network, given, 3.0, 1.0, block=3, memory=memory, anchor=start).item()
+
+    taught, supplies = forced(
+        tmp_path / "run", sparse, steps=60, frames=9, memory_share=1.0, real_weight=0.0, anchor_weight=1.0
+    )
+    assert [supply.memory_share for supply in supplies] == [0.0]
+    assert "loss" not in read_metrics(tmp_path / "run")[0]
+    assert 0 < strays(taught) < 0.7 * strays(start), (strays(taught), strays(start))
+    with pytest.raises(ValueError, match="without a real_weight or an anchor_weight nothing would be learned"):
+        TeacherForcingStage(real_weight=0.0)
+
+
 def test_a_pull_that_could_never_come_is_refused(monkeypatch, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="last_exits leaves that out"):
         steps(monkeypatch, tmp_path, levels=(4, 3), last_exits=2, pull=0.05)

@@ -147,7 +147,8 @@ class TeacherForcingStage(Stage):
     memory is asked; `DmdStage` has lessons at the same levels. anchor_weight: of a second lesson in each step, on as
     many clips that are not made for memory: to answer as the network did when the stage began and saw all of its
     window, at the recipe's levels. So a few-step student learns to remember, and to see a part of its window, and
-    stays what it was. rank: of what is added to each matrix (0: any), see `low_rank`.
+    stays what it was. real_weight: of the first lesson; 0: there is none, and all that is learned is to answer so.
+    rank: of what is added to each matrix (0: any), see `low_rank`.
     far_maps: whether queries and keys of far states get maps of their own (`OwnMaps`), if they have none; they learn as
     the projections do.
     """
@@ -165,12 +166,15 @@ class TeacherForcingStage(Stage):
     memory_share: float = 0.0
     recompute: bool = False
     first_steps: int = 0
+    real_weight: float = 1.0
     anchor_weight: float = 0.0
     rank: int = 0
     far_maps: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not (self.real_weight or self.anchor_weight):
+            raise ValueError("without a real_weight or an anchor_weight nothing would be learned: give one")
         if self.far_only and self.rank:
             raise ValueError("far_only leaves no matrix that a rank could be of: give one of the two")
 

@@ -42,27 +42,35 @@ def train_teacher_forcing(
     if stage.recompute:
         parallel.checkpoint_layers([network], ("forward", "keys_to_commit"))
 
-    def lessons(levels_of: Callable[[Recipe], Sequence[float]], **aim: Any) -> dict[str, Callable[..., Tensor]]:
-        return {
+    supplies: dict[str, Any] = {}
+    lessons: dict[str, Callable[[int], Tensor]] = {}
+
+    def learn(
+        name: str, weight: float, memory_share: float, levels: Callable[[Recipe], Sequence[float]], **aim: Any
+    ) -> None:
+        """Add a lesson that has clips of its own; what it returns is not weighed."""
+        supplies[name] = world.clips(stage.pool, stage.seed, stage.frames, memory_share)
+        of_recipe = {
             recipe.name: forced_lesson(
                 learner, text, network, recipe, shift, stage.focus_weight, run,
-                by_block=stage.recompute, levels=levels_of(recipe), **aim,
+                weight=weight, by_block=stage.recompute, levels=levels(recipe), **aim,
             )
             for recipe in {recipe.name: recipe for recipe in recipes}.values()
         }  # fmt: skip
 
-    learn = lessons(lambda recipe: recipe.levels(shift)[: stage.first_steps])
-    supplies = {"clips": world.clips(stage.pool, stage.seed, stage.frames, stage.memory_share)}
+        def lesson(step: int) -> Tensor:
+            parts = parts_of(drawn(supplies[name], step, stage.batch, stage.frames))
+            return of_recipe[recipes[step % len(recipes)].name](*parts) / weight
+
+        lessons[name] = lesson
+
+    if stage.real_weight:
+        learn("loss", stage.real_weight, stage.memory_share, lambda recipe: recipe.levels(shift)[: stage.first_steps])
     if anchor is not None:
-        stay = lessons(lambda recipe: recipe.levels(shift), weight=stage.anchor_weight, anchor=anchor)
-        supplies["anchor"] = world.clips(stage.pool, stage.seed, stage.frames)
+        learn("anchor", stage.anchor_weight, 0.0, lambda recipe: recipe.levels(shift), anchor=anchor)
 
     def turn(step: int) -> dict[str, Tensor]:
-        name = recipes[step % len(recipes)].name
-        clips = {use: parts_of(drawn(supply, step, stage.batch, stage.frames)) for use, supply in supplies.items()}
-        values = {"loss": learn[name](*clips["clips"])}
-        if anchor is not None:
-            values["anchor"] = stay[name](*clips["anchor"]) / stage.anchor_weight
+        values = {name: lesson(step) for name, lesson in lessons.items()}
         return {**values, "norm": learner.step(), **far_weights(network)}
 
     look = stream_strips(text, network, learner, world, recipes, shift, run)
