@@ -3,7 +3,8 @@ of it."""
 
 import gc
 import os
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache, partial
 from itertools import product
@@ -214,8 +215,7 @@ class Recorded:
         torch.cuda.current_stream().wait_stream(aside)
         torch.cuda.set_rng_state(dice)
         graph = torch.cuda.CUDAGraph()
-        # Other threads (NCCL's) may ask the device for news meanwhile.
-        with torch.cuda.graph(graph, _common().pool(), capture_error_mode="thread_local"):
+        with _recording(graph, _common().pool()):
             output = self._call(*own)
         return _Record(graph, inputs, output)
 
@@ -228,9 +228,24 @@ def _common() -> torch.cuda.CUDAGraph:
     It lives for good, since memory that no graph uses any more cannot be taken up again.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with _recording(graph):
         torch.zeros(1, device="cuda")
     return graph
+
+
+@contextmanager
+def _recording(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
+    """Record what is done within, while other threads (NCCL's) may ask the device for news, and nothing is collected:
+    graphs of networks that nobody has any more would go, and the device ends a recording when it frees one.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, pool, capture_error_mode="thread_local"):
+            yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def mapped_tensors(tree: Any, change: Callable[[Tensor], Any]) -> Any:

@@ -131,17 +131,21 @@ def _folder_named(start: str | Path) -> Path:
 
 
 def with_settings(stage: Any, settings: Sequence[str]) -> Any:
-    """A stage with some of its settings changed: "lr=1e-4", 'levels=[4, 2]', 'network={"dim": 64}'."""
+    """A stage with some of its settings changed: "lr=1e-4", 'levels=[4, 2]', 'network={"dim": 64}'.
+
+    They are changed all at once: what one of them allows another may hang on.
+    """
     known = {field.name for field in fields(stage)}
+    changed = {}
     for setting in settings:
         key, _, value = setting.partition("=")
         if key not in known:
             raise ValueError(f"{type(stage).__name__} has no setting {key!r}; it has {', '.join(sorted(known))}")
         try:
-            stage = replace(stage, **{key: _changed(getattr(stage, key), json.loads(value))})
+            changed[key] = _changed(getattr(stage, key), json.loads(value))
         except (ValueError, TypeError, OverflowError) as error:
             raise ValueError(f"setting {setting!r} does not work: {error}") from None
-    return stage
+    return replace(stage, **changed)
 
 
 def _changed(old: Any, new: Any) -> Any:

@@ -10,7 +10,7 @@ from longtake.attention import dense, reference, rope
 def value_and_grads(function, tensors: list[Tensor]) -> list[Tensor]:
     tensors = [t.detach().clone().requires_grad_() for t in tensors]
     out = function(*tensors)
-    direction = torch.linspace(-1, 1, out.numel()).view_as(out)
+    direction = torch.linspace(-1, 1, out.numel(), device=out.device).view_as(out)
     return [out.detach(), *torch.autograd.grad((out * direction).sum(), tensors)]
 
 

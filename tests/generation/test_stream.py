@@ -140,7 +140,7 @@ def test_a_batch_shows_what_its_streams_show_alone(engine) -> None:
         pictures = [next(batch)]
         batch.redirect(told)
         pictures += [next(batch), next(batch)]
-    together = torch.cat(pictures, 1).numpy()
+    together = torch.cat(pictures, 1).cpu().numpy()
     assert together.dtype == np.uint8 and batch.prompts == told
     for video, prompt, seed, after in zip(together, [PROMPT, OTHER], [7, 9], told, strict=True):
         with engine.stream(prompt, seed=seed) as stream:
@@ -155,7 +155,7 @@ def test_a_batch_shows_what_its_streams_show_alone(engine) -> None:
 def test_a_batch_of_one_is_a_stream_bit_for_bit(engine, alone: np.ndarray) -> None:
     with engine.stream_batch([PROMPT], seeds=[7]) as batch:
         pictures = torch.cat(list(islice(batch, 3)), 1)
-    assert (pictures[0].numpy() == alone[:33]).all()
+    assert (pictures[0].cpu().numpy() == alone[:33]).all()
     assert (batch.blocks, batch.pictures) == (3, 33)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from longtake import recipes
 from longtake.cli import main, train
-from longtake.distillation.stages import DmdStage
+from longtake.distillation.stages import DmdStage, TeacherForcingStage
 from longtake.distillation.trainer import STATE_FILE, read_metrics
 from longtake.models.delta import save_delta
 from longtake.models.text import WordEncoder
@@ -303,6 +303,7 @@ def test_every_stage_is_a_verb() -> None:
         ("teacher_forcing", ["--from", "{ode}", "--set", "frames=32"], "whole blocks"),
         ("teacher_forcing", ["--from", "{ode}", "--set", "memory_share=0.5"], "take more frames"),
         ("teacher_forcing", ["--from", "{ode}", "--set", "far_maps=true"], "far_maps is for recipes with a far state"),
+        ("teacher_forcing", ["--from", "{ode}", "--set", "real_weight=0"], "nothing would be learned"),
         ("teacher", ["--from", "{ode}"], "another shape"),
         ("teacher", [], "--from"),
         ("teacher_forcing", ["--from", "{ode}", "--recipe", "rehyat"], "these weights have none"),
@@ -321,6 +322,12 @@ def test_bad_input_is_one_line(stage, arguments, said, folders: Path, tmp_path: 
     assert main(["train", stage, "--out", str(tmp_path / "out"), *arguments]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+def test_settings_that_hang_on_each_other_may_come_in_any_order() -> None:
+    told = ["real_weight=0", "anchor_weight=1", "far_only=true", "rank=2", "far_only=false"]
+    stage = with_settings(TeacherForcingStage(), told)
+    assert (stage.real_weight, stage.anchor_weight, stage.far_only, stage.rank) == (0, 1, False, 2)
 
 
 def test_a_folder_belongs_to_one_run(folders: Path, capsys) -> None:
