@@ -52,7 +52,7 @@ def block_means(x_BTND: Tensor, size: int) -> Tensor:
     clips, tokens, heads, head_dim = x.shape
     means = x.new_empty(clips, heads, triton.cdiv(tokens, size), head_dim, dtype=torch.float32)
     _block_means[means.shape[2], clips * heads](
-        x, means, tokens, heads, head_dim, size, _tile(size), _tile(head_dim), num_warps=4
+        x, means, tokens, heads, head_dim, size, _tile(size), _tile(head_dim), num_warps=2
     )
     return means
 

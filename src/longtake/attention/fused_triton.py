@@ -20,7 +20,7 @@ from longtake.attention.rope import Rotation
 
 EPS = tl.constexpr(1e-6)
 _TOKENS = 64  # of a head that make a tile
-_TILES_SUMMED = 8  # by one program, before what programs summed is summed
+_TILES = 8  # by one program; what programs summed is summed then
 
 
 def norm_rotate_(x_BTE: Tensor, weight_E: Tensor, heads: int, rotation: Rotation) -> tuple[Tensor, Tensor]:
@@ -100,15 +100,15 @@ def add_far(
 ) -> Tensor:  # fmt: skip
     """Near answers plus what absorbed tokens answer, through a projection that heads share; the type of near.
 
-    Truth: `join.added` of `linear.read`, of the form `linear.PAPER`. Products are TF32 where answers have half
-    precision, which rounds more.
+    Truth: `join.added` of `linear.read`, of the form `linear.PAPER`. The sums, less by their mass, go through the
+    projection first, so that a token is one product, of that type.
     """
     near, q = near_BTND.contiguous(), plain_q_BTND.contiguous()
     (batch, tokens, heads, size), out = q.shape, torch.empty_like(near)
     precision = "ieee" if near.dtype == torch.float32 else "tf32"
-    _add_far[triton.cdiv(tokens, _TOKENS), batch * heads](
+    _add_far[triton.cdiv(tokens, _TOKENS * _TILES), batch * heads](
         near, q, *rotation, *(part.contiguous() for part in sums), weight_DD, bias_D, out, tokens, heads, size,
-        _TOKENS, max(16, triton.next_power_of_2(size)), precision, num_warps=8,
+        _TOKENS, _TILES, max(16, triton.next_power_of_2(size)), precision, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -117,13 +117,13 @@ def far_sums(k_BTND: Tensor, v_BTND: Tensor, rotation: Rotation) -> Sums:
     """The sums of these tokens alone. Truth: `linear.sums_of`, of the form `linear.PAPER`. Products as in `add_far`."""
     k, v = k_BTND.contiguous(), v_BTND.contiguous()
     batch, tokens, heads, size = k.shape
-    parts = triton.cdiv(tokens, _TOKENS * _TILES_SUMMED)
+    parts = triton.cdiv(tokens, _TOKENS * _TILES)
     kv = k.new_empty(parts, batch, heads, size, size, dtype=torch.float32)
     k_sums = k.new_empty(parts, batch, heads, size, dtype=torch.float32)
     precision = "ieee" if k.dtype == torch.float32 else "tf32"
     _far_sums[parts, batch * heads](
         k, v, *rotation, kv, k_sums, tokens, heads, size,
-        _TOKENS, _TILES_SUMMED, max(16, triton.next_power_of_2(size)), precision, num_warps=8, num_stages=1,
+        _TOKENS, _TILES, max(16, triton.next_power_of_2(size)), precision, num_warps=8, num_stages=1,
     )  # fmt: skip
     mass_B = torch.full((batch,), float(tokens), dtype=torch.float64, device=k.device)
     return Sums(kv.sum(0), k_sums.sum(0), mass_B)
@@ -304,21 +304,25 @@ def _square(HEAD: tl.constexpr, D: tl.constexpr):
 @triton.jit
 def _add_far(
     near_ptr, q_ptr, cos_ptr, sin_ptr, kv_ptr, k_ptr, mass_ptr, weight_ptr, bias_ptr, out_ptr, tokens, heads,
-    HEAD: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Some tiles of one head of one clip."""
     line, dim = tl.program_id(1).to(tl.int64), tl.arange(0, D)
-    token = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    below, above, at, real = _far_features(q_ptr, cos_ptr, sin_ptr, token, tokens, heads, HEAD, TILE, D)
     square, is_square = _square(HEAD, D)
-    kv = _load(kv_ptr + line * HEAD * HEAD, square, is_square)
     mass = tl.load(mass_ptr + line // heads).to(tl.float32)
-    bar = tl.sum(below * _load(k_ptr + line * HEAD, dim, dim < HEAD)[None, :], 1) + EPS * tl.maximum(mass, 1.0)
-    read = tl.dot(above, kv, input_precision=PRECISION) / bar[:, None]
-    weight = tl.load(weight_ptr + square, mask=is_square, other=0.0)
-    far = tl.dot(read.to(weight.dtype), tl.trans(weight), input_precision=PRECISION)
-    far += _load(bias_ptr, dim, dim < HEAD)[None, :]
-    out = _load(near_ptr, at, real) + tl.where(mass > 0, far, 0.0)
-    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=real)
+    share = 1.0 / tl.maximum(mass, 1.0)
+    kv = _load(kv_ptr + line * HEAD * HEAD, square, is_square) * share
+    k = _load(k_ptr + line * HEAD, dim, dim < HEAD) * share
+    weight = _load(weight_ptr, square, is_square)
+    kv = tl.dot(kv, tl.trans(weight), input_precision=PRECISION).to(out_ptr.dtype.element_ty)
+    bias = _load(bias_ptr, dim, dim < HEAD)
+    for tile in range(TILES):
+        token = (tl.program_id(0) * TILES + tile) * TILE + tl.arange(0, TILE)
+        below, above, at, real = _far_features(q_ptr, cos_ptr, sin_ptr, token, tokens, heads, HEAD, TILE, D)
+        bar = tl.sum(below * k[None, :], 1) + EPS
+        far = tl.dot(above.to(kv.dtype), kv, input_precision=PRECISION) / bar[:, None] + bias[None, :]
+        out = _load(near_ptr, at, real) + tl.where(mass > 0, far, 0.0)
+        tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=real)
 
 
 @triton.jit

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from longtake.models.codec import Carry
-from longtake.models.wan_vae import FRAMES, ChannelNorm, ResidualBlock, Upsample, WanVAE
+from longtake.models.wan_vae import FRAMES, ChannelNorm, FrameAttention, ResidualBlock, Upsample, WanVAE
 
 EPS = tl.constexpr(1e-12)  # of torch.nn.functional.normalize
 _PROGRAM = 4096  # numbers of one program
@@ -94,7 +94,7 @@ class FusedDecoder:
             elif isinstance(layer, Upsample):
                 parts = self._upsampled(layer, parts.sum(), carry)
             else:
-                parts = Parts(_laid_out(layer(parts.sum())))
+                parts = Parts(_laid_out(frame_attention(layer, parts.sum())))
         layers = decoder.head
         norm, _, last = layers
         weight, bias = self._last
@@ -114,6 +114,19 @@ def aligned(layer: nn.Conv3d) -> tuple[Tensor, Tensor]:
     more = -layer.out_channels % 8
     weight = F.pad(layer.weight, (0,) * 9 + (more,))
     return weight.contiguous(memory_format=torch.channels_last_3d), F.pad(layer.bias, (0, more))
+
+
+def frame_attention(layer: FrameAttention, x: Tensor) -> Tensor:
+    """As the layer, by plain products, where scores are float32: no fused kernel takes a head of all channels."""
+    batch, channels, frames, height, width = x.shape
+    normed = layer.norm(_rows(x).flatten(0, 1).permute(0, 3, 1, 2))
+    q, k, v = layer.to_qkv(normed).flatten(2).mT.chunk(3, dim=2)
+    q = q * channels**-0.5
+    half = q.is_cuda and q.dtype != torch.float32
+    scores = torch.bmm(q, k.mT, out_dtype=torch.float32) if half else q @ k.mT
+    attended = scores.softmax(2).to(v.dtype) @ v
+    answer = layer.proj(attended.mT.unflatten(2, (height, width)))
+    return x + answer.unflatten(0, (batch, frames)).transpose(1, 2)
 
 
 def phases(weight_OIHW: Tensor) -> Tensor:
