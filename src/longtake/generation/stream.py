@@ -22,7 +22,7 @@ from longtake.generation.blend import Blend, Interpolation, require_blend
 from longtake.generation.blockwise import commit, redirect
 from longtake.generation.noise import DrawnAhead, SeededNoise
 from longtake.generation.recipe import Recipe
-from longtake.generation.rolling import InFlight
+from longtake.generation.rolling import InFlight, begins_next
 from longtake.generation.together import Making, next_latents
 from longtake.memory.stream_memory import StreamMemory
 from longtake.models.codec import Codec, CodecState
@@ -427,7 +427,8 @@ class StreamBatch(_Closing):
             raise ValueError(f"blocks in flight go on under their own prompt or the new one, got {in_flight!r}")
         require_blend(over, blend)
         memory = self._memory_for(prompts)
-        text_BLE, begin = self.engine.embedded(*prompts), self.blocks if in_flight == "new" else self._begins_next
+        text_BLE = self.engine.embedded(*prompts)
+        begin = self.blocks if in_flight == "new" else begins_next(self._in_flight, memory)
         keys, blends = self.engine.keys_of(text_BLE), self._blends_to(text_BLE, begin, over, blend)
         with self._closed_unless_refused():
             memory.fade_far(far)
@@ -481,11 +482,6 @@ class StreamBatch(_Closing):
             raise
 
     # Prompts
-
-    @property
-    def _begins_next(self) -> int:
-        """The number of the block that begins next, behind those in flight."""
-        return self._in_flight[-1].block + 1 if self._in_flight else self.blocks
 
     def prompts_of(self, block: int) -> tuple[str, ...]:
         """The prompts that blocks of that number are under, or go over to; the latest and those to come are known."""
@@ -552,7 +548,7 @@ class StreamBatch(_Closing):
     def _draw_ahead(self) -> None:
         """What the block that begins next starts from, while the device is still at the last one's commit."""
         assert self._memory is not None
-        self._noise.draw(self._in_flight[-1].block + 1 if self._in_flight else self._memory.blocks, 0)
+        self._noise.draw(begins_next(self._in_flight, self._memory), 0)
 
     def _count(self, pictures: int, timings: Timings) -> None:
         self.timings = timings

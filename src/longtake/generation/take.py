@@ -61,9 +61,7 @@ class Take:
         try:
             with whole(path) as beside:
                 beside.touch()
-                mode = stat.S_IMODE(
-                    beside.stat().st_mode
-                )  # as the user wants files; safetensors lets only the owner read
+                mode = stat.S_IMODE(beside.stat().st_mode)  # as the user wants files; safetensors: the owner's alone
                 stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
                 save_file(stored, beside, metadata={_DESCRIPTION: json.dumps(described)})
                 beside.chmod(mode)
