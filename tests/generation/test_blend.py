@@ -94,9 +94,7 @@ def test_a_blend_is_the_schedule_under_words_that_go_over(name, by) -> None:
 
     memory, flight = StreamMemory(made.recipe.memory(made.network), made.network.config.layers, ring=True), []
     noise = stream._batch._noise
-    blocks = made.recipe.schedule_with(flight)(
-        made.network, memory, under, noise, made.recipe.levels(made.shift)
-    )  # fmt: skip
+    blocks = made.recipe.schedule_with(flight)(made.network, memory, under, noise, made.recipe.levels(made.shift))
     list(islice(blocks, 5))
     memory.fade_far(1.0)
     rules.redirect(made.network, memory, under(begins))

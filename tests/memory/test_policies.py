@@ -20,7 +20,7 @@ from longtake.memory.policies import (
     Policy,
     Recache,
     played,
-)  # fmt: skip
+)
 from longtake.memory.stream_memory import MemoryShape, StreamMemory
 from longtake.memory.view import place_frames
 from longtake.memory.window import Keys, RingWindow, Window, WindowShape

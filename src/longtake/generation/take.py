@@ -158,9 +158,7 @@ def tell(stream: Stream, told: Told) -> None:
         stream.cut(told.prompts[0], far=told.far)
     else:
         assert told.in_flight is not None
-        stream.redirect(
-            told.prompts[0], over=told.over, blend=told.blend, far=told.far, in_flight=told.in_flight
-        )  # fmt: skip
+        stream.redirect(told.prompts[0], over=told.over, blend=told.blend, far=told.far, in_flight=told.in_flight)
 
 
 def made_with(engine: Engine) -> dict[str, Any]:
