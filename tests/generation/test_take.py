@@ -301,6 +301,12 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch) -> None:
         kept.save(tmp_path / "absent" / "one.take")
 
 
+def test_engines_chunks_and_takes_are_shown_without_their_numbers() -> None:
+    stream = engine("self_forcing").stream("abc")
+    shown = repr((stream.engine, next(stream), Take.of(stream)))
+    assert len(shown) < 2000 and "self_forcing" in shown and "start_seconds" in shown
+
+
 def test_info_says_what_was_told_and_when() -> None:
     stream = engine("rolling_forcing").stream("abc", seed=7)
     pictures(stream, 2)

@@ -8,7 +8,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from types import TracebackType
 from typing import Any, Literal, NamedTuple, Protocol, Self
@@ -66,11 +66,11 @@ class Timings(NamedTuple):
     total_seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chunk:
     """The pictures of one block: uint8 [T, H, W, 3], the reader's own, and where they stand in the stream."""
 
-    frames: np.ndarray
+    frames: np.ndarray = field(repr=False)
     index: int
     start_seconds: float
     timings: Timings
@@ -125,13 +125,13 @@ class Engine:
 
     model_name: str
     recipe: Recipe
-    text: TextEncoder
-    network: WanTransformer
-    codec: Codec
+    text: TextEncoder = field(repr=False)
+    network: WanTransformer = field(repr=False)
+    codec: Codec = field(repr=False)
     latent_size: tuple[int, int, int]
     frame_rate: int
     shift: float
-    encode: Callable[[Tensor], Tensor] | None = None
+    encode: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
     codec_name: str | None = None
     fused: bool = False
 

@@ -6,7 +6,7 @@ A file is safetensors; its description holds all that is no tensor, in JSON. Wha
 import json
 import stat
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,7 +27,7 @@ class Unfit(ValueError):
     """A take does not go on under an engine, as another one made it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Take:
     """A stream between two blocks: a value, from which any number of streams go on.
 
@@ -35,7 +35,7 @@ class Take:
     """
 
     made_with: Mapping[str, Any]
-    state: Mapping[str, Any]
+    state: Mapping[str, Any] = field(repr=False)
 
     @classmethod
     def of(cls, stream: Stream, device: torch.device | str | None = None) -> Self:
