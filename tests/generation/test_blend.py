@@ -14,6 +14,8 @@ from torch import Tensor
 
 from longtake.generation import blockwise as rules
 from longtake.generation.blend import between
+from longtake.generation.rolling import begins_next
+from longtake.generation.stream import Stream
 from longtake.generation.take import Take
 from longtake.memory.stream_memory import StreamMemory
 from longtake.models.wan import PromptKeys
@@ -106,6 +108,11 @@ def test_a_blend_is_the_schedule_under_words_that_go_over(name, by) -> None:
     assert same(streamed["prompt_keys"][0], layers(whole))
 
 
+def next_of(stream: Stream) -> int:
+    """The number of the block that begins next."""
+    return begins_next(stream._batch._in_flight, stream._batch._memory)
+
+
 @pytest.mark.parametrize("name", ["self_forcing_sink", "rolling_forcing"])
 @settings(deadline=None, max_examples=30)
 @given(seed=seeds)
@@ -122,7 +129,7 @@ def test_whatever_is_said_a_blend_begins_from_what_is_shown(name, seed) -> None:
         if verb in ("blend", "redirect"):
             over, by = random.randrange(2, 6) if verb == "blend" else 1, random.choice(WAYS)
             in_flight = random.choice(["own", "new"])
-            begin = stream.blocks if in_flight == "new" else stream._batch._begins_next
+            begin = stream.blocks if in_flight == "new" else next_of(stream)
             base, new = words[begin - 1], made.embedded(text)
             for block in range(begin, 60):
                 words[block] = between(base, new, min((block - begin + 1) / over, 1), by)
@@ -134,7 +141,7 @@ def test_whatever_is_said_a_blend_begins_from_what_is_shown(name, seed) -> None:
             stream = Take.of(stream).resume(made)
         for _ in range(random.randrange(3)):
             next(stream)
-        begins = stream._batch._begins_next
+        begins = next_of(stream)
         for block, prompt in [
             *((one.block, one.prompt) for one in stream._batch._in_flight),
             (begins, stream._batch._keys_at(begins)),
