@@ -10,7 +10,6 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from types import TracebackType
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
@@ -277,9 +276,7 @@ class _Closing(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
 
@@ -599,7 +596,8 @@ class Stream(_Closing):
     def __init__(self, engine: Engine, prompt: str, seed: int, pictures_THWC: np.ndarray | None = None):
         self.engine = engine
         self.seed = seed
-        given_BTHWC = None if pictures_THWC is None else torch.tensor(pictures_THWC)[None]
+        # However it is laid out: of pictures that were turned round (BGR to RGB, say) torch makes no tensors.
+        given_BTHWC = None if pictures_THWC is None else torch.tensor(np.ascontiguousarray(pictures_THWC))[None]
         self._batch = StreamBatch(engine, [prompt], [seed], given_BTHWC)
 
     @classmethod
