@@ -3,6 +3,7 @@
 Shapes: B streams of a batch, T pictures of a block, H W height and width.
 """
 
+import operator
 import random
 import time
 from abc import ABC, abstractmethod
@@ -323,7 +324,7 @@ class StreamBatch(_Closing):
                 f"streams need a prompt and a seed from 0 each, got {len(prompts)} prompts and seeds {list(seeds)}"
             )
         self.engine = engine
-        self.seeds = list(seeds)
+        self.seeds = list(map(operator.index, seeds))  # numpy's are no numbers to noise, nor to JSON
         self.blocks = self.pictures = 0
         self.in_company = False
         self.timings: Timings | None = None
@@ -455,7 +456,7 @@ class StreamBatch(_Closing):
     ) -> None:  # fmt: skip
         told = Told(
             verb=verb, prompts=tuple(self.prompts), block=self.blocks, picture=self.pictures,
-            far=far, in_flight=in_flight, over=over, blend=blend,
+            far=float(far), in_flight=in_flight, over=over, blend=blend,
         )  # fmt: skip
         self.history.append(told)
         del self.history[:-MOST_TOLD]
@@ -595,7 +596,6 @@ class Stream(_Closing):
 
     def __init__(self, engine: Engine, prompt: str, seed: int, pictures_THWC: np.ndarray | None = None):
         self.engine = engine
-        self.seed = seed
         # However it is laid out: of pictures that were turned round (BGR to RGB, say) torch makes no tensors.
         given_BTHWC = None if pictures_THWC is None else torch.tensor(np.ascontiguousarray(pictures_THWC))[None]
         self._batch = StreamBatch(engine, [prompt], [seed], given_BTHWC)
@@ -606,7 +606,6 @@ class Stream(_Closing):
         made = cls.__new__(cls)
         made.engine = engine
         made._batch = StreamBatch.of_state(engine, state)
-        (made.seed,) = made._batch.seeds
         return made
 
     def state(self) -> dict[str, Any]:
@@ -616,7 +615,10 @@ class Stream(_Closing):
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state()` of this stream or of another with its seed, as `StreamBatch.restore`."""
         self._batch.restore(state)
-        (self.seed,) = self._batch.seeds
+
+    @property
+    def seed(self) -> int:
+        return self._batch.seeds[0]
 
     @property
     def prompt(self) -> str:
