@@ -4,6 +4,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from longtake.generation.script import script_from
+from longtake.toy import captions
+
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks" / "results").rglob("*.md")]
 
@@ -44,3 +47,14 @@ def test_tests_that_pages_name_are_there() -> None:
     ]
     assert len(named) > 20
     assert not [f"{page}: {name}" for page, name in named if f"def test_{name}(" not in tests]
+
+
+def test_prompts_of_commands_are_made_of_words_that_the_embedded_model_knows() -> None:
+    """But for those that a chat model writes out first, and those for published weights."""
+    lines = [line for page in PAGES for line in page.read_text(encoding="utf-8").splitlines()]
+    asked = [line for line in lines if re.match('longtake (generate|take fork) .*"', line)]
+    texts = [line.split('"')[1] for line in asked if not re.search("--rewrite|--model self-forcing", line)]
+    assert len(texts) > 10
+    for text in texts:
+        for cue in script_from(text).cues:
+            captions.encode(cue.prompt)

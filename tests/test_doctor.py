@@ -162,7 +162,7 @@ def a_little_wrong(right: Callable[..., torch.Tensor]) -> Callable[..., torch.Te
 @pytest.mark.parametrize(
     "forced, state, said",
     [
-        (None, "ok", "whichever kernel torch takes"),
+        (None, "ok", "whichever kernel torch takes, but plain products for many keys in bfloat16"),
         ("math", "ok", "math; tried: none"),
         ("cudnn", "problem", "runs on a GPU alone"),
         ("quick", "problem", "there are cudnn, fa4, fa3, flash"),

@@ -17,29 +17,26 @@ from longtake.memory.fixed_view import FixedViews
 from longtake.memory.stream_memory import StreamMemory
 from longtake.models.light_codec import LightCodec
 from longtake.models.wan import WanTransformer
-from longtake.plan import GIB, META, Alive, Stream, in_words, plan, streamed, umt5_parameters, vram, ways_to_fit
+from longtake.plan import GIB, META, Alive, in_words, plan, streamed, umt5_parameters, vram, ways_to_fit
 from longtake.recipes import hybrid_forcing, longlive, memflow, rehyat, rolling_forcing, self_forcing_sink
 from tests import tiny
 
 SIZE = (48, 32)
+TEXT_ROWS = 5
 RECIPES = [self_forcing_sink(), hybrid_forcing(), rolling_forcing().with_levels(3), longlive(), memflow(), rehyat()]
 by_name = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
 
 
-def on_meta(engine: Engine) -> Stream:
+def on_meta(engine: Engine) -> tuple[WanTransformer, LightCodec]:
     """The same network and codec without numbers."""
     with META:
         network, codec = WanTransformer(engine.network.config), LightCodec(engine.codec.config)
-    return stream_of(network.requires_grad_(False), codec.requires_grad_(False))
-
-
-def stream_of(network: WanTransformer, codec: LightCodec) -> Stream:
-    return Stream(network=network, codec=codec, text_bytes=0, text_rows=5, text_leaves=False)
+    return network.requires_grad_(False), codec.requires_grad_(False)
 
 
 def predicted(recipe: Recipe) -> planning.Working:
     with planning.Fused():
-        return streamed(on_meta(tiny.engine(recipe)), replace(recipe, near=dense), SIZE)
+        return streamed(*on_meta(tiny.engine(recipe)), TEXT_ROWS, replace(recipe, near=dense), SIZE)
 
 
 @by_name
@@ -66,7 +63,7 @@ def stream_state_bytes(engine: Engine) -> int:
 def test_peaks_are_those_of_real_tensors(recipe: Recipe) -> None:
     """The same count over a stream that really runs, with the CPU's own fused attention."""
     engine = tiny.engine(recipe)
-    real = streamed(stream_of(engine.network, engine.codec), replace(recipe, near=dense), SIZE)
+    real = streamed(engine.network, engine.codec, TEXT_ROWS, replace(recipe, near=dense), SIZE)
     assert predicted(recipe).peaks == pytest.approx(real.peaks, rel=0.03)
 
 
@@ -75,8 +72,8 @@ def test_fixed_views_and_records_are_counted_as_they_are_kept(name: str) -> None
     recipe = RECIPES[1] if name == "hybrid_forcing" else RECIPES[2]
     engine = tiny.engine(recipe)
     with planning.Fused():
-        kept = streamed(on_meta(engine), replace(recipe, near=dense), SIZE, compile=True).kept
-        plain = streamed(on_meta(engine), replace(recipe, near=dense), SIZE).kept
+        kept = streamed(*on_meta(engine), TEXT_ROWS, replace(recipe, near=dense), SIZE, compile=True).kept
+        plain = streamed(*on_meta(engine), TEXT_ROWS, replace(recipe, near=dense), SIZE).kept
     views, answers = FixedViews(engine.network.memory_view), []
     engine.network.memory_view = views
     commit = engine.network.keys_to_commit

@@ -17,6 +17,7 @@ from longtake.memory.stream_memory import StreamMemory
 from longtake.memory.window import WindowShape
 from longtake.models.features import Conversion
 from longtake.models.wan import converted, reading_far
+from longtake.models.weights import load_weights, save_weights
 from longtake.recipes.devices import CPU
 from longtake.recipes.methods import MEMORY_RULES
 from longtake.recipes.teacher import toy_teacher
@@ -290,6 +291,17 @@ def test_weights_of_another_kind_are_refused() -> None:
         engine(packaged(CODEC_FILE))
     with pytest.raises(ValueError, match="does not hold a codec"):
         load_codec([packaged(NETWORK_FILE)], torch.device("cpu"))
+
+
+@pytest.mark.parametrize("file, part", [(NETWORK_FILE, "text"), (NETWORK_FILE, "network"), (CODEC_FILE, "codec")])
+def test_weights_with_sizes_that_only_later_versions_have_are_refused(file: str, part: str, tmp_path: Path) -> None:
+    for name in (NETWORK_FILE, CODEC_FILE):
+        shutil.copy(packaged(name), tmp_path / name)
+    tensors, description = load_weights(tmp_path / file)
+    description[part]["hue"] = 3
+    save_weights(tmp_path / file, tensors, description, int8=False)
+    with pytest.raises(ValueError, match=f"{file} was written by another version of longtake: .*'hue'"):
+        engine(tmp_path)
 
 
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:

@@ -51,9 +51,7 @@ def rolled_out(network: WanTransformer, name: str) -> torch.Tensor:
     keys = network.prompt_keys(tiny.text(batch=2).float().cuda())
     noise = SeededNoise((0, 1), tiny.LATENTS, torch.device("cuda"), torch.float32)
     memory = recipe.memory(network)
-    return rollout(
-        recipe.schedule, network, memory, lambda block: keys, noise, tiny.LEVELS, blocks=10, learning=3
-    )  # fmt: skip
+    return rollout(recipe.schedule, network, memory, lambda block: keys, noise, tiny.LEVELS, blocks=10, learning=3)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="kernels are recorded on a GPU alone")

@@ -256,7 +256,8 @@ def _chosen_attention(device: str) -> Finding:
     except ValueError as error:  # of a backend that was named
         return Finding(part=part, name=name, state="problem", about=str(error), advice="name another, or none")
     if choice is None:
-        return Finding(part=part, name=name, about="whichever kernel torch takes")
+        about = "whichever kernel torch takes, but plain products for many keys in bfloat16"
+        return Finding(part=part, name=name, about=about)
     tried = ", ".join(f"{other} {1000 * taken:.2f} ms" for other, taken in choice.seconds.items())
     others = ", ".join(f"{other} ({reason})" for other, reason in choice.refused.items())
     return Finding(

@@ -175,9 +175,7 @@ class Recorded:
     record's own tensors, and no copies of them: good until the next replay of any record, for all work in one memory.
     """
 
-    def __init__(
-        self, call: Callable[..., Any], *, chosen: Callable[..., bool] | None = None, lends: bool = False
-    ):  # fmt: skip
+    def __init__(self, call: Callable[..., Any], *, chosen: Callable[..., bool] | None = None, lends: bool = False):
         self._call, self._chosen, self._lends = call, chosen, lends
         self._records: dict[Hashable, _Record] = {}
 

@@ -58,13 +58,16 @@ UMT5_XXL = {"words": 256384, "dim": 4096, "inner": 4096, "ffn": 10240, "layers":
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stream:
-    """All of a stream's parts on one device. text_bytes: of its encoder; `text_leaves`: it is there only to encode."""
+class Parts:
+    """A model's parts. recipe: what it was trained under. size: width and height of its pictures. text_rows: of an
+    embedding; text_bytes: of the text encoder, which is on the device only to encode where it `text_leaves`."""
 
-    network: WanTransformer
-    codec: Codec
-    text_bytes: int
+    network: WanConfig
+    codec: Callable[[], Codec]
+    recipe: str | None
+    size: tuple[int, int]
     text_rows: int
+    text_bytes: int
     text_leaves: bool
 
 
@@ -178,34 +181,33 @@ def plan(
     compile: as for `recipes.load`, on a GPU. `moments` are what is there at the same time. ValueError for unknown
     names, with the nearest, and for sizes, recipes and decoders that cannot be.
     """
-    known = _known(model, recipe)
-    name = recipe or (known["recipe"] if known["recipe"] in RECIPES else "self_forcing_sink")
+    parts = _parts_of(model, recipe)
+    name = recipe or (parts.recipe if parts.recipe in RECIPES else "self_forcing_sink")
     chosen = recipe_named(name)
     if model in registry():
         require_block(registry()[model], chosen)
     if decoder is not None:
         if model == "toy":
             raise ValueError("decoders are of Wan's latents: the embedded model has its own")
-        known |= {"codec": decoder_named(decoder)}
-    network, codec = _parts(known, chosen, dtype)
-    config = network.config
-    made = Stream(network=network, codec=codec, **{key: known[key] for key in known if key.startswith("text_")})
-    width, height = size or known["size"]
-    step = codec.spatial_factor * config.patch
+        parts = replace(parts, codec=decoder_named(decoder))
+    network, codec = _made(parts, chosen, dtype)
+    width, height = size or parts.size
+    step = codec.spatial_factor * network.config.patch
     if not all(0 < side <= MOST_SIDE and side % step == 0 for side in (width, height)):
         raise ValueError(f"pictures are multiples of {step} high and wide, {MOST_SIDE} at most, not {width}x{height}")
     with Fused():
-        working = streamed(made, replace(chosen, near=dense), (width, height), compile=compile)
+        how = replace(chosen, near=dense)
+        working = streamed(network, codec, parts.text_rows, how, (width, height), compile=compile)
     weights = {"network": nbytes(network), "codec": nbytes(codec)}
-    text = {"text encoder": made.text_bytes}
-    always = weights if made.text_leaves else text | weights
+    text = {"text encoder": parts.text_bytes}
+    always = weights if parts.text_leaves else text | weights
     kept, base = dict(working.kept), sum(working.kept.values())
     moments = {
         "first prompt": text | weights,
         **{moment: always | kept | {"working memory": peak - base} for moment, peak in working.peaks.items()},
     }
     moments["new prompt read"] |= text
-    totals = {moment: sum(parts.values()) for moment, parts in moments.items()}
+    totals = {moment: sum(sizes.values()) for moment, sizes in moments.items()}
     return {
         "model": model, "recipe": name, "size": [width, height], "dtype": dtype, "decoder": decoder, "compile": compile,
         "moments": moments, "totals": totals,
@@ -222,16 +224,14 @@ def bytes_of_stream(engine: Engine, wait: Callable[[], object] = lambda: None) -
     wait: called before each of many thousand steps, so that work of other threads can go first.
     """
     words = engine.text.encoder.config.length if isinstance(engine.text, WordText) else None
-    made = Stream(
-        network=network_without_numbers(engine.network), codec=without_numbers(engine.codec),
-        text_bytes=2 * umt5_parameters() if words is None else 0, text_rows=words or LENGTH, text_leaves=words is None,
-    )  # fmt: skip
+    network, codec = network_without_numbers(engine.network), without_numbers(engine.codec)
     recipe = replace(engine.recipe, near=dense, far=engine.recipe.far and engine.recipe.far.plain())
     with Fused():
-        working = streamed(made, recipe, (engine.width, engine.height), wait)
+        working = streamed(network, codec, words or LENGTH, recipe, (engine.width, engine.height), wait)
     kept, peaks = sum(working.kept.values()), working.peaks
     block = max(peaks["network pass"], peaks["decoding"])
-    prompt = max(peaks["new prompt read"] + made.text_bytes, peaks["new prompt taken"])
+    encoder = 0 if words else 2 * umt5_parameters()  # one that stays is there already
+    prompt = max(peaks["new prompt read"] + encoder, peaks["new prompt taken"])
     of_others = (recipe.in_flight - 1) * working.kept[_PROMPT]  # words that go over: each block in flight has its own
     return kept + of_others, block - kept, prompt - kept
 
@@ -242,13 +242,13 @@ def take_sizes(model: str, recipe: str, *, dtype: str = "bfloat16") -> dict[str,
     What is counted is the state itself, of a stream that runs on the meta device. A recipe that reads through converted
     layers is given a network with half of them converted, as published (ReHyAt: 15 of 30). ValueError as for `plan`.
     """
-    known, chosen = _known(model, recipe), recipe_named(recipe)
-    network, codec = _parts(known, chosen, dtype)
-    width, height = known["size"]
+    parts, chosen = _parts_of(model, recipe), recipe_named(recipe)
+    network, codec = _made(parts, chosen, dtype)
+    width, height = parts.size
     engine = Engine(
         model_name=model,
         recipe=replace(chosen if chosen.rolls else chosen.with_levels(1), near=dense),  # nothing of a level is kept
-        text=RandomText(known["text_rows"], network.config.text_dim, META),
+        text=RandomText(parts.text_rows, network.config.text_dim, META),
         network=network,
         codec=codec,
         latent_size=(codec.latent_channels, height // codec.spatial_factor, width // codec.spatial_factor),
@@ -264,10 +264,10 @@ def take_sizes(model: str, recipe: str, *, dtype: str = "bfloat16") -> dict[str,
     return max(sizes, key=lambda parts: sum(parts.values()))
 
 
-def _parts(known: Mapping[str, Any], chosen: Recipe, dtype: str) -> tuple[WanTransformer, Codec]:
+def _made(parts: Parts, chosen: Recipe, dtype: str) -> tuple[WanTransformer, Codec]:
     """A network that can read what a recipe remembers, and a codec, without numbers."""
     with META:
-        network, codec = WanTransformer(reading(known["network"], chosen)), known["codec"]()
+        network, codec = WanTransformer(reading(parts.network, chosen)), parts.codec()
     for part in (network, codec):
         part.requires_grad_(False).to(META).to(TYPES[dtype])
     return network, codec
@@ -275,17 +275,16 @@ def _parts(known: Mapping[str, Any], chosen: Recipe, dtype: str) -> tuple[WanTra
 
 @torch.no_grad()
 def streamed(
-    made: Stream, recipe: Recipe, size: tuple[int, int], wait: Callable[[], object] = lambda: None, *,
-    compile: bool = False,
+    network: WanTransformer, codec: Codec, text_rows: int, recipe: Recipe, size: tuple[int, int],
+    wait: Callable[[], object] = lambda: None, *, compile: bool = False,
 ) -> Working:  # fmt: skip
     """Stream until the memory is full, then change the prompt, and count what is alive. wait: as for `Alive`.
 
     A schedule that finishes block by block takes two steps instead of its own: they are all alike. compile: by views at
     fixed addresses and recorded passes, whose memory is theirs for good; the network is not to be used again.
     """
-    network, codec = made.network, made.codec
     weight = network.patch_embedding.weight
-    text = weight.new_zeros(1, 1, made.text_rows, network.config.text_dim)
+    text = weight.new_zeros(1, 1, text_rows, network.config.text_dim)
     latents = (1, recipe.block, codec.latent_channels, size[1] // codec.spatial_factor, size[0] // codec.spatial_factor)
     levels = recipe.levels(WAN_SHIFT)
     shape, prompt = recipe.memory(network), network.prompt_keys(text)
@@ -433,26 +432,27 @@ def _largest(held: Mapping[int, tuple[str, int]]) -> list[tuple[str, int, int]]:
     return [(what, counts[what], size) for what, size in sums.most_common(3)]
 
 
-def _known(model: str, recipe: str | None) -> dict[str, Any]:
-    """Sizes of a model's parts under a recipe. ValueError for names of none, with the nearest."""
+def _parts_of(model: str, recipe: str | None) -> Parts:
+    """Of a model under a recipe. ValueError for names of none, with the nearest."""
     if model == "toy":
         file = MODELS.get((model, (recipe or "").partition(":")[0]), NETWORK_FILE)
         network, codec = described(packaged(file)), described(packaged(CODEC_FILE))
         words = WordEncoderConfig(**network["text"])
         with META:
             text = WordEncoder(words)  # in float32 whatever the network is in
-        return {
-            "network": WanConfig.of(network["network"]), "recipe": None, "size": (WIDTH, HEIGHT),
-            "codec": lambda: LightCodec(LightCodecConfig(**codec["codec"]), encoder=False),
-            "text_bytes": nbytes(text), "text_rows": words.length, "text_leaves": False,
-        }  # fmt: skip
+        return Parts(
+            network=WanConfig.of(network["network"]), recipe=None, size=(WIDTH, HEIGHT),
+            codec=lambda: LightCodec(LightCodecConfig(**codec["codec"]), encoder=False),
+            text_bytes=nbytes(text), text_rows=words.length, text_leaves=False,
+        )  # fmt: skip
     networks = {name: one for name, one in registry().items() if one.network in NETWORKS}
     if model not in networks:
         raise ValueError(f"no model {model!r}: {nearest(model, ['toy', *networks])}")
     one = networks[model]
-    return {
-        "network": NETWORKS[str(one.network)], "recipe": one.recipe, "size": (one.width, one.height),
-        "codec": lambda: WanVAE(WanVAEConfig()),
-        "text_bytes": 2 * umt5_parameters(),  # in bfloat16 whatever the network is in
-        "text_rows": LENGTH, "text_leaves": True,
-    }  # fmt: skip
+    assert one.width is not None and one.height is not None, "every network of the registry says its size"
+    return Parts(
+        network=NETWORKS[str(one.network)], recipe=one.recipe, size=(one.width, one.height),
+        codec=lambda: WanVAE(WanVAEConfig()),
+        text_bytes=2 * umt5_parameters(),  # in bfloat16 whatever the network is in
+        text_rows=LENGTH, text_leaves=True,
+    )  # fmt: skip

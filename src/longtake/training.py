@@ -142,14 +142,25 @@ def with_settings(stage: Any, settings: Sequence[str]) -> Any:
         if key not in known:
             raise ValueError(f"{type(stage).__name__} has no setting {key!r}; it has {', '.join(sorted(known))}")
         try:
-            changed[key] = _changed(getattr(stage, key), json.loads(value))
+            changed[key] = _changed(getattr(stage, key), _in_json(value))
         except (ValueError, TypeError, OverflowError) as error:
             raise ValueError(f"setting {setting!r} does not work: {error}") from None
     return replace(stage, **changed)
 
 
+def _in_json(text: str) -> Any:
+    """A value, or the text itself, which is that of no setting."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
 def _changed(old: Any, new: Any) -> Any:
     """A JSON value in the type of the setting it replaces; of a configuration it names the fields that change."""
+    kind: Any = {WanConfig: dict, tuple: list, bool: bool}.get(type(old), (int, float))
+    if not isinstance(new, kind) or isinstance(new, bool) != isinstance(old, bool):
+        raise ValueError(f"a value such as {json.dumps(old, default=asdict)} is wanted, not {new}")
     if isinstance(old, WanConfig):
         return WanConfig.of(asdict(old) | new)
     if isinstance(old, tuple):

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from longtake.generation import blockwise as rules
 from longtake.generation.blend import between
+from longtake.generation.rolling import begins_next
+from longtake.generation.stream import Stream
 from longtake.generation.take import Take
 from longtake.memory.stream_memory import StreamMemory
 from longtake.models.wan import PromptKeys
@@ -94,9 +96,7 @@ def test_a_blend_is_the_schedule_under_words_that_go_over(name, by) -> None:
 
     memory, flight = StreamMemory(made.recipe.memory(made.network), made.network.config.layers, ring=True), []
     noise = stream._batch._noise
-    blocks = made.recipe.schedule_with(flight)(
-        made.network, memory, under, noise, made.recipe.levels(made.shift)
-    )  # fmt: skip
+    blocks = made.recipe.schedule_with(flight)(made.network, memory, under, noise, made.recipe.levels(made.shift))
     list(islice(blocks, 5))
     memory.fade_far(1.0)
     rules.redirect(made.network, memory, under(begins))
@@ -106,6 +106,11 @@ def test_a_blend_is_the_schedule_under_words_that_go_over(name, by) -> None:
     assert same([one["noisy"] for one in streamed["in_flight"]], [one.noisy_BFCHW for one in flight])
     assert not streamed["blends"] or made.recipe.in_flight > 3
     assert same(streamed["prompt_keys"][0], layers(whole))
+
+
+def next_of(stream: Stream) -> int:
+    """The number of the block that begins next."""
+    return begins_next(stream._batch._in_flight, stream._batch._memory)
 
 
 @pytest.mark.parametrize("name", ["self_forcing_sink", "rolling_forcing"])
@@ -124,7 +129,7 @@ def test_whatever_is_said_a_blend_begins_from_what_is_shown(name, seed) -> None:
         if verb in ("blend", "redirect"):
             over, by = random.randrange(2, 6) if verb == "blend" else 1, random.choice(WAYS)
             in_flight = random.choice(["own", "new"])
-            begin = stream.blocks if in_flight == "new" else stream._batch._begins_next
+            begin = stream.blocks if in_flight == "new" else next_of(stream)
             base, new = words[begin - 1], made.embedded(text)
             for block in range(begin, 60):
                 words[block] = between(base, new, min((block - begin + 1) / over, 1), by)
@@ -136,7 +141,7 @@ def test_whatever_is_said_a_blend_begins_from_what_is_shown(name, seed) -> None:
             stream = Take.of(stream).resume(made)
         for _ in range(random.randrange(3)):
             next(stream)
-        begins = stream._batch._begins_next
+        begins = next_of(stream)
         for block, prompt in [
             *((one.block, one.prompt) for one in stream._batch._in_flight),
             (begins, stream._batch._keys_at(begins)),

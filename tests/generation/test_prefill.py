@@ -75,6 +75,14 @@ def test_given_pictures_are_encoded_and_counted() -> None:
     torch.testing.assert_close(engine.latents_of(torch.tensor(pictures)[None]), engine.codec.encode(frames)[0])
 
 
+def test_pictures_may_be_laid_out_in_any_order() -> None:
+    engine = tiny.engine()
+    size = engine.pictures_in(1), engine.height, engine.width, 3
+    turned = np.random.default_rng(0).integers(0, 256, size, np.uint8)[::-1, :, ::-1, ::-1]
+    chunks = [next(engine.stream(PROMPT, pictures=pictures)) for pictures in (turned, turned.copy())]
+    assert (chunks[0].frames == chunks[1].frames).all()
+
+
 def test_pictures_that_do_not_fit_are_refused() -> None:
     engine = tiny.engine()
     two = blank(engine, 2)

@@ -45,7 +45,7 @@ NOT_IN_A_ROW = ["[0s:5s] a [3s:8s] b", "[0s:5s] a [10s:12s] b", "[0s:5s] a [5:9]
         ("[0:40] a [40:81] b", [("a", 0, "pictures"), ("b", 40, "pictures")]),
         ("[0:5s] a", [("a", 0, "seconds")]),
     ],
-)  # fmt: skip
+)
 def test_inline_scripts(text, cues) -> None:
     assert told(script_from(text)) == cues
 

@@ -301,6 +301,25 @@ def test_a_file_is_whole_or_not_there(tmp_path: Path, monkeypatch) -> None:
         kept.save(tmp_path / "absent" / "one.take")
 
 
+def test_numbers_may_be_numpys(tmp_path: Path) -> None:
+    made, states = engine("hybrid_forcing"), []
+    for number in (int, np.int64):
+        stream = made.stream("abc", seed=number(5))
+        pictures(stream, 1)
+        stream.redirect("defgh", far=np.float32(0.5))
+        Take.of(stream).save(tmp_path / "one.take", overwrite=True)
+        states.append(resume(tmp_path / "one.take", made).state())
+    assert same(*states)
+    with pytest.raises(TypeError, match="float"):
+        made.stream("abc", seed=1.5)  # type: ignore[arg-type]
+
+
+def test_engines_chunks_and_takes_are_shown_without_their_numbers() -> None:
+    stream = engine("self_forcing").stream("abc")
+    shown = repr((stream.engine, next(stream), Take.of(stream)))
+    assert len(shown) < 2000 and "self_forcing" in shown and "start_seconds" in shown
+
+
 def test_info_says_what_was_told_and_when() -> None:
     stream = engine("rolling_forcing").stream("abc", seed=7)
     pictures(stream, 2)

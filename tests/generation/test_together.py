@@ -1,5 +1,6 @@
 """Several streams made in one pass: each as it is alone, but for rounding."""
 
+from itertools import count
 from random import Random
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from longtake.generation.noise import DrawnAhead
 from longtake.generation.take import fork
-from longtake.memory.stream_memory import StreamMemory
+from longtake.memory.window import RingWindow
 from longtake.recipes import recipe_named
 
 TOLERANCE = 1e-4  # of what is remembered, in float32; pictures are the same but for one step of 255
@@ -150,13 +151,13 @@ def test_who_is_being_written_to_memory_when_a_pass_fails_is_closed_and_others_g
     engine = engine_of("self_forcing_sink")
     streams = [engine.stream("a ball", seed=seed) for seed in range(2)]
     twin = fork(streams[1])
-    slide = StreamMemory._slide
+    append, layers = RingWindow.append, count()
 
-    def half(memory, layer, new):
-        return broken() if layer else slide(memory, layer, new)
+    def half(window, new):
+        return broken() if next(layers) else append(window, new)
 
     with monkeypatch.context() as failing:
-        failing.setattr(StreamMemory, "_slide", half)
+        failing.setattr(RingWindow, "append", half)
         with pytest.raises(RuntimeError, match="out of memory"):
             engine.next_together(streams)
     assert streams[0].closed and not streams[1].closed

@@ -238,6 +238,7 @@ def test_a_recording_of_nothing_leaves_nothing(store):
         lambda live: live.pop("lines"),
         lambda live: live["lines"].clear(),
         lambda live: live["lines"][0].pop("seed"),
+        lambda live: live["lines"][0].update(seed="one"),
         lambda live: live["lines"][0]["told"].clear(),
         lambda live: live["lines"][0]["told"][0].update(verb="cut"),
         lambda live: live["lines"][0]["told"].append(live["lines"][0]["told"][0]),

@@ -36,9 +36,7 @@ def block_sparse(
 
 
 @torch.no_grad()
-def block_scores(
-    q_BTND: Tensor, k_BSND: Tensor, *, block_q: int, block_k: int, centre_heads: bool = False
-) -> Tensor:  # fmt: skip
+def block_scores(q_BTND: Tensor, k_BSND: Tensor, *, block_q: int, block_k: int, centre_heads: bool = False) -> Tensor:
     """Product of the mean query and the mean key of every pair of blocks, [B, N, I, J] in float32.
 
     `centre_heads` takes from each key its mean over the heads, as the code published with Hybrid Forcing does and its
@@ -63,7 +61,7 @@ def best_blocks(scores_BNIJ: Tensor, share: float) -> Tensor:
 
 def attend_blocks(
     q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor, chosen_BNIK: Tensor, *, block_q: int, block_k: int
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Softmax attention over the tokens of the chosen key blocks; returns [B, T, N, D]."""
     kernels = _kernels(q_BTND)
     run = kernels.attend_blocks if kernels else _attend_gathered
@@ -91,7 +89,7 @@ def _block_means(x_BTND: Tensor, size: int) -> Tensor:
 
 def _attend_gathered(
     q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor, chosen_BNIK: Tensor, *, block_q: int, block_k: int
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Attention of every query block to a copy of its chosen keys, some query blocks at a time."""
     (clips, tokens, heads, head_dim), keys = q_BTND.shape, k_BSND.shape[1]
     q = rearrange(_whole(q_BTND, block_q), "b (i r) n d -> (b n i) 1 r d", r=block_q)

@@ -279,7 +279,7 @@ def _find_askers(chosen_ptr, askers_ptr, counts_ptr, blocks, kept, TILE: tl.cons
 @triton.jit
 def _block_means(
     x_ptr, means_ptr, tokens, heads, HEAD: tl.constexpr, BLOCK: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr
-):  # fmt: skip
+):
     block, line = tl.program_id(0), tl.program_id(1)
     token, inside = _at(block, BLOCK, TILE, tokens)
     x = _load(x_ptr, token, inside, tokens, heads, HEAD, D).to(tl.float32)

@@ -97,7 +97,7 @@ def eight_bit_rows(x_MI: Tensor, *, gelu: bool) -> tuple[Tensor, Tensor]:
 
 def add_far(
     near_BTND: Tensor, plain_q_BTND: Tensor, rotation: Rotation, sums: Sums, weight_DD: Tensor, bias_D: Tensor
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Near answers plus what absorbed tokens answer, through a projection that heads share; the type of near.
 
     Truth: `join.added` of `linear.read`, of the form `linear.PAPER`. The sums, less by their mass, go through the
@@ -210,9 +210,7 @@ def _modulation(which: tl.constexpr, levels_ptr, modulation_ptr, tokens, column,
 
 
 @triton.jit
-def _modulated(
-    x, first: tl.constexpr, levels_ptr, modulation_ptr, tokens, column, real, WIDTH: tl.constexpr
-):  # fmt: skip
+def _modulated(x, first: tl.constexpr, levels_ptr, modulation_ptr, tokens, column, real, WIDTH: tl.constexpr):
     shift = _modulation(first, levels_ptr, modulation_ptr, tokens, column, real, WIDTH)
     scale = _modulation(first + 1, levels_ptr, modulation_ptr, tokens, column, real, WIDTH)
     return _layer_normed(x, real, WIDTH) * (1 + scale) + shift
@@ -244,7 +242,7 @@ def _add_gated_norm(
 @triton.jit
 def _add_modulate(
     x_ptr, read_ptr, levels_ptr, modulation_ptr, total_ptr, out_ptr, tokens, WIDTH: tl.constexpr, TILE: tl.constexpr
-):  # fmt: skip
+):
     row, column, real = _place(WIDTH, TILE)
     total = _load(x_ptr + row, column, real) + _load(read_ptr + row, column, real)
     total = total.to(total_ptr.dtype.element_ty)
@@ -276,7 +274,7 @@ def _eight_bit_rows(x_ptr, out_ptr, scale_ptr, WIDTH: tl.constexpr, GELU: tl.con
 @triton.jit
 def _far_features(
     x_ptr, cos_ptr, sin_ptr, token, tokens, heads, HEAD: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr
-):  # fmt: skip
+):
     """Features below the bar and above it, [TILE, D] each, of some tokens of this program's head.
 
     Where the tokens lie comes with them, and which of the places are real. The second number of a program counts heads,

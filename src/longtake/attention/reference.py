@@ -14,9 +14,7 @@ def dense(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor, mask_TS: Tensor | None
     return torch.einsum("bnts,bsnd->btnd", scores.softmax(dim=-1), v_BSND)
 
 
-def block_scores(
-    q_BTND: Tensor, k_BSND: Tensor, *, block_q: int, block_k: int, centre_heads: bool = False
-) -> Tensor:  # fmt: skip
+def block_scores(q_BTND: Tensor, k_BSND: Tensor, *, block_q: int, block_k: int, centre_heads: bool = False) -> Tensor:
     """Product of the mean query and the mean key of every pair of blocks, [B, N, I, J] in float32.
 
     The last block is what is left. `centre_heads` first takes from each key its mean over the heads.
@@ -42,7 +40,7 @@ def best_blocks(scores_BNIJ: Tensor, share: float) -> Tensor:
 
 def attend_blocks(
     q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor, chosen_BNIK: Tensor, *, block_q: int, block_k: int
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Softmax attention over the tokens of the key blocks chosen for each query block and head."""
     blocks = -(-k_BSND.shape[1] // block_k)
     nothing_BNIJ = chosen_BNIK.new_zeros(*chosen_BNIK.shape[:3], blocks, dtype=torch.bool)

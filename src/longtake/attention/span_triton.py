@@ -61,9 +61,7 @@ class FarSums(NamedTuple):
     k_BXNR: Tensor
 
 
-def frame_sums(
-    plain_k_BTND: Tensor, v_BTND: Tensor, turned: Rotation, keys: PowerWeights, tokens: int
-) -> FarSums:  # fmt: skip
+def frame_sums(plain_k_BTND: Tensor, v_BTND: Tensor, turned: Rotation, keys: PowerWeights, tokens: int) -> FarSums:
     """The sums of each latent frame by itself. Truth: `linear.sums_of` of a form's `of_keys`, frame by frame."""
     k, v = plain_k_BTND.contiguous(), v_BTND.contiguous()
     (batch, length, heads, size), features = k.shape, keys.out_bias_NR.shape[-1]

@@ -93,9 +93,7 @@ def redirect(network: WanTransformer, memory: StreamMemory, prompt: PromptKeys) 
         recache(network, memory, prompt)
 
 
-def recache(
-    network: WanTransformer, memory: Memory, prompt: PromptKeys, prompt_BF: Tensor | None = None
-) -> None:  # fmt: skip
+def recache(network: WanTransformer, memory: Memory, prompt: PromptKeys, prompt_BF: Tensor | None = None) -> None:
     """Commit the latest finished frames once more, under another prompt; for the forms of it see `policies.Recache`.
 
     prompt_BF: where there are several prompts, the last frame's is taken for all. A memory without a single frame is

@@ -29,9 +29,7 @@ class SeededNoise:
     def __call__(self, block: int, step: int) -> Tensor:
         drawn = {seed: torch.randn(self.shape, generator=generator_for(seed, block, step)) for seed in set(self.seeds)}
         made = torch.stack([drawn[seed] for seed in self.seeds]).to(self.dtype)
-        if (
-            torch.device(self.device).type == "cuda"
-        ):  # from other memory of the host a copy waits until the device is idle
+        if torch.device(self.device).type == "cuda":  # from other memory a copy waits until the device is idle
             made = made.pin_memory()
         return made.to(self.device, non_blocking=True)
 

@@ -116,20 +116,20 @@ def _noted(record: Mapping[str, Any]) -> tuple[Sequence[Line], Sequence[Span]]:
     try:
         lines = [Line(int(line["seed"]), tuple(map(Told.of, line["told"]))) for line in record["live"]["lines"]]
         spans = [Span(*map(int, span)) for span in record["live"]["spans"]]
-        _require_whole(lines, spans)
-    except (KeyError, TypeError, AttributeError):
-        raise ValueError("what this recording says of itself cannot be read") from None
+        readable = _are_whole(lines, spans)
+    except (KeyError, TypeError, AttributeError, ValueError):
+        readable = False
+    if not readable:
+        raise ValueError("what this recording says of itself cannot be read")
     return lines, spans
 
 
-def _require_whole(lines: Sequence[Line], spans: Sequence[Span]) -> None:
-    """KeyError unless lines begin with a stream's beginning, and spans hold pictures of them."""
-    whole = all(line.told[:1] and line.told[0].verb == "begin" and not line.told[0].picture for line in lines)
+def _are_whole(lines: Sequence[Line], spans: Sequence[Span]) -> bool:
+    """Whether lines begin with a stream's beginning and can be told again, and spans hold pictures of them."""
+    begun = all(line.told[:1] and line.told[0].verb == "begin" and not line.told[0].picture for line in lines)
     known = all(0 <= line < len(lines) and 0 <= begin < end for line, begin, end in spans)
-    if not (lines and spans and whole and known):
-        raise KeyError
-    if not all(_can_be_told(told) for line in lines for told in line.told[1:]):
-        raise KeyError
+    told = all(_can_be_told(told) for line in lines for told in line.told[1:])
+    return bool(lines and spans) and begun and known and told
 
 
 def _can_be_told(told: Told) -> bool:

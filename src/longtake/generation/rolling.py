@@ -34,6 +34,11 @@ class InFlight:
         return self.block + self.step
 
 
+def begins_next(in_flight: Sequence[InFlight], memory: Memory) -> int:
+    """The number of the block that begins next, behind those in flight or else behind all that are finished."""
+    return in_flight[-1].block + 1 if in_flight else memory.blocks
+
+
 class Call(NamedTuple):
     """What one call made of the blocks in flight, oldest first: their numbers, levels and clean estimates."""
 
@@ -89,7 +94,7 @@ def calls(
     """The calls of `rolling`, those included that finish no block. keeps_graph: whether a call over these does."""
     flight = [] if in_flight is None else in_flight
     while True:
-        block = flight[-1].block + 1 if flight else memory.blocks
+        block = begins_next(flight, memory)
         if end is None or block < end:
             flight.append(InFlight(block, 0, noise(block, 0), prompts(block)))
         if not flight:

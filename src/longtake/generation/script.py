@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -266,7 +267,10 @@ def read_scripts(path: Path) -> list[Script]:
     A file whose name ends in _extended.txt is paired by line with the one without, if that is beside it: its lines are
     shown, and the others are what videos are called by. ValueError, with file and line, for what cannot be read.
     """
-    readers = {".txt": _from_text, ".jsonl": _from_json_lines, ".json": _from_json, ".yaml": _from_yaml}
+    readers: dict[str, Callable[[Path], list[Script]]] = {
+        ".txt": _from_text, ".jsonl": _from_json_lines,
+        ".json": partial(_from_one, json.loads), ".yaml": partial(_from_one, yaml.safe_load),
+    }  # fmt: skip
     reader = readers.get(path.suffix.lower().replace(".yml", ".yaml"))
     if reader is None:
         raise ValueError(f"{path} is no file of prompts: there are .txt, .jsonl, .json and .yaml")
@@ -295,16 +299,11 @@ def _from_json_lines(path: Path) -> list[Script]:
     return scripts
 
 
-def _from_json(path: Path) -> list[Script]:
+def _from_one(values: Callable[[str], Any], path: Path) -> list[Script]:
+    """From a file that is one value."""
     text = _text_of(path)
     with _told_of(path):
-        return _scripts_of(json.loads(text))
-
-
-def _from_yaml(path: Path) -> list[Script]:
-    text = _text_of(path)
-    with _told_of(path):
-        return _scripts_of(yaml.safe_load(text))
+        return _scripts_of(values(text))
 
 
 def _lines(path: Path) -> list[tuple[int, str]]:

@@ -3,14 +3,14 @@
 Shapes: B streams of a batch, T pictures of a block, H W height and width.
 """
 
+import operator
 import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from types import TracebackType
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
@@ -22,7 +22,7 @@ from longtake.generation.blend import Blend, Interpolation, require_blend
 from longtake.generation.blockwise import commit, redirect
 from longtake.generation.noise import DrawnAhead, SeededNoise
 from longtake.generation.recipe import Recipe
-from longtake.generation.rolling import InFlight
+from longtake.generation.rolling import InFlight, begins_next
 from longtake.generation.together import Making, next_latents
 from longtake.memory.stream_memory import StreamMemory
 from longtake.models.codec import Codec, CodecState
@@ -66,11 +66,11 @@ class Timings(NamedTuple):
     total_seconds: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Chunk:
     """The pictures of one block: uint8 [T, H, W, 3], the reader's own, and where they stand in the stream."""
 
-    frames: np.ndarray
+    frames: np.ndarray = field(repr=False)
     index: int
     start_seconds: float
     timings: Timings
@@ -125,13 +125,13 @@ class Engine:
 
     model_name: str
     recipe: Recipe
-    text: TextEncoder
-    network: WanTransformer
-    codec: Codec
+    text: TextEncoder = field(repr=False)
+    network: WanTransformer = field(repr=False)
+    codec: Codec = field(repr=False)
     latent_size: tuple[int, int, int]
     frame_rate: int
     shift: float
-    encode: Callable[[Tensor], Tensor] | None = None
+    encode: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
     codec_name: str | None = None
     fused: bool = False
 
@@ -277,9 +277,7 @@ class _Closing(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         self.close()
 
 
@@ -326,7 +324,7 @@ class StreamBatch(_Closing):
                 f"streams need a prompt and a seed from 0 each, got {len(prompts)} prompts and seeds {list(seeds)}"
             )
         self.engine = engine
-        self.seeds = list(seeds)
+        self.seeds = list(map(operator.index, seeds))  # numpy's are no numbers to noise, nor to JSON
         self.blocks = self.pictures = 0
         self.in_company = False
         self.timings: Timings | None = None
@@ -427,7 +425,8 @@ class StreamBatch(_Closing):
             raise ValueError(f"blocks in flight go on under their own prompt or the new one, got {in_flight!r}")
         require_blend(over, blend)
         memory = self._memory_for(prompts)
-        text_BLE, begin = self.engine.embedded(*prompts), self.blocks if in_flight == "new" else self._begins_next
+        text_BLE = self.engine.embedded(*prompts)
+        begin = self.blocks if in_flight == "new" else begins_next(self._in_flight, memory)
         keys, blends = self.engine.keys_of(text_BLE), self._blends_to(text_BLE, begin, over, blend)
         with self._closed_unless_refused():
             memory.fade_far(far)
@@ -457,7 +456,7 @@ class StreamBatch(_Closing):
     ) -> None:  # fmt: skip
         told = Told(
             verb=verb, prompts=tuple(self.prompts), block=self.blocks, picture=self.pictures,
-            far=far, in_flight=in_flight, over=over, blend=blend,
+            far=float(far), in_flight=in_flight, over=over, blend=blend,
         )  # fmt: skip
         self.history.append(told)
         del self.history[:-MOST_TOLD]
@@ -481,11 +480,6 @@ class StreamBatch(_Closing):
             raise
 
     # Prompts
-
-    @property
-    def _begins_next(self) -> int:
-        """The number of the block that begins next, behind those in flight."""
-        return self._in_flight[-1].block + 1 if self._in_flight else self.blocks
 
     def prompts_of(self, block: int) -> tuple[str, ...]:
         """The prompts that blocks of that number are under, or go over to; the latest and those to come are known."""
@@ -552,7 +546,7 @@ class StreamBatch(_Closing):
     def _draw_ahead(self) -> None:
         """What the block that begins next starts from, while the device is still at the last one's commit."""
         assert self._memory is not None
-        self._noise.draw(self._in_flight[-1].block + 1 if self._in_flight else self._memory.blocks, 0)
+        self._noise.draw(begins_next(self._in_flight, self._memory), 0)
 
     def _count(self, pictures: int, timings: Timings) -> None:
         self.timings = timings
@@ -602,8 +596,8 @@ class Stream(_Closing):
 
     def __init__(self, engine: Engine, prompt: str, seed: int, pictures_THWC: np.ndarray | None = None):
         self.engine = engine
-        self.seed = seed
-        given_BTHWC = None if pictures_THWC is None else torch.tensor(pictures_THWC)[None]
+        # However it is laid out: of pictures that were turned round (BGR to RGB, say) torch makes no tensors.
+        given_BTHWC = None if pictures_THWC is None else torch.tensor(np.ascontiguousarray(pictures_THWC))[None]
         self._batch = StreamBatch(engine, [prompt], [seed], given_BTHWC)
 
     @classmethod
@@ -612,7 +606,6 @@ class Stream(_Closing):
         made = cls.__new__(cls)
         made.engine = engine
         made._batch = StreamBatch.of_state(engine, state)
-        (made.seed,) = made._batch.seeds
         return made
 
     def state(self) -> dict[str, Any]:
@@ -622,7 +615,10 @@ class Stream(_Closing):
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state()` of this stream or of another with its seed, as `StreamBatch.restore`."""
         self._batch.restore(state)
-        (self.seed,) = self._batch.seeds
+
+    @property
+    def seed(self) -> int:
+        return self._batch.seeds[0]
 
     @property
     def prompt(self) -> str:

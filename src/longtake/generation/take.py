@@ -6,7 +6,7 @@ A file is safetensors; its description holds all that is no tensor, in JSON. Wha
 import json
 import stat
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -27,7 +27,7 @@ class Unfit(ValueError):
     """A take does not go on under an engine, as another one made it."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Take:
     """A stream between two blocks: a value, from which any number of streams go on.
 
@@ -35,7 +35,7 @@ class Take:
     """
 
     made_with: Mapping[str, Any]
-    state: Mapping[str, Any]
+    state: Mapping[str, Any] = field(repr=False)
 
     @classmethod
     def of(cls, stream: Stream, device: torch.device | str | None = None) -> Self:
@@ -61,9 +61,7 @@ class Take:
         try:
             with whole(path) as beside:
                 beside.touch()
-                mode = stat.S_IMODE(
-                    beside.stat().st_mode
-                )  # as the user wants files; safetensors lets only the owner read
+                mode = stat.S_IMODE(beside.stat().st_mode)  # as the user wants files; safetensors: the owner's alone
                 stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
                 save_file(stored, beside, metadata={_DESCRIPTION: json.dumps(described)})
                 beside.chmod(mode)
@@ -160,9 +158,7 @@ def tell(stream: Stream, told: Told) -> None:
         stream.cut(told.prompts[0], far=told.far)
     else:
         assert told.in_flight is not None
-        stream.redirect(
-            told.prompts[0], over=told.over, blend=told.blend, far=told.far, in_flight=told.in_flight
-        )  # fmt: skip
+        stream.redirect(told.prompts[0], over=told.over, blend=told.blend, far=told.far, in_flight=told.in_flight)
 
 
 def made_with(engine: Engine) -> dict[str, Any]:

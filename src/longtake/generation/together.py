@@ -8,7 +8,7 @@ from torch import Tensor
 
 from longtake.generation.noise import Noise
 from longtake.generation.recipe import Recipe
-from longtake.generation.rolling import InFlight
+from longtake.generation.rolling import InFlight, begins_next
 from longtake.memory.rows import Rows
 from longtake.memory.stream_memory import StreamMemory
 from longtake.models.wan import PromptKeys, WanTransformer
@@ -26,7 +26,7 @@ class Making:
 
     def phase(self, block: int) -> Hashable:
         """What streams of one recipe have in common that can be made together, in blocks of so many latent frames."""
-        begins = self.prompts(self.in_flight[-1].block + 1 if self.in_flight else self.memory.blocks)
+        begins = self.prompts(begins_next(self.in_flight, self.memory))
         prompts = list(dict.fromkeys(id(one) for one in (begins, *(one.prompt for one in self.in_flight))))
         flight = tuple((one.step, prompts.index(id(one.prompt))) for one in self.in_flight)
         return self.memory.phase(block), flight, begins.layers[0][0].shape[2]

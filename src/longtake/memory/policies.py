@@ -39,9 +39,7 @@ class Reads(ABC):
     """Whether sink and past have to be whole blocks each, or only their sum."""
 
     @abstractmethod
-    def __call__(
-        self, held: Sequence[int], current: Sequence[int], window: WindowShape, extent: int | None
-    ) -> Reading:  # fmt: skip
+    def __call__(self, held: Sequence[int], current: Sequence[int], window: WindowShape, extent: int | None) -> Reading:
         """For a pass over the current frames. held: by number, in any order."""
 
     def extent(self, trained: int) -> int | None:
@@ -59,9 +57,7 @@ class Capped(Reads):
 
     in_words: ClassVar[str] = "below {extent}, as in training"
 
-    def __call__(
-        self, held: Sequence[int], current: Sequence[int], window: WindowShape, extent: int | None
-    ) -> Reading:  # fmt: skip
+    def __call__(self, held: Sequence[int], current: Sequence[int], window: WindowShape, extent: int | None) -> Reading:
         return Reading(tuple(held), place_frames(held, current, window.sink, extent))
 
     def extent(self, trained: int) -> int | None:
@@ -74,9 +70,7 @@ class Absolute(Reads):
 
     in_words: ClassVar[str] = "frame numbers, without end"
 
-    def __call__(
-        self, held: Sequence[int], current: Sequence[int], window: WindowShape, extent: int | None
-    ) -> Reading:  # fmt: skip
+    def __call__(self, held: Sequence[int], current: Sequence[int], window: WindowShape, extent: int | None) -> Reading:
         return Reading(tuple(held), Places(tuple(held), tuple(current)))
 
 
@@ -91,9 +85,7 @@ class EndToEnd(Reads):
     in_words: ClassVar[str] = "0, 1, 2, ... over all that is seen"
     whole_blocks: ClassVar[bool] = False
 
-    def __call__(
-        self, held: Sequence[int], current: Sequence[int], window: WindowShape, extent: int | None
-    ) -> Reading:  # fmt: skip
+    def __call__(self, held: Sequence[int], current: Sequence[int], window: WindowShape, extent: int | None) -> Reading:
         in_time = {frame: position for position, frame in enumerate(sorted(held))}
         behind = range(len(held), len(held) + len(current))
         return Reading(tuple(held), Places(tuple(in_time[frame] for frame in held), tuple(behind)))
@@ -110,9 +102,7 @@ class BackAndForth(Reads):
 
     in_words: ClassVar[str] = "those of the time that is seen, the newest of it at the end"
 
-    def __call__(
-        self, held: Sequence[int], current: Sequence[int], window: WindowShape, extent: int | None
-    ) -> Reading:  # fmt: skip
+    def __call__(self, held: Sequence[int], current: Sequence[int], window: WindowShape, extent: int | None) -> Reading:
         now = current[0]
         times = range(max(0, now - window.sink), now)
         frames = tuple(time if time >= now - window.past else played(time, window.sink) for time in times)

@@ -246,7 +246,7 @@ class StreamMemory:
             self._latents = self._latest(latents)
         for i, (k_BTND, v_BTND) in enumerate(keys):
             new = Keys(*((k_BTND, v_BTND) if self.keeps_graph else (k_BTND.detach(), v_BTND.detach())), numbers)
-            gone = self._slide(i, new)
+            self._windows[i], gone = self._windows[i].append(new)
             if i in self._far and grid is not None:
                 self._absorb(i, gone, count, grid)
             if self._averages and gone is not None:
@@ -266,17 +266,7 @@ class StreamMemory:
             return None
         sink = 0 if commits and not self.shape.commits_keep_sink else window.shape.sink
         frames = fitting(held.frames, count, sink, self.shape.extent)
-        if len(frames) == len(held.frames):
-            return held
-        return held.select([held.frames.index(frame) for frame in frames]) if frames else None
-
-    def _slide(self, layer: int, new: Keys) -> Keys | None:
-        """Put new frames into a window; what slides out."""
-        window = self._windows[layer]
-        if isinstance(window, RingWindow):
-            return window.append(new)
-        self._windows[layer], gone = window.append(new)
-        return gone
+        return held.seen(frames) if frames else None
 
     def _average(self, layer: int, gone: Keys) -> None:
         """Move a sink towards what slid out of its window."""
@@ -287,10 +277,7 @@ class StreamMemory:
         mean = self._averages[layer].keys
         assert mean is not None
         moved = Keys(mean.k_BTND.to(sink.k_BTND.dtype), mean.v_BTND.to(sink.v_BTND.dtype), mean.frames)
-        if isinstance(window, RingWindow):
-            window.rewrite(moved)
-        else:
-            self._windows[layer] = window.rewritten(moved)
+        self._windows[layer] = window.rewritten(moved)
 
     def _latest(self, latents: Tensor | None) -> tuple[Tensor, ...]:
         """The latest blocks, these included: as few as have the frames that will be committed once more."""
@@ -319,7 +306,7 @@ class StreamMemory:
         late = range(max(0, self.frames - self.shape.window.past - count), end)
         if rule is SinkInFar.NEVER or held is None or not late:
             return None
-        keys = held.select([held.frames.index(frame) for frame in late])
+        keys = held.seen(late)
         if rule is SinkInFar.AS_WELL:
             return keys
         return keys._replace(k_BTND=rotate(keys.k_BTND, grid.rotation(keys.frames, keys.k_BTND.device)))
@@ -357,25 +344,18 @@ class StreamMemory:
 
     def _only(self, frames: Sequence[int]) -> None:
         """Forget all frames of the windows but these."""
-        for i, window in enumerate(self._windows):
-            if isinstance(window, RingWindow):
-                window.only(frames)
-            else:
-                self._windows[i] = window.only(frames)
+        self._windows = [window.only(frames) for window in self._windows]
 
     def fade_far(self, share: float) -> None:
         """Let that share of the far states weigh on (1 keeps all, 0 forgets all). ValueError outside 0 to 1."""
         require_share(share)
         self._far = {layer: state.fade(share) for layer, state in self._far.items()}
 
-    def fork(self) -> "StreamMemory":
+    def fork(self) -> Self:
         """An independent memory that goes on from the same moment."""
-        twin = StreamMemory(self.shape, 0, ring=False, keeps_graph=self.keeps_graph)
-        twin.frames, twin.blocks = self.frames, self.blocks
-        twin._windows = [w.fork() if isinstance(w, RingWindow) else w for w in self._windows]
-        twin._far = dict(self._far)
-        twin._averages, twin._banks = list(self._averages), list(self._banks)
-        twin._latents, twin._first, twin._jump = self._latents, self._first, self._jump
+        ring = any(isinstance(window, RingWindow) for window in self._windows)
+        twin = self.of_state(self.shape, self.state(), ring=ring)
+        twin.keeps_graph = self.keeps_graph
         return twin
 
     def state(self) -> dict[str, Any]:
@@ -403,7 +383,7 @@ class StreamMemory:
         made._first, made._jump = state["first"], state["jump"]
         for layer, held in enumerate(map(_keys, state["windows"])):
             if held is not None:
-                made._slide(layer, held)  # into an empty window: each frame gets the slot that it had
+                made._windows[layer], _ = made._windows[layer].append(held)  # each frame gets the slot that it had
         for layer, sums in state["far"].items():
             made._far[int(layer)] = FarState(made._far[int(layer)].shape, None if sums is None else Sums(*sums))
         made._averages = [Average(_keys(keys)) for keys in state["averages"]]

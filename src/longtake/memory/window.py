@@ -1,7 +1,8 @@
 """The exact part of a memory: the first frames (sink) and the most recent ones (past), with unrotated keys.
 
-Two forms of one rule. `Window` makes new tensors (training: autograd and forking are then trivial); `RingWindow`
-writes into fixed buffers (serving: nothing is allocated). Both hand back what slides out.
+Two forms of one rule, with the same verbs; each hands back the next window, and what slides out. `Window` makes new
+tensors (training: autograd and forking are then trivial); `RingWindow` writes into fixed buffers and is its own next
+(serving: nothing is allocated).
 """
 
 from collections.abc import Container, Sequence
@@ -106,8 +107,8 @@ class RingWindow:
         """Whether it holds as many frames as it ever will."""
         return len(self._frames) == self.shape.frames
 
-    def append(self, new: Keys) -> Keys | None:
-        """Take `new` frames in place of the oldest of the past; returns copies of what slid out."""
+    def append(self, new: Keys) -> tuple[Self, Keys | None]:
+        """Take `new` frames in place of the oldest of the past; returns itself, and copies of what slid out."""
         numbers = tuple(self._frames) + new.frames
         leaving = _leaving(numbers, self.shape)
         out = self._copy(leaving, new) if leaving else None
@@ -116,27 +117,22 @@ class RingWindow:
         for i, frame in enumerate(new.frames):
             if frame not in gone:
                 self._write(free.pop(0) if free else len(self._frames), i, new)
-        return out
+        return self, out
 
-    def only(self, frames: Container[int]) -> None:
-        """Forget all but these frames."""
+    def only(self, frames: Container[int]) -> Self:
+        """Forget all but these frames; returns itself."""
         staying = [slot for slot, frame in enumerate(self._frames) if frame in frames]
         for buffer in (self._k, self._v):
             if buffer is not None:
                 buffer[:, : len(staying)] = buffer[:, staying]  # a copy: indices by list make one first
         self._frames = [self._frames[slot] for slot in staying]
+        return self
 
-    def rewrite(self, keys: Keys) -> None:
-        """Put these keys and values in the place of those that are held of the same frames."""
+    def rewritten(self, keys: Keys) -> Self:
+        """Put these keys and values in the place of those that are held of the same frames; returns itself."""
         for index, frame in enumerate(keys.frames):
             self._write(self._frames.index(frame), index, keys)
-
-    def fork(self) -> Self:
-        """An independent copy."""
-        twin = type(self)(self.shape)
-        twin._frames = list(self._frames)
-        twin._k, twin._v = (None if x is None else x.clone() for x in (self._k, self._v))
-        return twin
+        return self
 
     def _copy(self, indices: list[int], new: Keys) -> Keys:
         held = self.held

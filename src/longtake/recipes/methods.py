@@ -27,7 +27,7 @@ def self_forcing(past: int = 6, block: int = 3) -> Recipe:
     past: latent frames of it that a block sees; published are 18. block: latent frames of one; published are 3 and,
     for other weights, 1. ValueError for a block of less than 1.
     """
-    return replace(Recipe(name="self_forcing", schedule=blockwise, sink=0, past=past), block=_at_least_one(block))
+    return Recipe(name="self_forcing", schedule=blockwise, sink=0, past=past, block=_at_least_one(block))
 
 
 def self_forcing_sink() -> Recipe:
