@@ -124,7 +124,7 @@ def evaluate_redirect(
 
     Returns:
         For each recipe a table ready for JSON. Shares are between 0 and 1, or None where nothing could be scored;
-        median_seconds counts a redirect that never acts as infinite, and is None if half of them never do.
+        median_seconds counts a redirect that never acts as infinite, and is None if more than half never do.
 
     Raises:
         ValueError: no captions, more than there are, no seeds, or a share that is none.
