@@ -386,9 +386,9 @@ class ToyWorld:
             sys.stderr.write(f"painting {size} clips to learn from\n")
         return pool
 
-    def prompts(self, count: int, seed: int) -> Prompts:
+    def prompts(self, count: int, seed: int, frames: int) -> Prompts:
         own = seed * 1000 + self._run.rank
-        return sample_prompts(count, own, self._run.device, self._codec.temporal_factor)
+        return sample_prompts(count, own, self._run.device, self._codec.temporal_factor, frames)
 
     def held_out(self, count: int) -> Tensor:
         return _held_out_tokens(count).to(self._run.device)
