@@ -63,7 +63,7 @@ class World(Protocol):
         ...
 
     def prompts(self, count: int, seed: int, frames: int) -> Prompts:
-        """Prompts of clips that nobody rendered, of so many latent frames or more; the same seed gives the same ones."""
+        """Prompts of clips that nobody rendered, of so many latent frames or more. The same seed gives the same."""
         ...
 
     def held_out(self, count: int) -> Tensor:
