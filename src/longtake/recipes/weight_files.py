@@ -14,7 +14,7 @@ from longtake.models.hub import nearest, registry
 from longtake.models.light_codec import LightCodec, LightCodecConfig
 from longtake.models.text import WordEncoder, WordEncoderConfig
 from longtake.models.wan import WanConfig, WanTransformer
-from longtake.models.weights import load_into, load_weights, save_weights
+from longtake.models.weights import load_into, load_weights, save_weights, sizes_of
 from longtake.recipes.devices import CPU
 from longtake.recipes.methods import MEMORY_RULES
 
@@ -97,7 +97,7 @@ def load_network(path: Path, device: torch.device) -> tuple[WordEncoder, WanTran
     tensors, description = load_tensors(path)
     if missing := {"text", "network", "shift", "role"} - description.keys():
         raise ValueError(f"{path} does not hold a network: it says nothing of {', '.join(sorted(missing))}")
-    text = WordEncoder(WordEncoderConfig(**description["text"]))
+    text = WordEncoder(sizes_of(WordEncoderConfig, description["text"]))
     network = WanTransformer(WanConfig.of(description["network"]))
     load_into(nn.ModuleDict({"text": text, "network": network}), tensors, path)
     for module in (text, network):
@@ -156,7 +156,7 @@ def load_codec(paths: Sequence[Path], device: torch.device, *, span: int | None 
         raise ValueError(f"{paths[0]} does not hold a codec")
     for path in paths[1:]:
         tensors |= load_weights(path)[0]
-    codec = LightCodec(LightCodecConfig(**description["codec"]), encoder=len(paths) > 1, span=span)
+    codec = LightCodec(sizes_of(LightCodecConfig, description["codec"]), encoder=len(paths) > 1, span=span)
     load_into(codec, tensors, paths[0])
     return codec.requires_grad_(False).eval().to(device)
 
