@@ -147,6 +147,11 @@ def open_network(
     """A video network's checkpoint in our names, and the layout it had; nothing is read yet. Errors as `load_wan`."""
     path = Path(path)
     checkpoint, layout = network_in_ours(open_checkpoint(_inside(path, "transformer"), entries=entries))
+    if "text" in (checkpoint.description or {}):
+        raise ValueError(
+            f"{checkpoint.source} holds a text encoder beside its network, as training here writes them: it is no "
+            "published checkpoint, and is given as --model"
+        )
     if "patch_embedding.weight" not in checkpoint.meta:
         some = ", ".join(sorted(checkpoint.meta)[:3])
         raise ValueError(f"{checkpoint.source} does not hold a Wan network: it begins with {some}")
