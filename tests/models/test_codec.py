@@ -64,7 +64,7 @@ def close(got: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-9)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(family=families, sizes=cuttings, span=spans)
 @torch.no_grad()
 def test_decoding_in_pieces_equals_the_whole_clip(family: str, sizes: list[int], span: int | None) -> None:
@@ -81,7 +81,7 @@ def test_decoding_in_pieces_equals_the_whole_clip(family: str, sizes: list[int],
         close(got, expected)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(family=families, sizes=cuttings, span=spans)
 @torch.no_grad()
 def test_encoding_in_pieces_equals_the_whole_clip(family: str, sizes: list[int], span: int | None) -> None:

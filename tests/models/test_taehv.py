@@ -174,7 +174,7 @@ def test_pictures_are_those_of_the_plain_form(codec: TAEHV) -> None:
     torch.testing.assert_close(codec.decode(latents)[0][0], expected, atol=1e-12, rtol=1e-12)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(sizes=st.lists(st.integers(1, LATENTS), min_size=1, max_size=LATENTS), span=st.sampled_from([None, 1, 2]))
 @torch.no_grad()
 def test_decoding_in_pieces_equals_the_whole_clip(codec: TAEHV, sizes: list[int], span: int | None) -> None:
