@@ -70,7 +70,7 @@ def strip_of_a_take(engine: Engine) -> np.ndarray:
 
 def sheet_of_recall(engine: Engine) -> np.ndarray:
     """Each row goes on from a given clip, whose camera has come, shown what is there and turned away."""
-    chosen, lead = recall.openings(RECALLED, [0]), recall.LEADS["later"]
+    chosen, lead = recall.openings(RECALLED, [0]), recall.LEAD
     scenes = recall.turning(stacked([one.scene for one in chosen]), RECALL_GAP)
     turned = round((lead + recall.TURNED_SECONDS) * engine.frame_rate)
     given = rendered(

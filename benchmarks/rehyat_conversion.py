@@ -74,13 +74,13 @@ class RandomWorld:
     def __init__(self, latent_size: tuple[int, int, int], words: int):
         self.latent_size, self._words = latent_size, words
 
-    def prompts(self, count: int, seed: int) -> SimpleNamespace:
+    def prompts(self, count: int, seed: int, frames: int) -> SimpleNamespace:
         draw = torch.Generator().manual_seed(seed)
         tokens = torch.randint(1, WORDS, (count, 1, self._words), generator=draw).to(PLACE)
-        return SimpleNamespace(tokens_BPL=tokens, prompt_BF=torch.zeros(count, 21, dtype=torch.long, device=PLACE))
+        return SimpleNamespace(tokens_BPL=tokens, prompt_BF=torch.zeros(count, frames, dtype=torch.long, device=PLACE))
 
     def held_out(self, count: int) -> Tensor:
-        return self.prompts(count, 1 << 40).tokens_BPL[:, 0]
+        return self.prompts(count, 1 << 40, 1).tokens_BPL[:, 0]
 
     def show(self, name: str, latents_BFCHW: Tensor) -> None: ...
 

@@ -7,8 +7,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # a process for each core
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.guarded import guard
+
+# How long an example takes is the machine's affair.
+settings.register_profile("longtake", deadline=None)
+settings.load_profile("longtake")
 
 
 @pytest.fixture(autouse=True)

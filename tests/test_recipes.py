@@ -300,7 +300,7 @@ def test_weights_with_sizes_that_only_later_versions_have_are_refused(file: str,
     tensors, description = load_weights(tmp_path / file)
     description[part]["hue"] = 3
     save_weights(tmp_path / file, tensors, description, int8=False)
-    with pytest.raises(ValueError, match=f"{file} was written by another version of longtake: .*'hue'"):
+    with pytest.raises(ValueError, match="has no hue in this version of longtake"):
         engine(tmp_path)
 
 

@@ -92,7 +92,7 @@ def train(
     start: a folder of weights, or "toy" for the embedded model's. recipe_names: what a student is trained under, in
     turn. settings: "key=value" of the stage's settings, values in JSON.
     Raises ValueError for unknown stages and settings, for a folder that lacks what the stage reads, and for one that
-    holds another run; KeyboardInterrupt after Ctrl-C, with the state saved.
+    holds another run; KeyboardInterrupt after Ctrl-C or SIGTERM, with the state saved.
     """
     if name not in STAGES:
         raise ValueError(f"no stage {name!r}: there are {', '.join(STAGES)}")
@@ -401,9 +401,9 @@ class ToyWorld:
             sys.stderr.write(f"painting {size} clips to learn from\n")
         return pool
 
-    def prompts(self, count: int, seed: int) -> Prompts:
+    def prompts(self, count: int, seed: int, frames: int) -> Prompts:
         own = seed * 1000 + self._run.rank
-        return sample_prompts(count, own, self._run.device, self._codec.temporal_factor)
+        return sample_prompts(count, own, self._run.device, self._codec.temporal_factor, frames)
 
     def held_out(self, count: int) -> Tensor:
         return _held_out_tokens(count).to(self._run.device)

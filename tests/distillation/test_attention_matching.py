@@ -40,7 +40,7 @@ spans = st.builds(NearSpan, current=st.integers(1, 4), overlap=st.integers(0, 4)
 
 
 @given(frame_T=frames, span=spans)
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @torch.no_grad()
 def test_the_answer_is_the_definition_whatever_tokens_a_frame_has(frame_T: Tensor, span: NearSpan) -> None:
     maps, asked = form(), drawn(frame_T)
@@ -75,7 +75,7 @@ def test_whole_frames_in_order_are_answered_as_by_a_converted_layer() -> None:
 
 
 @given(frame_T=frames.filter(lambda x: x.max() - x.min() > 4), both_ways=st.booleans())
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @torch.no_grad()
 def test_errors_are_those_of_masked_attention(frame_T: Tensor, both_ways: bool) -> None:
     maps, asked, span = form(), drawn(frame_T), NearSpan(current=2, overlap=1)

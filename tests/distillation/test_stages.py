@@ -111,7 +111,8 @@ class Source:
         assert (count, frames) == (2, CLIP)
         return self
 
-    def prompts(self, count: int, seed: int) -> SimpleNamespace:
+    def prompts(self, count: int, seed: int, frames: int) -> SimpleNamespace:
+        assert (count, frames) == (2, CLIP)
         return SimpleNamespace(tokens_BPL=self.tokens_BPL, prompt_BF=1 - self.prompt_BF)
 
 
@@ -219,7 +220,7 @@ def steps(monkeypatch, out: Path, recipe: Recipe = RECIPE, reads_far: bool = Fal
     said = SimpleNamespace(tokens_BPL=Source.tokens_BPL, prompt_BF=torch.zeros(2, 12, dtype=torch.long))
     world = SimpleNamespace(
         latent_size=tiny.LATENTS[1:],
-        prompts=lambda count, seed: said,
+        prompts=lambda count, seed, frames: said,
         clips=clips,
         held_out=lambda count: torch.ones(count, 5, dtype=torch.long),
         show=lambda name, latents: None,

@@ -133,7 +133,7 @@ class Crash(Exception):
 
 
 @given(crash=st.integers(1, 19), steps=st.integers(20, 24))
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_a_run_that_crashes_anywhere_goes_on_as_if_it_had_not(crash: int, steps: int) -> None:
     def run(out: Path, crash: int | None) -> tuple[list[torch.Tensor], list[dict[str, float]]]:
         student, dice = learner(), Dice(3)

@@ -81,7 +81,7 @@ def assert_same(one: Sums, other: Sums, close: float = 1e-4) -> None:
     count=st.integers(9, 24),
     turns=st.booleans(),
 )
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 def test_the_quick_way_goes_through_the_states_of_a_real_memory(
     rule: Rule, sink: int, past: int, extent: int, far_sink: SinkInFar, count: int, turns: bool
 ) -> None:

@@ -39,7 +39,7 @@ def test_the_table_has_the_fields_that_others_read(truth_table: dict[str, Any]) 
     assert set(truth_table["at"]["5"]) == set(toy.FOLLOWED) == set(truth_table["constancy"]["5"])
     assert truth_table["frechet"]["5"] >= 0
     assert truth_table["counts"]["5"]["at"]["place"]["scored"] == 2
-    assert truth_table["levels"] is None
+    assert truth_table["levels"] is None and len(truth_table["captions"]) == 16  # which tells a file's from others
 
 
 def test_the_table_shows_what_was_asked_and_how_often(truth_table: dict[str, Any]) -> None:

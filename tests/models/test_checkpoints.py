@@ -27,6 +27,7 @@ from longtake.models.names import WRAPPERS, codec_name_in_diffusers, network_nam
 from longtake.models.wan import WanTransformer, converted, reading_far, with_far_maps
 from longtake.models.wan_vae import WanVAE, WanVAEConfig
 from longtake.models.weights import Checkpoint, open_checkpoint, save_weights
+from longtake.recipes.weight_files import packaged
 
 VAE_CONFIG = WanVAEConfig(dim=4)
 Tensors = dict[str, Tensor]
@@ -249,6 +250,7 @@ def test_paths_that_lead_to_no_checkpoint(tmp_path: Path) -> None:
     assert "there is a.pt, b.pt" in refusal(tmp_path)
     save_file({"x": torch.ones(1)}, tmp_path / "x.safetensors")
     assert "does not hold a Wan network: it begins with x" in refusal(tmp_path / "x.safetensors")
+    assert "as training here writes them" in refusal(packaged("student.safetensors"))
 
 
 def test_shards_and_index_must_agree(tmp_path: Path) -> None:

@@ -64,7 +64,7 @@ def close(got: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(got, expected, atol=1e-9, rtol=1e-9)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(family=families, sizes=cuttings, span=spans)
 @torch.no_grad()
 def test_decoding_in_pieces_equals_the_whole_clip(family: str, sizes: list[int], span: int | None) -> None:
@@ -81,7 +81,7 @@ def test_decoding_in_pieces_equals_the_whole_clip(family: str, sizes: list[int],
         close(got, expected)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(family=families, sizes=cuttings, span=spans)
 @torch.no_grad()
 def test_encoding_in_pieces_equals_the_whole_clip(family: str, sizes: list[int], span: int | None) -> None:
@@ -135,12 +135,12 @@ def test_a_state_can_be_continued_twice(codec: Codec) -> None:
         (codec.encode, frames[:, :5], frames[:, 5:]),
     ):
         _, state = call(start)
-        before = state.clone()
+        before = [x.clone() for x in state.tensors]
         first, _ = call(rest, state)
         call(-rest, state)
         again, _ = call(rest, state)
         assert torch.equal(first, again)
-        assert all(map(torch.equal, state.tensors, before.tensors))
+        assert all(map(torch.equal, state.tensors, before))
 
 
 @torch.no_grad()
@@ -168,16 +168,6 @@ def test_a_state_does_not_grow(codec: Codec) -> None:
         assert (decoding.nbytes, encoding.nbytes) == sizes
     # Nor does it hold on to the larger tensors its own were taken from.
     assert all(t.untyped_storage().nbytes() == t.nbytes for t in (*decoding.tensors, *encoding.tensors))
-
-
-@torch.no_grad()
-def test_a_state_survives_being_named_and_moved(codec: Codec) -> None:
-    latents = latent_clip()
-    _, state = codec.decode(latents[:, :2])
-    named = dict(reversed(state.named().items()))  # whatever the order in which a file returns them
-    expected, _ = codec.decode(latents[:, 2:], state)
-    assert torch.equal(codec.decode(latents[:, 2:], CodecState.from_named(named))[0], expected)
-    assert {t.dtype for t in state.to(torch.bfloat16).tensors} == {torch.bfloat16}
 
 
 def test_gradients_are_finite_and_reach_every_parameter(codec: Codec) -> None:

@@ -157,7 +157,7 @@ def fed(made: WanTransformer, memory: StreamMemory, clean: torch.Tensor, level: 
 
 
 @given(overlap=st.integers(0, 7), blocks=st.integers(1, 5), batch=st.integers(1, 2), ring=st.booleans())
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @torch.no_grad()
 def test_a_stream_of_clean_blocks_is_the_clip_they_make(overlap: int, blocks: int, batch: int, ring: bool) -> None:
     """All layers converted: a clip is answered from left to right, so that its stream is the same computation."""
@@ -175,7 +175,7 @@ FARS = ("", "far=keep", "far=decay,frames=4", "far=cap,frames=2", "far=none")
 
 
 @given(overlap=st.integers(0, 7), blocks=st.integers(1, 7), far=st.sampled_from(FARS))
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @torch.no_grad()
 def test_teacher_forcing_sees_in_one_pass_what_a_stream_sees(overlap: int, blocks: int, far: str) -> None:
     made = student((0, 2), overlap)

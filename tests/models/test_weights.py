@@ -6,7 +6,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from longtake.models.weights import load_into, load_weights, save_weights
+from longtake.models.text import WordEncoderConfig
+from longtake.models.wan import WanConfig
+from longtake.models.weights import load_into, load_weights, save_weights, sizes_of
 
 
 def tensors() -> dict[str, torch.Tensor]:
@@ -93,3 +95,12 @@ def test_leftovers_gaps_and_misfits_are_named() -> None:
         load_into(module, fitting | {"extra": torch.zeros(1)}, source)
     with pytest.raises(ValueError, match=r"1 missing \(bias\); 1 of another shape \(weight 6x5 for 6x4\)"):
         load_into(module, {"weight": torch.zeros(6, 5)}, source)
+
+
+def test_sizes_that_this_version_does_not_know_are_refused_by_name() -> None:
+    assert sizes_of(WordEncoderConfig, {"words": 9, "length": 5, "dim": 8}).layers == 2
+    with pytest.raises(ValueError, match="WordEncoderConfig has no depth, pace in this version of longtake"):
+        sizes_of(WordEncoderConfig, {"words": 9, "length": 5, "dim": 8, "pace": 2, "depth": 3})
+    conversion = {"layers": [0], "learns": True}
+    with pytest.raises(ValueError, match="Conversion has no learns"):
+        WanConfig.of({"dim": 4, "heads": 1, "ffn_dim": 4, "layers": 1, "text_dim": 4, "conversion": conversion})

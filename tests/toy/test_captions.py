@@ -35,7 +35,7 @@ def attributes(draw: st.DrawFn) -> dict[str, str]:
     return chosen
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(attributes(), st.integers(0, 10**6))
 def test_what_is_said_is_read_back(said: dict[str, str], seed: int) -> None:
     text = describe(said, random.Random(seed))
@@ -43,7 +43,7 @@ def test_what_is_said_is_read_back(said: dict[str, str], seed: int) -> None:
     assert len(encode(text)) <= TEXT_LENGTH
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(attributes(), st.integers(0, 10**6))
 def test_what_is_left_out_is_not_invented(said: dict[str, str], seed: int) -> None:
     read = parse(describe(said, random.Random(seed), keep=0.5))

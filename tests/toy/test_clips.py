@@ -217,9 +217,10 @@ def test_a_pool_made_again_holds_the_same_clips() -> None:
 
 
 def test_prompts_need_no_rendering_and_say_what_the_clips_would() -> None:
-    said = sample_prompts(6, 9, torch.device("cpu"), 4)
+    said, of_longer = (sample_prompts(6, 9, torch.device("cpu"), 4, frames) for frames in (21, 40))
     assert said.tokens_BPL.shape == (6, 2, TEXT_LENGTH) and said.prompt_BF.shape == (6, 33)
-    assert torch.equal(said.tokens_BPL, sample_prompts(6, 9, torch.device("cpu"), 4).tokens_BPL)
+    assert torch.equal(said.tokens_BPL, of_longer.tokens_BPL)
+    assert of_longer.prompt_BF.shape == (6, 40) and torch.equal(of_longer.prompt_BF[:, :33], said.prompt_BF)
 
 
 @pytest.mark.parametrize("pictures", [141, 237])

@@ -142,13 +142,14 @@ def metrics(out: Path) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in read_metrics(out)]
 
 
-def test_ctrl_c_saves_and_says_so(folders: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_is_asked_to_stop_saves_and_says_so(number: signal.Signals, folders: Path, tmp_path: Path) -> None:
     out = tmp_path / "stopped"
     process = start(*command("dmd", out, folders), "steps=1000", SAVE_SECONDS="1000")
     while not read_metrics(out) and process.running():
         time.sleep(0.005)
     assert not (out / STATE_FILE).exists()
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, number)
     done = process.finished()
     assert done.returncode == 130
     assert f"stopped at step {saved_step(out)}; the same command goes on" in done.stderr

@@ -145,7 +145,7 @@ class Learner:
     @torch.no_grad()
     def swap_average(self) -> None:
         """Exchange the parameters with their running average; call again to change back."""
-        for parameter, average in zip(self._parameters, self._average, strict=False):
+        for parameter, average in zip(self._parameters, self._average, strict=True):
             held = parameter.detach().clone()
             parameter.copy_(average)
             average.copy_(held)
@@ -199,7 +199,7 @@ def train(
 
     Metrics are appended to metrics.jsonl every `log_every` steps, and whenever a turn has one of the `rare` ones. Every
     `save_seconds` all of `learners`, of `keep` and of torch's random state is written beside and renamed, so that a run
-    killed at any moment goes on and ends as if it had not been; Ctrl-C does the same at once and raises
+    killed at any moment goes on and ends as if it had not been; Ctrl-C and SIGTERM do the same at once and raise
     KeyboardInterrupt. Every `look_seconds` the first process calls `look(name)`, and once more at the end; it must
     leave all random state alone.
     Returns {"steps", "seconds"}; seconds count over all parts of a run.
@@ -289,13 +289,13 @@ def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
 
 
 class _Interrupt:
-    """Turns Ctrl-C into a question asked between steps, so that no step is left half done."""
+    """Turns Ctrl-C, and SIGTERM by which schedulers end a job, into a question asked between steps: none is left half
+    done."""
 
     asked = False
 
     def __enter__(self) -> Self:
-        self._before = signal.getsignal(signal.SIGINT)
-        signal.signal(signal.SIGINT, self._ask)
+        self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
@@ -303,7 +303,8 @@ class _Interrupt:
         sys.stderr.write("stopping after this step; the state is saved\n")
 
     def __exit__(self, *error: object) -> None:
-        signal.signal(signal.SIGINT, self._before)
+        for number, before in self._before.items():
+            signal.signal(number, before)
 
 
 def read_metrics(out: Path) -> list[dict[str, float]]:

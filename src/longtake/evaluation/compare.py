@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 RESAMPLES, DICE_SEED = 10_000, 0
-SAME = ("prompts", "seed_list", "seed_of_a_video", "lead", "absence")  # without which two tables have no pairs
+SAME = ("prompts", "captions", "seed_list", "seed_of_a_video", "lead", "absence")  # else two tables have no pairs
 
 
 class Difference(NamedTuple):
@@ -49,7 +49,7 @@ def compared(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, D
     pairs = [(name, verdicts, others[name]) for name, verdicts in _verdicts(first) if name in others]
     if not pairs:
         raise ValueError("these scores have no verdict on each video in common: score both anew, in the same way")
-    found = {name: difference(one, other, first["prompts"]) for name, one, other in pairs}
+    found = {name: difference(one, other, len(first["seed_list"])) for name, one, other in pairs}
     return {name: one for name, one in found.items() if one is not None}
 
 
@@ -63,18 +63,19 @@ def _verdicts(table: Any, name: str = "") -> Iterator[tuple[str, str]]:
             yield from _verdicts(inner, name if key == "counts" else f"{name} {key}")
 
 
-def difference(first: str, second: str, captions: int) -> Difference | None:
+def difference(first: str, second: str, seeds: int) -> Difference | None:
     """Of two series of verdicts, see `scores.Tally`, whose videos go through the captions seed by seed.
 
     None where no pair is scored. ValueError for series that are not of the same videos.
     """
-    if len(first) != len(second) or len(first) % captions:
-        raise ValueError(f"{len(first)} and {len(second)} verdicts are not those of {captions} captions")
-    one, other = _by_caption(first, captions), _by_caption(second, captions)
+    if len(first) != len(second) or len(first) % seeds:
+        raise ValueError(f"{len(first)} and {len(second)} verdicts are not those of as many captions for {seeds} seeds")
+    one, other = _by_caption(first, seeds), _by_caption(second, seeds)
     scored = (one >= 0) & (other >= 0)
     if not scored.any():
         return None
     counts = np.stack([np.where(scored, x, 0).sum(1) for x in (one, other)] + [scored.sum(1)])
+    captions = len(one)  # of redirects fewer than prompts: some say nothing that can change
     drawn = np.random.default_rng(DICE_SEED).multinomial(captions, np.full(captions, 1 / captions), size=RESAMPLES)
     right, more_right, pairs = counts @ drawn.T
     gains = (more_right - right)[pairs > 0] / pairs[pairs > 0]
@@ -83,6 +84,6 @@ def difference(first: str, second: str, captions: int) -> Difference | None:
     return Difference(total[0] / total[2], total[1] / total[2], int(total[2]), (float(low), float(high)))
 
 
-def _by_caption(verdicts: Sequence[str], captions: int) -> np.ndarray:
+def _by_caption(verdicts: Sequence[str], seeds: int) -> np.ndarray:
     """1 right, 0 wrong, -1 not scored, [captions, seeds]."""
-    return np.array([{"1": 1, "-": -1}.get(one, 0) for one in verdicts]).reshape(-1, captions).T
+    return np.array([{"1": 1, "-": -1}.get(one, 0) for one in verdicts]).reshape(seeds, -1).T

@@ -124,7 +124,7 @@ def evaluate_redirect(
 
     Returns:
         For each recipe a table ready for JSON. Shares are between 0 and 1, or None where nothing could be scored;
-        median_seconds counts a redirect that never acts as infinite, and is None if half of them never do.
+        median_seconds counts a redirect that never acts as infinite, and is None if more than half never do.
 
     Raises:
         ValueError: no captions, more than there are, no seeds, or a share that is none.
@@ -264,11 +264,8 @@ def _counts(score: Score) -> dict[str, dict[str, Any]]:
     return {name: one.table() for name, one in score.items()}
 
 
-def _scores(
-    watched: _Watched, chosen: Sequence[Redirect], counted: Sequence[bool] | None = None
-) -> tuple[Score, Tally]:
+def _scores(watched: _Watched, chosen: Sequence[Redirect], counted: Sequence[bool]) -> tuple[Score, Tally]:
     """Reached, by what changed (abstained: where nothing was read at all), and kept."""
-    counted = counted or [True] * len(chosen)
     reached, unread = _seconds(watched.read_BW, chosen).isfinite(), (watched.read_BW < 0).all(1)
     scores = dict.fromkeys(CHANGEABLE, Tally())
     for one, right, nothing, counts in zip(chosen, reached.tolist(), unread.tolist(), counted, strict=True):

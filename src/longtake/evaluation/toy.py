@@ -10,6 +10,7 @@ Shapes: B clips, D features.
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,7 +77,8 @@ def evaluate_toy(
         raise ValueError(f"windows of {WINDOW_SECONDS} seconds end at {WINDOW_SECONDS} or later, got {list(at)}")
     for text in texts:
         encode(text)  # a line that cannot be read is refused now, not after an hour
-    plan = _Plan(texts, seed_list(seeds), sorted(set(at)), progress)
+    own = sha256("\n".join(texts).encode()).hexdigest()[:16] if prompt_file else None
+    plan = _Plan(texts, own, seed_list(seeds), sorted(set(at)), progress)
     truth = truth_source(device)
     known = {"truth": truth, **(sources or {})}
     chosen = {name: known[name] if name in known else engine_source(engine_of(name)) for name in recipes}
@@ -153,9 +155,10 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
 
 
 class _Plan(NamedTuple):
-    """What every recipe is asked for."""
+    """What every recipe is asked for. own: tells the captions of a file from those of others."""
 
     prompts: list[str]
+    own: str | None
     seeds: list[int]
     marks: list[int]
     progress: Callable[[str], None]
@@ -210,6 +213,7 @@ def _table(recipe: str, source: Source, plan: _Plan, watched: _Watched, referenc
         "levels": source.levels,
         "weights": source.weights,
         "prompts": len(plan.prompts),
+        **({"captions": plan.own} if plan.own else {}),
         "seeds": len(plan.seeds),
         "at": {mark: _shares(score) for mark, score in following.items()},
         "constancy": {mark: _shares(score) for mark, score in constancy.items()},

@@ -11,7 +11,7 @@ from longtake.models.names import codec_in_ours, merged, network_in_ours, unwrap
 from longtake.models.taehv import TAEHV, TAEHVConfig
 from longtake.models.wan import WanConfig, WanTransformer
 from longtake.models.wan_vae import WanVAE, WanVAEConfig
-from longtake.models.weights import ENTRIES, LORA_ENTRIES, Checkpoint, fill, open_checkpoint
+from longtake.models.weights import ENTRIES, LORA_ENTRIES, Checkpoint, fill, open_checkpoint, sizes_of
 
 WAN_1_3B = WanConfig(dim=1536, heads=12, ffn_dim=8960, layers=30, text_dim=4096)
 WAN_14B = WanConfig(dim=5120, heads=40, ffn_dim=13824, layers=40, text_dim=4096)
@@ -147,6 +147,11 @@ def open_network(
     """A video network's checkpoint in our names, and the layout it had; nothing is read yet. Errors as `load_wan`."""
     path = Path(path)
     checkpoint, layout = network_in_ours(open_checkpoint(_inside(path, "transformer"), entries=entries))
+    if "text" in (checkpoint.description or {}):
+        raise ValueError(
+            f"{checkpoint.source} holds a text encoder beside its network, as training here writes them: it is no "
+            "published checkpoint, and is given as --model"
+        )
     if "patch_embedding.weight" not in checkpoint.meta:
         some = ", ".join(sorted(checkpoint.meta)[:3])
         raise ValueError(f"{checkpoint.source} does not hold a Wan network: it begins with {some}")
@@ -214,7 +219,7 @@ def codec_config(checkpoint: Checkpoint) -> WanVAEConfig:
     """The sizes of a Wan VAE: what our own file or a config.json says, else the published ones at the width it has."""
     described = (checkpoint.description or {}).get("wan_vae")
     if described is not None:
-        return WanVAEConfig(**described)
+        return sizes_of(WanVAEConfig, described)
     told = checkpoint.config
     sizes = {ours: told[theirs] for ours, theirs in DIFFUSERS_CODEC.items() if theirs in told}
     entrances = [name for name in ("encoder.conv1.bias", "encoder.conv_in.bias") if name in checkpoint.meta]

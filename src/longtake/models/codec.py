@@ -9,7 +9,7 @@ Shape letters: B batch, F frames, C channels, H W height and width.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ class CodecState(NamedTuple):
     """All that encoding or decoding carries from one piece of a video to the next.
 
     The tensors are in the order in which the layers run, batch first. They are never written to and share
-    no storage with any output, so a state may be kept, continued twice, moved or saved.
+    no storage with any output, so a state may be kept, continued twice or saved.
     """
 
     tensors: Sequence[Tensor]
@@ -33,10 +33,6 @@ class CodecState(NamedTuple):
         That frees memory only where this state itself is held no longer.
         """
         return CodecState(list(self.tensors))
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> "CodecState":
-        """The state with every tensor changed, e.g. `state.map(lambda t: t[:1])` for the first of a batch."""
-        return CodecState(tuple(change(tensor) for tensor in self.tensors))
 
     @classmethod
     def joined(cls, states: "Sequence[CodecState]") -> "CodecState | None":
@@ -49,27 +45,10 @@ class CodecState(NamedTuple):
             CodecState(rows) for rows in zip(*(map(torch.clone, one.split(1)) for one in self.tensors), strict=True)
         ]
 
-    def to(self, target: torch.device | torch.dtype | str) -> "CodecState":
-        """The state on another device or in another precision."""
-        return self.map(lambda tensor: tensor.to(target))
-
-    def clone(self) -> "CodecState":
-        """A copy in its own storage."""
-        return self.map(torch.clone)
-
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors; does not grow with the length of the video."""
         return sum(tensor.nbytes for tensor in self.tensors)
-
-    def named(self) -> dict[str, Tensor]:
-        """The tensors by name, ready for a file of tensors; `from_named` is the way back."""
-        return {f"{index:04d}": tensor for index, tensor in enumerate(self.tensors)}
-
-    @classmethod
-    def from_named(cls, named: Mapping[str, Tensor]) -> "CodecState":
-        """The state whose `named()` this is, in whatever order the names come."""
-        return cls(tuple(named[name] for name in sorted(named)))
 
 
 class Carry:

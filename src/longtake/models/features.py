@@ -17,6 +17,7 @@ from torch.nn import functional
 from longtake.attention.linear import Features
 from longtake.attention.near_span import NearSpan, PowerWeights
 from longtake.attention.rope import Rotation, fitted, rotate
+from longtake.models.weights import sizes_of
 
 _NEXT_TO_NOTHING = -30.0  # softplus of it is 1e-13: far from what weighs, and above 0
 
@@ -47,8 +48,8 @@ class Conversion:
 
     @classmethod
     def of(cls, described: Mapping[str, Any]) -> Self:
-        """From its fields as JSON holds them."""
-        return cls(**{**described, "layers": tuple(described["layers"])})
+        """From its fields as JSON holds them, see `sizes_of`."""
+        return sizes_of(cls, {**described, "layers": tuple(described["layers"])})
 
     @property
     def span(self) -> NearSpan:

@@ -26,6 +26,7 @@ from longtake.memory.stream_memory import LayerKeys, MemoryShape
 from longtake.memory.view import ClipView, LayeredView, MemoryView, Rotate, TeacherForcedView, Tokens, View, frame_mask
 from longtake.memory.window import WindowShape
 from longtake.models.features import Conversion, LearnedForm, OwnMaps
+from longtake.models.weights import sizes_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +66,9 @@ class WanConfig:
 
     @classmethod
     def of(cls, described: Mapping[str, Any]) -> Self:
-        """From its fields as JSON holds them; those that are left out are as by default."""
+        """From its fields as JSON holds them, see `sizes_of`."""
         conversion = described.get("conversion")
-        return cls(**{**described, "conversion": Conversion.of(conversion) if conversion else None})
+        return sizes_of(cls, {**described, "conversion": Conversion.of(conversion) if conversion else None})
 
     @property
     def axes(self) -> RotaryAxes:

@@ -11,10 +11,10 @@ import os
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +27,7 @@ _INDEX = ".safetensors.index.json"
 _MAPPED_SHARE = 32  # of a pickle, one part in this many is mapped before it is opened anew
 ENTRIES = ("generator_ema", "generator", "model")
 LORA_ENTRIES = ("generator_lora",)
+Sizes = TypeVar("Sizes")
 
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any], *, int8: bool) -> None:
@@ -73,6 +74,17 @@ def described(path: Path) -> dict[str, Any]:
     """The description of a safetensors file, empty if it is none of ours. ValueError if it is not whole."""
     with _complete(path), safe_open(path, "pt") as file:
         return dict(json.loads((file.metadata() or {}).get(_DESCRIPTION, "{}")))
+
+
+def sizes_of(kind: type[Sizes], described: Mapping[str, Any]) -> Sizes:
+    """A dataclass of sizes from what a description says of its fields; those that it leaves out are as by default.
+
+    ValueError for fields that it does not have, as in files of later versions.
+    """
+    known = {one.name for one in fields(kind)}  # type: ignore[arg-type]
+    if unknown := sorted(described.keys() - known):
+        raise ValueError(f"{kind.__name__} has no {', '.join(unknown)} in this version of longtake")
+    return kind(**described)
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

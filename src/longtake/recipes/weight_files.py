@@ -1,7 +1,6 @@
 """Which file the weights of a model and a recipe are in, and such files read and written: networks and light codecs."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
@@ -15,7 +14,7 @@ from longtake.models.hub import nearest, registry
 from longtake.models.light_codec import LightCodec, LightCodecConfig
 from longtake.models.text import WordEncoder, WordEncoderConfig
 from longtake.models.wan import WanConfig, WanTransformer
-from longtake.models.weights import load_into, load_weights, save_weights
+from longtake.models.weights import load_into, load_weights, save_weights, sizes_of
 from longtake.recipes.devices import CPU
 from longtake.recipes.methods import MEMORY_RULES
 
@@ -98,22 +97,12 @@ def load_network(path: Path, device: torch.device) -> tuple[WordEncoder, WanTran
     tensors, description = load_tensors(path)
     if missing := {"text", "network", "shift", "role"} - description.keys():
         raise ValueError(f"{path} does not hold a network: it says nothing of {', '.join(sorted(missing))}")
-    with _known_sizes(path):
-        words, config = WordEncoderConfig(**description["text"]), WanConfig.of(description["network"])
-    text, network = WordEncoder(words), WanTransformer(config)
+    text = WordEncoder(sizes_of(WordEncoderConfig, description["text"]))
+    network = WanTransformer(WanConfig.of(description["network"]))
     load_into(nn.ModuleDict({"text": text, "network": network}), tensors, path)
     for module in (text, network):
         module.requires_grad_(False).eval().to(device)
     return text, network, description
-
-
-@contextmanager
-def _known_sizes(path: Path) -> Iterator[None]:
-    """ValueError for a description with sizes that later versions have, or without some that this one needs."""
-    try:
-        yield
-    except TypeError as error:
-        raise ValueError(f"{path} was written by another version of longtake: {error}") from None
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -167,9 +156,7 @@ def load_codec(paths: Sequence[Path], device: torch.device, *, span: int | None 
         raise ValueError(f"{paths[0]} does not hold a codec")
     for path in paths[1:]:
         tensors |= load_weights(path)[0]
-    with _known_sizes(paths[0]):
-        config = LightCodecConfig(**description["codec"])
-    codec = LightCodec(config, encoder=len(paths) > 1, span=span)
+    codec = LightCodec(sizes_of(LightCodecConfig, description["codec"]), encoder=len(paths) > 1, span=span)
     load_into(codec, tensors, paths[0])
     return codec.requires_grad_(False).eval().to(device)
 

@@ -69,7 +69,7 @@ class LatentClips(NamedTuple):
 
 
 class Prompts(NamedTuple):
-    """What clips would be about: tokens [B, 2, L] and prompt [B, F] as in `LatentClips`, over the longest clip."""
+    """What clips would be about: tokens [B, 2, L] and prompt [B, F] as in `LatentClips`."""
 
     tokens_BPL: Tensor
     prompt_BF: Tensor
@@ -107,7 +107,7 @@ class ClipPool:
             self._pool = LatentClips(*(x.new_empty(size, *x.shape[1:]) for x in new))
         rows = [i % size for i in range(self._made, self._made + self._at_once)]
         for kept, few in zip(self._pool, new, strict=True):
-            kept[rows[-size:]] = few[-size:]
+            kept[rows] = few
         self._made += self._at_once
 
     def draw(self, count: int, frames: int) -> LatentClips:
@@ -166,10 +166,13 @@ class ClipPool:
         )
 
 
-def sample_prompts(count: int, seed: int, device: torch.device, pictures_a_frame: int) -> Prompts:
-    """The captions of scenes that are not rendered. The same seed gives the same ones."""
+def sample_prompts(count: int, seed: int, device: torch.device, pictures_a_frame: int, frames: int) -> Prompts:
+    """The captions of scenes that are not rendered. The same seed gives the same ones.
+
+    frames: latent frames that they are told for, at least: those of a clip of `CLIP_PICTURES`, or more if so many.
+    """
     scenes, tokens_BPL = training_scenes(count, seed, device)
-    frames = 1 + (CLIP_PICTURES - 1) // pictures_a_frame
+    frames = max(frames, 1 + (CLIP_PICTURES - 1) // pictures_a_frame)
     return Prompts(tokens_BPL, prompt_of_frames(scenes, frames, pictures_a_frame))
 
 

@@ -119,9 +119,9 @@ class _Samples:
         """The batch of that number, of prompts that nobody rendered; the latest is remembered."""
         if self._latest is None or self._latest[0] != number:
             batch, seed = self._stage.batch, self._stage.seed
-            said = self._world.prompts(batch, seed * 1_000_000 + number)
-            own = seed * 1_000_000_000 + number * batch * parallel.processes() + self._run.rank * batch
             frames = self._network.config.extent
+            said = self._world.prompts(batch, seed * 1_000_000 + number, frames)
+            own = seed * 1_000_000_000 + number * batch * parallel.processes() + self._run.rank * batch
             made = self._made(said.tokens_BPL, said.prompt_BF[:, :frames], range(own, own + batch))
             self._latest = number, made
         return self._latest[1]

@@ -158,5 +158,5 @@ def script_of(
         said = clips = supply.draw(stage.batch, plan.judged * plan.block)
         given = clips.latents_BFCHW.split(plan.block, dim=1)[: plan.given]
     else:
-        said, given = world.prompts(stage.batch, stage.seed * 1_000_000 + step), ()
+        said, given = world.prompts(stage.batch, stage.seed * 1_000_000 + step, plan.judged * plan.block), ()
     return Script(embed(text, said.tokens_BPL), plan.prompts_of_judged(said.prompt_BF), given)

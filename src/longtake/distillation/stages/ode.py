@@ -58,10 +58,9 @@ def _trajectories(
     """States [pairs, K, F, C, H, W] in bfloat16, text embeddings and the prompt of each frame. They follow from the
     seed, so a run that goes on makes them again."""
     states, texts, numbers = [], [], []
-    batches = -(-stage.pairs // stage.batch)
+    batches, frames = -(-stage.pairs // stage.batch), teacher.config.extent
     for number in range(batches):
-        said = world.prompts(stage.batch, stage.seed * 1_000_000 + number)
-        frames = teacher.config.extent
+        said = world.prompts(stage.batch, stage.seed * 1_000_000 + number, frames)
         first = stage.seed * 1_000_000_000 + (run.rank * batches + number) * stage.batch
         with run.autocast():
             text_BPLE = embed(text, said.tokens_BPL)

@@ -40,7 +40,7 @@ class ClipSupply(Stateful, Protocol):
 
 
 class Prompts(Protocol):
-    """Tokens [B, P, L] of P prompts a clip, and the prompt [B, F] of each frame of a clip that is as long as any."""
+    """Tokens [B, P, L] of P prompts a clip, and the prompt [B, F] of each of its frames."""
 
     @property
     def tokens_BPL(self) -> Tensor: ...
@@ -62,8 +62,8 @@ class World(Protocol):
         """
         ...
 
-    def prompts(self, count: int, seed: int) -> Prompts:
-        """Prompts of clips that nobody rendered; the same seed gives the same ones."""
+    def prompts(self, count: int, seed: int, frames: int) -> Prompts:
+        """Prompts of clips that nobody rendered, of so many latent frames or more. The same seed gives the same."""
         ...
 
     def held_out(self, count: int) -> Tensor:
