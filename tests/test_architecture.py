@@ -25,7 +25,7 @@ MAY_IMPORT = {
     "toy": "models",
     "distillation": "files flow attention memory models generation parallel",
     "evaluation": "files flow parallel attention memory models generation media toy",
-    "serving": "generation media",
+    "serving": "files generation media",
     "recipes": "flow media parallel attention memory models generation toy distillation evaluation",
     "training": "files flow media parallel attention memory models generation toy distillation evaluation recipes",
     "batch": "media parallel models generation",

@@ -334,10 +334,11 @@ def test_a_terminal_gets_one_line_that_rewrites_itself(engine, capsys, monkeypat
         (["generate", "--prompts", "nowhere.txt", "-o", "out"], "nowhere.txt: No such file or directory"),
         (["generate", "--prompts", "nowhere.txt"], "--prompts needs a folder for the videos: -o DIR"),
         (["generate", "--prompts", "nowhere.doc", "-o", "out"], "there are .txt, .jsonl, .json and .yaml"),
-        (["generate", "a red ball", "--seconds", "0"], "more than 0 seconds, got 0"),
-        (["generate", "a red ball", "--seconds", "-3"], "more than 0 seconds, got -3"),
-        (["generate", "a red ball", "--seconds", "nan"], "more than 0 seconds, got nan"),
-        (["generate", "a red ball", "--seconds", "inf"], "more than 0 seconds, got inf"),
+        (["generate", "a red ball", "--seconds", "0"], "more than 0 seconds, and less than 1e+09, got 0"),
+        (["generate", "a red ball", "--seconds", "-3"], "more than 0 seconds, and less than 1e+09, got -3"),
+        (["generate", "a red ball", "--seconds", "nan"], "more than 0 seconds, and less than 1e+09, got nan"),
+        (["generate", "a red ball", "--seconds", "inf"], "less than 1e+09, got inf"),
+        (["generate", "a red ball", "--seconds", "1e308"], "less than 1e+09, got 1e+308"),
         (["generate", "a red ball", "-o", "nowhere/out.mp4"], "there is no folder nowhere"),
         (["bench", "stream", "--repeats", "0"], "at least one repeat"),
         (["bench", "stream", "--seconds", "0.1"], "at least two blocks"),
@@ -348,7 +349,9 @@ def test_a_terminal_gets_one_line_that_rewrites_itself(engine, capsys, monkeypat
         (["plan", "--vram", "much"], "a number with G or M, such as 24G, not 'much'"),
         (["explain", "hybrid_forsing"], "no recipe 'hybrid_forsing': did you mean hybrid_forcing"),
         (["explain", "self_forcing", "--blocks", "0"], "a table has at least one block, got 0"),
+        (["bench", "stream", "--blocks", "2", "-o", "/dev/null/kept"], "/dev/null/kept: Not a directory"),
         (["evaluate", "toy", "--prompt-file", "nowhere.txt"], "nowhere.txt: No such file or directory"),
+        (["evaluate", "compare"], "nothing to compare with"),
     ],
 )
 def test_bad_input_is_one_clear_line(engine, capsys, arguments, says):
@@ -359,6 +362,28 @@ def test_bad_input_is_one_clear_line(engine, capsys, arguments, says):
     assert captured.err.startswith("longtake: ")
     assert says in captured.err
     assert files() == []
+
+
+def test_too_little_memory_is_one_clear_line_and_other_failures_are_not_hidden(engine, capsys, monkeypatch):
+    def fails_with(error):
+        def stream(*given, **options):
+            raise error
+
+        monkeypatch.setattr(engine, "stream", stream)
+        return main(["generate", "a red ball", "-o", "out.mp4"])
+
+    assert fails_with(torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 20.00 GiB.")) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("longtake: CUDA out of memory. Tried to allocate 20.00 GiB. (") and told.count("\n") == 1
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        fails_with(RuntimeError("a fault of ours"))
+
+
+def test_a_closed_stdout_is_no_fault():
+    program = "import os, sys; os.close(1); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    verb = ["-m", "longtake.cli", "explain"]
+    done = subprocess.run([sys.executable, "-c", program, *verb], stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from longtake.generation.script import script_from
+from longtake import load
+from longtake.generation.script import read_scripts, script_from
 from longtake.toy import captions
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +36,17 @@ def test_links_lead_somewhere() -> None:
             if not there:
                 lost.append(f"{page.relative_to(ROOT)}: {link}")
     assert not lost, "\n".join(lost)
+
+
+def test_the_file_of_times_that_docs_show_is_one_that_the_embedded_model_films(tmp_path: Path) -> None:
+    shown = re.search(r"```yaml\n(.*?)```", (ROOT / "docs" / "prompts.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert shown
+    (tmp_path / "prompts.yaml").write_text(shown[1], encoding="utf-8")
+    (script,) = read_scripts(tmp_path / "prompts.yaml")
+    engine = load("toy", recipe="self_forcing_sink", device="cpu")
+    cues = script.by_block(engine, round(script.lasts(engine.frame_rate) * engine.frame_rate))
+    engine.prepare([cue.shown for cue in cues.values()])
+    assert len(cues) == len(script.cues) > 1
 
 
 def test_tests_that_pages_name_are_there() -> None:

@@ -162,6 +162,7 @@ def test_what_cannot_be_replayed_is_one_line(first: Path, tmp_path: Path, capsys
     other = rewritten(video, tmp_path / "other.mp4", weights="0123456789abcdef")
     old = rewritten(video, tmp_path / "old.mp4", seconds=None)
     lost = rewritten(video, tmp_path / "lost.mp4", recipe="self_forcign")
+    nowhere = rewritten(video, tmp_path / "nowhere.mp4", device=7)
     untimed = rewritten(video, tmp_path / "untimed.mp4", prompts=[{"at": "soon", "unit": "seconds", "prompt": PROMPT}])
     astray = rewritten(video, tmp_path / "astray.mp4", take={"blocks": 3})
     before = sorted(tmp_path.iterdir())
@@ -171,6 +172,7 @@ def test_what_cannot_be_replayed_is_one_line(first: Path, tmp_path: Path, capsys
         ([str(tmp_path / "absent.mp4")], "absent.mp4: No such file"),
         ([str(other)], "was made with weights 0123456789abcdef, and toy has"),
         ([str(old)], "does not tell all of how it was made: seconds is missing"),
+        ([str(nowhere)], "does not tell all of how it was made: device is missing or unreadable"),
         ([str(untimed)], "a time is a number from 0, got 'soon'"),
         ([str(astray)], "the history of this video cannot be read"),
         ([str(lost)], "did you mean self_forcing"),

@@ -23,6 +23,13 @@ def require_free_video(path: Path, *, overwrite: bool = False, way_out: str = "r
         raise ValueError(f"videos are mp4 files: name {path} {path.stem}.mp4")
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder if it is missing. OSError where it cannot be made or written in, before work is spent on that."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"cannot write in {folder}")
+
+
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """Where to write a file that takes its name when it is whole. If it never is, what was there before stays."""

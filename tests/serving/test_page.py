@@ -344,6 +344,14 @@ def test_words_to_begin_with_are_all_in_sight_on_a_phone(browser, address):
     page.close()
 
 
+def test_a_seed_that_a_browser_would_round_is_refused(browser, address):
+    page = browser.new_page()
+    page.goto(address)
+    valid = "seed => { const box = document.querySelector('#seed'); box.value = seed; return box.checkValidity(); }"
+    assert [page.evaluate(valid, str(seed)) for seed in (42, 10**15 - 1, 2**53 + 1)] == [True, True, False]
+    page.close()
+
+
 SAID = """async (streams) => {
   const { commandLine, hindrance } = await import("/command.js");
   const model = { id: "a model", recipe: "one:past=6", levels: 4, codec: null, dtype: "float32", device: "cpu" };

@@ -179,6 +179,7 @@ def test_signals_end_streams_with_whole_fragments(number):
         (["--keep", "/dev/null/kept"], "/dev/null/kept"),
         (["--keep-gib", "0"], "more than 0 GiB"),
         (["--keep-gib", "inf"], "more than 0 GiB"),
+        (["--keep-gib", "1e308"], "more than 0 GiB"),
     ],
 )
 def test_what_cannot_be_served_is_told_in_one_line(arguments, says, capsys, monkeypatch):

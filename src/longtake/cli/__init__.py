@@ -12,7 +12,7 @@ from tyro.conf import FlagCreatePairsOff
 from tyro.extras import SubcommandApp
 
 from longtake.cli import bench, doctor, evaluate, explain, generate, models, plan, replay, serve, take, train, verify
-from longtake.cli.terminal import BAD_INPUT, INTERRUPTED, UNREAD, in_one_line, leave_unread, say
+from longtake.cli.terminal import BAD_INPUT, INTERRUPTED, UNREAD, in_one_line, is_out_of_memory, leave_unread, say
 
 app = SubcommandApp()
 app.command(generate.generate)
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             return _run(arguments)
         finally:
-            sys.stdout.flush()  # else what is left fails when Python ends, where nobody can catch it
+            print(end="", flush=True)  # else what is left fails when Python ends, where nobody can catch it
     except BrokenPipeError:
         leave_unread()
         return UNREAD
@@ -58,6 +58,11 @@ def _run(arguments: Sequence[str] | None) -> int:
         raise
     except (ValueError, OSError) as error:
         say(in_one_line(error))
+        return BAD_INPUT
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        say(f"{in_one_line(error)} (`longtake plan --vram SIZE` tells what would fit)")
         return BAD_INPUT
     except KeyboardInterrupt as stopped:
         if str(stopped):

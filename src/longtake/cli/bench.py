@@ -11,7 +11,7 @@ from tyro.extras import SubcommandApp
 from longtake.cli.engines import in_precision, load_engine, precision_named, together
 from longtake.cli.options import Codec, Compile, Device, Levels, Precision, StreamPrecision
 from longtake.cli.terminal import CHECK_FAILED, print_result, say
-from longtake.files import whole
+from longtake.files import make_folder, whole
 
 if TYPE_CHECKING:
     import torch
@@ -72,6 +72,8 @@ def bench_stream(
     long = random_weights or blocks is not None or minutes is not None
     if out is not None and not long:
         raise ValueError("-o keeps results of long streams: add --blocks or --minutes")
+    if out is not None:
+        make_folder(out)
 
     def engine(name: str, place: "torch.device") -> "Engine":
         if not random_weights:
@@ -231,7 +233,6 @@ def _keep(folder: Path, result: dict[str, Any]) -> Path:
     """Write a result beside and rename it, under a name that says what ran."""
     from longtake.evaluation.steady import file_name
 
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / file_name(result)
     with whole(path) as beside:
         beside.write_text(dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -232,9 +232,10 @@ def evaluate_compare(file: Annotated[tuple[Path, ...], Positional], json: bool =
     """
     from longtake.evaluation.compare import compared, tables_in
 
-    first, *others = [table for path in file for table in tables_in(path)]
-    if not others:
+    tables = [table for path in file for table in tables_in(path)]
+    if len(tables) < 2:
         raise ValueError("nothing to compare with: name another file, or one with several recipes")
+    first, *others = tables
     results = [
         {
             "first": first["recipe"],

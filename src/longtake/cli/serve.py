@@ -73,8 +73,8 @@ def serve(
     require_safe(host, key, insecure)
     if sessions < 1:
         raise ValueError(f"a server has 1 session or more, got {sessions}")
-    if not 0 < keep_gib < math.inf:
-        raise ValueError(f"what is kept takes more than 0 GiB, got {keep_gib:g}")
+    if not 0 < keep_gib * 2**30 < math.inf:
+        raise ValueError(f"what is kept takes more than 0 GiB and has an end, got {keep_gib:g}")
     origins = tuple(map(require_host, origin))
     if log_prompts:
         _to_stderr("longtake.serving.prompts")

@@ -27,6 +27,12 @@ def in_one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the device's memory did not do."""
+    torch = sys.modules.get("torch")  # not imported for this alone
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+
+
 def leave_unread() -> None:
     """Print nothing more, not even what still waits: whoever read it has gone."""
     nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -9,6 +9,7 @@ from tyro.conf import Positional, arg
 from longtake.cli.engines import precision_named
 from longtake.cli.options import Codec, Device, PrecisionName
 from longtake.cli.terminal import CHECK_FAILED, say
+from longtake.files import make_folder
 
 if TYPE_CHECKING:
     import torch
@@ -55,6 +56,8 @@ def verify(
 
     chosen, shift = _recipe_to_verify(checkpoint, recipe, blocks)
     width, height = pixels(size)
+    if out is not None:
+        make_folder(out)
     place = device_named(device)
     precision = precision_named(dtype) or usual_dtype(place)
     opened, layout = open_published(checkpoint) if checkpoint in registry() else open_network(checkpoint)

@@ -1,7 +1,6 @@
 """The file that a video goes to and how long it is: free names, and what is refused before anything is made."""
 
 import itertools
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,11 +8,13 @@ if TYPE_CHECKING:
     from longtake.generation.script import Script
     from longtake.generation.stream import Engine
 
+_LONGEST_SECONDS = 1e9
+
 
 def require_length(seconds: float | None) -> None:
     """ValueError unless a length that was asked for can be made."""
-    if seconds is not None and not 0 < seconds < math.inf:
-        raise ValueError(f"a video lasts more than 0 seconds, got {seconds:g}")
+    if seconds is not None and not 0 < seconds < _LONGEST_SECONDS:
+        raise ValueError(f"a video lasts more than 0 seconds, and less than {_LONGEST_SECONDS:g}, got {seconds:g}")
 
 
 def require_writable_take(path: Path | None, video: Path | None) -> None:

@@ -7,9 +7,11 @@ import secrets
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Literal, NamedTuple
+
+from longtake.files import make_folder
 
 Kind = Literal["take", "mp4"]
 
@@ -43,9 +45,10 @@ class Store:
     def __init__(self, folder: Path | None = None, *, most: int = 64, most_bytes: int = 4 * 2**30) -> None:
         self.lasts = folder is not None
         self.most, self.most_bytes = most, most_bytes
-        self._passing = tempfile.TemporaryDirectory(prefix="longtake-") if folder is None else None
-        self.folder = Path(self._passing.name) if self._passing else _made(folder)  # type: ignore[arg-type]
-        self._held: int | None = _hold(self.folder)
+        self._open = ExitStack()
+        self.folder = folder or Path(self._open.enter_context(tempfile.TemporaryDirectory(prefix="longtake-")))
+        make_folder(self.folder)
+        self._open.callback(os.close, _hold(self.folder))
         self._lock = threading.Lock()
         self._growing: dict[str, int] = {}
         self._files: dict[tuple[str, Kind], Kept] = {}
@@ -53,11 +56,7 @@ class Store:
 
     def close(self) -> None:
         """Let go of the folder; one that goes with the server is removed. Closing twice does nothing."""
-        if self._held is not None:
-            os.close(self._held)
-            self._held = None
-        if self._passing:
-            self._passing.cleanup()
+        self._open.close()
 
     def kept(self, kind: Kind) -> list[Kept]:
         """All files of a kind, the oldest first."""
@@ -123,13 +122,6 @@ class Store:
         path = self.place(name, kind)
         told = path.stat()
         self._files[name, kind] = Kept(name, path, told.st_size, told.st_mtime)
-
-
-def _made(folder: Path) -> Path:
-    folder.mkdir(exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"cannot write in {folder}")
-    return folder
 
 
 def _hold(folder: Path) -> int:

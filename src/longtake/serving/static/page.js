@@ -89,7 +89,7 @@ $("door-form").onsubmit = () => {
 async function start(from = null) {
   if (!model || $("begin").disabled) return;
   const prompt = from ? from.words : words();
-  if (!watching && (!prompt || !$("seed").checkValidity())) return complain(prompt ? "A seed is a whole number." : "Say what is to be seen.");
+  if (!watching && (!prompt || !$("seed").checkValidity())) return complain(prompt ? "A seed is a whole number of at most 15 digits." : "Say what is to be seen.");
   complain("");
   show("wait", "Starting");
   busy(true);
