@@ -126,6 +126,15 @@ def test_the_chosen_are_a_share_in_rising_order_and_never_none(it: Case, share: 
     assert (scores.masked_fill(~dropped, float("-inf")) <= worst_kept).all()
 
 
+@given(
+    rows=st.lists(st.lists(st.sampled_from([0.0, -0.0, 1e-40, 1.5, -1.5, -1e9, 3e38, -3e38]), min_size=7, max_size=7)),
+    share=st.floats(0.01, 1),
+)
+def test_the_same_blocks_are_best_ties_included(rows: list[list[float]], share: float) -> None:
+    scores = torch.tensor(rows).view(1, 1, -1, 7)
+    assert block_sparse.best_blocks(scores, share).equal(reference.best_blocks(scores, share))
+
+
 @pytest.mark.parametrize("share, expected", [(0.01, [1]), (0.34, [1, 3]), (0.5, [1, 2, 3]), (0.8, [0, 1, 2, 3])])
 def test_of_equal_scores_the_earlier_block_is_chosen(share: float, expected: list[int]) -> None:
     scores = torch.tensor([0.0, 2.0, 1.0, 2.0, -1.0, 0.0]).expand(1, 2, 3, -1)

@@ -53,10 +53,24 @@ def block_scores(q_BTND: Tensor, k_BSND: Tensor, *, block_q: int, block_k: int, 
 
 
 def best_blocks(scores_BNIJ: Tensor, share: float) -> Tensor:
-    """Numbers of the best share of key blocks, rising, at least one; the earlier of equals. Returns [B, N, I, K]."""
+    """Numbers of the best share of key blocks, rising, at least one; the earlier of equals. Returns [B, N, I, K].
+
+    scores [B, N, I, J] in float32. Truth: `reference.best_blocks`.
+    """
     kernels = _kernels(scores_BNIJ)
+    if kernels is None:
+        kept = reference.kept_blocks(share, scores_BNIJ.shape[-1])
+        return _ranks(scores_BNIJ).topk(kept, sorted=False).indices.sort(dim=-1).values
     with torch.cuda.device_of(scores_BNIJ):
-        return (kernels or reference).best_blocks(scores_BNIJ, share)
+        return kernels.best_blocks(scores_BNIJ, share)
+
+
+def _ranks(scores_BNIJ: Tensor) -> Tensor:
+    """Whole numbers that rise as scores do, and of equal scores with the earlier block: no two of a row are equal."""
+    blocks = scores_BNIJ.shape[-1]
+    bits = torch.where(scores_BNIJ == 0, 0.0, scores_BNIJ).view(torch.int32)  # both zeros are equal
+    order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
+    return order * blocks + torch.arange(blocks - 1, -1, -1, device=bits.device)
 
 
 def attend_blocks(

@@ -42,7 +42,7 @@ def hybrid_forcing(
     features: float = 1.0,
     stiffness: float = Delta.stiffness,
     turns: str = "all",
-    tokens: int = 12,
+    tokens: int = 4,
     block: int = 3,
 ) -> Recipe:
     """Hybrid Forcing (arXiv 2604.10103): a fifth of the window's key blocks, and a far state of what left it.
@@ -52,9 +52,9 @@ def hybrid_forcing(
     life or the cap in latent frames, which decay and cap need. features: of the far state, beside the size of a head:
     0.5, 1 (published), 2 or 4. stiffness: how hard delta holds on to the old. turns: the positions that features of the
     far state bear, "all" (published) or "space", row and column but not frame: then it is the same how long ago
-    something was absorbed. tokens: of a block of queries or keys; 12 are a row of the embedded model's latent frames,
-    published are 64 of 1,560 a frame. block: latent frames of one; there are weights for 3 alone. ValueError for what
-    cannot be.
+    something was absorbed. tokens: of a block of queries or keys; 4 are a third of a row of the embedded model's latent
+    frames, which have 84; published are 64 of 1,560 a frame. block: latent frames of one; there are weights for 3
+    alone. ValueError for what cannot be.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must be above 0 and at most 1, got {share}")
