@@ -54,13 +54,13 @@ def test_hybrid_forcing_in_numbers() -> None:
     told = explain("hybrid_forcing", 21)
     assert (told["block"], told["sink"], told["past"], told["extent"]) == (3, 3, 3, 21)
     assert told["levels"] == pytest.approx([1, 0.9, 0.75, 0.5])
-    assert told["near"] == {"attention": "block_sparse", "share": 0.2, "block_q": 12, "block_k": 12}
+    assert told["near"] == {"attention": "block_sparse", "share": 0.2, "block_q": 4, "block_k": 4}
     assert told["far"]["rule"] == "Keep()" and told["far"]["sink"] == "never"
     assert [row["keys"] for row in told["blocks"][:4]] == [
         {"attended": 48, "of": 252},  # whole blocks, rounded down
-        {"attended": 96, "of": 504},
-        {"attended": 144, "of": 756},
-        {"attended": 144, "of": 756},
+        {"attended": 100, "of": 504},
+        {"attended": 148, "of": 756},
+        {"attended": 148, "of": 756},
     ]
     *_, last = told["blocks"]
     assert last["attended"]["past"] == [[57, 15], [58, 16], [59, 17]]
@@ -80,8 +80,8 @@ def test_options_are_explained_and_a_far_state_of_any_width_is_placed_alike() ->
 
 def test_hybrid_forcing_in_words() -> None:
     lines = in_words(explain("hybrid_forcing")).splitlines()
-    assert "attention  block_sparse (share 0.2, block_q 12, block_k 12)" in lines
-    assert "6      69-80     0-2 @0-2  15-17 @15-17  18-20 @18-20  144 of 756  15-17 @12-14  0-2 18-20 +15" in lines
+    assert "attention  block_sparse (share 0.2, block_q 4, block_k 4)" in lines
+    assert "6      69-80     0-2 @0-2  15-17 @15-17  18-20 @18-20  148 of 756  15-17 @12-14  0-2 18-20 +15" in lines
 
 
 @pytest.mark.parametrize("name, sink, past", [("self_forcing", 0, 6), ("self_forcing_sink", 3, 3)])
