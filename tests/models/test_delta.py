@@ -103,6 +103,14 @@ def test_the_error_falls_with_the_rank_and_the_file_grows(tmp_path_factory, seed
     assert sizes == sorted(sizes)
 
 
+def test_at_any_rank_all_that_changed_is_there_in_full(base):
+    name = "network.q.weight"
+    delta = base.with_name("delta.safetensors")
+    told = save_delta(delta, base, tuned_from(base, {name: weights(1)[name]}), rank=0)
+    assert (told["low_rank"], told["in_full"], told["rank"]) == (0, 1, 0) and told["error_of_change"] < 0.01
+    assert load_weights(delta)[0].keys() == {name}
+
+
 def test_what_is_new_or_became_zeros_is_no_division_by_zero(base):
     """As projections that have not learned yet are, and a bias that training drove to 0."""
     delta = base.with_name("delta.safetensors")
@@ -193,7 +201,7 @@ def test_what_cannot_be_a_delta_is_refused_and_leaves_nothing(base, tmp_path, ca
     wider = saved(tmp_path / "wider.safetensors", weights(0) | {"network.q.weight": torch.randn(24, 41)})
     codec, there = packaged(CODEC_FILE), sorted(tmp_path.iterdir())
     for arguments, said in (
-        ([base, tuned, "-o", delta, "--rank", 0], "the rank of a delta is 1 or more, got 0"),
+        ([base, tuned, "-o", delta, "--rank", -1], "the rank of a delta is 0 (any) or more, got -1"),
         ([base, base, "-o", delta], f"{base} does not differ from {base}"),
         ([base, wider, "-o", delta], "it lacks or reshapes 1 tensors (network.q.weight)"),
         (["toy", tuned, "-o", delta], f"{tuned} is not {packaged(NETWORK_FILE)} tuned"),

@@ -105,7 +105,7 @@ def models_delta(
         tuned: The tuned one: a folder, or a network's file.
         out: NAME.safetensors, not there yet. It streams as the tuned one does where the base is: beside it as
             student.safetensors, or in the package.
-        rank: Of what is added to each matrix that takes less room so than in full.
+        rank: Of what is added to each matrix that takes less room so than in full; 0 for all of it.
         json: Print one JSON object.
     """
     from longtake.models.delta import save_delta

@@ -23,13 +23,13 @@ _SAME = 1e-6  # of a number: what int8 files change of it when they are read and
 def save_delta(path: Path, base_file: Path, tuned_file: Path, *, rank: int) -> dict[str, Any]:
     """Write what one of our networks' files is beside another, as int8, and tell what it came to, ready for JSON.
 
-    rank: of each matrix that takes less room so than in full. Told are the file's bytes, and of what is read back the
-    error that is left: as a share of the weights and of their change (Frobenius norms), and the worst tensor's share.
-    ValueError for files that hold no whole network, that do not go together, or do not differ, and where `path` is
-    not new.
+    rank: of each matrix that takes less room so than in full; 0: any, and all is in full. Told are the file's bytes,
+    and of what is read back the error that is left: as a share of the weights and of their change (Frobenius norms),
+    and the worst tensor's share. ValueError for files that hold no whole network, that do not go together, or do not
+    differ, and where `path` is not new.
     """
-    if rank < 1:
-        raise ValueError(f"the rank of a delta is 1 or more, got {rank}")
+    if rank < 0:
+        raise ValueError(f"the rank of a delta is 0 (any) or more, got {rank}")
     require_new_file(path)
     base, tuned, description = pair_of(base_file, tuned_file)
     delta = difference(base, tuned, rank)
@@ -89,14 +89,14 @@ def on_base(
 def difference(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
     """The tensors of a delta, from those of base and tuned weights, which has all that the base has.
 
-    What is added to a matrix is there in full where factors of that rank would not be smaller.
+    What is added to a matrix is there in full where factors of that rank would not be smaller, or the rank is any (0).
     """
     delta = {name: after for name, after in tuned.items() if name not in base}
     for name, before in base.items():
         if torch.allclose(tuned[name], before, rtol=_SAME, atol=0):
             continue
         added = tuned[name].float() - before.float()
-        if name.endswith(".weight") and pays(added.shape, rank):
+        if rank and name.endswith(".weight") and pays(added.shape, rank):
             u, s, v = torch.linalg.svd(added, full_matrices=False)
             down, up = low_rank_names(name)
             delta |= {down: s[:rank, None] * v[:rank], up: u[:, :rank]}
