@@ -22,6 +22,7 @@ from longtake.recipes.engines import latent_size
 from longtake.recipes.weight_files import CODEC_FILE, NETWORK_FILE, load_codec, load_network, packaged
 
 MODEL = "toy"  # whose sizes are taken
+MOST_BLOCKS = 10_000  # of a table
 LOOKED_AT = 30  # blocks, to find the one from which on all are alike
 COLUMNS = 100
 
@@ -37,11 +38,11 @@ def explain(name: str, blocks: int | None = None) -> dict[str, Any]:
     name: options may follow. Frames are latent frames; attended and absorbed ones are [frame, position]. Calls are of
     the network, each of its blocks [block, level]. Of a recipe with converted layers, `blocks` tells what the other
     layers do and `converted` what those do; elsewhere that is null.
-    blocks: how many are told of; by default those until all that follow are alike.
-    ValueError for unknown names and for less than one block.
+    blocks: how many are told of, 1 to 10,000; by default those until all that follow are alike.
+    ValueError for unknown names and for other numbers of blocks.
     """
-    if blocks is not None and blocks < 1:
-        raise ValueError(f"a table has at least one block, got {blocks}")
+    if blocks is not None and not 1 <= blocks <= MOST_BLOCKS:
+        raise ValueError(f"a table has 1 to {MOST_BLOCKS} blocks, got {blocks}")
     recipe, function = recipe_named(name), name.partition(":")[0]
     _, network, description = load_network(packaged(MODELS.get((MODEL, function), NETWORK_FILE)), CPU)
     codec = load_codec([packaged(CODEC_FILE)], CPU)

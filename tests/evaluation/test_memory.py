@@ -238,8 +238,9 @@ def test_words_say_what_is_in_the_table(engine, capsys):
 @pytest.mark.parametrize(
     "arguments, says",
     [
-        (["--hours", "0.001"], "followed for 3.75 seconds (0.00104 hours) or more, got 0.001"),
-        (["--hours", "nan"], "or more, got nan"),
+        (["--hours", "0.001"], "followed for 3.75 seconds (0.00104 hours) or more, at most 1000 hours, got 0.001"),
+        (["--hours", "nan"], "at most 1000 hours, got nan"),
+        (["--hours", "1e300"], "at most 1000 hours, got 1e+300"),
         (["--prompts", "1"], "two streams or more"),
         (["--seeds", "0"], "at least one seed"),
         (["--blocks", "0"], "one block or more, got 0"),

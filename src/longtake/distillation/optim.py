@@ -34,7 +34,10 @@ class Muon(torch.optim.Optimizer):
                 self._step_alike(parameters, shape, group)
 
     def _step_alike(self, parameters: list[Tensor], shape: tuple[int, int], group: dict[str, Any]) -> None:
-        buffers = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in parameters]
+        for parameter in parameters:
+            if not self.state[parameter]:
+                self.state[parameter]["momentum"] = torch.zeros_like(parameter)
+        buffers = [self.state[parameter]["momentum"] for parameter in parameters]
         gradients = [p.grad for p in parameters if p.grad is not None]
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
         updates = torch._foreach_lerp(gradients, buffers, group["momentum"])

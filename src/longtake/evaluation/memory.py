@@ -36,6 +36,7 @@ from longtake.memory.view import MemoryView, Tokens
 
 OWN = "own"  # the state as the recipe has it
 USUAL = {"decay": 240.0, "cap": 240.0}  # latent frames of rules that need some; 240 are a minute
+MOST_HOURS = 1000  # that a far state is followed
 HELD_OUT = 4  # every so many-th stream is held out, the last one always
 PROBES, QUERIED = 8, 2  # held-out blocks that are read back, and whose queries ask
 
@@ -137,7 +138,7 @@ class _Plan:
 
     @classmethod
     def of(cls, recipe: str, engine: Engine, hours: float, rules: Mapping[str, Rule]) -> Self:
-        """ValueError for hours that are too few, or a state that cannot be streamed."""
+        """ValueError for hours that are too few or too many, or a state that cannot be streamed."""
         memory = engine.recipe.memory(engine.network)
         if memory.policy != PLAIN:
             raise ValueError(
@@ -158,9 +159,10 @@ class _Plan:
             grid=engine.network.grid(torch.empty(1, 1, *engine.latent_size)),
         )
         least = (setting.opening + 1) * _block_seconds(engine)
-        if not least <= 3600 * hours < math.inf:
+        if not least / 3600 <= hours <= MOST_HOURS:
             raise ValueError(
-                f"a far state is followed for {least:g} seconds ({least / 3600:.3g} hours) or more, got {hours:g}"
+                f"a far state is followed for {least:g} seconds ({least / 3600:.3g} hours) or more, "
+                f"at most {MOST_HOURS} hours, got {hours:g}"
             )
         return cls(
             recipe=recipe,
