@@ -723,7 +723,8 @@ def test_explain_in_words_and_json(capsys):
 
 def test_scores_are_compared_in_pairs(tmp_path, capsys):
     def scores(recipe: str, verdicts: str, **more: object) -> str:
-        table = {"recipe": recipe, "prompts": 2, "counts": {"5": {"at": {"camera": {"verdicts": verdicts}}}}}
+        counts = {"5": {"at": {"camera": {"verdicts": verdicts}}}}
+        table = {"recipe": recipe, "prompts": 2, "seed_list": [0, 1], "counts": counts}
         path = tmp_path / f"{recipe}.json"
         path.write_text(json.dumps([table | more]))
         return str(path)
@@ -742,6 +743,7 @@ def test_scores_are_compared_in_pairs(tmp_path, capsys):
         ([one, str(tmp_path / "none.json")], "cannot read"),
         ([one, str(tmp_path / "broken.json")], "is not JSON"),
         ([one, scores("longlive", "1110", seed_list=[1])], "these scores are of other videos: seed_list"),
+        ([scores("causvid", "11", seed_list=None)] * 2, "these scores do not say of which seeds they are"),
     ):
         assert main(["evaluate", "compare", *files]) == 2
         assert wrong in capsys.readouterr().err

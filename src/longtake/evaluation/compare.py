@@ -45,6 +45,8 @@ def compared(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, D
     for key in SAME:
         if first.get(key) != second.get(key):
             raise ValueError(f"these scores are of other videos: {key} is {first.get(key)} and {second.get(key)}")
+    if not first.get("seed_list"):
+        raise ValueError("these scores do not say of which seeds they are: score both anew")
     others = dict(_verdicts(second))
     pairs = [(name, verdicts, others[name]) for name, verdicts in _verdicts(first) if name in others]
     if not pairs:
