@@ -4,6 +4,9 @@ import asyncio
 import logging
 from collections.abc import Callable
 from concurrent.futures import Executor
+from contextlib import ExitStack
+from pathlib import Path
+from threading import Lock
 from typing import Any, TypeVar
 
 from longtake.generation.take import Take
@@ -19,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Keeping:
-    """Of one session at a time.
+    """Of one session.
 
     files: threads that read and write files, apart from those that code video: a slow disk makes no viewer wait.
     """
@@ -28,6 +31,7 @@ class Keeping:
         self._worker, self._store, self._files = worker, store, files
         self._snapshots: list[tuple[float, str]] = []  # where each stands in its video, and its name, as they were made
         self._recorder: Recorder | None = None
+        self._ended, self._lock = False, Lock()
         self._at_work: set[asyncio.Future[Any]] = set()
 
     async def _in_files(self, act: Callable[..., T], *given: object) -> T:
@@ -67,9 +71,11 @@ class Keeping:
         """Keep the stream as it stands; what is to be said of it. There is room for it before it is copied."""
         try:
             size = await asyncio.wrap_future(self._worker.take_bytes(session))
-            with self._store.new("take", size) as name:
+            with ExitStack() as stack:
+                name = stack.enter_context(self._store.new("take", size))
                 take = await asyncio.wrap_future(self._worker.snapshot(session))
-                await self._in_files(take.save, self._store.place(name, "take"))
+                growing = stack.pop_all()  # the thread's from here on: it goes on if the session ends meanwhile
+            await self._in_files(_save, take, self._store.place(name, "take"), growing)
         except Over as error:
             raise Refused("session_over", str(error), event) from None
         except Full as full:
@@ -92,7 +98,11 @@ class Keeping:
         def begin() -> Recorder:
             recorder = Recorder(self._store, self._worker.engine)
             self._worker.remember(session)
-            self._recorder = recorder  # here already, lest it is left behind if the session ends meanwhile
+            with self._lock:  # in this thread, lest it is left behind if the session ends meanwhile
+                if not self._ended:
+                    self._recorder = recorder
+                    return recorder
+            recorder.finish(self._worker.lines(session))
             return recorder
 
         try:
@@ -135,9 +145,20 @@ class Keeping:
         seconds = recorder.notes.pictures / self._worker.engine.frame_rate
         return done | {"id": kept.name, "seconds": seconds, "byte_length": kept.bytes}
 
+    async def end(self, session: Session) -> None:
+        """The session is over, and so is a recording of it, even one that is just being begun."""
+        with self._lock:
+            self._ended = True
+        await self.finish(session)
+
     async def settled(self) -> bool:
         """Wait for files that are being read or written; whether there were any."""
         if not self._at_work:
             return False
         await asyncio.wait(self._at_work)
         return True
+
+
+def _save(take: Take, path: Path, growing: ExitStack) -> None:
+    with growing:
+        take.save(path)

@@ -108,7 +108,7 @@ class Conversation:
             if showing is not None:
                 del behind.on_air[session.id]
                 showing.broadcast.stop(showing.done())
-            await self._keeping.finish(session)  # for a client that has gone: it knows the name
+            await self._keeping.end(session)  # for a client that has gone: it knows the name
             log.info("session %s over: %s, %d chunks", session.id, session.end, self._wire.chunks)
 
     def _admitted(self, start: Start) -> Session:
