@@ -549,44 +549,36 @@ def test_real_clips_teach_windows_whatever_goes_by_windows_beside_them(monkeypat
     assert len(set(seen.schedules)) > 1 and all(row["real"] > 0 for row in read_metrics(tmp_path))
 
 
-def test_an_anchor_holds_a_network_to_what_it_was_on_clips_not_made_for_memory(tmp_path) -> None:
+def strayed(network: WanTransformer, recipe: Recipe = RECIPE, frames: int = 6) -> float:
+    """How far its answers under a recipe are from those that it began with, when it saw all of its window."""
+    torch.manual_seed(5)
     given = pretrain.Clips(
-        torch.randn(8, 6, *tiny.LATENTS[1:]), torch.randn(8, 2, 5, 8), torch.zeros(8, 6, dtype=torch.long),
-        torch.zeros(8, 6, *tiny.LATENTS[2:]),
+        torch.randn(8, frames, *tiny.LATENTS[1:]), torch.randn(8, 2, 5, 8), torch.zeros(8, frames, dtype=torch.long),
+        torch.zeros(8, frames, *tiny.LATENTS[2:]),
     )  # fmt: skip
-    start = tiny.network(extent=12).float()
+    start, memory = tiny.network(extent=12).float(), recipe.memory(network)
+    return teacher_forcing_loss(network, given, 3.0, 1.0, block=3, memory=memory, anchor=start).item()
 
-    def strayed(weight: float) -> float:
+
+def test_an_anchor_holds_a_network_to_what_it_was_on_clips_not_made_for_memory(tmp_path) -> None:
+    def held_by(weight: float) -> float:
         network, supplies = forced(tmp_path / str(weight), steps=30, memory_share=1.0, anchor_weight=weight)
         assert [supply.memory_share for supply in supplies] == ([1.0, 0.0] if weight else [1.0])
-        torch.manual_seed(5)
-        loss = teacher_forcing_loss(network, given, 3.0, 1.0, block=3, memory=RECIPE.memory(network), anchor=start)
-        return loss.item()
+        return strayed(network)
 
-    free, held = strayed(0.0), strayed(100.0)
+    free, held = held_by(0.0), held_by(100.0)
     assert held < free / 2, (held, free)
     assert "anchor" in read_metrics(tmp_path / "100.0")[0] and "anchor" not in read_metrics(tmp_path / "0.0")[0]
 
 
 def test_an_anchor_alone_teaches_a_network_to_do_with_a_part_of_its_window(tmp_path: Path) -> None:
     sparse = recipe_named("hybrid_forcing:far=none,share=0.2,tokens=2")
-    given = pretrain.Clips(
-        torch.randn(8, 9, *tiny.LATENTS[1:]), torch.randn(8, 2, 5, 8), torch.zeros(8, 9, dtype=torch.long),
-        torch.zeros(8, 9, *tiny.LATENTS[2:]),
-    )  # fmt: skip
-    start = tiny.network(extent=12).float()
-
-    def strays(network: WanTransformer) -> float:
-        torch.manual_seed(5)
-        memory = sparse.memory(network)
-        return teacher_forcing_loss(network, given, 3.0, 1.0, block=3, memory=memory, anchor=start).item()
-
-    taught, supplies = forced(
-        tmp_path / "run", sparse, steps=60, frames=9, memory_share=1.0, real_weight=0.0, anchor_weight=1.0
-    )
+    settings = {"steps": 60, "frames": 9, "memory_share": 1.0, "real_weight": 0.0, "anchor_weight": 1.0}
+    taught, supplies = forced(tmp_path / "run", sparse, **settings)
     assert [supply.memory_share for supply in supplies] == [0.0]
     assert "loss" not in read_metrics(tmp_path / "run")[0]
-    assert 0 < strays(taught) < 0.7 * strays(start), (strays(taught), strays(start))
+    before, after = (strayed(network, sparse, 9) for network in (tiny.network(extent=12).float(), taught))
+    assert 0 < after < 0.7 * before, (after, before)
     with pytest.raises(ValueError, match="without a real_weight or an anchor_weight nothing would be learned"):
         TeacherForcingStage(real_weight=0.0)
 
