@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed (it comes with lon
 
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here")
 
@@ -76,3 +77,17 @@ def test_numbers_are_as_wide_as_they_are(dtype: torch.dtype) -> None:
 
 def test_a_mask_that_allows_nothing_touches_nothing() -> None:
     launch(_read, 1000, 0)
+
+
+@triton.jit
+def _copy(tiles, y_ptr, begin, TILE: tl.constexpr):
+    tl.store(y_ptr + tl.arange(0, TILE), tiles.load([begin]))
+
+
+def test_what_a_descriptor_describes_is_touched_and_no_more() -> None:
+    """The tile goes past its end, of which zeros come."""
+    x, y = torch.ones(12)[4:9], torch.ones(8)
+    _copy[1,](TensorDescriptor.from_tensor(x, [8]), y, 0, TILE=8)
+    assert y.tolist() == [1.0] * 5 + [0.0] * 3
+    with pytest.raises(Exception, match="0 to 31 of a tensor of 16"):
+        _copy[1,](TensorDescriptor.from_tensor(x, [8]), y[:4], 0, TILE=8)
