@@ -6,8 +6,8 @@
 Checks: outputs and gradients against the definition in float32 of the same rounded numbers, as the norm of the
 difference over the norm of the definition; chosen blocks must be equal. Times: medians in milliseconds by CUDA events,
 the cache flushed before every call; under "graph" CUDA graphs are replayed, without the host's part and with a warm
-cache. Backward is all three gradients. Every launch of every kernel is tried, one kernel after the other; what cannot
-run says why.
+cache. Backward is all three gradients. "far" is what a far state answers to as many queries, added. Every launch of
+every kernel of attention is tried, one kernel after the other; what cannot run says why.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from longtake.attention import block_sparse, reference
+from longtake.attention import block_sparse, linear, reference, rope
 from longtake.attention.dense import dense
 
 LIMITS = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
@@ -174,6 +174,7 @@ def times(kernels: ModuleType, sizes: Sizes, dtype: torch.dtype, device: str) ->
         "as called by models": timed(
             lambda: lambda: block_sparse.block_sparse(q, k, v, share=sizes.share, **sizes.blocks), device
         ),
+        "far": timed(lambda: far(sizes, q), device),
         "dense": {name: dense_times(leaves, direction, backend, device) for name, backend in DENSE.items()},
         "tried": tried,
     }
@@ -183,8 +184,19 @@ def times(kernels: ModuleType, sizes: Sizes, dtype: torch.dtype, device: str) ->
             "choice": timed(lambda: lambda: choose(kernels, sizes, q, k), device, graph=True),
             "with choice": timed(lambda: with_choice(best), device, graph=True),
             "backward": timed(lambda: backward(best), device, graph=True),
+            "far": timed(lambda: far(sizes, q), device, graph=True),
         }
     return report
+
+
+def far(sizes: Sizes, q: Tensor) -> Call:
+    """What a far state answers to these queries, added to what is near; q stands for that, and for its keys too."""
+    from longtake.attention import fused_triton
+
+    project = torch.nn.Linear(sizes.head_dim, sizes.head_dim).to(q).requires_grad_(False)
+    turn = rope.RotaryAxes(split=rope.split_like_wan(sizes.head_dim)).rotation([9], 1, sizes.queries, q.device)
+    sums = linear.sums_of(linear.PAPER.of_keys(q, turn), q)
+    return lambda: fused_triton.add_far(q, q, turn, sums, project.weight, project.bias)
 
 
 def dense_times(

@@ -27,7 +27,8 @@ def guard(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def with_extents(self: Any, args: Any, kwargs: Any) -> Any:
         on_host = plain(self, args, kwargs)
-        memory.extents = [_extent(x) for x in (*on_host[0], *on_host[1].values()) if isinstance(x, Tensor)]
+        given = (getattr(x, "base", x) for x in (*on_host[0], *on_host[1].values()))  # a descriptor's tensor
+        memory.extents = [_extent(x) for x in given if isinstance(x, Tensor)]
         return on_host
 
     monkeypatch.setattr(interpreter, "_interpreter", memory)

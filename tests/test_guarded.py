@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed (it comes with lon
 
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled here")
 
@@ -76,3 +77,17 @@ def test_numbers_are_as_wide_as_they_are(dtype: torch.dtype) -> None:
 
 def test_a_mask_that_allows_nothing_touches_nothing() -> None:
     launch(_read, 1000, 0)
+
+
+@triton.jit
+def _double(tiles, begin):
+    tiles.store([begin, 0], tiles.load([begin, 0]) * 2)
+
+
+def test_tiles_of_a_descriptor_are_looked_at() -> None:
+    """They end where it says that its tensor does, which may be beside it."""
+    x = torch.ones(9, 4)[2:7]
+    _double[1,](TensorDescriptor.from_tensor(x, [2, 4]), 4)
+    assert x.sum() == 6 * 4
+    with pytest.raises(Exception, match="64 to 95 of a tensor of 80"):
+        _double[1,](TensorDescriptor(x, [6, 4], [4, 1], [2, 4]), 4)

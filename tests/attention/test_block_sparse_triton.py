@@ -11,6 +11,8 @@ pytest.importorskip("triton", reason="triton is not installed (it comes with lon
 
 from tests.attention.test_attention import assert_alike, value_and_grads
 from tests.attention.test_block_sparse import Case, case
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from longtake.attention import block_sparse, reference
 from longtake.attention import block_sparse_triton as kernels
@@ -33,6 +35,7 @@ SHAPES = pytest.mark.parametrize(
         made(33, 100, 16, 8, batch=1, heads=3, head_dim=20),
         made(40, 61, 8, 32, head_dim=16),
         made(30, 50, 12, 7, batch=1, head_dim=16),
+        made(30, 61, 4, 4, heads=3, head_dim=32),
         made(1, 1, 16, 16, head_dim=16),
     ],
     ids=lambda it: f"{it.q.shape[1]}x{it.k.shape[1]}x{it.q.shape[-1]}",
@@ -48,6 +51,29 @@ def test_reading_the_chosen_equals_its_definition_with_gradients(it: Case, share
         lambda q, k, v: reference.attend_blocks(q, k, v, chosen, **it.blocks),
         [*it[:3]],
     )
+
+
+@pytest.mark.parametrize("it", [made(70, 200, 64, 64, head_dim=64), made(33, 100, 16, 16, batch=1, head_dim=16)])
+def test_gpus_that_copy_no_tiles_by_themselves_answer_alike(it: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit: how numbers come changes none of them."""
+    chosen = it.chosen(0.4)
+
+    def answers() -> list[Tensor]:
+        return value_and_grads(lambda *qkv: kernels.attend_blocks(*qkv, chosen, **it.blocks), [*it[:3]])
+
+    copied = answers()
+    monkeypatch.setattr(kernels, "_tiles", lambda x, block: x)
+    for got, want in zip(answers(), copied, strict=True):
+        torch.testing.assert_close(got, want, atol=0, rtol=0)
+
+
+def test_tiles_are_copied_where_they_are_whole_and_aligned() -> None:
+    x = torch.zeros(1, 64, 2, 24, dtype=torch.float16, device=DEVICE)
+    hopper = DEVICE == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
+    assert isinstance(kernels._tiles(x, 16), TensorDescriptor) == hopper
+    assert kernels._tiles(x, 12) is x
+    for unaligned in (x[..., :20].contiguous(), x.flatten()[1:49].view(1, 1, 2, 24)):
+        assert kernels._tiles(unaligned, 16) is unaligned
 
 
 def test_a_published_window_equals_its_definition_with_gradients() -> None:
@@ -66,9 +92,10 @@ BFLOAT16 = pytest.param(
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 4e-3), BFLOAT16])
-def test_half_precision_is_summed_in_float32(dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize("head_dim", [32, 24, 20])  # of the last no tiles are copied
+def test_half_precision_is_summed_in_float32(dtype: torch.dtype, tolerance: float, head_dim: int) -> None:
     """Against the definition in float32 of the same rounded numbers."""
-    it = made(40, 90, 16, 16, head_dim=32)
+    it = made(40, 90, 16, 16, head_dim=head_dim)
     rounded, chosen = [x.to(dtype) for x in it[:3]], it.chosen(0.5)
     fast = value_and_grads(lambda *qkv: kernels.attend_blocks(*qkv, chosen, **it.blocks), rounded)
     slow = value_and_grads(

@@ -2,6 +2,7 @@
 
 import copy
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 pytest.importorskip("triton", reason="triton is not installed (it comes with longtake[dev] on Linux)")
 
+from longtake.models import wan_vae_triton
 from longtake.models.codec import CodecState
+from longtake.models.conv_triton import convolved
 from longtake.models.standins import without_numbers
 from longtake.models.wan_vae import WanVAE, WanVAEConfig
 from longtake.models.wan_vae_triton import fuse_decoder, in_phases, phases
@@ -72,6 +75,32 @@ def test_a_stream_is_decoded_as_by_the_definition(dtype: torch.dtype, share: flo
         assert_near(got, want, share)
         for ours, theirs in zip(after_it.tensors, after.tensors, strict=True):
             assert_near(ours, theirs, share)
+
+
+@pytest.mark.skipif(
+    DEVICE == "cuda" and torch.cuda.get_device_capability()[0] != 9, reason="the convolution is for Hopper GPUs"
+)
+@torch.no_grad()
+def test_convolutions_of_few_channels_are_our_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+
+    def noted(joined: Tensor, weight: Tensor) -> Tensor:
+        taken.append(tuple(weight.shape[:2]))
+        return convolved(joined, weight)
+
+    monkeypatch.setattr(wan_vae_triton, "convolved", noted)
+    dtype = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter multiplies no bfloat16
+    codec = WanVAE(replace(SMALL, dim=96, dim_mult=(1, 2), temporal_downsample=(True,)))
+    fuse_decoder(codec.requires_grad_(False).to(DEVICE, dtype))
+    first, second = latents(dtype)[:, :2].split(1, dim=1)
+    _, state = codec.decode(first)
+    assert not taken  # a video's first piece is the definition's
+    got, _ = codec.decode(second, state)
+    assert taken == [(96, 96)] * 4  # two blocks at the finest level
+    monkeypatch.setattr(wan_vae_triton, "can_convolve", lambda weight: False)
+    want, _ = codec.decode(second, state)
+    assert len(taken) == 4
+    assert_near(got, want, 0.02)
 
 
 @torch.no_grad()

@@ -3,7 +3,10 @@
 
 Tensors are contiguous, [B, tokens, N, D]; a program has one block of one head of one clip, and its second number counts
 heads, then clips. Tiles are powers of two, the blocks inside them any size: what a tile has beyond its block, its
-sequence or its head is read as zero and never written. Sums are float32; logarithms have base 2, as the hardware does.
+sequence or its head weighs nothing and is not written. Sums are float32; logarithms have base 2, as the hardware does.
+
+From Hopper on a GPU copies a tile by itself, as a descriptor tells (TMA). Blocks that loops go over come so where they
+can, and so do the queries of `_forward`; own blocks of other programs do not, for it would take more registers.
 
 I query blocks, J key blocks, K of them kept; other letters as in `reference`.
 """
@@ -15,11 +18,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from longtake.attention.reference import kept_blocks
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LEAST = tl.constexpr(-(2**31))  # of whole numbers of 32 bits
+ALIGNED = 16  # bytes: what a GPU copies by itself begins at multiples of them
 
 
 class Launch(NamedTuple):
@@ -79,8 +84,9 @@ class _Attend(torch.autograd.Function):
         out = torch.empty_like(q)
         log_sums = q.new_empty(clips, heads, q.shape[1], dtype=torch.float32)
         _forward[blocks, clips * heads](
-            q, k, v, chosen, out, log_sums, kept, *_sizes(q, k, block_q, block_k), **_launch(launches.forward, q)
-        )
+            _tiles(q, block_q), _tiles(k, block_k), _tiles(v, block_k), chosen, out, log_sums, kept,
+            *_sizes(q, k, block_q, block_k), **_launch(launches.forward, q),
+        )  # fmt: skip
         ctx.save_for_backward(q, k, v, chosen, out, log_sums)
         ctx.options = block_q, block_k, launches
         return out
@@ -97,12 +103,13 @@ class _Attend(torch.autograd.Function):
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         deltas = torch.empty_like(log_sums)
         _grad_q[blocks, clips * heads](
-            q, k, v, chosen, out, log_sums, grad_out, grad_q, deltas, kept, *sizes, **_launch(launches.grad_q, q)
-        )
+            q, _tiles(k, block_k), _tiles(v, block_k), chosen, out, log_sums, grad_out, grad_q, deltas, kept, *sizes,
+            **_launch(launches.grad_q, q),
+        )  # fmt: skip
         askers, counts = _askers(chosen, key_blocks)
         _grad_kv[key_blocks, clips * heads](
-            q, k, v, askers, counts, log_sums, grad_out, deltas, grad_k, grad_v, blocks, *sizes,
-            **_launch(launches.grad_kv, q),
+            _tiles(q, block_q), k, v, askers, counts, log_sums, _tiles(grad_out, block_q), deltas, grad_k, grad_v,
+            blocks, *sizes, **_launch(launches.grad_kv, q),
         )  # fmt: skip
         return grad_q, grad_k, grad_v, None, None, None, None
 
@@ -114,10 +121,25 @@ def _askers(chosen_BNIK: Tensor, key_blocks: int) -> tuple[Tensor, Tensor]:
     clips, heads, blocks, kept = chosen_BNIK.shape
     askers = chosen_BNIK.new_empty(clips, heads, key_blocks, blocks)
     counts = chosen_BNIK.new_empty(clips, heads, key_blocks)
-    _find_askers[key_blocks, clips * heads](
-        chosen_BNIK, askers, counts, blocks, kept, max(_tile(blocks), 32), num_warps=4
+    tile = max(_tile(blocks), 32)
+    many = max(1, 2048 // tile)  # 16 numbers a thread
+    _find_askers[triton.cdiv(key_blocks, many), clips * heads](
+        chosen_BNIK, askers, counts, blocks, key_blocks, kept, tile, many, num_warps=4
     )
     return askers, counts
+
+
+def _tiles(x: Tensor, block: int) -> TensorDescriptor | Tensor:
+    """What `_rows` reads: a descriptor where the GPU can copy these blocks by itself, else the tensor.
+
+    The interpreter can do all that a GPU can.
+    """
+    size = x.shape[3]
+    able = not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (9, 0)
+    aligned = x.data_ptr() % ALIGNED == 0 and size * x.element_size() % ALIGNED == 0
+    if able and aligned and block == _tile(block):
+        return TensorDescriptor.from_tensor(x, [1, block, 1, _tile(size)])
+    return x
 
 
 def _sizes(q: Tensor, k: Tensor, block_q: int, block_k: int) -> tuple[int, ...]:
@@ -160,41 +182,53 @@ def _load(x, token, inside, tokens, heads, HEAD: tl.constexpr, D: tl.constexpr):
 
 
 @triton.jit
+def _rows(x, block, BLOCK: tl.constexpr, TILE: tl.constexpr, tokens, heads, HEAD: tl.constexpr, D: tl.constexpr):
+    """A block of this program's head, [TILE, D]. Past it: zeros by descriptor, by pointers its last token again."""
+    if isinstance(x, tl.tensor_descriptor):
+        rows = x.load([tl.program_id(1) // heads, block * BLOCK, tl.program_id(1) % heads, 0]).reshape(TILE, D)
+    else:
+        token = tl.minimum(block * BLOCK + tl.minimum(tl.arange(0, TILE), BLOCK - 1), tokens - 1)
+        rows = _load(x, token, token >= 0, tokens, heads, HEAD, D)
+    return rows
+
+
+@triton.jit
 def _store(x, numbers, token, inside, tokens, heads, HEAD: tl.constexpr, D: tl.constexpr):
     pointers, real = _pointers(x, token, inside, tokens, heads, HEAD, D)
     tl.store(pointers, numbers.to(x.dtype.element_ty), mask=real)
 
 
 @triton.jit
-def _product(a, b):
+def _product(a, b, added=None):
     """Matrix product with float32 sums; float32 numbers are not shortened to TF32."""
-    return tl.dot(a, b, input_precision="ieee")
+    return tl.dot(a, b, added, input_precision="ieee")
 
 
 @triton.jit
 def _forward(
-    q_ptr, k_ptr, v_ptr, chosen_ptr, out_ptr, log_sums_ptr, kept, queries, keys, heads, HEAD: tl.constexpr,
+    q_tiles, k_tiles, v_tiles, chosen_ptr, out_ptr, log_sums_ptr, kept, queries, keys, heads, HEAD: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """One block of queries; the sum of exponentials is kept relative to the highest score so far."""
     block, line = tl.program_id(0), tl.program_id(1)
     scale = LOG2_E / HEAD**0.5
     asking, is_query = _at(block, BLOCK_Q, TILE_Q, queries)
-    q = _load(q_ptr, asking, is_query, queries, heads, HEAD, D)
+    q = _rows(q_tiles, block, BLOCK_Q, TILE_Q, queries, heads, HEAD, D)
     chosen_ptr += (line.to(tl.int64) * tl.num_programs(0) + block) * kept
     highest = tl.full([TILE_Q], float("-inf"), tl.float32)
     total = tl.zeros([TILE_Q], tl.float32)
     read = tl.zeros([TILE_Q, D], tl.float32)
     for i in range(kept):
-        answering, is_key = _at(tl.load(chosen_ptr + i), BLOCK_K, TILE_K, keys)
-        k = _load(k_ptr, answering, is_key, keys, heads, HEAD, D)
+        answering = tl.load(chosen_ptr + i)
+        _, is_key = _at(answering, BLOCK_K, TILE_K, keys)
+        k = _rows(k_tiles, answering, BLOCK_K, TILE_K, keys, heads, HEAD, D)
         scores = tl.where(is_key[None, :], _product(q, tl.trans(k)), float("-inf"))
         higher = tl.maximum(highest, tl.max(scores, 1) * scale)
         weights = tl.exp2(scores * scale - higher[:, None])
         shrunk = tl.exp2(highest - higher)
-        v = _load(v_ptr, answering, is_key, keys, heads, HEAD, D)
+        v = _rows(v_tiles, answering, BLOCK_K, TILE_K, keys, heads, HEAD, D)
         total = total * shrunk + tl.sum(weights, 1)
-        read = read * shrunk[:, None] + _product(weights.to(v.dtype), v)
+        read = _product(weights.to(v.dtype), v, read * shrunk[:, None])
         highest = higher
     _store(out_ptr, read / total[:, None], asking, is_query, queries, heads, HEAD, D)
     tl.store(log_sums_ptr + line.to(tl.int64) * queries + asking, highest + tl.log2(total), mask=is_query)
@@ -202,7 +236,7 @@ def _forward(
 
 @triton.jit
 def _grad_q(
-    q_ptr, k_ptr, v_ptr, chosen_ptr, out_ptr, log_sums_ptr, grad_ptr, grad_q_ptr, deltas_ptr, kept, queries, keys,
+    q_ptr, k_tiles, v_tiles, chosen_ptr, out_ptr, log_sums_ptr, grad_ptr, grad_q_ptr, deltas_ptr, kept, queries, keys,
     heads, HEAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr,
     TILE_K: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
@@ -210,9 +244,9 @@ def _grad_q(
     block, line = tl.program_id(0), tl.program_id(1)
     scale = LOG2_E / HEAD**0.5
     asking, is_query = _at(block, BLOCK_Q, TILE_Q, queries)
-    q = _load(q_ptr, asking, is_query, queries, heads, HEAD, D)
-    out = _load(out_ptr, asking, is_query, queries, heads, HEAD, D)
-    grad = _load(grad_ptr, asking, is_query, queries, heads, HEAD, D)
+    q = _rows(q_ptr, block, BLOCK_Q, TILE_Q, queries, heads, HEAD, D)
+    out = _rows(out_ptr, block, BLOCK_Q, TILE_Q, queries, heads, HEAD, D)
+    grad = _rows(grad_ptr, block, BLOCK_Q, TILE_Q, queries, heads, HEAD, D)
     of_query = line.to(tl.int64) * queries + asking
     log_sum = tl.load(log_sums_ptr + of_query, mask=is_query, other=float("inf"))
     delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
@@ -220,60 +254,70 @@ def _grad_q(
     chosen_ptr += (line.to(tl.int64) * tl.num_programs(0) + block) * kept
     grad_q = tl.zeros([TILE_Q, D], tl.float32)
     for i in range(kept):
-        answering, is_key = _at(tl.load(chosen_ptr + i), BLOCK_K, TILE_K, keys)
-        k = _load(k_ptr, answering, is_key, keys, heads, HEAD, D)
+        answering = tl.load(chosen_ptr + i)
+        _, is_key = _at(answering, BLOCK_K, TILE_K, keys)
+        k = _rows(k_tiles, answering, BLOCK_K, TILE_K, keys, heads, HEAD, D)
         scores = tl.where(is_key[None, :], _product(q, tl.trans(k)), float("-inf"))
         weights = tl.exp2(scores * scale - log_sum[:, None])
-        v = _load(v_ptr, answering, is_key, keys, heads, HEAD, D)
+        v = _rows(v_tiles, answering, BLOCK_K, TILE_K, keys, heads, HEAD, D)
         grad_scores = weights * (_product(grad, tl.trans(v)) - delta[:, None])
-        grad_q += _product(grad_scores.to(k.dtype), k)
+        grad_q = _product(grad_scores.to(k.dtype), k, grad_q)
     _store(grad_q_ptr, grad_q / HEAD**0.5, asking, is_query, queries, heads, HEAD, D)
 
 
 @triton.jit
 def _grad_kv(
-    q_ptr, k_ptr, v_ptr, askers_ptr, counts_ptr, log_sums_ptr, grad_ptr, deltas_ptr, grad_k_ptr, grad_v_ptr, blocks,
+    q_tiles, k_ptr, v_ptr, askers_ptr, counts_ptr, log_sums_ptr, grad_tiles, deltas_ptr, grad_k_ptr, grad_v_ptr, blocks,
     queries, keys, heads, HEAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr,
     TILE_K: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """One block of keys, over the query blocks that chose it; tiles of scores lie on their side, [TILE_K, TILE_Q]."""
+    """One block of keys, over the query blocks that chose it; tiles of scores lie on their side, [TILE_K, TILE_Q].
+
+    No score is masked: what is beyond the keys makes rows of its own, which are not written, and queries that are none
+    weigh nothing.
+    """
     block, line = tl.program_id(0), tl.program_id(1)
     scale = LOG2_E / HEAD**0.5
-    answering, is_key = _at(block, BLOCK_K, TILE_K, keys)
-    k = _load(k_ptr, answering, is_key, keys, heads, HEAD, D)
-    v = _load(v_ptr, answering, is_key, keys, heads, HEAD, D)
+    k = _rows(k_ptr, block, BLOCK_K, TILE_K, keys, heads, HEAD, D)
+    v = _rows(v_ptr, block, BLOCK_K, TILE_K, keys, heads, HEAD, D)
     row = line.to(tl.int64) * tl.num_programs(0) + block
     askers_ptr += row * blocks
     grad_k = tl.zeros([TILE_K, D], tl.float32)
     grad_v = tl.zeros([TILE_K, D], tl.float32)
     for i in range(tl.load(counts_ptr + row)):
-        asking, is_query = _at(tl.load(askers_ptr + i), BLOCK_Q, TILE_Q, queries)
+        asker = tl.load(askers_ptr + i)
+        asking, is_query = _at(asker, BLOCK_Q, TILE_Q, queries)
         of_query = line.to(tl.int64) * queries + asking
-        q = _load(q_ptr, asking, is_query, queries, heads, HEAD, D)
+        q = _rows(q_tiles, asker, BLOCK_Q, TILE_Q, queries, heads, HEAD, D)
         log_sum = tl.load(log_sums_ptr + of_query, mask=is_query, other=float("inf"))
-        scores = tl.where(is_key[:, None], _product(k, tl.trans(q)), float("-inf"))
-        weights = tl.exp2(scores * scale - log_sum[None, :])
-        grad = _load(grad_ptr, asking, is_query, queries, heads, HEAD, D)
+        weights = tl.exp2(_product(k, tl.trans(q)) * scale - log_sum[None, :])
+        grad = _rows(grad_tiles, asker, BLOCK_Q, TILE_Q, queries, heads, HEAD, D)
         delta = tl.load(deltas_ptr + of_query, mask=is_query, other=0.0)
-        grad_v += _product(weights.to(grad.dtype), grad)
+        grad_v = _product(weights.to(grad.dtype), grad, grad_v)
         grad_scores = weights * (_product(v, tl.trans(grad)) - delta[None, :])
-        grad_k += _product(grad_scores.to(q.dtype), q)
+        grad_k = _product(grad_scores.to(q.dtype), q, grad_k)
+    answering, is_key = _at(block, BLOCK_K, TILE_K, keys)
     _store(grad_k_ptr, grad_k / HEAD**0.5, answering, is_key, keys, heads, HEAD, D)
     _store(grad_v_ptr, grad_v, answering, is_key, keys, heads, HEAD, D)
 
 
 @triton.jit
-def _find_askers(chosen_ptr, askers_ptr, counts_ptr, blocks, kept, TILE: tl.constexpr):
-    """One block of keys: the query blocks with it among their choices, written as they come."""
-    block, line = tl.program_id(0), tl.program_id(1)
-    asker = tl.arange(0, TILE)
+def _find_askers(
+    chosen_ptr, askers_ptr, counts_ptr, blocks, key_blocks, kept, TILE: tl.constexpr, MANY: tl.constexpr
+):  # fmt: skip
+    """MANY blocks of keys, for which choices are read once: the query blocks that chose each, in order."""
+    line, asker = tl.program_id(1), tl.arange(0, TILE)
+    key_block = tl.program_id(0) * MANY + tl.arange(0, MANY)
     chosen_ptr += (line.to(tl.int64) * blocks + asker) * kept
-    asks = tl.zeros([TILE], tl.int32)
+    asks = tl.zeros([TILE, MANY], tl.int32)
     for i in range(kept):
-        asks += (tl.load(chosen_ptr + i, mask=asker < blocks, other=-1) == block).to(tl.int32)
-    row = line.to(tl.int64) * tl.num_programs(0) + block
-    tl.store(askers_ptr + row * blocks + tl.cumsum(asks, 0) - 1, asker, mask=asks > 0)
-    tl.store(counts_ptr + row, tl.sum(asks, 0))
+        chosen = tl.load(chosen_ptr + i, mask=asker < blocks, other=-1)
+        asks += (chosen[:, None] == key_block[None, :]).to(tl.int32)
+    row = line.to(tl.int64) * key_blocks + key_block
+    place = row[None, :] * blocks + tl.cumsum(asks, 0) - 1
+    real = key_block < key_blocks
+    tl.store(askers_ptr + place, tl.broadcast_to(asker[:, None], [TILE, MANY]), mask=(asks > 0) & real[None, :])
+    tl.store(counts_ptr + row, tl.sum(asks, 0), mask=real)
 
 
 @triton.jit

@@ -20,7 +20,7 @@ from longtake.attention.rope import Rotation
 
 EPS = tl.constexpr(1e-6)
 _TOKENS = 64  # of a head that make a tile
-_TILES = 8  # by one program; what programs summed is summed then
+_TILES = 8  # that one program sums; what programs summed is summed then
 
 
 def norm_rotate_(x_BTE: Tensor, weight_E: Tensor, heads: int, rotation: Rotation) -> tuple[Tensor, Tensor]:
@@ -104,11 +104,16 @@ def add_far(
     projection first, so that a token is one product, of that type.
     """
     near, q = near_BTND.contiguous(), plain_q_BTND.contiguous()
+    kv, k, mass = (part.contiguous() for part in sums)
     (batch, tokens, heads, size), out = q.shape, torch.empty_like(near)
-    precision = "ieee" if near.dtype == torch.float32 else "tf32"
-    _add_far[triton.cdiv(tokens, _TOKENS * _TILES), batch * heads](
-        near, q, *rotation, *(part.contiguous() for part in sums), weight_DD, bias_D, out, tokens, heads, size,
-        _TOKENS, _TILES, max(16, triton.next_power_of_2(size)), precision, num_warps=4,
+    wide, precision, columns, tiles = _head_tile(size), _precision(near), 32, 2
+    made = near.new_empty(batch, heads, size, size)
+    _project[wide // columns, batch * heads](
+        kv, mass, weight_DD, made, heads, size, columns, wide, precision, num_warps=4
+    )
+    _add_far[triton.cdiv(tokens, _TOKENS * tiles), batch * heads](
+        near, q, *rotation, made, k, mass, bias_D, out, tokens, heads, size, _TOKENS, tiles, wide, precision,
+        num_warps=4, num_stages=2,
     )  # fmt: skip
     return out
 
@@ -120,13 +125,21 @@ def far_sums(k_BTND: Tensor, v_BTND: Tensor, rotation: Rotation) -> Sums:
     parts = triton.cdiv(tokens, _TOKENS * _TILES)
     kv = k.new_empty(parts, batch, heads, size, size, dtype=torch.float32)
     k_sums = k.new_empty(parts, batch, heads, size, dtype=torch.float32)
-    precision = "ieee" if k.dtype == torch.float32 else "tf32"
     _far_sums[parts, batch * heads](
-        k, v, *rotation, kv, k_sums, tokens, heads, size,
-        _TOKENS, _TILES, max(16, triton.next_power_of_2(size)), precision, num_warps=8, num_stages=1,
+        k, v, *rotation, kv, k_sums, tokens, heads, size, _TOKENS, _TILES, _head_tile(size), _precision(k),
+        num_warps=8, num_stages=1,
     )  # fmt: skip
     mass_B = torch.full((batch,), float(tokens), dtype=torch.float64, device=k.device)
     return Sums(kv.sum(0), k_sums.sum(0), mass_B)
+
+
+def _head_tile(size: int) -> int:
+    """Half of it, the features of one kind, is the least that a product takes."""
+    return max(32, triton.next_power_of_2(size))
+
+
+def _precision(x: Tensor) -> str:
+    return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
 def _by_frame(kernel: Any, x_BFTE: Tensor, *others: Tensor) -> None:
@@ -272,55 +285,77 @@ def _eight_bit_rows(x_ptr, out_ptr, scale_ptr, WIDTH: tl.constexpr, GELU: tl.con
 
 
 @triton.jit
-def _far_features(
-    x_ptr, cos_ptr, sin_ptr, token, tokens, heads, HEAD: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr
-):
-    """Features below the bar and above it, [TILE, D] each, of some tokens of this program's head.
+def _far_places(first, tokens, heads, HEAD: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr):
+    """Where tokens of this program's head begin, where their numbers lie from there, [TILE, D], and which are any.
 
-    Where the tokens lie comes with them, and which of the places are real. The second number of a program counts heads,
-    then clips.
+    The second number of a program counts heads, then clips.
     """
-    line, dim, pair = tl.program_id(1).to(tl.int64), tl.arange(0, D), tl.arange(0, D // 2)
-    at = ((line // heads * tokens + token[:, None]) * heads + line % heads) * HEAD + dim[None, :]
-    real = (token < tokens)[:, None] & (dim < HEAD)[None, :]
-    below = tl.maximum(_load(x_ptr, at, real), 0.0)
-    angle = token[:, None] * (HEAD // 2) + pair[None, :]
-    is_angle = (token < tokens)[:, None] & (pair < HEAD // 2)[None, :]
-    cos, sin = _load(cos_ptr, angle, is_angle), _load(sin_ptr, angle, is_angle)
-    even, odd = tl.split(tl.reshape(below, [TILE, D // 2, 2]))
-    above = tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), [TILE, D])
-    return below, above, at, real
+    line, row, dim = tl.program_id(1).to(tl.int64), tl.arange(0, TILE), tl.arange(0, D)
+    begin = ((line // heads * tokens + first) * heads + line % heads) * HEAD
+    at = row[:, None] * (heads * HEAD) + dim[None, :]
+    return begin, at, (first + row < tokens)[:, None] & (dim < HEAD)[None, :]
 
 
 @triton.jit
-def _square(HEAD: tl.constexpr, D: tl.constexpr):
-    """Where the numbers of a head's matrix lie, and which are any."""
-    dim = tl.arange(0, D)
-    return dim[:, None] * HEAD + dim[None, :], (dim < HEAD)[:, None] & (dim < HEAD)[None, :]
+def _far_features(
+    x_ptr, at, real, cos_ptr, sin_ptr, first, tokens, HEAD: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr
+):
+    """Features of these tokens, even and odd ones below the bar, even and odd ones above it, [TILE, D / 2] each."""
+    row, pair = tl.arange(0, TILE), tl.arange(0, D // 2)
+    angle = first * (HEAD // 2) + row[:, None] * (HEAD // 2) + pair[None, :]
+    is_angle = (first + row < tokens)[:, None] & (pair < HEAD // 2)[None, :]
+    cos, sin = _load(cos_ptr, angle, is_angle), _load(sin_ptr, angle, is_angle)
+    x = tl.load(x_ptr + at, mask=real, other=0.0)
+    even, odd = tl.split(tl.reshape(x, [TILE, D // 2, 2]))
+    even, odd = tl.maximum(even.to(tl.float32), 0.0), tl.maximum(odd.to(tl.float32), 0.0)
+    return even, odd, even * cos - odd * sin, even * sin + odd * cos
+
+
+@triton.jit
+def _project(
+    kv_ptr, mass_ptr, weight_ptr, made_ptr, heads,
+    HEAD: tl.constexpr, COLUMNS: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Sums of one head of one clip, less by their mass, through some columns of the projection."""
+    line, dim = tl.program_id(1).to(tl.int64), tl.arange(0, D)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    share = 1.0 / tl.maximum(tl.load(mass_ptr + line // heads).to(tl.float32), 1.0)
+    is_dim, is_column = dim < HEAD, column < HEAD
+    square = line * HEAD * HEAD + dim[:, None] * HEAD
+    kv = _load(kv_ptr, square + dim[None, :], is_dim[:, None] & is_dim[None, :]) * share
+    weight = _load(weight_ptr, column[:, None] * HEAD + dim[None, :], is_column[:, None] & is_dim[None, :])
+    made = tl.dot(kv, tl.trans(weight), input_precision=PRECISION).to(made_ptr.dtype.element_ty)
+    tl.store(made_ptr + square + column[None, :], made, mask=is_dim[:, None] & is_column[None, :])
 
 
 @triton.jit
 def _add_far(
-    near_ptr, q_ptr, cos_ptr, sin_ptr, kv_ptr, k_ptr, mass_ptr, weight_ptr, bias_ptr, out_ptr, tokens, heads,
+    near_ptr, q_ptr, cos_ptr, sin_ptr, made_ptr, k_ptr, mass_ptr, bias_ptr, out_ptr, tokens, heads,
     HEAD: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Some tiles of one head of one clip."""
-    line, dim = tl.program_id(1).to(tl.int64), tl.arange(0, D)
-    square, is_square = _square(HEAD, D)
+    """Some tiles of one head of one clip, by what `_project` made of its sums."""
+    line, dim, even_row = tl.program_id(1).to(tl.int64), tl.arange(0, D), 2 * tl.arange(0, D // 2)
     mass = tl.load(mass_ptr + line // heads).to(tl.float32)
     share = 1.0 / tl.maximum(mass, 1.0)
-    kv = _load(kv_ptr + line * HEAD * HEAD, square, is_square) * share
-    k = _load(k_ptr + line * HEAD, dim, dim < HEAD) * share
-    weight = _load(weight_ptr, square, is_square)
-    kv = tl.dot(kv, tl.trans(weight), input_precision=PRECISION).to(out_ptr.dtype.element_ty)
+    is_row = even_row < HEAD
+    k_even = _load(k_ptr + line * HEAD, even_row, is_row) * share
+    k_odd = _load(k_ptr + line * HEAD + 1, even_row, is_row) * share
+    half, is_half = even_row[:, None] * HEAD + dim[None, :], is_row[:, None] & (dim < HEAD)[None, :]
+    made_even = tl.load(made_ptr + line * HEAD * HEAD + half, mask=is_half, other=0.0)
+    made_odd = tl.load(made_ptr + line * HEAD * HEAD + HEAD + half, mask=is_half, other=0.0)
     bias = _load(bias_ptr, dim, dim < HEAD)
     for tile in range(TILES):
-        token = (tl.program_id(0) * TILES + tile) * TILE + tl.arange(0, TILE)
-        below, above, at, real = _far_features(q_ptr, cos_ptr, sin_ptr, token, tokens, heads, HEAD, TILE, D)
-        bar = tl.sum(below * k[None, :], 1) + EPS
-        far = tl.dot(above.to(kv.dtype), kv, input_precision=PRECISION) / bar[:, None] + bias[None, :]
-        out = _load(near_ptr, at, real) + tl.where(mass > 0, far, 0.0)
-        tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=real)
+        first = (tl.program_id(0) * TILES + tile) * TILE
+        begin, at, real = _far_places(first, tokens, heads, HEAD, TILE, D)
+        even, odd, above_even, above_odd = _far_features(
+            q_ptr + begin, at, real, cos_ptr, sin_ptr, first, tokens, HEAD, TILE, D
+        )
+        bar = tl.sum(even * k_even[None, :] + odd * k_odd[None, :], 1) + EPS
+        far = tl.dot(above_even.to(made_even.dtype), made_even, input_precision=PRECISION)
+        far = tl.dot(above_odd.to(made_odd.dtype), made_odd, far, input_precision=PRECISION)
+        far = far * (1 / bar)[:, None] + bias[None, :]
+        out = _load(near_ptr + begin, at, real) + tl.where(mass > 0, far, 0.0)
+        tl.store(out_ptr + begin + at, out.to(out_ptr.dtype.element_ty), mask=real)
 
 
 @triton.jit
@@ -329,13 +364,21 @@ def _far_sums(
     HEAD: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums of some tiles of one head of one clip."""
-    kv, k_sum = tl.zeros([D, D], tl.float32), tl.zeros([D], tl.float32)
+    dim, even_row = tl.arange(0, D), 2 * tl.arange(0, D // 2)
+    kv = tl.zeros([D, D], tl.float32)
+    sum_even, sum_odd = tl.zeros([D // 2], tl.float32), tl.zeros([D // 2], tl.float32)
     for tile in range(TILES):
-        token = (tl.program_id(0) * TILES + tile) * TILE + tl.arange(0, TILE)
-        below, above, at, real = _far_features(k_ptr, cos_ptr, sin_ptr, token, tokens, heads, HEAD, TILE, D)
-        kv += tl.dot(tl.trans(above), _load(v_ptr, at, real), input_precision=PRECISION)
-        k_sum += tl.sum(below, 0)
+        first = (tl.program_id(0) * TILES + tile) * TILE
+        begin, at, real = _far_places(first, tokens, heads, HEAD, TILE, D)
+        even, odd, above_even, above_odd = _far_features(
+            k_ptr + begin, at, real, cos_ptr, sin_ptr, first, tokens, HEAD, TILE, D
+        )
+        above = tl.reshape(tl.join(above_even, above_odd), [TILE, D])
+        kv += tl.dot(tl.trans(above), _load(v_ptr + begin, at, real), input_precision=PRECISION)
+        sum_even += tl.sum(even, 0)
+        sum_odd += tl.sum(odd, 0)
     part = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    square, is_square = _square(HEAD, D)
+    square, is_square = dim[:, None] * HEAD + dim[None, :], (dim < HEAD)[:, None] & (dim < HEAD)[None, :]
     tl.store(kv_ptr + part * HEAD * HEAD + square, kv, mask=is_square)
-    tl.store(k_sums_ptr + part * HEAD + tl.arange(0, D), k_sum, mask=tl.arange(0, D) < HEAD)
+    tl.store(k_sums_ptr + part * HEAD + even_row, sum_even, mask=even_row < HEAD)
+    tl.store(k_sums_ptr + part * HEAD + even_row + 1, sum_odd, mask=even_row < HEAD)

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor, nn
 
 from longtake.models.codec import Carry
+from longtake.models.conv_triton import can_convolve, convolved
 from longtake.models.wan_vae import FRAMES, ChannelNorm, FrameAttention, ResidualBlock, Upsample, WanVAE
 
 EPS = tl.constexpr(1e-12)  # of torch.nn.functional.normalize
@@ -203,9 +204,11 @@ def _beside_shortcut(x: Tensor, last: nn.Conv3d, shortcut: nn.Module, total: Ten
     return Parts(x, last.bias + shortcut.bias, _laid_out(F.conv3d(total, shortcut.weight)))
 
 
-def _convolved(layer: nn.Conv3d, joined: Tensor, bias: Tensor | None = None) -> Tensor:
-    """By its weight, and that bias."""
-    return _laid_out(F.conv3d(joined, layer.weight, bias, padding=cast(tuple[int, ...], layer.padding)))
+def _convolved(layer: nn.Conv3d, joined: Tensor) -> Tensor:
+    """Without its bias. Where channels are few, by our own kernel on a GPU that it is for; else by the library."""
+    if can_convolve(layer.weight):
+        return convolved(joined, layer.weight)
+    return _laid_out(F.conv3d(joined, layer.weight, padding=cast(tuple[int, ...], layer.padding)))
 
 
 def _laid_out(x: Tensor) -> Tensor:
