@@ -222,8 +222,9 @@ def dense_times(
 def timed(prepare: Callable[[], Call], device: str, graph: bool = False) -> Milliseconds:
     """Median time of what `prepare` hands out, or why it could not run."""
     try:
-        call = prepare()
-        call()
+        with torch.cuda.stream(torch.cuda.Stream()) if graph else nullcontext():  # gradients come where answers came
+            call = prepare()  # from, and the default stream cannot be recorded
+            call()
         if device == "cpu":
             began = time.perf_counter()
             call()

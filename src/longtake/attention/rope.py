@@ -63,7 +63,7 @@ class Grid:
         return self.axes.rotation(frames, self.rows, self.columns, device)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=16)  # few: absolute positions are new for every block, and each takes 2 to 10 MiB at full size
 def _rotation(axes: RotaryAxes, frames: tuple[float, ...], rows: int, columns: int, device: torch.device) -> Rotation:
     """Made axis by axis and spread out on the device: positions that grow with a stream are new for every block."""
     sides, places = (len(frames), rows, columns), (frames, range(rows), range(columns))
