@@ -38,7 +38,7 @@ _MAY_BE_0 = {
     "seed", "kl_weight", "focus_weight", "no_prompt_share", "encoder_blocks", "decoder_blocks", "most_given", "pull",
     "self_forcing_share", "memory_share", "anchor_weight", "recompute", "real_weight", "real_frames", "real_batch",
     "last_exits", "rank", "layers", "first_steps", "far_only", "overlap", "turns_with_frames", "both_ways", "softmax",
-    "far_maps",
+    "far_maps", "anchor_streams",
 }  # fmt: skip
 
 
@@ -147,7 +147,9 @@ class TeacherForcingStage(Stage):
     memory is asked; `DmdStage` has lessons at the same levels. anchor_weight: of a second lesson in each step, on as
     many clips that are not made for memory: to answer as the network did when the stage began and saw all of its
     window, at the recipe's levels. So a few-step student learns to remember, and to see a part of its window, and
-    stays what it was. real_weight: of the first lesson; 0: there is none, and all that is learned is to answer so.
+    stays what it was. anchor_streams: whether those clips are streamed by the network as it was, under the first recipe
+    and by prompts of the world, and not the world's own: in front of its own it is asked. real_weight: of the first
+    lesson; 0: there is none, and all that is learned is to answer so.
     rank: of what is added to each matrix (0: any), see `low_rank`.
     far_maps: whether queries and keys of far states get maps of their own (`OwnMaps`), if they have none; they learn as
     the projections do.
@@ -168,11 +170,14 @@ class TeacherForcingStage(Stage):
     first_steps: int = 0
     real_weight: float = 1.0
     anchor_weight: float = 0.0
+    anchor_streams: bool = False
     rank: int = 0
     far_maps: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.anchor_streams and not self.anchor_weight:
+            raise ValueError("anchor_streams is for the clips of an anchor: set anchor_weight above 0, too")
         if not (self.real_weight or self.anchor_weight):
             raise ValueError("without a real_weight or an anchor_weight nothing would be learned: give one")
         if self.far_only and self.rank:
