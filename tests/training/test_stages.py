@@ -434,5 +434,18 @@ def test_a_converted_teacher_can_be_held_to_what_it_answered_before(folders: Pat
         finish(start("finetune", *run))
     held, free = (read_metrics(tmp_path / name)[0]["loss"] for name in ("held", "free"))
     assert 0 < held < free, "its layers are matched, and clips are news to it"
-    with pytest.raises(ValueError, match="softmax has nothing to learn where it is anchored"):
+    with pytest.raises(ValueError, match="nothing to learn from itself"):
         FinetuneStage(softmax=True, anchored=True)
+
+
+def test_features_may_learn_alone(folders: Path, tmp_path: Path) -> None:
+    """Then they are all that is new beside the teacher."""
+    settings = ["--set", "steps=2", "seconds=1e9", *SETTINGS["finetune"], "anchored=true", "far_only=true"]
+    finish(start("finetune", "--from", str(folders / "attention_matching"), "--out", str(tmp_path), *settings))
+    before, after = (load_weights(f / CONVERTED_FILE)[0] for f in (folders / "attention_matching", tmp_path))
+    changed = {name for name, x in after.items() if not torch.equal(x, before[name])}
+    assert changed and all(".features." in name for name in changed)
+    told = save_delta(tmp_path / "delta.safetensors", tmp_path / TEACHER_FILE, tmp_path / CONVERTED_FILE, rank=2)
+    assert told["low_rank"] == 0 and told["in_full"] == len([name for name in after if ".features." in name])
+    with pytest.raises(ValueError, match="no matrix that a rank could be of"):
+        FinetuneStage(far_only=True, rank=2)

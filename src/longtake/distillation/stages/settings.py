@@ -113,9 +113,9 @@ class FinetuneStage(Stage):
 
     softmax: the control: the teacher itself, with no layer converted, on the same clips in the same order. anchored:
     whether what is learned is not to make these clips, but to answer on them as the network did when the stage began
-    and attended exactly in all its layers (ours). far_lr: rate of the features. rank: of what is added to each matrix
-    (0: any), see `low_rank`; features learn whole. Published: about a thousand steps of everything (2601.04342).
-    ValueError for the control, which already answers so.
+    and attended exactly in all its layers (ours). far_lr: rate of the features. far_only: whether nothing else learns.
+    rank: of what is added to each matrix (0: any), see `low_rank`; features learn whole. Published: about a thousand
+    steps of everything (2601.04342). ValueError for the control where it is anchored, for it already answers so.
     """
 
     steps: int = 1000
@@ -132,12 +132,16 @@ class FinetuneStage(Stage):
     sampling_steps: int = 32
     softmax: bool = False
     anchored: bool = False
+    far_only: bool = False
     rank: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.softmax and self.anchored:
-            raise ValueError("softmax has nothing to learn where it is anchored to itself: give one of the two")
+        if self.softmax and (self.anchored or self.far_only):
+            raise ValueError(
+                "softmax has no features, and nothing to learn from itself: leave out anchored and far_only"
+            )
+        _require_a_matrix(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,8 +187,12 @@ class TeacherForcingStage(Stage):
         super().__post_init__()
         if not (self.real_weight or self.anchor_weight):
             raise ValueError("without a real_weight or an anchor_weight nothing would be learned: give one")
-        if self.far_only and self.rank:
-            raise ValueError("far_only leaves no matrix that a rank could be of: give one of the two")
+        _require_a_matrix(self)
+
+
+def _require_a_matrix(stage: FinetuneStage | TeacherForcingStage) -> None:
+    if stage.far_only and stage.rank:
+        raise ValueError("far_only leaves no matrix that a rank could be of: give one of the two")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -42,7 +42,7 @@ def train_finetune(
 ) -> dict[str, float]:
     anchor = copy.deepcopy(network).requires_grad_(False) if stage.anchored else None
     at_rank(network, stage.rank)
-    learner = learner_of(network, stage.lr, stage.far_lr, stage.average)
+    learner = learner_of(network, stage.lr, stage.far_lr, stage.average, far_only=stage.far_only)
     compile_for(run, network, *([anchor] if anchor else []))
     supply = world.clips(stage.pool, stage.seed, network.config.extent)
     turn = _flow_turn(text, network, learner, supply, shift, stage, run, anchor)
