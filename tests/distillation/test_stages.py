@@ -651,7 +651,7 @@ def test_an_anchor_can_hold_a_network_in_front_of_what_it_streams(tmp_path: Path
     assert not supplies and losses[-1] < 0.7 * losses[0], losses
     with pytest.raises(ValueError, match="anchor_streams is for the clips of an anchor"):
         TeacherForcingStage(anchor_streams=True)
-    with pytest.raises(ValueError, match="many blocks in flight: anchor_streams is not for it"):
+    with pytest.raises(ValueError, match="block by block with exact attention: no anchor_streams"):
         forced(tmp_path / "none", rolling_forcing().with_levels(2), steps=1, anchor_weight=1.0, anchor_streams=True)
 
 

@@ -33,8 +33,8 @@ def train_teacher_forcing(
             raise ValueError(f"{recipe.name} has {len(recipe.steps)} steps: first_steps cannot be {stage.first_steps}")
         if stage.first_steps and recipe.rolls:
             raise ValueError(f"{recipe.name} has blocks at all its steps in flight: first_steps is not for it")
-        if stage.anchor_streams and recipe.rolls:
-            raise ValueError(f"{recipe.name} has many blocks in flight: anchor_streams is not for it")
+        if stage.anchor_streams and (recipe.rolls or recipe.joint):
+            raise ValueError(f"{recipe.name} is not streamed block by block with exact attention: no anchor_streams")
         memory = recipe.memory(network)  # refused before work begins
         if not stage.recompute:
             require_one_pass(memory)
