@@ -44,7 +44,7 @@ def train_teacher_forcing(
     )
     at_rank(network, stage.rank)
     learner = learner_of(network, stage.lr, stage.far_lr, stage.average, far_only=stage.far_only)
-    compile_for(run, network, *filter(None, (anchor, streamer)))
+    compile_for(run, network, *([anchor] if anchor else []))  # the calls of what streams are recorded as they are
     if stage.recompute:
         parallel.checkpoint_layers([network], ("forward", "keys_to_commit"))
 
