@@ -12,7 +12,8 @@ Every folder holds whatever has been made so far: codec_decoder, codec_encoder, 
     ode                 codec, teacher; from a student, if any  student
     dmd                 codec, teacher, student                 student
 
-Under a recipe with converted layers, a student that has to begin as something begins as `converted`.
+Under a recipe with converted layers, a student that has to begin as something begins as `converted`, and one with no
+such layers gets those of `converted`, if it is there.
 
 Beside the weights: record.json (configuration, time, machine), metrics.jsonl, curves.png, samples/*.png and, where
 PyAV is installed, mp4. A folder that holds state.pt holds a run that was stopped; the same command goes on with it.
@@ -56,7 +57,7 @@ from longtake.generation.stream import to_uint8
 from longtake.media.pictures import contact_sheet, save_png
 from longtake.models.light_codec import LightCodec, LightCodecConfig
 from longtake.models.text import WordEncoder, WordEncoderConfig
-from longtake.models.wan import WanConfig, WanTransformer, reading_far, with_far_maps
+from longtake.models.wan import WanConfig, WanTransformer, converted_as, reading_far, with_far_maps
 from longtake.recipes.engines import latent_size
 from longtake.recipes.weight_files import (
     CODEC_FILE,
@@ -204,12 +205,14 @@ class _Inputs:
     def student(self, chosen: Sequence[Recipe]) -> tuple[WordEncoder, WanTransformer, float]:
         """The student, or the teacher where there is none yet, to train under these recipes.
 
-        It can read a far state if one of them has one. If one of them has converted layers, the converted teacher.
+        It can read a far state if one of them has one. If one of them has converted layers, so has the network: the
+        converted teacher, or a student with its features where none of its own layers is converted yet.
         """
-        begin = TEACHER_FILE
-        if any(recipe.joint for recipe in chosen) and self.has(CONVERTED_FILE):
-            begin = CONVERTED_FILE
+        converts = any(recipe.joint for recipe in chosen) and self.has(CONVERTED_FILE)
+        begin = CONVERTED_FILE if converts else TEACHER_FILE
         text, network, shift = self.network(NETWORK_FILE if self.has(NETWORK_FILE) else begin)
+        if converts and network.config.conversion is None:
+            network = converted_as(network, self.network(CONVERTED_FILE)[1])
         return text, reading_far(network) if any(recipe.far for recipe in chosen) else network, shift
 
     def teacher_of(self, text: WordEncoder) -> WanTransformer:

@@ -53,7 +53,7 @@ def test_reading_the_chosen_equals_its_definition_with_gradients(it: Case, share
     )
 
 
-@pytest.mark.parametrize("it", [made(70, 200, 64, 64, head_dim=64), made(33, 100, 16, 16, batch=1, head_dim=16)])
+@pytest.mark.parametrize("it", [made(70, 200, 64, 64, head_dim=64), made(33, 100, 16, 16, batch=1, head_dim=72)])
 def test_gpus_that_copy_no_tiles_by_themselves_answer_alike(it: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit: how numbers come changes none of them."""
     chosen = it.chosen(0.4)
@@ -67,13 +67,13 @@ def test_gpus_that_copy_no_tiles_by_themselves_answer_alike(it: Case, monkeypatc
         torch.testing.assert_close(got, want, atol=0, rtol=0)
 
 
-def test_tiles_are_copied_where_they_are_whole_and_aligned() -> None:
-    x = torch.zeros(1, 64, 2, 24, dtype=torch.float16, device=DEVICE)
+def test_tiles_are_copied_where_they_are_whole_and_aligned_and_wide() -> None:
+    x = torch.zeros(1, 64, 2, 136, dtype=torch.float16, device=DEVICE)
     hopper = DEVICE == "cpu" or torch.cuda.get_device_capability() >= (9, 0)
     assert isinstance(kernels._tiles(x, 16), TensorDescriptor) == hopper
     assert kernels._tiles(x, 12) is x
-    for unaligned in (x[..., :20].contiguous(), x.flatten()[1:49].view(1, 1, 2, 24)):
-        assert kernels._tiles(unaligned, 16) is unaligned
+    for other in (x[..., :132].contiguous(), x.flatten()[1:273].view(1, 1, 2, 136), x[..., :120].contiguous()):
+        assert kernels._tiles(other, 16) is other
 
 
 def test_a_published_window_equals_its_definition_with_gradients() -> None:
@@ -92,10 +92,14 @@ BFLOAT16 = pytest.param(
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 4e-3), BFLOAT16])
-@pytest.mark.parametrize("head_dim", [32, 24, 20])  # of the last no tiles are copied
-def test_half_precision_is_summed_in_float32(dtype: torch.dtype, tolerance: float, head_dim: int) -> None:
-    """Against the definition in float32 of the same rounded numbers."""
-    it = made(40, 90, 16, 16, head_dim=head_dim)
+@pytest.mark.parametrize(
+    "head_dim, block", [(128, 64), (128, 16), (64, 64), (24, 16)]
+)  # of heads of 128 tiles are copied
+def test_half_precision_is_summed_in_float32(
+    dtype: torch.dtype, tolerance: float, head_dim: int, block: int
+) -> None:  # fmt: skip
+    """Against the definition in float32 of the same rounded numbers. Blocks of 64 take other products of a GPU."""
+    it = made(90, 190, block, block, heads=3, head_dim=head_dim)
     rounded, chosen = [x.to(dtype) for x in it[:3]], it.chosen(0.5)
     fast = value_and_grads(lambda *qkv: kernels.attend_blocks(*qkv, chosen, **it.blocks), rounded)
     slow = value_and_grads(

@@ -25,9 +25,10 @@ from longtake.generation.rolling import InFlight, calls
 from longtake.memory.far import Delta, FarShape, SinkInFar
 from longtake.memory.stream_memory import MemoryShape, StreamMemory
 from longtake.memory.window import WindowShape
+from longtake.models.features import Conversion
 from longtake.models.light_codec import Reconstruction
-from longtake.models.wan import with_far_maps
-from longtake.recipes import hybrid_forcing, rolling_forcing
+from longtake.models.wan import converted, with_far_maps
+from longtake.recipes import hybrid_forcing, rehyat, rolling_forcing, self_forcing_sink
 
 SHAPE = MemoryShape(window=WindowShape(sink=3, past=3), extent=15)
 HYBRID = replace(SHAPE, far=FarShape(), near=partial(block_sparse, share=0.4, block_q=6, block_k=6))
@@ -95,6 +96,27 @@ def test_an_anchor_sees_all_of_its_window() -> None:
     stay = partial(teacher_forcing_loss, network, given, 3.0, 5.0, block=3, anchor=copy.deepcopy(network))
     assert stay(memory=replace(HYBRID, near=MemoryShape.near)) < 1e-12
     assert stay(memory=HYBRID) > 1e-6, "that of the network, which sees two fifths"
+
+
+def test_an_anchor_attends_exactly_where_layers_are_converted() -> None:
+    """In clips and in streams: it is the network before its conversion, and its features count for nothing."""
+    plain, given = tiny.network(extent=15), clips(frames=12)
+    made = converted(plain, Conversion(layers=(0, 2)))
+
+    def clip(network, anchor, recipe) -> float:
+        return flow_loss(network, given, 3.0, 5.0, anchor).item()
+
+    def stream(network, anchor, recipe) -> float:
+        memory = recipe.memory(network)
+        return teacher_forcing_loss(network, given, 3.0, 5.0, block=3, memory=memory, anchor=anchor).item()
+
+    for way in (clip, stream):
+        costs = []
+        for anchor in (plain, made):
+            torch.manual_seed(2)
+            costs.append(way(made, anchor, rehyat()))
+        assert costs[0] == costs[1] > 1e-6
+        assert way(plain, made, self_forcing_sink()) < 1e-12
 
 
 def test_chosen_levels_are_the_only_ones() -> None:

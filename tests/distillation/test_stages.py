@@ -1,5 +1,6 @@
 """What a step of distribution matching is made of: the shape of rollouts, their prompts and what they go on from."""
 
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,10 +15,13 @@ from longtake.distillation.rollout import FreshNoise, rollout, windows
 from longtake.distillation.stages import DmdStage, OdeStage, TeacherForcingStage
 from longtake.distillation.stages.dmd import script_of
 from longtake.distillation.stages.learners import dmd_adam, learner_of
+from longtake.distillation.stages.own_clips import OwnClips
 from longtake.distillation.stages.world import renew
 from longtake.distillation.trainer import STATE_FILE, Dice, Learner, Run, read_metrics, train
 from longtake.generation.blockwise import blockwise
+from longtake.generation.noise import SeededNoise
 from longtake.generation.recipe import Recipe
+from longtake.memory.stream_memory import StreamMemory
 from longtake.models.delta import pays
 from longtake.models.text import WordEncoder, WordEncoderConfig
 from longtake.models.wan import WanTransformer, with_far_maps
@@ -470,6 +474,13 @@ def test_ode_refuses_what_it_could_not_train_or_show_before_work_begins(
         )  # type: ignore[arg-type]
 
 
+def said(count: int, seed: int, frames: int) -> SimpleNamespace:
+    """Prompts of a world by their seed; they change in the last block."""
+    words = torch.randint(1, 9, (count, 2, 5), generator=torch.Generator().manual_seed(seed))
+    number = (torch.arange(frames) >= frames - 3).long().expand(count, -1)
+    return SimpleNamespace(tokens_BPL=words, prompt_BF=number)
+
+
 def forced(out: Path, recipe: Recipe = RECIPE, **settings) -> tuple[WanTransformer, list[Clips]]:
     """A tiny network after steps of teacher forcing, and the supplies of clips it was taught on."""
     supplies = []
@@ -481,6 +492,7 @@ def forced(out: Path, recipe: Recipe = RECIPE, **settings) -> tuple[WanTransform
     world = SimpleNamespace(
         latent_size=tiny.LATENTS[1:],
         clips=clips,
+        prompts=said,
         held_out=lambda count: torch.ones(count, 5, dtype=torch.long),
         show=lambda name, latents: None,
     )
@@ -581,6 +593,66 @@ def test_an_anchor_alone_teaches_a_network_to_do_with_a_part_of_its_window(tmp_p
     assert 0 < after < 0.7 * before, (after, before)
     with pytest.raises(ValueError, match="without a real_weight or an anchor_weight nothing would be learned"):
         TeacherForcingStage(real_weight=0.0)
+
+
+def own_clips(recipe: Recipe, network: WanTransformer, size: int) -> OwnClips:
+    text = WordEncoder(WordEncoderConfig(words=9, length=5, dim=8)).requires_grad_(False)
+    torch.manual_seed(3)
+    text.load_state_dict({name: torch.randn_like(weight) for name, weight in text.state_dict().items()})
+    world = SimpleNamespace(latent_size=tiny.LATENTS[1:], prompts=said)
+    run = Run(out=Path("."), device=torch.device("cpu"))
+    return OwnClips(text, network, world, recipe, 3.0, run, size=size, seed=7, frames=9)  # type: ignore[arg-type]
+
+
+def test_own_clips_are_what_the_student_streams_when_it_sees_all_of_its_window() -> None:
+    recipe, network = recipe_named("hybrid_forcing:far=none,share=0.2,tokens=2"), tiny.network(extent=12).float()
+    clips = own_clips(recipe, network, 2)
+    drawn, words = clips.draw(30, 9), said(2, 7_000_000, 9)
+    dense = recipe_named("hybrid_forcing:far=none,share=1,tokens=2")
+    keys = network.prompt_keys(clips._text(words.tokens_BPL.flatten(0, 1)).unflatten(0, (2, 2)))
+    noise = SeededNoise([7_000_000, 7_000_001], (3, *tiny.LATENTS[1:]), "cpu", torch.float32)
+    memory = StreamMemory(dense.memory(network), network.config.layers, ring=True)
+    with torch.no_grad():
+        made = dense.schedule(
+            network, memory, lambda block: keys.select(words.prompt_BF[:, 3 * block]), noise, dense.levels(3.0)
+        )
+        streamed = torch.cat(list(islice(made, 3)), dim=1)
+    found = [min((clip - own).abs().max().item() for own in streamed) for clip in drawn.latents_BFCHW]
+    assert max(found) < 1e-4 and drawn.tokens_BPL.shape == (30, 2, 5)
+    assert len({clip.sum().item() for clip in drawn.latents_BFCHW}) == 2, "both are drawn"
+
+
+def test_own_clips_are_the_same_again_when_a_run_goes_on() -> None:
+    recipe, network = recipe_named("self_forcing_sink"), tiny.network(extent=12).float()
+    clips, again = own_clips(recipe, network, 3), own_clips(recipe, network, 3)
+    for _ in range(3):
+        clips.renew()
+    again.load_state_dict(clips.state_dict())
+    for one, other in zip(clips._pool, again._pool, strict=True):  # type: ignore[arg-type]
+        torch.testing.assert_close(one, other, atol=0, rtol=0)
+    first = own_clips(recipe, network, 3)
+    first.renew()
+    assert not torch.equal(first._pool.latents_BFCHW, clips._pool.latents_BFCHW), "renewed"  # type: ignore[union-attr]
+
+
+def test_an_anchor_can_hold_a_network_in_front_of_what_it_streams(tmp_path: Path) -> None:
+    sparse = recipe_named("hybrid_forcing:far=none,share=0.2,tokens=2")
+    settings = {
+        "steps": 101,
+        "batch": 4,
+        "frames": 9,
+        "pool": 4,
+        "real_weight": 0.0,
+        "anchor_weight": 1.0,
+        "anchor_streams": True,
+    }
+    _, supplies = forced(tmp_path / "run", sparse, **settings)
+    losses = [row["anchor"] for row in read_metrics(tmp_path / "run")]
+    assert not supplies and losses[-1] < 0.7 * losses[0], losses
+    with pytest.raises(ValueError, match="anchor_streams is for the clips of an anchor"):
+        TeacherForcingStage(anchor_streams=True)
+    with pytest.raises(ValueError, match="block by block with exact attention: no anchor_streams"):
+        forced(tmp_path / "none", rolling_forcing().with_levels(2), steps=1, anchor_weight=1.0, anchor_streams=True)
 
 
 def test_a_pull_that_could_never_come_is_refused(monkeypatch, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from longtake.memory.stream_memory import MemoryShape, StreamMemory
 from longtake.memory.window import WindowShape
 from longtake.models.features import Conversion
 from longtake.models.text import WordEncoder, WordEncoderConfig
-from longtake.models.wan import WanConfig, WanTransformer, converted
+from longtake.models.wan import WanConfig, WanTransformer, converted, converted_as
 from longtake.recipes import rehyat
 from longtake.recipes.devices import CPU
 from longtake.recipes.weight_files import NETWORK_FILE, load_network, save_network
@@ -89,6 +89,20 @@ def test_files_of_networks_that_know_nothing_of_maps_load_as_before(tmp_path: Pa
     save_file(load_file(path), path, metadata={"longtake": json.dumps(description)})
     loaded = load_network(path, CPU)[1]
     assert loaded.config == plain.config and not loaded.features
+
+
+@torch.no_grad()
+def test_a_network_takes_over_the_converted_layers_of_another() -> None:
+    plain, other = tiny.network(extent=15), student()
+    other.patch_embedding.bias += 1
+    made = converted_as(plain, other)
+    assert made.config == other.config
+    for name, x in made.state_dict().items():
+        assert torch.equal(x, (other if ".features." in name else plain).state_dict()[name]), name
+    other.features[0].keys.out_bias += 1
+    assert not torch.equal(made.features[0].keys.out_bias, other.features[0].keys.out_bias), "a copy"
+    with pytest.raises(ValueError, match="do not fit"):
+        converted_as(WanTransformer(replace(plain.config, layers=2)), other)
 
 
 def test_configurations_come_back_from_json() -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from longtake import recipes
 from longtake.cli import main, train
-from longtake.distillation.stages import DmdStage, TeacherForcingStage
+from longtake.distillation.stages import DmdStage, FinetuneStage, TeacherForcingStage
 from longtake.distillation.trainer import STATE_FILE, read_metrics
 from longtake.models.delta import save_delta
 from longtake.models.text import WordEncoder
@@ -409,3 +409,43 @@ def test_a_converted_teacher_becomes_a_student_that_streams(folders: Path, tmp_p
         assert next(stream).frames.shape == (9, world.HEIGHT, world.WIDTH, 3)
     clips = toy_teacher(model=folders / "finetune", steps=1, file=CONVERTED_FILE)(["a red ball"], [1])
     assert clips.shape[:2] == (1, 45)
+
+
+def test_a_student_is_converted_by_the_features_of_its_teacher(folders: Path, tmp_path: Path) -> None:
+    """And held to what it answered before; from then on it is a student like any."""
+    both, held, more = tmp_path / "both", tmp_path / "held", tmp_path / "more"
+    shutil.copytree(folders / "attention_matching", both)
+    shutil.copyfile(folders / "ode" / NETWORK_FILE, both / NETWORK_FILE)
+    few = ["--recipe", "rehyat", "--set", "steps=1", "seconds=1e9", "real_weight=0", "anchor_weight=1", *FORCED]
+    finish(start("teacher_forcing", "--from", str(both), "--out", str(held), *few))
+    (before, _), (after, description) = (load_weights(folder / NETWORK_FILE) for folder in (both, held))
+    conversion = load_weights(both / CONVERTED_FILE)[1]["network"]["conversion"]
+    assert description["network"]["conversion"] == conversion and description["recipes"] == ["rehyat"]
+    assert {name for name in after if ".features." not in name} == before.keys()
+    assert read_metrics(held)[0]["anchor"] > 0
+    finish(start("teacher_forcing", "--from", str(held), "--out", str(more), *few))
+    assert load_weights(more / NETWORK_FILE)[0].keys() == after.keys()
+
+
+def test_a_converted_teacher_can_be_held_to_what_it_answered_before(folders: Path, tmp_path: Path) -> None:
+    settings = ["--set", "steps=1", "seconds=1e9", *SETTINGS["finetune"], "rank=2"]
+    for name, more in {"held": ["anchored=true"], "free": []}.items():
+        run = ["--from", str(folders / "attention_matching"), "--out", str(tmp_path / name), *settings, *more]
+        finish(start("finetune", *run))
+    held, free = (read_metrics(tmp_path / name)[0]["loss"] for name in ("held", "free"))
+    assert 0 < held < free, "its layers are matched, and clips are news to it"
+    with pytest.raises(ValueError, match="nothing to learn from itself"):
+        FinetuneStage(softmax=True, anchored=True)
+
+
+def test_features_may_learn_alone(folders: Path, tmp_path: Path) -> None:
+    """Then they are all that is new beside the teacher."""
+    settings = ["--set", "steps=2", "seconds=1e9", *SETTINGS["finetune"], "anchored=true", "far_only=true"]
+    finish(start("finetune", "--from", str(folders / "attention_matching"), "--out", str(tmp_path), *settings))
+    before, after = (load_weights(f / CONVERTED_FILE)[0] for f in (folders / "attention_matching", tmp_path))
+    changed = {name for name, x in after.items() if not torch.equal(x, before[name])}
+    assert changed and all(".features." in name for name in changed)
+    told = save_delta(tmp_path / "delta.safetensors", tmp_path / TEACHER_FILE, tmp_path / CONVERTED_FILE, rank=2)
+    assert told["low_rank"] == 0 and told["in_full"] == len([name for name in after if ".features." in name])
+    with pytest.raises(ValueError, match="no matrix that a rank could be of"):
+        FinetuneStage(far_only=True, rank=2)

@@ -25,6 +25,7 @@ from longtake.attention.reference import kept_blocks
 LOG2_E = tl.constexpr(1.4426950408889634)
 LEAST = tl.constexpr(-(2**31))  # of whole numbers of 32 bits
 ALIGNED = 16  # bytes: what a GPU copies by itself begins at multiples of them
+LEAST_ROW = 256  # bytes of a token of a head: with fewer, Triton 3.6 has been seen to answer wrong on an H200
 
 
 class Launch(NamedTuple):
@@ -134,11 +135,11 @@ def _tiles(x: Tensor, block: int) -> TensorDescriptor | Tensor:
 
     The interpreter can do all that a GPU can.
     """
-    size = x.shape[3]
+    row = x.shape[3] * x.element_size()
     able = not x.is_cuda or torch.cuda.get_device_capability(x.device) >= (9, 0)
-    aligned = x.data_ptr() % ALIGNED == 0 and size * x.element_size() % ALIGNED == 0
-    if able and aligned and block == _tile(block):
-        return TensorDescriptor.from_tensor(x, [1, block, 1, _tile(size)])
+    aligned = x.data_ptr() % ALIGNED == 0 and row % ALIGNED == 0
+    if able and aligned and row >= LEAST_ROW and block == _tile(block):
+        return TensorDescriptor.from_tensor(x, [1, block, 1, _tile(x.shape[3])])
     return x
 
 

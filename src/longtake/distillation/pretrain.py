@@ -11,6 +11,7 @@ from longtake.distillation.rollout import steps_in_windows
 from longtake.flow import add_noise, shift_level
 from longtake.generation.blockwise import commit, view_for
 from longtake.memory.stream_memory import MemoryShape, StreamMemory
+from longtake.memory.view import View
 from longtake.models.light_codec import Reconstruction
 from longtake.models.wan import PromptKeys, WanTransformer
 
@@ -54,15 +55,27 @@ def codec_loss(made: Reconstruction, frames_BFCHW: Tensor, mask_BFHW: Tensor, kl
     return {"loss": torch.stack([factors[name] * part for name, part in parts.items()]).sum(), **parts}
 
 
-def flow_loss(network: WanTransformer, clips: Clips, shift: float, focus_weight: float) -> Tensor:
-    """Velocity error of whole clips, each at one level (a uniform draw, shifted): flow matching (arXiv 2210.02747)."""
+def flow_loss(
+    network: WanTransformer, clips: Clips, shift: float, focus_weight: float, anchor: WanTransformer | None = None
+) -> Tensor:  # fmt: skip
+    """Velocity error of whole clips, each at one level (a uniform draw, shifted): flow matching (arXiv 2210.02747).
+
+    anchor: a network whose velocity is aimed at, and not the clips' own, where it attends exactly in all its layers.
+    """
     clean = clips.latents_BFCHW
     draw = torch.rand(clean.shape[0], 1, device=clean.device)
     level_BF = shift_level(draw, shift).expand(clean.shape[:2])
     noise = torch.randn_like(clean)
-    prompts = network.prompt_keys(clips.text_BPLE)
-    velocity = network(add_noise(clean, noise, level_BF), level_BF, prompts, network.clip_view(clean), clips.prompt_BF)
-    return _focused_mse(velocity, noise - clean, clips.focus_BFHW, focus_weight)
+    noisy = add_noise(clean, noise, level_BF)
+
+    def answer(of: WanTransformer, view: View) -> Tensor:
+        return of(noisy, level_BF, of.prompt_keys(clips.text_BPLE), view, clips.prompt_BF)
+
+    target = noise - clean
+    if anchor is not None:
+        with torch.no_grad():
+            target = answer(anchor, anchor.exact_view(clean))
+    return _focused_mse(answer(network, network.clip_view(clean)), target, clips.focus_BFHW, focus_weight)
 
 
 def teacher_forcing_loss(
@@ -86,7 +99,8 @@ def teacher_forcing_loss(
     from 0 to 1, shifted. offset: blocks go together instead, by the windows that `rollout.windows` takes, each at the
     level of its step: rolling diffusion (arXiv 2402.09470) as the schedule that serves has blocks in flight. anchor: a
     network whose velocity is aimed at, and not the clips' own, where it sees all of its window: a lesson in staying as
-    that one is (Learning without Forgetting, arXiv 1606.09282), whatever blocks of keys the memory leaves out.
+    that one is (Learning without Forgetting, arXiv 1606.09282), whatever blocks of keys the memory leaves out and
+    whichever layers are converted.
     """
     clean = clips.latents_BFCHW
     blocks = clean.shape[1] // block
@@ -111,7 +125,7 @@ def teacher_forcing_loss(
     target = noise - clean
     if anchor is not None:
         with torch.no_grad():
-            target = answer(anchor, replace(memory, near=MemoryShape.near))
+            target = answer(anchor, replace(memory, near=MemoryShape.near, converted={}))
     return _focused_mse(answer(network, memory), target, clips.focus_BFHW, focus_weight)
 
 

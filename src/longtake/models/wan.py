@@ -283,14 +283,19 @@ class WanTransformer(nn.Module):
         In converted layers they see their near span and what came before it. ValueError for a converted network and
         frames that are not allowed: sums cannot leave single ones out.
         """
-        grid, conversion = self.grid(latents_BFCHW), self.config.conversion
-        rotation = grid.rotation(range(latents_BFCHW.shape[1]), latents_BFCHW.device)
+        conversion = self.config.conversion
         if conversion is None:
-            return ClipView(rotation, None if allowed_FF is None else frame_mask(allowed_FF, grid.rows * grid.columns))
+            return self.exact_view(latents_BFCHW, allowed_FF)
         if allowed_FF is not None:
             raise ValueError("converted layers cannot be masked: take a network without any, or another stage")
-        shapes = self.far_shapes(Keep()).items()
-        return SpanView(rotation, {i: SpanShape(span=conversion.span, grid=grid, far=far) for i, far in shapes})
+        grid, exact, shapes = self.grid(latents_BFCHW), self.exact_view(latents_BFCHW), self.far_shapes(Keep()).items()
+        return SpanView(exact.rotation, {i: SpanShape(span=conversion.span, grid=grid, far=far) for i, far in shapes})
+
+    def exact_view(self, latents_BFCHW: Tensor, allowed_FF: Tensor | None = None) -> ClipView:
+        """As `clip_view`, but that converted layers see so too, as they did before they were converted."""
+        grid = self.grid(latents_BFCHW)
+        rotation = grid.rotation(range(latents_BFCHW.shape[1]), latents_BFCHW.device)
+        return ClipView(rotation, None if allowed_FF is None else frame_mask(allowed_FF, grid.rows * grid.columns))
 
     def memory_view(
         self, memory: Memory, latents_BFCHW: Tensor, *, commits: bool = False, text: Sequence[Tensor] = (),
@@ -393,6 +398,20 @@ def converted(network: WanTransformer, conversion: Conversion | None, *, far_tok
     own = made.state_dict()
     made.load_state_dict(own | {name: x for name, x in network.state_dict().items() if name in own})
     return made.to(weight.device, weight.dtype).requires_grad_(weight.requires_grad).train(network.training)
+
+
+def converted_as(network: WanTransformer, other: WanTransformer) -> WanTransformer:
+    """The same network with the layers converted that are so in another, and with a copy of its features.
+
+    ValueError for one of another shape.
+    """
+    shapes = [(one.config.dim, one.config.heads, one.config.layers) for one in (network, other)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"features of a network of {shapes[1]} (dim, heads, layers) do not fit one of {shapes[0]}")
+    made = converted(network, other.config.conversion)
+    for layer, form in other.features.items():
+        made.features[layer].load_state_dict(form.state_dict())
+    return made
 
 
 def level_features(level_BF: Tensor, size: int) -> Tensor:

@@ -19,7 +19,6 @@ from longtake.distillation.trainer import Learner, Run, train
 from longtake.flow import even_levels
 from longtake.generation.clip import sample_clip
 from longtake.memory.far import FarShape
-from longtake.memory.view import ClipView
 from longtake.models.features import Conversion
 from longtake.models.text import WordEncoder
 from longtake.models.wan import PromptKeys, WanTransformer, converted
@@ -138,11 +137,9 @@ class _Samples:
         states: list[Tensor] = []
         with self._run.autocast():
             start = start_of(text, network, embed(text, tokens_BPL), seeds, self._world)
-            noise = start.noise_BFCHW
-            everything = ClipView(network.grid(noise).rotation(range(noise.shape[1]), noise.device))
             sample_clip(
                 network, *start, self._levels, self._stage.guidance, prompt_BF,
-                on_step=lambda step, latents: states.append(latents), view=everything,
+                on_step=lambda step, latents: states.append(latents), view=network.exact_view(start.noise_BFCHW),
             )  # fmt: skip
         return _Sample(torch.stack(states), self._levels, start.said, prompt_BF)
 

@@ -38,7 +38,7 @@ _MAY_BE_0 = {
     "seed", "kl_weight", "focus_weight", "no_prompt_share", "encoder_blocks", "decoder_blocks", "most_given", "pull",
     "self_forcing_share", "memory_share", "anchor_weight", "recompute", "real_weight", "real_frames", "real_batch",
     "last_exits", "rank", "layers", "first_steps", "far_only", "overlap", "turns_with_frames", "both_ways", "softmax",
-    "far_maps",
+    "far_maps", "anchored", "anchor_streams",
 }  # fmt: skip
 
 
@@ -111,9 +111,11 @@ class AttentionMatchingStage(Stage):
 class FinetuneStage(Stage):
     """The whole converted teacher on clips, by flow matching: mends what layers that learned apart do to each other.
 
-    softmax: the control: the teacher itself, with no layer converted, on the same clips in the same order. far_lr: rate
-    of the features. rank: of what is added to each matrix (0: any), see `low_rank`; features learn whole. Published:
-    about a thousand steps of everything (2601.04342).
+    softmax: the control: the teacher itself, with no layer converted, on the same clips in the same order. anchored:
+    whether what is learned is not to make these clips, but to answer on them as the network did when the stage began
+    and attended exactly in all its layers (ours). far_lr: rate of the features. far_only: whether nothing else learns.
+    rank: of what is added to each matrix (0: any), see `low_rank`; features learn whole. Published: about a thousand
+    steps of everything (2601.04342). ValueError for the control where it is anchored, for it already answers so.
     """
 
     steps: int = 1000
@@ -129,7 +131,17 @@ class FinetuneStage(Stage):
     guidance: float = 3.0
     sampling_steps: int = 32
     softmax: bool = False
+    anchored: bool = False
+    far_only: bool = False
     rank: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.softmax and (self.anchored or self.far_only):
+            raise ValueError(
+                "softmax has no features, and nothing to learn from itself: leave out anchored and far_only"
+            )
+        _require_a_matrix(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,17 +150,19 @@ class TeacherForcingStage(Stage):
     teacher's, so that the sink comes to lie far behind.
 
     far_lr: rate of the projections of what is read from far states, see `DmdStage`. far_only: whether nothing but them
-    learns, so that the student stays what it was wherever nothing is far. memory_share: of clips made for memory,
-    which begin out of sight of what they show, and look away from it until neither sink nor recent frames
-    show it, under captions that do not say what it was; they take some length (8.5 seconds in the toy world).
-    recompute: whether clips are walked block by block, and of each pass only what went in and what came out is kept:
-    the rest is computed again for its gradient. The same in more time and a small part of the memory. first_steps: of
-    the recipe, at whose levels blocks are noisy (0: at any level). There it is decided what a block shows, so there
-    memory is asked; `DmdStage` has lessons at the same levels. anchor_weight: of a second lesson in each step, on as
-    many clips that are not made for memory: to answer as the network did when the stage began and saw all of its
-    window, at the recipe's levels. So a few-step student learns to remember, and to see a part of its window, and
-    stays what it was. real_weight: of the first lesson; 0: there is none, and all that is learned is to answer so.
-    rank: of what is added to each matrix (0: any), see `low_rank`.
+    learns, so that the student stays what it was wherever nothing is far. memory_share: of clips made for memory, which
+    begin out of sight of what they show, and look away from it until neither sink nor recent frames show it, under
+    captions that do not say what it was; they take some length (8.5 seconds in the toy world). recompute: whether clips
+    are walked block by block, and of each pass only what went in and what came out is kept: the rest is computed again
+    for its gradient. The same in more time and a small part of the memory. first_steps: of the recipe, at whose levels
+    blocks are noisy (0: at any level). There it is decided what a block shows, so there memory is asked; `DmdStage` has
+    lessons at the same levels. anchor_weight: of a second lesson in each step, on as many clips that are not made for
+    memory: to answer as the network did when the stage began and saw all of its window, in converted layers too, at the
+    recipe's levels. So a few-step student learns to remember, to see a part of its window, or to do with converted
+    layers, and stays what it was. anchor_streams: whether those clips are streamed by the network as it was, under the
+    first recipe and by prompts of the world, and not the world's own: in front of its own it is asked. real_weight: of
+    the first lesson; 0: there is none, and all that is learned is to answer so. rank: of what is added to each matrix
+    (0: any), see `low_rank`.
     far_maps: whether queries and keys of far states get maps of their own (`OwnMaps`), if they have none; they learn as
     the projections do.
     """
@@ -168,15 +182,22 @@ class TeacherForcingStage(Stage):
     first_steps: int = 0
     real_weight: float = 1.0
     anchor_weight: float = 0.0
+    anchor_streams: bool = False
     rank: int = 0
     far_maps: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.anchor_streams and not self.anchor_weight:
+            raise ValueError("anchor_streams is for the clips of an anchor: set anchor_weight above 0, too")
         if not (self.real_weight or self.anchor_weight):
             raise ValueError("without a real_weight or an anchor_weight nothing would be learned: give one")
-        if self.far_only and self.rank:
-            raise ValueError("far_only leaves no matrix that a rank could be of: give one of the two")
+        _require_a_matrix(self)
+
+
+def _require_a_matrix(stage: FinetuneStage | TeacherForcingStage) -> None:
+    if stage.far_only and stage.rank:
+        raise ValueError("far_only leaves no matrix that a rank could be of: give one of the two")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,9 +12,10 @@ from longtake import parallel
 from longtake.distillation.low_rank import merge
 from longtake.distillation.pretrain import Clips, require_one_pass, teacher_forcing_loss
 from longtake.distillation.stages.learners import at_rank, compile_for, far_weights, learner_of
+from longtake.distillation.stages.own_clips import OwnClips
 from longtake.distillation.stages.settings import TeacherForcingStage
 from longtake.distillation.stages.strips import stream_strips
-from longtake.distillation.stages.world import World, drawn, embed, parts_of
+from longtake.distillation.stages.world import ClipSupply, World, drawn, embed, parts_of
 from longtake.distillation.trainer import Learner, Run, train
 from longtake.generation.recipe import Recipe
 from longtake.models.text import WordEncoder
@@ -32,24 +33,29 @@ def train_teacher_forcing(
             raise ValueError(f"{recipe.name} has {len(recipe.steps)} steps: first_steps cannot be {stage.first_steps}")
         if stage.first_steps and recipe.rolls:
             raise ValueError(f"{recipe.name} has blocks at all its steps in flight: first_steps is not for it")
+        if stage.anchor_streams and (recipe.rolls or recipe.joint):
+            raise ValueError(f"{recipe.name} is not streamed block by block with exact attention: no anchor_streams")
         memory = recipe.memory(network)  # refused before work begins
         if not stage.recompute:
             require_one_pass(memory)
-    anchor = copy.deepcopy(network).requires_grad_(False) if stage.anchor_weight else None
+    anchor, streamer = (
+        copy.deepcopy(network).requires_grad_(False) if wanted else None
+        for wanted in (stage.anchor_weight, stage.anchor_streams)
+    )
     at_rank(network, stage.rank)
     learner = learner_of(network, stage.lr, stage.far_lr, stage.average, far_only=stage.far_only)
-    compile_for(run, network, *([anchor] if anchor else []))
+    compile_for(run, network, *([anchor] if anchor else []))  # the calls of what streams are recorded as they are
     if stage.recompute:
         parallel.checkpoint_layers([network], ("forward", "keys_to_commit"))
 
-    supplies: dict[str, Any] = {}
+    supplies: dict[str, ClipSupply] = {}
     lessons: dict[str, Callable[[int], Tensor]] = {}
 
     def learn(
-        name: str, weight: float, memory_share: float, levels: Callable[[Recipe], Sequence[float]], **aim: Any
+        name: str, weight: float, clips: ClipSupply, levels: Callable[[Recipe], Sequence[float]], **aim: Any
     ) -> None:
         """Add a lesson that has clips of its own; what it returns is not weighed."""
-        supplies[name] = world.clips(stage.pool, stage.seed, stage.frames, memory_share)
+        supplies[name] = clips
         of_recipe = {
             recipe.name: forced_lesson(
                 learner, text, network, recipe, shift, stage.focus_weight, run,
@@ -64,10 +70,17 @@ def train_teacher_forcing(
 
         lessons[name] = lesson
 
+    clips: ClipSupply
     if stage.real_weight:
-        learn("loss", stage.real_weight, stage.memory_share, lambda recipe: recipe.levels(shift)[: stage.first_steps])
+        clips = world.clips(stage.pool, stage.seed, stage.frames, stage.memory_share)
+        learn("loss", stage.real_weight, clips, lambda recipe: recipe.levels(shift)[: stage.first_steps])
     if anchor is not None:
-        learn("anchor", stage.anchor_weight, 0.0, lambda recipe: recipe.levels(shift), anchor=anchor)
+        if streamer is None:
+            clips = world.clips(stage.pool, stage.seed, stage.frames)
+        else:
+            sizes = {"size": stage.pool, "seed": stage.seed, "frames": stage.frames}
+            clips = OwnClips(text, streamer, world, recipes[0], shift, run, **sizes)
+        learn("anchor", stage.anchor_weight, clips, lambda recipe: recipe.levels(shift), anchor=anchor)
 
     def turn(step: int) -> dict[str, Tensor]:
         values = {name: lesson(step) for name, lesson in lessons.items()}

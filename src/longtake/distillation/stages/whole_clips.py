@@ -1,5 +1,6 @@
 """The stages `teacher` and `finetune`: networks that make whole clips, by flow matching."""
 
+import copy
 from collections.abc import Callable
 
 import torch
@@ -39,11 +40,12 @@ def train_teacher(
 def train_finetune(
     text: WordEncoder, network: WanTransformer, world: World, shift: float, stage: FinetuneStage, run: Run
 ) -> dict[str, float]:
+    anchor = copy.deepcopy(network).requires_grad_(False) if stage.anchored else None
     at_rank(network, stage.rank)
-    learner = learner_of(network, stage.lr, stage.far_lr, stage.average)
-    compile_for(run, network)
+    learner = learner_of(network, stage.lr, stage.far_lr, stage.average, far_only=stage.far_only)
+    compile_for(run, network, *([anchor] if anchor else []))
     supply = world.clips(stage.pool, stage.seed, network.config.extent)
-    turn = _flow_turn(text, network, learner, supply, shift, stage, run)
+    turn = _flow_turn(text, network, learner, supply, shift, stage, run, anchor)
     look = clip_strips(text, network, [learner], world, shift, stage, run)
     spent = train({"network": learner}, turn, stage.budget(warmup=50), run, keep={"clips": supply}, look=look)
     learner.swap_average()
@@ -53,16 +55,16 @@ def train_finetune(
 
 def _flow_turn(
     text: WordEncoder, network: WanTransformer, learner: Learner, supply: ClipSupply, shift: float,
-    stage: TeacherStage | FinetuneStage, run: Run,
+    stage: TeacherStage | FinetuneStage, run: Run, anchor: WanTransformer | None = None,
 ) -> Callable[[int], dict[str, Tensor]]:  # fmt: skip
-    """Flow matching of whole clips, a share of them without their prompt."""
+    """Flow matching of whole clips, a share of them without their prompt. anchor: see `flow_loss`."""
 
     def loss(latents_BFCHW: Tensor, tokens_BPL: Tensor, prompt_BF: Tensor, focus_BFHW: Tensor) -> Tensor:
         absent = torch.rand(stage.batch, 1, 1, device=run.device) < stage.no_prompt_share
         with run.autocast():
             text_BPLE = embed(text, tokens_BPL.masked_fill(absent, 0))
             clips = Clips(latents_BFCHW, text_BPLE, prompt_BF, focus_BFHW)
-            return flow_loss(network, clips, shift, stage.focus_weight)
+            return flow_loss(network, clips, shift, stage.focus_weight, anchor)
 
     teach = learner.taught_by(loss)
 
