@@ -54,11 +54,11 @@ def test_hybrid_forcing_in_numbers() -> None:
     told = explain("hybrid_forcing", 21)
     assert (told["block"], told["sink"], told["past"], told["extent"]) == (3, 3, 3, 21)
     assert told["levels"] == pytest.approx([1, 0.9, 0.75, 0.5])
-    assert told["near"] == {"attention": "block_sparse", "share": 0.2, "block_q": 4, "block_k": 4}
+    assert told["near"] == {"attention": "block_sparse", "share": 0.2, "block_q": 4, "block_k": 4, "full_window": 3}
     assert told["far"]["rule"] == "Keep()" and told["far"]["sink"] == "never"
     assert [row["keys"] for row in told["blocks"][:4]] == [
-        {"attended": 48, "of": 252},  # whole blocks, rounded down
-        {"attended": 100, "of": 504},
+        {"attended": 148, "of": 252},  # whole blocks, rounded down; as many as of a full window
+        {"attended": 148, "of": 504},
         {"attended": 148, "of": 756},
         {"attended": 148, "of": 756},
     ]
@@ -80,7 +80,7 @@ def test_options_are_explained_and_a_far_state_of_any_width_is_placed_alike() ->
 
 def test_hybrid_forcing_in_words() -> None:
     lines = in_words(explain("hybrid_forcing")).splitlines()
-    assert "attention  block_sparse (share 0.2, block_q 4, block_k 4)" in lines
+    assert "attention  block_sparse (share 0.2, block_q 4, block_k 4, full_window 3.0)" in lines
     assert "6      69-80     0-2 @0-2  15-17 @15-17  18-20 @18-20  148 of 756  15-17 @12-14  0-2 18-20 +15" in lines
 
 

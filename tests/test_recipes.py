@@ -108,6 +108,8 @@ def test_weights_of_a_folder_stream_under_a_recipe_they_were_not_made_for(tmp_pa
 
 def test_options_change_a_recipe_and_stay_in_its_name() -> None:
     assert recipes.recipe_named("hybrid_forcing").near.keywords["share"] == 0.2
+    for options, blocks in (("of=window", 3), ("block=1", 7), ("of=present", 0)):
+        assert recipes.recipe_named(f"hybrid_forcing:{options}").near.keywords["full_window"] == blocks
     chosen = recipes.recipe_named("hybrid_forcing:share=0.1,far=decay,frames=60")
     assert chosen.name == "hybrid_forcing:share=0.1,far=decay,frames=60"
     assert chosen.near.keywords["share"] == 0.1 and chosen.far == FarShape(rule=Decay(half_life=60))
@@ -146,6 +148,7 @@ def test_options_change_a_recipe_and_stay_in_its_name() -> None:
         ("hybrid_forcing:share=lots", "share=lots' does not work: share is a number, such as 0.2, not 'lots'"),
         ("self_forcing:past=many", "past is a whole number, such as 6, not 'many'"),
         ("hybrid_forcing:share=0.1,far=none,share=0.3", "share is given twice"),
+        ("hybrid_forcing:of=all", "of must be present or window, got all"),
         ("hybrid_forcing:share=0", "share must be above 0 and at most 1, got 0.0"),
         ("hybrid_forcing:far=kept", "no far=kept: there are keep, decay, cap, delta and none"),
         ("hybrid_forcing:far=decay", "decay and cap need a number of latent frames"),

@@ -124,7 +124,7 @@ def _converted(recipe: Recipe, extent: int) -> dict[str, Any]:
 
 
 def _row(row: BlockTrace, recipe: Recipe, codec: Codec, tokens: int) -> dict[str, Any]:
-    keys = tokens * sum(map(len, (row.sink, row.past, row.current)))
+    queries, keys = tokens * len(row.current), tokens * sum(map(len, (row.sink, row.past, row.current)))
     return {
         "block": row.block,
         "frames": list(row.made),
@@ -136,7 +136,7 @@ def _row(row: BlockTrace, recipe: Recipe, codec: Codec, tokens: int) -> dict[str
         },
         "calls": [[list(one) for one in call] for call in row.calls],
         "commit": [list(one) for one in row.commit],
-        "keys": {"attended": keys_attended(recipe.near, keys), "of": keys},
+        "keys": {"attended": keys_attended(recipe.near, queries, keys), "of": keys},
         "leaves": list(row.leaves),
         "absorbed": [list(one) for one in row.absorbed],
         "held": {"frames": list(row.held), "far_frames": row.far},

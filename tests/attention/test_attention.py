@@ -58,6 +58,26 @@ def test_only_distances_between_positions_matter_even_after_a_year() -> None:
     torch.testing.assert_close(scores[0], scores[1], atol=1e-4, rtol=1e-4)
 
 
+def test_many_small_rotations_are_remembered_and_few_large_ones() -> None:
+    """A recorded training step asks for dozens again; positions that grow with a stream must not fill memory."""
+    made: list[int] = []
+
+    def make(numbers: int) -> rope.Rotation:
+        made.append(numbers)
+        return rope.Rotation(torch.zeros(numbers), torch.zeros(numbers))
+
+    latest = rope._Latest(make, most_bytes=8 * 100)
+    for numbers in (*range(1, 13), *range(1, 13)):
+        latest(numbers)
+    assert made == list(range(1, 13))  # 8 x 78 bytes
+    latest(40)  # the first ones make room for it
+    latest(12), latest(1)
+    assert made == [*range(1, 13), 40, 1]
+    latest(1000)  # more than all that may be: it alone stays
+    latest(1000), latest(12)
+    assert made == [*range(1, 13), 40, 1, 1000, 12]
+
+
 @pytest.mark.parametrize("head, split", [(128, (44, 42, 42)), (64, (24, 20, 20)), (20, (8, 6, 6))])
 def test_a_head_is_shared_among_the_axes_as_published(head: int, split: tuple[int, int, int]) -> None:
     assert rope.split_like_wan(head) == split

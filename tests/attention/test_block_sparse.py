@@ -175,6 +175,17 @@ def test_choosing_leaves_no_gradient_behind() -> None:
     assert not block_sparse.block_scores(it.q.requires_grad_(), it.k.requires_grad_(), **it.blocks).requires_grad
 
 
+@given(it=CASES, share=SHARES, window=st.floats(0, 8))
+@FEW
+def test_of_fewer_keys_than_a_window_as_many_blocks_are_chosen(it: Case, share: float, window: float) -> None:
+    keys, of = it.k.shape[1], max(it.k.shape[1], window * it.q.shape[1])
+    assert_alike(
+        lambda q, k, v: block_sparse.block_sparse(q, k, v, share=share, full_window=window, **it.blocks),
+        lambda q, k, v: reference.attend_blocks(q, k, v, it.chosen(min(1.0, share * of / keys)), **it.blocks),
+        [*it[:3]],
+    )
+
+
 @pytest.mark.parametrize("share", [0, -0.2, 1.2])
 def test_a_share_is_above_nothing_and_at_most_all(share: float) -> None:
     it = case(10, 30, 5, 10)

@@ -117,5 +117,5 @@ def test_what_is_told_is_what_a_stream_does() -> None:
 @pytest.mark.parametrize("keys, kept", [(4680, 14 * 64), (9360, 29 * 64), (14040, 44 * 64)])
 def test_sparse_attention_sees_the_published_number_of_blocks(keys: int, kept: int) -> None:
     small = partial(block_sparse, share=0.2, block_q=8, block_k=8)  # an eighth of everything
-    assert keys_attended(small, keys // 8) == kept // 8
-    assert keys_attended(dense, keys // 8) == keys // 8
+    assert keys_attended(small, 3, keys // 8) == kept // 8
+    assert keys_attended(dense, 3, keys // 8) == keys // 8

@@ -22,17 +22,27 @@ GATHERED_AT_ONCE = 2**18  # numbers of the keys, and as many of the values: boun
 
 def block_sparse(
     q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor, *, share: float, block_q: int = 64, block_k: int = 64,
-    centre_heads: bool = False,
+    full_window: float = 0.0, centre_heads: bool = False,
 ) -> Tensor:  # fmt: skip
-    """Softmax attention over the best share of key blocks for each query block and head; returns [B, T, N, D]."""
+    """Softmax attention over the best share of key blocks for each query block and head; returns [B, T, N, D].
+
+    full_window: the keys that the share counts at least, in lengths of the queries: of fewer, as many blocks are chosen
+    as of so many. ValueError for a share that is not above 0 and at most 1.
+    """
     if not 0 < share <= 1:
         raise ValueError(f"a share of key blocks is above 0 and at most 1, got {share}")
+    share = share_of_window(share, full_window * q_BTND.shape[1], k_BSND.shape[1])
     blocks = -(-k_BSND.shape[1] // block_k)
     if reference.kept_blocks(share, blocks) == blocks:
         return dense(q_BTND, k_BSND, v_BSND)
     scores_BNIJ = block_scores(q_BTND, k_BSND, block_q=block_q, block_k=block_k, centre_heads=centre_heads)
     chosen_BNIK = best_blocks(scores_BNIJ, share)
     return attend_blocks(q_BTND, k_BSND, v_BSND, chosen_BNIK, block_q=block_q, block_k=block_k)
+
+
+def share_of_window(share: float, window: float, keys: int) -> float:
+    """Of the keys that are there, the share that makes as many as a share of a window of so many does; at most all."""
+    return min(1.0, share * max(1.0, window / keys))
 
 
 @torch.no_grad()

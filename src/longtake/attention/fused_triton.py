@@ -20,7 +20,7 @@ from longtake.attention.rope import Rotation
 
 EPS = tl.constexpr(1e-6)
 _TOKENS = 64  # of a head that make a tile
-_TILES = 8  # that one program sums; what programs summed is summed then
+_TILES = 7  # that one program sums: 4,680 tokens of 12 heads are two programs for each of an H200's 132 multiprocessors
 
 
 def norm_rotate_(x_BTE: Tensor, weight_E: Tensor, heads: int, rotation: Rotation) -> tuple[Tensor, Tensor]:
@@ -118,19 +118,29 @@ def add_far(
     return out
 
 
-def far_sums(k_BTND: Tensor, v_BTND: Tensor, rotation: Rotation) -> Sums:
-    """The sums of these tokens alone. Truth: `linear.sums_of`, of the form `linear.PAPER`. Products as in `add_far`."""
+def absorb_far(sums: Sums | None, k_BTND: Tensor, v_BTND: Tensor, rotation: Rotation) -> Sums:
+    """The sums after these tokens too. Truth: `linear.absorb`, of the form `linear.PAPER`.
+
+    Programs sum some tokens each, others add those sums and the old ones, always in one order: bits are the same every
+    time. A product takes a feature as two numbers of the values' type, of 16 bits or more together: TF32 would cut it
+    off after 10, make every sum too small, and be slower.
+    """
     k, v = k_BTND.contiguous(), v_BTND.contiguous()
     batch, tokens, heads, size = k.shape
-    parts = triton.cdiv(tokens, _TOKENS * _TILES)
-    kv = k.new_empty(parts, batch, heads, size, size, dtype=torch.float32)
-    k_sums = k.new_empty(parts, batch, heads, size, dtype=torch.float32)
-    _far_sums[parts, batch * heads](
-        k, v, *rotation, kv, k_sums, tokens, heads, size, _TOKENS, _TILES, _head_tile(size), _precision(k),
-        num_warps=8, num_stages=1,
-    )  # fmt: skip
-    mass_B = torch.full((batch,), float(tokens), dtype=torch.float64, device=k.device)
-    return Sums(kv.sum(0), k_sums.sum(0), mass_B)
+    if sums is None:
+        kv = k.new_zeros(batch, heads, size, size, dtype=torch.float32)
+        sums = Sums(kv, torch.zeros_like(kv[:, :, 0]), kv.new_zeros(batch, dtype=torch.float64))
+    old = tuple(part.contiguous() for part in sums)
+    new = Sums(*(torch.empty_like(part) for part in old))
+    count, lines, columns = triton.cdiv(tokens, _TOKENS * _TILES), batch * heads, 512
+    parts = k.new_empty(count, lines, size + 1, size, dtype=torch.float32)
+    _far_parts[2, lines, count](
+        k, v, *rotation, parts, tokens, heads, size, _TOKENS, _TILES, _head_tile(size), num_warps=4, num_stages=2
+    )
+    _add_parts[triton.cdiv((size + 1) * size, columns), lines](
+        parts, *old, *new, tokens, heads, size, count, columns, num_warps=4
+    )
+    return new
 
 
 def _head_tile(size: int) -> int:
@@ -285,12 +295,13 @@ def _eight_bit_rows(x_ptr, out_ptr, scale_ptr, WIDTH: tl.constexpr, GELU: tl.con
 
 
 @triton.jit
-def _far_places(first, tokens, heads, HEAD: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr):
-    """Where tokens of this program's head begin, where their numbers lie from there, [TILE, D], and which are any.
+def _far_places(first, column, tokens, heads, HEAD: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr):
+    """Where tokens of this program's head begin, where their numbers from that column on lie from there, [TILE, WIDE],
+    and which are any.
 
     The second number of a program counts heads, then clips.
     """
-    line, row, dim = tl.program_id(1).to(tl.int64), tl.arange(0, TILE), tl.arange(0, D)
+    line, row, dim = tl.program_id(1).to(tl.int64), tl.arange(0, TILE), column + tl.arange(0, WIDE)
     begin = ((line // heads * tokens + first) * heads + line % heads) * HEAD
     at = row[:, None] * (heads * HEAD) + dim[None, :]
     return begin, at, (first + row < tokens)[:, None] & (dim < HEAD)[None, :]
@@ -298,15 +309,16 @@ def _far_places(first, tokens, heads, HEAD: tl.constexpr, TILE: tl.constexpr, D:
 
 @triton.jit
 def _far_features(
-    x_ptr, at, real, cos_ptr, sin_ptr, first, tokens, HEAD: tl.constexpr, TILE: tl.constexpr, D: tl.constexpr
-):
-    """Features of these tokens, even and odd ones below the bar, even and odd ones above it, [TILE, D / 2] each."""
-    row, pair = tl.arange(0, TILE), tl.arange(0, D // 2)
+    x_ptr, at, real, cos_ptr, sin_ptr, first, column, tokens,
+    HEAD: tl.constexpr, TILE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Features of these numbers, even and odd ones below the bar, even and odd ones above it, [TILE, WIDE / 2] each."""
+    row, pair = tl.arange(0, TILE), column // 2 + tl.arange(0, WIDE // 2)
     angle = first * (HEAD // 2) + row[:, None] * (HEAD // 2) + pair[None, :]
     is_angle = (first + row < tokens)[:, None] & (pair < HEAD // 2)[None, :]
     cos, sin = _load(cos_ptr, angle, is_angle), _load(sin_ptr, angle, is_angle)
     x = tl.load(x_ptr + at, mask=real, other=0.0)
-    even, odd = tl.split(tl.reshape(x, [TILE, D // 2, 2]))
+    even, odd = tl.split(tl.reshape(x, [TILE, WIDE // 2, 2]))
     even, odd = tl.maximum(even.to(tl.float32), 0.0), tl.maximum(odd.to(tl.float32), 0.0)
     return even, odd, even * cos - odd * sin, even * sin + odd * cos
 
@@ -346,9 +358,9 @@ def _add_far(
     bias = _load(bias_ptr, dim, dim < HEAD)
     for tile in range(TILES):
         first = (tl.program_id(0) * TILES + tile) * TILE
-        begin, at, real = _far_places(first, tokens, heads, HEAD, TILE, D)
+        begin, at, real = _far_places(first, 0, tokens, heads, HEAD, TILE, D)
         even, odd, above_even, above_odd = _far_features(
-            q_ptr + begin, at, real, cos_ptr, sin_ptr, first, tokens, HEAD, TILE, D
+            q_ptr + begin, at, real, cos_ptr, sin_ptr, first, 0, tokens, HEAD, TILE, D
         )
         bar = tl.sum(even * k_even[None, :] + odd * k_odd[None, :], 1) + EPS
         far = tl.dot(above_even.to(made_even.dtype), made_even, input_precision=PRECISION)
@@ -359,26 +371,60 @@ def _add_far(
 
 
 @triton.jit
-def _far_sums(
-    k_ptr, v_ptr, cos_ptr, sin_ptr, kv_ptr, k_sums_ptr, tokens, heads,
-    HEAD: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+def _far_parts(
+    k_ptr, v_ptr, cos_ptr, sin_ptr, parts_ptr, tokens, heads,
+    HEAD: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Sums of some tiles of one head of one clip."""
-    dim, even_row = tl.arange(0, D), 2 * tl.arange(0, D // 2)
-    kv = tl.zeros([D, D], tl.float32)
-    sum_even, sum_odd = tl.zeros([D // 2], tl.float32), tl.zeros([D // 2], tl.float32)
-    for tile in range(TILES):
-        first = (tl.program_id(0) * TILES + tile) * TILE
-        begin, at, real = _far_places(first, tokens, heads, HEAD, TILE, D)
+    """Sums of some tiles of one head of one clip, of half of its features: rows [HEAD, HEAD] above the bar, then one
+    below it.
+
+    Values are the left side of the product: those and the features are then read where they lie.
+    """
+    ROWS: tl.constexpr = D // 2
+    column, line, part = tl.program_id(0) * ROWS, tl.program_id(1), tl.program_id(2)
+    kv = tl.zeros([D, ROWS], tl.float32)
+    below_even, below_odd = tl.zeros([TILE, ROWS // 2], tl.float32), tl.zeros([TILE, ROWS // 2], tl.float32)
+    start = part * TILES * TILE
+    for first in range(start, tl.minimum(start + TILES * TILE, tokens), TILE):
+        begin, at, real = _far_places(first, column, tokens, heads, HEAD, TILE, ROWS)
         even, odd, above_even, above_odd = _far_features(
-            k_ptr + begin, at, real, cos_ptr, sin_ptr, first, tokens, HEAD, TILE, D
+            k_ptr + begin, at, real, cos_ptr, sin_ptr, first, column, tokens, HEAD, TILE, ROWS
         )
-        above = tl.reshape(tl.join(above_even, above_odd), [TILE, D])
-        kv += tl.dot(tl.trans(above), _load(v_ptr + begin, at, real), input_precision=PRECISION)
-        sum_even += tl.sum(even, 0)
-        sum_odd += tl.sum(odd, 0)
-    part = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
-    square, is_square = dim[:, None] * HEAD + dim[None, :], (dim < HEAD)[:, None] & (dim < HEAD)[None, :]
-    tl.store(kv_ptr + part * HEAD * HEAD + square, kv, mask=is_square)
-    tl.store(k_sums_ptr + part * HEAD + even_row, sum_even, mask=even_row < HEAD)
-    tl.store(k_sums_ptr + part * HEAD + even_row + 1, sum_odd, mask=even_row < HEAD)
+        below_even += even
+        below_odd += odd
+        above = tl.reshape(tl.join(above_even, above_odd), [TILE, ROWS])
+        begin, at, real = _far_places(first, 0, tokens, heads, HEAD, TILE, D)
+        v = tl.load(v_ptr + begin + at, mask=real, other=0.0)
+        if v.dtype == tl.float32:
+            kv = tl.dot(tl.trans(v), above, kv, input_precision="ieee")
+        else:
+            near = above.to(v.dtype)
+            kv = tl.dot(tl.trans(v), near, kv)
+            kv = tl.dot(tl.trans(v), (above - near.to(tl.float32)).to(v.dtype), kv)
+    parts_ptr += (part.to(tl.int64) * tl.num_programs(1) + line) * ((HEAD + 1) * HEAD)
+    row, even_row, dim = column + tl.arange(0, ROWS), column + 2 * tl.arange(0, ROWS // 2), tl.arange(0, D)
+    square, is_square = row[:, None] * HEAD + dim[None, :], (row < HEAD)[:, None] & (dim < HEAD)[None, :]
+    tl.store(parts_ptr + square, tl.trans(kv), mask=is_square)
+    tl.store(parts_ptr + HEAD * HEAD + even_row, tl.sum(below_even, 0), mask=even_row < HEAD)
+    tl.store(parts_ptr + HEAD * HEAD + even_row + 1, tl.sum(below_odd, 0), mask=even_row < HEAD)
+
+
+@triton.jit
+def _add_parts(
+    parts_ptr, kv_ptr, k_ptr, mass_ptr, new_kv_ptr, new_k_ptr, new_mass_ptr, tokens, heads,
+    HEAD: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Some numbers of what `_far_parts` made of one head of one clip, and the old sums; and the mass of a clip."""
+    line, at = tl.program_id(1).to(tl.int64), tl.program_id(0) * TILE + tl.arange(0, TILE)
+    is_kv, is_real = at < HEAD * HEAD, at < (HEAD + 1) * HEAD
+    is_k = is_real & (at >= HEAD * HEAD)
+    total = tl.zeros([TILE], tl.float32)
+    for part in tl.static_range(PARTS):
+        begin = (part * tl.num_programs(1) + line) * ((HEAD + 1) * HEAD)
+        total += _load(parts_ptr + begin, at, is_real)
+    kv_at, k_at = line * HEAD * HEAD + at, line * HEAD + at - HEAD * HEAD
+    total += _load(kv_ptr, kv_at, is_kv) + _load(k_ptr, k_at, is_k)  # of which one is zero
+    tl.store(new_kv_ptr + kv_at, total, mask=is_kv)
+    tl.store(new_k_ptr + k_at, total, mask=is_k)
+    clip, is_first = line // heads, (tl.program_id(0) == 0) & (line % heads == 0)
+    tl.store(new_mass_ptr + clip, tl.load(mass_ptr + clip) + tokens, mask=is_first)

@@ -3,10 +3,11 @@
 Truth of the rotation: `reference.rotate`.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import NamedTuple
+from threading import Lock
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class RotaryAxes:
 
         Capped positions repeat for ever, so the latest answers are remembered: do not write to them.
         """
-        return Rotation(*map(lasting, _rotation(self, tuple(frames), rows, columns, torch.device(device))))
+        return Rotation(*map(lasting, _latest(self, tuple(frames), rows, columns, torch.device(device))))
 
     def _frequencies(self, size: int) -> Tensor:
         return self.theta ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
@@ -63,7 +64,34 @@ class Grid:
         return self.axes.rotation(frames, self.rows, self.columns, device)
 
 
-@lru_cache(maxsize=16)  # few: absolute positions are new for every block, and each takes 2 to 10 MiB at full size
+class _Latest:
+    """The latest rotations that were asked for, as many as bytes allow; those of a small model are hundreds.
+
+    Counted in bytes, since absolute positions are new for every block and take 2 to 10 MiB each at full size, whereas
+    training steps, recorded as graphs, ask for dozens of small ones that must be there by then.
+    """
+
+    def __init__(self, make: Callable[..., Rotation], most_bytes: int) -> None:
+        self._make, self._most_bytes, self._bytes = make, most_bytes, 0
+        self._made: OrderedDict[tuple[Any, ...], Rotation] = OrderedDict()
+        self._lock = Lock()
+
+    def __call__(self, *asked: Any) -> Rotation:
+        with self._lock:
+            if asked in self._made:
+                self._made.move_to_end(asked)
+                return self._made[asked]
+            made = self._made[asked] = self._make(*asked)
+            self._bytes += _size(made)
+            while self._bytes > self._most_bytes and len(self._made) > 1:
+                self._bytes -= _size(self._made.popitem(last=False)[1])
+            return made
+
+
+def _size(rotation: Rotation) -> int:
+    return sum(part.nbytes for part in rotation)
+
+
 def _rotation(axes: RotaryAxes, frames: tuple[float, ...], rows: int, columns: int, device: torch.device) -> Rotation:
     """Made axis by axis and spread out on the device: positions that grow with a stream are new for every block."""
     sides, places = (len(frames), rows, columns), (frames, range(rows), range(columns))
@@ -80,6 +108,7 @@ def _rotation(axes: RotaryAxes, frames: tuple[float, ...], rows: int, columns: i
     return Rotation(spread(torch.cos), spread(torch.sin))
 
 
+_latest = _Latest(_rotation, most_bytes=96 * 2**20)
 _recorded: list[Tensor] = []
 
 

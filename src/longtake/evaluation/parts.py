@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from longtake.attention.block_sparse import block_sparse
+from longtake.attention.block_sparse import block_sparse, share_of_window
 from longtake.attention.dense import dense
 from longtake.attention.reference import kept_blocks
 from longtake.generation import stream as streams
@@ -241,9 +241,10 @@ def _counted(near: Attend) -> Attend:
     """Attention that counts as block-sparse attention does: over as many keys as are chosen, whichever they are."""
     if not isinstance(near, partial) or near.func is not block_sparse:
         return near
-    share, block_k = near.keywords["share"], near.keywords["block_k"]
+    given, block_k = near.keywords, near.keywords["block_k"]
 
     def over_chosen(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> Tensor:
+        share = share_of_window(given["share"], given.get("full_window", 0.0) * q_BTND.shape[1], k_BSND.shape[1])
         keys = kept_blocks(share, -(-k_BSND.shape[1] // block_k)) * block_k
         return dense(q_BTND, k_BSND[:, :keys], v_BSND[:, :keys])
 

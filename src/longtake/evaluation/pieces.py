@@ -12,7 +12,7 @@ from torch import Tensor
 
 from longtake.attention import reference
 from longtake.attention.backends import BACKENDS, distance, one_line, tolerance, verdict
-from longtake.attention.block_sparse import attend_blocks, best_blocks, block_scores, block_sparse
+from longtake.attention.block_sparse import attend_blocks, best_blocks, block_scores, block_sparse, share_of_window
 from longtake.evaluation.parts import META, Counting
 from longtake.evaluation.rates import seconds
 from longtake.generation.recipe import Recipe
@@ -96,14 +96,17 @@ def _dense_rows(
 
 def _sparse_rows(
     window: Window, config: WanConfig, device: torch.device, dtype: torch.dtype,
-    *, share: float, block_q: int, block_k: int,
+    *, share: float, block_q: int, block_k: int, full_window: float = 0.0,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     q, k, v = _drawn(window, config, device, dtype)
-    chosen = best_blocks(block_scores(q, k, block_q=block_q, block_k=block_k), share)
+    shown = share_of_window(share, full_window * q.shape[1], k.shape[1])
+    chosen = best_blocks(block_scores(q, k, block_q=block_q, block_k=block_k), shown)
     keys = min(chosen.shape[-1] * block_k, k.shape[1])
     forms: dict[str, Callable[[], Tensor]] = {
         "chosen blocks": partial(attend_blocks, q, k, v, chosen, block_q=block_q, block_k=block_k),
-        "choice and chosen blocks": partial(block_sparse, q, k, v, share=share, block_q=block_q, block_k=block_k),
+        "choice and chosen blocks": partial(
+            block_sparse, q, k, v, share=share, block_q=block_q, block_k=block_k, full_window=full_window
+        ),
     }
     for name, call in forms.items():
         row = {**window._asdict(), "form": "block-sparse", "share": share, "block": block_k, "backend": name}

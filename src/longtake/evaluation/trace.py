@@ -134,10 +134,10 @@ def _row(
 
 
 @torch.no_grad()
-def keys_attended(near: Attend, keys: int) -> int:
+def keys_attended(near: Attend, queries: int, keys: int) -> int:
     """To how many of so many keys a query attends: of values that are all apart, those that its answer is made of."""
     nothing, everything = torch.zeros(1, keys, 1, keys), torch.eye(keys)[None, :, None]
-    return int(near(nothing[:, :1], nothing, everything).count_nonzero())
+    return int(near(nothing[:, :queries], nothing, everything)[0, 0].count_nonzero())
 
 
 @dataclass

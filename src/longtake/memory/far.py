@@ -36,7 +36,11 @@ class Keep:
 
     def add(self, sums: Sums | None, new: Sums, frames: int) -> Sums:
         """The sums after tokens of which only the sums are left."""
-        return linear.added(sums, new)
+        return linear.added(self.kept(sums, new.mass_B, frames), new)
+
+    def kept(self, sums: Sums | None, mass: float | Tensor, frames: int) -> Sums | None:
+        """What weighs on of the old sums when tokens come: how many, in all rows or in each [B], of how many frames."""
+        return sums
 
     def read(self, sums: Sums, queries: Features) -> Tensor:
         return linear.read(sums, queries)
@@ -48,8 +52,8 @@ class Decay(Keep):
 
     half_life: float
 
-    def add(self, sums: Sums | None, new: Sums, frames: int) -> Sums:
-        return linear.added(_scaled(sums, 0.5 ** (frames / self.half_life)), new)
+    def kept(self, sums: Sums | None, mass: float | Tensor, frames: int) -> Sums | None:
+        return _scaled(sums, 0.5 ** (frames / self.half_life))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +63,11 @@ class MassCap(Keep):
 
     frames: float
 
-    def add(self, sums: Sums | None, new: Sums, frames: int) -> Sums:
-        room_B = new.mass_B * max(0.0, self.frames / frames - 1)
-        if sums is not None:
-            sums = sums.scaled((room_B / sums.mass_B.clamp(min=1)).clamp(max=1))
-        return linear.added(sums, new)
+    def kept(self, sums: Sums | None, mass: float | Tensor, frames: int) -> Sums | None:
+        if sums is None:
+            return None
+        room = mass * max(0.0, self.frames / frames - 1)
+        return sums.scaled((room / sums.mass_B.clamp(min=1)).clamp(max=1))
 
 
 @dataclass(frozen=True, kw_only=True)

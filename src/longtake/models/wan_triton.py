@@ -114,7 +114,7 @@ def _feed_forward(ffn: nn.Sequential, x_BFTE: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class FusedFar(FarShape):
-    """A far state of the published form, under a rule that adds, whose sums a kernel makes."""
+    """A far state of the published form, under a rule that adds, whose sums kernels make."""
 
     @classmethod
     def of(cls, shape: FarShape) -> FarShape:
@@ -127,7 +127,8 @@ class FusedFar(FarShape):
         """As `FarShape.absorb`; with gradients it is that."""
         if torch.is_grad_enabled() or not isinstance(self.rule, Keep):
             return super().absorb(sums, keys, rotation)
-        return self.rule.add(sums, fused.far_sums(keys.k_BTND, keys.v_BTND, rotation), len(keys.frames))
+        kept = self.rule.kept(sums, keys.k_BTND.shape[1], len(keys.frames))
+        return fused.absorb_far(kept, keys.k_BTND, keys.v_BTND, rotation)
 
 
 def add_far(far: FarView, near_BTND: Tensor, plain_q_BTND: Tensor) -> Tensor:

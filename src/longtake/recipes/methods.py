@@ -44,6 +44,7 @@ def hybrid_forcing(
     turns: str = "all",
     tokens: int = 4,
     block: int = 3,
+    of: str = "window",
 ) -> Recipe:
     """Hybrid Forcing (arXiv 2604.10103): a fifth of the window's key blocks, and a far state of what left it.
 
@@ -54,17 +55,19 @@ def hybrid_forcing(
     far state bear, "all" (published) or "space", row and column but not frame: then it is the same how long ago
     something was absorbed. tokens: of a block of queries or keys; 4 are a third of a row of the embedded model's latent
     frames, which have 84; published are 64 of 1,560 a frame. block: latent frames of one; there are weights for 3
-    alone. ValueError for what cannot be.
+    alone. of: what the share is of, the key blocks of a full "window", so that the first blocks of a take choose
+    as many among fewer, or those "present" (published). ValueError for what cannot be.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must be above 0 and at most 1, got {share}")
     if tokens < 1:
         raise ValueError(f"blocks have 1 token or more, got tokens={tokens}")
-    near = partial(block_sparse, share=share, block_q=tokens, block_k=tokens)
-    return replace(
-        self_forcing_sink(), name="hybrid_forcing", far=_far_state(far, frames, features, stiffness, turns), near=near,
-        block=_at_least_one(block),
-    )  # fmt: skip
+    if of not in ("present", "window"):
+        raise ValueError(f"of must be present or window, got {of}")
+    base = replace(self_forcing_sink(), name="hybrid_forcing", block=_at_least_one(block))
+    full_window = (base.sink + base.past + block) / block if of == "window" else 0.0
+    near = partial(block_sparse, share=share, block_q=tokens, block_k=tokens, full_window=full_window)
+    return replace(base, far=_far_state(far, frames, features, stiffness, turns), near=near)
 
 
 def _at_least_one(block: int) -> int:
