@@ -31,7 +31,7 @@ from rehyat_length import CURRENT, OVERLAP, PICTURES_A_SECOND, crossing, exporte
 from torch import Tensor
 
 from longtake.attention.backends import BACKENDS, choices, distance, one_line
-from longtake.attention.rope import Grid, Rotation
+from longtake.attention.rope import Grid, Rotation, rotate
 from longtake.memory.far import Keep
 from longtake.memory.view import Tokens, View
 from longtake.models.block_step import BlockStep
@@ -148,7 +148,8 @@ class Inputs:
         own = x = levels = None
         if part == "attention":
             size = (1, tokens, config.heads, config.dim // config.heads)
-            own = Tokens(*(torch.randn(size, device=PLACE, dtype=DTYPE) for _ in range(5)))
+            q, k, v = (torch.randn(size, device=PLACE, dtype=DTYPE) for _ in range(3))
+            own = Tokens(*(placed(x, grid, frames) for x in (q, k)), q, k, v)
         elif whole:
             x = torch.randn(1, frames, grid.rows * grid.columns, config.dim, device=PLACE, dtype=DTYPE)
             levels = torch.randn(1, frames, 6, config.dim, device=PLACE, dtype=DTYPE)
@@ -219,6 +220,14 @@ def layer_of(shape: str, converted: bool) -> tuple[WanTransformer, Grid]:
         fuse_layers(made)
         fuse_clips(made)
     return made, grid
+
+
+def placed(plain_BTND: Tensor, grid: Grid, frames: int) -> Tensor:
+    """The same tokens, rotated at their positions; frame by frame, as a long clip in float32 has no room."""
+    tokens = grid.rows * grid.columns
+    angles = (part.split(tokens) for part in grid.rotation(range(frames), PLACE))
+    turned = map(rotate, plain_BTND.split(tokens, dim=1), map(Rotation, *angles))
+    return torch.cat(list(turned), dim=1)
 
 
 def _timed(run: Callable[[], Tensor]) -> float:

@@ -1,6 +1,7 @@
 """What the benchmarks of converted layers tell, at tiny size."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -8,6 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 
 from tests.scripts import BENCHMARKS, benchmark
 
@@ -43,6 +47,18 @@ def test_every_length_of_every_part_is_timed(monkeypatch: pytest.MonkeyPatch, tm
     assert timed == {(part, kind, frames) for part, some in kinds.items() for kind in some for frames in (6, 12)}
     assert all(case["off"] < 1e-5 for case in found["cases"] if "off" in case)
     assert found["gains"].keys() == {f"tiny {part}" for part in kinds}
+
+
+@torch.no_grad()
+def test_kernels_and_plain_torch_are_given_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One takes keys that are rotated, the other rotates them itself: they must be the same keys."""
+    pytest.importorskip("triton", reason="triton is not installed (it comes with longtake[dev] on Linux)")
+    from longtake.models.wan_triton import FusedSpanView
+
+    speed = script("rehyat_speed", monkeypatch)
+    inputs = speed.Inputs.drawn("tiny", "attention", 9, whole=True)
+    plain, own = inputs._view("plain"), inputs.own
+    assert speed.distance(FusedSpanView(**vars(plain)).attend(0, own), plain.attend(0, own)) < 1e-2
 
 
 def test_gains_are_of_what_was_timed_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:

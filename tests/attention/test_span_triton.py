@@ -47,9 +47,9 @@ def rotations(size: int, frames: int, turns: bool) -> tuple[Rotation, Rotation]:
     return every, every if turns else grid.rotation([0], DEVICE)
 
 
-def drawn(frames: int, heads: int, size: int, dtype: torch.dtype, batch: int = 2) -> list[Tensor]:
+def drawn(frames: int, heads: int, size: int, dtype: torch.dtype, batch: int = 2, tokens: int = TOKENS) -> list[Tensor]:
     made = torch.Generator().manual_seed(1)
-    return list(torch.randn(5, batch, frames * TOKENS, heads, size, generator=made).to(DEVICE, dtype))
+    return list(torch.randn(5, batch, frames * tokens, heads, size, generator=made).to(DEVICE, dtype))
 
 
 def assert_near(got: Tensor, want: Tensor, off: float) -> None:
@@ -77,6 +77,22 @@ def test_a_clip_is_answered_as_in_plain_torch(
     assert_near(got, want, off)
 
 
+@TYPES
+def test_heads_and_frames_of_many_tiles(dtype: torch.dtype, off: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Heads of 128, frames of 1.5 tiles of tokens, two lots of chunks, the last one short."""
+    monkeypatch.setattr(span_triton, "_CHUNKS", 2)
+    frames, span, grid = 8, NearSpan(current=3, overlap=1), Grid(RotaryAxes(split=split_like_wan(128)), 8, 12)
+    tokens, maps = grid.rows * grid.columns, form(2, 128, 2)
+    turned, every = (grid.rotation([0] * n, DEVICE) for n in (1, frames))
+    q, k, v, plain_q, plain_k = drawn(frames, 2, 128, dtype, batch=1, tokens=tokens)
+    weights = maps.queries.weights, maps.keys.weights
+    got = span_triton.attended(q, k, v, plain_q, plain_k, turned, *weights, span=span, tokens=tokens)
+    features = maps.of_queries(plain_q.float(), every), maps.of_keys(plain_k.float(), every)
+    want = parallel(q.float(), k.float(), v.float(), *features, span=span, tokens=tokens)
+    for chunk in span.chunks(frames):  # what is near alone, as in the first, must not hide what is wrong in others
+        assert_near(got[:, chunk.own(tokens)], want[:, chunk.own(tokens)], off)
+
+
 def test_a_clip_of_no_whole_frames_is_refused() -> None:
     """As in plain torch; what no chunk holds would be answered with whatever lay in memory."""
     maps, tensors = form(1, 16, 2), [x[:, :-1] for x in drawn(3, 1, 16, torch.float32)]
@@ -90,7 +106,7 @@ def test_sums_are_those_of_each_frame(dtype: torch.dtype, off: float) -> None:
     maps, frames = form(2, 16, 2), 3
     _, _, v, _, plain_k = drawn(frames, 2, 16, dtype)
     every, turned = rotations(16, frames, False)
-    got = span_triton.frame_sums(plain_k, v, turned, maps.keys.weights, TOKENS)
+    got = span_triton.frame_sums(span_triton.features(plain_k, turned, maps.keys.weights), v, TOKENS)
     features = maps.of_keys(plain_k.float(), every).above
     for frame in range(frames):
         now = slice(frame * TOKENS, (frame + 1) * TOKENS)
@@ -104,7 +120,8 @@ def test_features_that_are_next_to_nothing_stay_above_it() -> None:
     maps = form(1, 16, 2)
     maps.leave_local([0])
     _, _, v, _, plain_k = drawn(1, 1, 16, torch.float32)
-    got = span_triton.frame_sums(plain_k, v, rotations(16, 1, False)[1], maps.keys.weights, TOKENS).k_BXNR
+    made = span_triton.features(plain_k, rotations(16, 1, False)[1], maps.keys.weights)
+    got = span_triton.frame_sums(made, v, TOKENS).k_BXNR
     want = maps.of_keys(plain_k, rotations(16, 1, False)[0]).below.sum(1)
     assert got.min() > 0
     torch.testing.assert_close(got[:, 0], want, rtol=1e-4, atol=0)
