@@ -845,15 +845,18 @@ def _decoded_together(
 def _for_codec(engine: Engine, latents_BFCHW: Tensor) -> Iterator[Tensor]:
     """Latents in the precision and on the device of the codec, which in here is the current one, as its kernels want.
 
-    Between two GPUs the host waits for neither, and the network's does not wait for what the codec's was told before.
+    Between two GPUs the host waits for neither, and the network's does not wait for what the codec's was told before:
+    so they go through the host, since a copy from GPU to GPU may begin only when both have done what they were told.
     """
     latents_BFCHW, line = latents_BFCHW.to(engine.dtype), engine._to_codec
     if line is None:
         latents_BFCHW = latents_BFCHW.to(engine.codec_device)
     else:
+        held, there = _page_locked(latents_BFCHW)
         decoding = torch.cuda.current_stream(line.device)
         with torch.cuda.stream(line):
-            latents_BFCHW = latents_BFCHW.to(line.device, non_blocking=True)
+            line.wait_event(there)
+            latents_BFCHW = held.to(line.device, non_blocking=True)
         decoding.wait_stream(line)
         latents_BFCHW.record_stream(decoding)
     with torch.cuda.device_of(latents_BFCHW):
@@ -879,16 +882,22 @@ def to_host(pictures: Tensor) -> Callable[[], np.ndarray]:
     """
     if not pictures.is_cuda:
         return pictures.numpy
-    held = torch.empty(pictures.shape, dtype=pictures.dtype, pin_memory=True)
-    held.copy_(pictures, non_blocking=True)
-    copied = torch.cuda.Event()
-    copied.record(torch.cuda.current_stream(pictures.device))
+    held, there = _page_locked(pictures)
 
     def wait() -> np.ndarray:
-        copied.synchronize()
+        there.synchronize()
         return held.numpy()
 
     return wait
+
+
+def _page_locked(x: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+    """A GPU's tensor on its way to page-locked memory of the host, and when it is there."""
+    held = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    held.copy_(x, non_blocking=True)
+    there = torch.cuda.Event()
+    there.record(torch.cuda.current_stream(x.device))
+    return held, there
 
 
 def chunk_of(frames_THWC: np.ndarray, timings: Timings, index: int, start_seconds: float) -> Chunk:
