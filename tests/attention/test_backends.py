@@ -176,6 +176,11 @@ def test_one_that_cannot_be_taken_is_refused(name: str, said: str, monkeypatch: 
         dense(*tensors())
 
 
+def test_what_is_only_counted_is_not_forced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(FORCED, "triton")  # runs on a GPU alone
+    assert dense(*(x.to("meta") for x in tensors())).is_meta
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpu_chooses_one_that_is_right() -> None:
     q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors(200, 900))

@@ -23,9 +23,10 @@ def dense(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor, mask_TS: Tensor | None
 def _may_choose(*tensors: Tensor) -> bool:
     """Whether another kernel than torch's own choice may answer.
 
-    Not in training, as not all kernels have a gradient, nor in code that is being compiled, which cannot try them.
+    Not in training, as not all kernels have a gradient, nor in code that is being compiled or only counted, on the meta
+    device, which cannot try them.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or any(x.is_meta for x in tensors):
         return False
     return not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
 

@@ -108,7 +108,7 @@ def _rotation(axes: RotaryAxes, frames: tuple[float, ...], rows: int, columns: i
     return Rotation(spread(torch.cos), spread(torch.sin))
 
 
-_latest = _Latest(_rotation, most_bytes=96 * 2**20)
+_latest = _Latest(_rotation, most_bytes=32 * 2**20)
 _recorded: list[Tensor] = []
 
 
