@@ -56,7 +56,6 @@ def table(engine: Engine, rows: int) -> list[str]:
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
         with profile(activities=activities, record_shapes=True) as seen:
             next(stream)
-            engine.wait()
     column = "self_device_time_total" if on_gpu else "self_cpu_time_total"
 
     def lines(events: Iterable[FunctionEventAvg], shapes: bool) -> list[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 from longtake import parallel
-from longtake.generation.script import Script, follow, record_of, slug
+from longtake.generation.script import Script, record_of, shown, slug
 from longtake.generation.stream import Engine
 from longtake.media.mp4 import Mp4Writer, part_of, read_record
 from longtake.models.rewrite import Rewriter
@@ -156,7 +156,7 @@ def _make(engine: Engine, video: Video) -> Path:
             overwrite=True, comment=json.dumps(_record(engine, video)),
         ) as writer,
     ):  # fmt: skip
-        for chunk in follow(stream, cues):
+        for chunk in shown(stream, cues, pictures):
             writer.write(chunk.frames[: pictures - writer.frames_written])
             if writer.frames_written == pictures:
                 break

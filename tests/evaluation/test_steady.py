@@ -91,6 +91,8 @@ def test_a_call_is_timed_after_it_is_warm() -> None:
 
 def test_files_are_called_by_what_ran() -> None:
     result = {"model": "toy", "recipe": "hybrid_forcing:share=0.1,far=none", "decoder": "WanVAE", "size": "48x32"}
-    result |= {"precision": "float32", "passes": "fused", "levels": [1000], "processes": 1}
+    result |= {"precision": "float32", "passes": "fused", "levels": [1000], "processes": 1, "codec_apart": None}
     assert file_name(result) == "toy-hybrid_forcing_share_0.1_far_none-WanVAE-48x32-float32-fused-1levels.json"
     assert file_name(result | {"processes": 2}).endswith("-fused-1levels-2processes.json")
+    apart = {"device": "a GPU", "peak_memory_mib": 1.0}
+    assert file_name(result | {"codec_apart": apart}).endswith("-fused-1levels-codec_apart.json")

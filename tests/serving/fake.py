@@ -5,7 +5,7 @@ from types import MappingProxyType, SimpleNamespace
 import numpy as np
 import torch
 
-from longtake.generation.stream import Chunk, Timings
+from longtake.generation.stream import Chunk, Timings, chunk_of
 
 RATE, HEIGHT, WIDTH, BLOCK = 16, 16, 16, 12
 
@@ -78,7 +78,8 @@ class FakeStream:
     def chunk(self, seconds: float) -> Chunk:
         count = BLOCK if self.blocks else BLOCK - 3
         frames = np.full((count, HEIGHT, WIDTH, 3), 40 * (len(self.prompt) % 6), np.uint8)
-        chunk = Chunk(frames, self.blocks, max(0, BLOCK * self.blocks - 3) / RATE, Timings(0.1, 0.05, 0.1, seconds))
+        timings = Timings(0.1, 0.05, 0.1, seconds)
+        chunk = chunk_of(frames, timings, self.blocks, max(0, BLOCK * self.blocks - 3) / RATE)
         self.engine.words[id(frames)] = self.prompt
         self.engine.kept.append(frames)
         self.blocks += 1

@@ -9,7 +9,7 @@ from tyro.conf import arg
 from tyro.extras import SubcommandApp
 
 from longtake.cli.engines import in_precision, load_engine, precision_named, together
-from longtake.cli.options import Codec, Compile, Device, Levels, Precision, StreamPrecision
+from longtake.cli.options import Codec, CodecDevice, Compile, Device, Levels, Precision, StreamPrecision
 from longtake.cli.terminal import CHECK_FAILED, print_result, say
 from longtake.files import make_folder, whole
 
@@ -39,6 +39,7 @@ def bench_stream(
     size: Size = None,
     prompt: str = "a red ball bounces over green hills",
     device: Device = None,
+    codec_device: CodecDevice = None,
     dtype: StreamPrecision = "auto",
     compile: Compile = False,
     out: Annotated[Path | None, arg(aliases=["-o"], metavar="DIR")] = None,
@@ -77,12 +78,12 @@ def bench_stream(
 
     def engine(name: str, place: "torch.device") -> "Engine":
         if not random_weights:
-            return load_engine(model, name, levels, place, dtype, codec, compile)
+            return load_engine(model, name, levels, place, dtype, codec, compile, codec_device)
         from longtake.recipes import load_random
 
         made = load_random(
             model, recipe=name, size=_height_width(size), decoder=decoder or "wan", device=place,
-            dtype=precision_named(dtype), levels=levels, compile=compile,
+            codec_device=codec_device, dtype=precision_named(dtype), levels=levels, compile=compile,
         )  # fmt: skip
         return in_precision(made, dtype)
 
@@ -99,7 +100,7 @@ def bench_stream(
         return speed.bench_stream(loaded, prompt, seconds, repeats) | {"redirect": speed.time_redirects(loaded, prompt)}
 
     results = []
-    with together(device) as (first, place):
+    with together(device, codec_device) as (first, place):
         for name in recipe:
             result = timed(name, place, say if first else lambda line: None)
             results.append(result)
@@ -258,7 +259,8 @@ def _speed_in_words(result: dict[str, Any]) -> str:
 def _steady_in_words(result: dict[str, Any]) -> str:
     block, first, most = result["block_ms"], result["first_chunk_seconds"], result["rates"]
     window, length = result["window"], result["over_time"]["video_seconds"]
-    changed = result["over_time"]["last_to_first"]
+    changed, apart = result["over_time"]["last_to_first"], result["codec_apart"]
+    codec = f", codec on {apart['device']}" if apart else ""
     rows = [("", "ms", "TFLOP", "GB", "of products", "of copies")]
     for name, row in [*result["parts"].items(), ("whole, unmarked", result["whole"])]:
         numbers = f"{row['ms']:.2f}", f"{row['tflop']:.3g}", f"{row['gigabytes']:.3g}"
@@ -269,9 +271,10 @@ def _steady_in_words(result: dict[str, Any]) -> str:
             f"a block of {result['pictures_a_block']} takes {block['p50']:.1f} / {block['p95']:.1f} / "
             f"{block['p99']:.1f} ms (p50 / p95 / p99 of {result['blocks']})",
             f"first chunk after {first['cold']:.2f} s cold, {first['warm']:.2f} s warm; "
-            f"at most {result['peak_memory_mib']:.0f} MiB",
+            f"at most {result['peak_memory_mib']:.0f} MiB"
+            + (f", and {apart['peak_memory_mib']:.0f} MiB for the codec" if apart else ""),
             f"{result['model']}, {result['size']}, {result['decoder']}, {result['precision']}, "
-            f"{result['processes']} x {result['device']}; "
+            f"{result['processes']} x {result['device']}{codec}; "
             f"{len(result['levels'])} levels, sink {window['sink']} + past {window['past']} + {window['current']} x "
             f"{window['in_flight']}, sparsity {result['sparsity'] or 'none'}",
             f"over {length:.0f} s of video: at its end blocks take {changed['block_ms']:.3f} times as long, "

@@ -12,13 +12,16 @@ if TYPE_CHECKING:
 
 def load_engine(
     model: str, recipe: str, levels: int | None, device: "str | torch.device | None", dtype: str,
-    codec: str | None = None, compile: bool = False,
+    codec: str | None = None, compile: bool = False, codec_device: str | None = None,
 ) -> "Engine":  # fmt: skip
     """The engine that options name. ValueError or OSError where there is no such."""
     from longtake.recipes import load
 
     precision = precision_named(dtype)
-    made = load(model, recipe=recipe, levels=levels, device=device, dtype=precision, codec=codec, compile=compile)
+    made = load(
+        model, recipe=recipe, levels=levels, device=device, dtype=precision, codec=codec, codec_device=codec_device,
+        compile=compile,
+    )  # fmt: skip
     return in_precision(made, dtype)
 
 
@@ -50,15 +53,16 @@ def precision_named(name: str) -> "torch.dtype | None":
 
 
 @contextmanager
-def together(device: str | None) -> "Iterator[tuple[bool, torch.device]]":
+def together(device: str | None, codec_device: str | None = None) -> "Iterator[tuple[bool, torch.device]]":
     """Whether this process is the first of those that torchrun started, and the device to use; one alone is."""
     from longtake import parallel
     from longtake.recipes.devices import device_named
 
     rank, processes, own = parallel.join()
     try:
-        if processes > 1 and device is not None:
-            raise ValueError("each of several processes takes a device of its own: leave --device out")
+        if processes > 1 and (device or codec_device) is not None:
+            name = "--device" if codec_device is None else "--codec-device"
+            raise ValueError(f"each of several processes takes a device of its own: leave {name} out")
         yield rank == 0, own if processes > 1 else device_named(device)
     finally:
         parallel.leave()

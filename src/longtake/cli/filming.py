@@ -40,7 +40,7 @@ def show(
     *, force: bool = False, json: bool = False,
 ) -> int:  # fmt: skip
     """Film a stream, keep it as a take if that is asked for, and print where the video is."""
-    from longtake.generation.script import follow
+    from longtake.generation.script import shown
     from longtake.media.mp4 import Mp4Writer
 
     engine, begun = stream.engine, stream.pictures if keep is not None else 0
@@ -51,7 +51,7 @@ def show(
         ) as writer,
         _between_blocks(keep is not None) as stopped,
     ):
-        complete = _film(follow(stream, cues), writer, pictures, whole=keep is not None, stopped=stopped)
+        complete = _film(shown(stream, cues, pictures, stopped), writer, pictures, whole=keep is not None)
     if writer.frames_written:
         print(dumps(made(path, writer.frames_written, engine, record)) if json else path)
     if keep is not None:
@@ -59,22 +59,18 @@ def show(
     return 0 if complete else INTERRUPTED
 
 
-def _film(
-    stream: Iterable["Chunk"], writer: "Mp4Writer", pictures: int, *, whole: bool, stopped: Callable[[], bool]
-) -> bool:
-    """Write the stream's first pictures; False when Ctrl-C came before the last of them.
+def _film(chunks: Iterable["Chunk"], writer: "Mp4Writer", pictures: int, *, whole: bool) -> bool:
+    """Write a stream's first pictures; False when Ctrl-C came before the last of them.
 
-    whole: write each block to its end, though it has more pictures than that. stopped: asked after each block.
+    whole: write each block to its end, though it has more pictures than that.
     """
     line = LiveLine(writer.frames_per_second)
     try:
-        for chunk in stream:
+        for chunk in chunks:
             writer.write(chunk.frames if whole else chunk.frames[: pictures - writer.frames_written])
             line.show(writer.frames_written)
             if writer.frames_written >= pictures:
                 return True
-            if stopped():
-                break
     except KeyboardInterrupt:
         pass
     finally:

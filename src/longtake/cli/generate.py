@@ -10,7 +10,18 @@ from tyro.conf import Positional, arg
 
 from longtake.cli.engines import load_engine, together
 from longtake.cli.filming import made, opening, show
-from longtake.cli.options import Codec, Compile, Device, Levels, Mp4, OneFile, Opening, Seconds, StreamPrecision
+from longtake.cli.options import (
+    Codec,
+    CodecDevice,
+    Compile,
+    Device,
+    Levels,
+    Mp4,
+    OneFile,
+    Opening,
+    Seconds,
+    StreamPrecision,
+)
 from longtake.cli.terminal import say
 from longtake.cli.videos import free_name, length_of, require_length, require_writable_take
 from longtake.files import require_free_video
@@ -39,6 +50,7 @@ def generate(
     force: bool = False,
     take: OneFile = None,
     device: Device = None,
+    codec_device: CodecDevice = None,
     dtype: StreamPrecision = "auto",
     compile: Compile = False,
     json: bool = False,
@@ -70,7 +82,7 @@ def generate(
     require_length(seconds)
 
     def load(place: "str | torch.device | None") -> "Engine":
-        return load_engine(model, recipe, levels, place, dtype, codec, compile)
+        return load_engine(model, recipe, levels, place, dtype, codec, compile, codec_device)
 
     if prompts is not None:
         if image is not None:
@@ -81,7 +93,7 @@ def generate(
             raise ValueError("--prompts needs a folder for the videos: -o DIR")
         if force:
             raise ValueError("--force goes with one PROMPT: of a file, the videos that are missing are made")
-        with together(device) as (_, place):
+        with together(device, codec_device) as (_, place):
             scripts = _scripts_in(prompts, rewrite, place)
             _make_many(scripts, seconds, seed, seeds, names, out, json, lambda: load(place))
         return 0

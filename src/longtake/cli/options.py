@@ -17,6 +17,10 @@ Compile = Annotated[bool, arg(help="On a GPU by fused kernels and recorded graph
 Levels = Annotated[
     int | None, arg(metavar="N", help="Denoising steps of a block; unless given, as many as the recipe has.")
 ]
+CodecDevice = Annotated[
+    str | None,
+    arg(metavar="NAME", help="Device of the codec alone, such as cuda:1: it decodes while the next block is made."),
+]
 Codec = Annotated[str | None, arg(metavar="NAME|PATH")]
 Seconds = Annotated[float | None, arg(metavar="FLOAT")]
 Mp4 = Annotated[Path | None, arg(aliases=["-o"], metavar="PATH")]

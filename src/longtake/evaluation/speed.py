@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from longtake import __version__, parallel
-from longtake.generation.stream import Engine, PromptInFlight
+from longtake.generation.stream import Engine, PromptInFlight, one_behind
 from longtake.generation.timing import Timing, measure
 
 MIB = 2**20
@@ -42,18 +42,21 @@ def bench_stream(engine: Engine, prompt: str, seconds: float, repeats: int) -> d
         raise ValueError(f"a benchmark needs at least one repeat, got {repeats}")
     if not math.isfinite(seconds):
         raise ValueError(f"a benchmark comes to an end, got {seconds:g} seconds")
-    forget_peak_memory(engine.device)
+    for device in {engine.device, engine.codec_device}:
+        forget_peak_memory(device)
     timings = [time_stream(engine, prompt, seconds) for _ in range(repeats)]
     best = max(timings, key=lambda timing: timing.frames_per_second)
     return {
         **asdict(best),
         "peak_memory_mib": peak_memory_mib(engine.device),
+        "codec_peak_memory_mib": peak_memory_mib(engine.codec_device),
         "model": engine.model_name,
         "codec": engine.codec_name,
         "recipe": engine.recipe.name,
         "levels": len(engine.recipe.steps),
         "precision": engine.circumstances["dtype"],
         "device": str(engine.device),
+        "codec_device": str(engine.codec_device),
         "processes": parallel.processes(),
         "threads": torch.get_num_threads(),
         "seconds": seconds,
@@ -70,7 +73,7 @@ def time_stream(engine: Engine, prompt: str, seconds: float) -> Timing:
     block_seconds, block_pictures = [], []
     before = perf_counter()
     with engine.stream(prompt, seed=0) as stream:
-        for chunk in stream:
+        for chunk in one_behind(engine, iter(stream)):
             now = perf_counter()
             block_seconds.append(now - before)
             block_pictures.append(len(chunk.frames))
@@ -93,12 +96,12 @@ def time_redirects(engine: Engine, prompt: str) -> dict[str, dict[str, float]]:
 def _time_redirect(engine: Engine, prompt: str, in_flight: PromptInFlight) -> dict[str, float]:
     with engine.stream(prompt, seed=0) as stream:
         chunks = iter(stream)
-        next(chunks)
+        next(chunks).wait()
         before = perf_counter()
         stream.redirect(prompt, in_flight=in_flight)
         blocks = stream.since - stream.blocks + 1
         for _ in range(blocks):
-            next(chunks)
+            next(chunks).wait()
         return {"blocks": blocks, "seconds": perf_counter() - before}
 
 

@@ -7,7 +7,7 @@ import math
 import platform
 import re
 import resource
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -25,7 +25,7 @@ from longtake.attention.backends import choices
 from longtake.evaluation.parts import Work, seconds_by_part, work_by_part
 from longtake.evaluation.rates import Rates, rates
 from longtake.evaluation.speed import MIB, cpu_name, forget_peak_memory, peak_memory_mib
-from longtake.generation.stream import Engine, Stream
+from longtake.generation.stream import Chunk, Engine, Stream, one_behind
 from longtake.generation.timing import Percentiles, measure
 
 SEED = 0
@@ -82,15 +82,17 @@ def bench_steady(
     pictures = engine.pictures_in(2) - engine.pictures_in(1)
     blocks = max(blocks, math.ceil(minutes * 60 * engine.frame_rate / pictures) - full)
 
-    forget_peak_memory(engine.device)
+    for device in {engine.device, engine.codec_device}:
+        forget_peak_memory(device)
     before = perf_counter()
     with engine.stream(prompt, seed=SEED) as stream:
-        next(stream)
+        next(stream).wait()
         cold = perf_counter() - before
-        for _ in islice(stream, full - 1):
+        chunks = one_behind(engine, stream)  # one more is begun than is timed, so that all are timed alike
+        for _ in islice(chunks, full - 1):
             pass
-        moments = _moments(stream, blocks, engine.recipe.name, say)
-        peak = peak_memory_mib(engine.device)
+        moments = _moments(islice(chunks, blocks), blocks, engine, say)
+        peak, codec_peak = peak_memory_mib(engine.device), peak_memory_mib(engine.codec_device)
         finite = _finite(stream)
         seconds = seconds_by_part(engine, stream, min(blocks, MARKED_BLOCKS))
     warm = _first_chunk(engine, prompt)
@@ -115,6 +117,9 @@ def bench_steady(
         "whole": _row(sum(one.seconds for one in moments) / blocks, _sum(list(work.values())), most),
         "rates": {"matrix_tflops": most.matrix / 1e12, "copy_tbs": most.copy / 1e12},
         "over_time": over_time(moments, engine.frame_rate),
+        "codec_apart": {"device": device_name(engine.codec_device), "peak_memory_mib": codec_peak}
+        if engine.codec_device != engine.device
+        else None,
         **circumstances(engine),
     }
 
@@ -180,23 +185,29 @@ def file_name(result: Mapping[str, Any]) -> str:
     told.append(f"{len(result['levels'])}levels")
     if result["processes"] > 1:
         told.append(f"{result['processes']}processes")
+    if result["codec_apart"]:
+        told.append("codec_apart")
     return re.sub(r"[^\w.-]+", "_", "-".join(told)) + ".json"
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """The device and the versions of what computes on it."""
-    on_gpu = device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "versions": {
             "longtake": __version__,
             **{name: _version(name) for name in ("torch", "triton")},
             "python": platform.python_version(),
             "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version() if on_gpu else None,
+            "cudnn": torch.backends.cudnn.version() if device.type == "cuda" else None,
         },
     }
+
+
+def device_name(device: torch.device) -> str:
+    """As its maker calls it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 def _version(package: str) -> str | None:
@@ -210,16 +221,16 @@ def _first_chunk(engine: Engine, prompt: str) -> float:
     """Seconds from opening a stream to its first pictures."""
     before = perf_counter()
     with engine.stream(prompt, seed=SEED) as stream:
-        next(stream)
+        next(stream).wait()
         return perf_counter() - before
 
 
-def _moments(stream: Stream, blocks: int, name: str, say: Callable[[str], None]) -> list[Moment]:
+def _moments(chunks: Iterable[Chunk], blocks: int, engine: Engine, say: Callable[[str], None]) -> list[Moment]:
     moments: list[Moment] = []
     told = before = perf_counter()
-    for chunk in islice(stream, blocks):
+    for chunk in chunks:
         now = perf_counter()
-        device, reserved = _device_mib(stream.engine.device)
+        device, reserved = _device_mib({engine.device, engine.codec_device})
         moments.append(
             Moment(
                 seconds=now - before, pictures=len(chunk.frames), device_mib=device, reserved_mib=reserved,
@@ -228,7 +239,7 @@ def _moments(stream: Stream, blocks: int, name: str, say: Callable[[str], None])
         )  # fmt: skip
         if now - told > 10:
             told = now
-            say(f"{name}: block {len(moments)} of {blocks}, {1000 * (now - before):.0f} ms")
+            say(f"{engine.recipe.name}: block {len(moments)} of {blocks}, {1000 * (now - before):.0f} ms")
         before = perf_counter()
     return moments
 
@@ -272,11 +283,11 @@ def _percentiles(seconds: Sequence[float]) -> dict[str, float]:
     return asdict(Percentiles(p50=p50, p95=p95, p99=p99))
 
 
-def _device_mib(device: torch.device) -> tuple[float, float]:
-    """MiB that tensors take on a GPU, and that torch's allocator holds for them."""
-    if device.type != "cuda":
-        return 0.0, 0.0
-    return torch.cuda.memory_allocated(device) / MIB, torch.cuda.memory_reserved(device) / MIB
+def _device_mib(devices: Iterable[torch.device]) -> tuple[float, float]:
+    """MiB that tensors take on GPUs, and that torch's allocator holds for them."""
+    gpus = [device for device in devices if device.type == "cuda"]
+    taken, reserved = (sum(map(of, gpus)) for of in (torch.cuda.memory_allocated, torch.cuda.memory_reserved))
+    return taken / MIB, reserved / MIB
 
 
 def _host_mib() -> float:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from longtake.generation.script import Cue, Script, record_of
-from longtake.generation.stream import Chunk, Engine, Stream, Told
+from longtake.generation.stream import Chunk, Engine, Stream, Told, chunk_of
 from longtake.generation.take import tell
 
 
@@ -102,7 +102,7 @@ class Remade(Stream):
         if self.pictures < end:
             self._spans.appendleft(Span(line, self.pictures, end))
         frames = chunk.frames[begin - before : end - before]
-        return Chunk(frames, chunk.index, begin / self.engine.frame_rate, chunk.timings)
+        return chunk_of(frames, chunk.timings, chunk.index, begin / self.engine.frame_rate)
 
     def _told_chunk(self) -> tuple[Chunk, int]:
         """The next chunk of the line, and how many pictures came before it."""

@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 import yaml
 
 from longtake.generation.blend import Interpolation, require_blend
-from longtake.generation.stream import Chunk, Engine, Stream
+from longtake.generation.stream import Chunk, Engine, Stream, one_behind
 
 Unit = Literal["seconds", "pictures", "latent frames", "blocks", "of the video"]
 """What a time counts; the last is a share, 0 to 1, of the video's length."""
@@ -144,6 +144,24 @@ def follow(stream: Stream, cues: Mapping[int, Cue]) -> Iterator[Chunk]:
         if block and cue:
             stream.redirect(cue.shown, over=cue.over, blend=cue.blend)
         yield next(chunks)
+
+
+def shown(
+    stream: Stream, cues: Mapping[int, Cue], pictures: int, stopped: Callable[[], bool] = lambda: False
+) -> Iterator[Chunk]:
+    """The chunks of `follow` up to that with the last of so many pictures. Of an engine that works ahead each comes
+    once the next has begun. stopped: asked after each block that is made, whether it is the last.
+    """
+
+    def begun() -> Iterator[Chunk]:
+        left = pictures
+        for chunk in follow(stream, cues):
+            yield chunk
+            left -= chunk.pictures
+            if left <= 0 or stopped():
+                return
+
+    return one_behind(stream.engine, begun())
 
 
 def whole_blocks(engine: Engine, pictures: int, given: int = 0) -> int:

@@ -58,6 +58,7 @@ class Timings(NamedTuple):
     """Seconds spent on one chunk: denoising, commit, codec, and all with everything between.
 
     Where a pass over several streams failed after it, a block is decoded alone: then the first two are next to nothing.
+    Of a chunk that is waited for later than it was begun, all until it was there.
     """
 
     denoise_seconds: float
@@ -68,12 +69,33 @@ class Timings(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """The pictures of one block: uint8 [T, H, W, 3], the reader's own, and where they stand in the stream."""
+    """The pictures of one block: uint8 [T, H, W, 3], the reader's own, and where they stand in the stream.
 
-    frames: np.ndarray = field(repr=False)
+    Of an engine that `works_ahead` a codec may still be at them: frames and timings are waited for at the first look.
+    read: gives both, once they are there. pictures: how many they are.
+    """
+
+    read: Callable[[], tuple[np.ndarray, Timings]] = field(repr=False)
+    pictures: int
     index: int
     start_seconds: float
-    timings: Timings
+
+    @cached_property
+    def _read(self) -> tuple[np.ndarray, Timings]:
+        return self.read()
+
+    @property
+    def frames(self) -> np.ndarray:
+        return self._read[0]
+
+    @property
+    def timings(self) -> Timings:
+        return self._read[1]
+
+    def wait(self) -> Self:
+        """The same, once its frames are there."""
+        self._read  # noqa: B018  # a look
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,10 +137,11 @@ def begins(history: Sequence[Told], in_flight: int) -> list[tuple[int, tuple[str
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """A text encoder, a network and a codec under one recipe, on one device: opens streams.
+    """A text encoder, a network and a codec under one recipe, on one device, or the codec on its own: opens streams.
 
     latent_size: [C, H, W] of a latent frame. shift: of the levels the network was trained with. encode: from pictures
-    [B, T, C, H, W] in -1..1 to latents, for streams that go on from given pictures; None if the codec only decodes.
+    [B, T, C, H, W] in -1..1 on the codec's device to latents, for streams that go on from given pictures; None if the
+    codec only decodes.
     codec_name: of a codec that was chosen in place of the model's own. fused: whether the network's passes go by fused
     kernels and recorded graphs.
     """
@@ -151,6 +174,21 @@ class Engine:
     def device(self) -> torch.device:
         return self.network.patch_embedding.weight.device
 
+    @property
+    def codec_device(self) -> torch.device:
+        return self.codec.latent_mean.device
+
+    @property
+    def works_ahead(self) -> bool:
+        """Whether the network makes the next block while the codec, on a GPU of its own, decodes the last."""
+        return self._to_codec is not None
+
+    @cached_property
+    def _to_codec(self) -> torch.cuda.Stream | None:
+        """By which latents travel to a GPU that is the codec's own: the network does not wait for the decoder there."""
+        place = self.codec_device
+        return torch.cuda.Stream(place) if place != self.device and place.type == "cuda" else None
+
     @cached_property
     def weights(self) -> str:
         """Tells this network's weights from others, in any precision."""
@@ -164,12 +202,11 @@ class Engine:
     @property
     def circumstances(self) -> dict[str, str]:
         """What bits hang on beside weights, recipe and seed: versions, kind of device, precision, kernels."""
-        on_gpu = self.device.type == "cuda"
-        kind = torch.cuda.get_device_name(self.device) if on_gpu else torch.backends.cpu.get_cpu_capability()
+        kinds = dict.fromkeys(map(_kind_of, (self.device, self.codec_device)))
         return {
             "longtake": __version__,
             "torch": torch.__version__,
-            "device": f"{self.device.type} {kind}",
+            "device": ", codec on ".join(kinds),
             "dtype": "fp8" if is_eight_bit(self.network) else str(self.dtype).removeprefix("torch."),
             "passes": "fused" if self.fused else "eager",
         }
@@ -178,11 +215,6 @@ class Engine:
     def blocks_until_full(self) -> int:
         """How many blocks a stream makes until all that it remembers is full, and nothing grows any more."""
         return self.recipe.memory(self.network).blocks_until_full(self.recipe.block)
-
-    def wait(self) -> None:
-        """Until the device has done all that it was told to do."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def to(self, dtype: torch.dtype) -> None:
         """Compute in another precision from now on; streams already open do not go on."""
@@ -226,7 +258,7 @@ class Engine:
             raise ValueError(f"a stream goes on from whole blocks, which are {fitting} pictures, got {shape[1]}")
         if self.encode is None:
             raise ValueError(f"model {self.model_name} cannot go on from pictures: its codec only decodes")
-        return self.encode(from_uint8(pictures_BTHWC.to(self.device)))
+        return self.encode(from_uint8(pictures_BTHWC.to(self.codec_device))).to(self.device)
 
     def stream(self, prompt: str, *, seed: int = 42, pictures: np.ndarray | None = None) -> "Stream":
         """Open an endless stream. The same seed gives the same pictures on one device, version and precision.
@@ -259,6 +291,11 @@ class Engine:
         return _next_together(self, streams)
 
 
+def _kind_of(device: torch.device) -> str:
+    on_gpu = device.type == "cuda"
+    return f"{device.type} {torch.cuda.get_device_name(device) if on_gpu else torch.backends.cpu.get_cpu_capability()}"
+
+
 def _require_words(prompts: Sequence[str]) -> None:
     if not all(prompt.strip() for prompt in prompts):
         raise ValueError("the prompt is empty: say what to show")
@@ -281,35 +318,63 @@ class _Closing(ABC):
         self.close()
 
 
+Moment = float | torch.cuda.Event
+"""On a device's own line: an event of a GPU; of others, which have done by then what came before, seconds."""
+
+
+def _now(device: torch.device) -> Moment:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _seconds(begun: Moment, ended: Moment) -> float:
+    """Between two moments of one device, the later of which is waited for."""
+    if isinstance(begun, torch.cuda.Event) and isinstance(ended, torch.cuda.Event):
+        ended.synchronize()
+        return begun.elapsed_time(ended) / 1000
+    assert isinstance(begun, float) and isinstance(ended, float)
+    return ended - begun
+
+
 class _Stopwatch:
-    """Times the parts of chunks, each once the device has done what came before. A commit is told of as it begins."""
+    """Times the parts of chunks, each on its device's line: nobody waits. A commit is told of as it begins."""
 
     def __init__(self, engine: Engine) -> None:
-        self._wait = engine.wait
+        self._network, self._codec = engine.device, engine.codec_device
         self.start()
 
     def start(self) -> None:
-        self._began = time.perf_counter()
-        self._commit_began: float | None = None
+        self._began = _now(self._network)
+        self._commit_began: Moment | None = None
 
     def begin_commit(self) -> None:
-        self._wait()
-        self._commit_began = time.perf_counter()
+        self._commit_began = _now(self._network)
 
     def made(self) -> None:
         """Denoised and committed."""
-        self._wait()
-        self._made = time.perf_counter()
+        self._made = _now(self._network)
 
-    def decoded(self) -> Timings:
-        self._wait()
-        decoded = time.perf_counter()
-        committing = self._made if self._commit_began is None else self._commit_began
-        return Timings(committing - self._began, self._made - committing, decoded - self._made, decoded - self._began)
+    def begin_decoding(self) -> None:
+        """The latents are on the codec's device."""
+        self._arrived = _now(self._codec)
+
+    def decoded(self) -> Callable[[], Timings]:
+        """What it took, once that is known, for which it waits; all of it is the sum of the parts."""
+        began, made, arrived, decoded = self._began, self._made, self._arrived, _now(self._codec)
+        committing = made if self._commit_began is None else self._commit_began
+
+        def timings() -> Timings:
+            parts = _seconds(began, committing), _seconds(committing, made), _seconds(arrived, decoded)
+            return Timings(*parts, sum(parts))
+
+        return timings
 
 
 class StreamBatch(_Closing):
-    """Endless videos made in step: an iterator of uint8 pictures [B, T, H, W, 3] on the engine's device.
+    """Endless videos made in step: an iterator of uint8 pictures [B, T, H, W, 3] on the codec's device.
 
     It never ends by itself; close it or leave its `with`. blocks, pictures: how many each video has so far, given ones
     included. timings: of the last block. history: what they were told, from the beginning. in_company: whether any
@@ -327,7 +392,7 @@ class StreamBatch(_Closing):
         self.seeds = list(map(operator.index, seeds))  # numpy's are no numbers to noise, nor to JSON
         self.blocks = self.pictures = 0
         self.in_company = False
-        self.timings: Timings | None = None
+        self._timings: Callable[[], Timings] | None = None
         self.prompts = list(prompts)
         self._go_over_to(engine.prompt_keys(*prompts))
         self._codec_state: CodecState | None = None
@@ -391,16 +456,17 @@ class StreamBatch(_Closing):
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a `state()`, on this device, whatever was made since; closed streams are open again."""
+        """Go on from a `state()` on the network's device, whatever was made since; closed streams are open again."""
         self.seeds, self.blocks, self.pictures = list(state["seeds"]), state["blocks"], state["pictures"]
         self.in_company = state.get("in_company", False)  # takes of earlier versions were all made alone
-        self.timings = None
+        self._timings = None
         self.history = list(map(Told.of, state["history"]))
         self.prompts = list(self.history[-1].prompts)
         prompts = [PromptKeys([(k, v) for k, v in layers]) for layers in state["prompt_keys"]]
         blends = state.get("blends", [])  # takes of the first form have none
         self._go_over_to(prompts[0], [Blend(**blend) for blend in blends])
-        self._codec_state = None if state["codec"] is None else CodecState(tuple(state["codec"]))
+        carried, place = state["codec"], self.engine.codec_device
+        self._codec_state = None if carried is None else CodecState(tuple(one.to(place) for one in carried))
         in_flight = [
             InFlight(one["block"], one["step"], one["noisy"], prompts[one["prompt"]]) for one in state["in_flight"]
         ]
@@ -539,7 +605,7 @@ class StreamBatch(_Closing):
             latents_BFCHW = next(latents)
             self._draw_ahead()
         self._stopwatch.made()
-        pictures_BTHWC = self._decode(latents_BFCHW)
+        pictures_BTHWC = self._decode(latents_BFCHW, self._stopwatch.begin_decoding)
         self._count(pictures_BTHWC.shape[1], self._stopwatch.decoded())
         return pictures_BTHWC
 
@@ -548,8 +614,8 @@ class StreamBatch(_Closing):
         assert self._memory is not None
         self._noise.draw(begins_next(self._in_flight, self._memory), 0)
 
-    def _count(self, pictures: int, timings: Timings) -> None:
-        self.timings = timings
+    def _count(self, pictures: int, timings: Callable[[], Timings]) -> None:
+        self._timings = timings
         self.blocks += 1
         self.pictures += pictures
         while len(self._blends) > 1 and self._blends[1].begin < self.blocks:
@@ -569,6 +635,10 @@ class StreamBatch(_Closing):
         return Making(self._open_memory(), self._keys_at, self._in_flight, self._noise)
 
     @property
+    def timings(self) -> Timings | None:
+        return None if self._timings is None else self._timings()
+
+    @property
     def phase(self) -> Hashable:
         """What streams of one engine have in common that can be made together. RuntimeError for closed ones."""
         return self._making().phase(self.engine.recipe.block), self._codec_state is None
@@ -584,11 +654,13 @@ class StreamBatch(_Closing):
         self._in_flight.clear()
 
     @torch.no_grad()
-    def _decode(self, latents_BFCHW: Tensor) -> Tensor:
+    def _decode(self, latents_BFCHW: Tensor, begins: Callable[[], None] = lambda: None) -> Tensor:
         given = self._codec_state and self._codec_state.given_up()
         self._codec_state = None  # it is large: what was before makes room for what comes
-        frames, self._codec_state = self.engine.codec.decode(latents_BFCHW.to(self.engine.dtype), given)
-        return to_uint8(frames)
+        with _for_codec(self.engine, latents_BFCHW) as latents_BFCHW:
+            begins()
+            frames, self._codec_state = self.engine.codec.decode(latents_BFCHW, given)
+            return to_uint8(frames)
 
 
 class Stream(_Closing):
@@ -700,10 +772,16 @@ class Stream(_Closing):
     def __next__(self) -> Chunk:
         started = time.perf_counter()
         index, start_seconds = self._batch.blocks, self._batch.pictures / self.engine.frame_rate
-        frames_THWC = on_host(next(self._batch)[0])
-        assert self._batch.timings is not None
-        timings = self._batch.timings._replace(total_seconds=time.perf_counter() - started)
-        return Chunk(frames_THWC, index, start_seconds, timings)
+        pictures_THWC = next(self._batch)[0]
+        frames, timings = to_host(pictures_THWC), self._batch._timings
+        assert timings is not None
+
+        def read() -> tuple[np.ndarray, Timings]:
+            frames_THWC = frames()
+            return frames_THWC, timings()._replace(total_seconds=time.perf_counter() - started)
+
+        chunk = Chunk(read, len(pictures_THWC), index, start_seconds)
+        return chunk if self.engine.works_ahead else chunk.wait()
 
     def close(self) -> None:
         """Let go of memory and codec state; a closed stream makes no more chunks."""
@@ -717,11 +795,11 @@ def _next_together(engine: Engine, streams: Sequence[Stream]) -> list[Chunk]:
     stopwatch = _Stopwatch(engine)
     latents_BFCHW = _latents_together(engine, batches, stopwatch.begin_commit)
     stopwatch.made()
-    pictures, codec_states = _decoded_together(engine, batches, latents_BFCHW)
+    pictures, codec_states = _decoded_together(engine, batches, latents_BFCHW, stopwatch.begin_decoding)
     timings = stopwatch.decoded()
     chunks = []
     for batch, frames_THWC, codec_state in zip(batches, pictures, codec_states, strict=True):
-        chunks.append(Chunk(frames_THWC, batch.blocks, batch.pictures / engine.frame_rate, timings))
+        chunks.append(chunk_of(frames_THWC, timings(), batch.blocks, batch.pictures / engine.frame_rate))
         batch._codec_state, batch._finished_BFCHW = codec_state, None
         batch._count(len(frames_THWC), timings)
     return chunks
@@ -751,14 +829,38 @@ def _latents_together(engine: Engine, batches: Sequence[StreamBatch], commits: C
 
 @torch.no_grad()
 def _decoded_together(
-    engine: Engine, batches: Sequence[StreamBatch], latents_BFCHW: Tensor
+    engine: Engine, batches: Sequence[StreamBatch], latents_BFCHW: Tensor, begins: Callable[[], None]
 ) -> tuple[list[np.ndarray], Sequence[CodecState]]:
     """Pictures, uint8 [T, H, W, 3], and the codec state of each: nothing is changed, lest it fails half way."""
     states = [batch._codec_state for batch in batches]
     joined = CodecState.joined([state for state in states if state is not None])
-    frames, after = engine.codec.decode(latents_BFCHW.to(engine.dtype), joined)
-    # A row would keep the others in memory.
-    return [on_host(frames_THWC.clone()) for frames_THWC in to_uint8(frames)], after.rows()
+    with _for_codec(engine, latents_BFCHW) as latents_BFCHW:
+        begins()
+        frames, after = engine.codec.decode(latents_BFCHW, joined)
+        # A row would keep the others in memory.
+        return [on_host(frames_THWC.clone()) for frames_THWC in to_uint8(frames)], after.rows()
+
+
+@contextmanager
+def _for_codec(engine: Engine, latents_BFCHW: Tensor) -> Iterator[Tensor]:
+    """Latents in the precision and on the device of the codec, which in here is the current one, as its kernels want.
+
+    Between two GPUs the host waits for neither, and the network's does not wait for what the codec's was told before:
+    so they go through the host, since a copy from GPU to GPU may begin only when both have done what they were told.
+    """
+    latents_BFCHW, line = latents_BFCHW.to(engine.dtype), engine._to_codec
+    if line is None:
+        latents_BFCHW = latents_BFCHW.to(engine.codec_device)
+    else:
+        held, there = _page_locked(latents_BFCHW)
+        decoding = torch.cuda.current_stream(line.device)
+        with torch.cuda.stream(line):
+            line.wait_event(there)
+            latents_BFCHW = held.to(line.device, non_blocking=True)
+        decoding.wait_stream(line)
+        latents_BFCHW.record_stream(decoding)
+    with torch.cuda.device_of(latents_BFCHW):
+        yield latents_BFCHW
 
 
 def to_uint8(frames_BFCHW: Tensor) -> Tensor:
@@ -768,15 +870,59 @@ def to_uint8(frames_BFCHW: Tensor) -> Tensor:
 
 
 def on_host(pictures: Tensor) -> np.ndarray:
-    """Pictures as an array of the host: of a GPU in page-locked memory, which is the array's own until it is let go of,
-    and then serves later ones. Fresh memory of any other kind takes many times as long.
+    """Pictures as an array of the host, as `to_host`."""
+    return to_host(pictures)()
+
+
+def to_host(pictures: Tensor) -> Callable[[], np.ndarray]:
+    """Send pictures to the host; what is returned waits for them, and for nothing that the device is told later.
+
+    Of a GPU they come in page-locked memory, which is the array's own until it is let go of, and then serves later
+    ones. Fresh memory of any other kind takes many times as long.
     """
     if not pictures.is_cuda:
-        return pictures.numpy()
-    held = torch.empty(pictures.shape, dtype=pictures.dtype, pin_memory=True)
-    held.copy_(pictures, non_blocking=True)
-    torch.cuda.current_stream(pictures.device).synchronize()
-    return held.numpy()
+        return pictures.numpy
+    held, there = _page_locked(pictures)
+
+    def wait() -> np.ndarray:
+        there.synchronize()
+        return held.numpy()
+
+    return wait
+
+
+def _page_locked(x: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+    """A GPU's tensor on its way to page-locked memory of the host, and when it is there."""
+    held = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
+    held.copy_(x, non_blocking=True)
+    there = torch.cuda.Event()
+    there.record(torch.cuda.current_stream(x.device))
+    return held, there
+
+
+def chunk_of(frames_THWC: np.ndarray, timings: Timings, index: int, start_seconds: float) -> Chunk:
+    """A chunk whose pictures are there."""
+    return Chunk(lambda: (frames_THWC, timings), len(frames_THWC), index, start_seconds)
+
+
+def one_behind(engine: Engine, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+    """The same chunks of a stream; of an engine that works ahead each once its frames are there and the next has begun,
+    or was to begin and failed: while the codec decodes a block, the network makes the next.
+    """
+    if not engine.works_ahead:
+        yield from chunks
+        return
+    last = next(chunks, None)
+    while last is not None:
+        following, failed = None, None
+        try:
+            following = next(chunks, None)
+        except BaseException as error:  # Ctrl-C too: the chunk before it is whole
+            failed = error
+        yield last.wait()
+        if failed is not None:
+            raise failed
+        last = following
 
 
 def from_uint8(pictures_BFHWC: Tensor) -> Tensor:

@@ -63,6 +63,7 @@ def load_wan(
     dtype: torch.dtype | None = None,
     levels: int | None = None,
     codec: str | Path | None = None,
+    codec_device: str | torch.device | None = None,
     compile: bool = False,
 ) -> Engine:
     """Put a network of Wan's shape together with Wan's text encoder and VAE, under a recipe.
@@ -74,7 +75,7 @@ def load_wan(
     the registry's, and for a path 5, that of Self Forcing and most students. dtype: by default bfloat16 on a GPU and
     float32 on a CPU. levels: as for `load`. codec: what makes pictures in place of the base's VAE, as
     `models.checkpoints.load_codec` takes it: a light decoder, for previews. Given pictures are encoded by Wan's VAE all
-    the same, which is then loaded when first needed. compile: as for `load`.
+    the same, which is then loaded when first needed. codec_device, compile: as for `load`.
     ValueError, with what to do, for what is missing, does not fit or cannot be streamed.
     """
     if shift is not None and not shift > 0:
@@ -85,7 +86,7 @@ def load_wan(
     dtype = dtype or usual_dtype(place)
     folder = _wan_base(model, base)
     files = UMT5Files.in_folder(folder)
-    decoder = checkpoints.load_codec(codec or folder, device=place, dtype=dtype)
+    decoder = checkpoints.load_codec(codec or folder, device=device_named(codec_device or place), dtype=dtype)
     network = load_wan_network(model, recipe=recipe, device=place, dtype=dtype)
     chosen.memory(network)  # refuses what the network cannot read
     sides = latent_sides(size or (known.height, known.width), decoder.spatial_factor, network.config.patch)
@@ -146,7 +147,7 @@ def _wan_encoding(network: WanTransformer, decoder: Codec, folder: Path) -> Call
 
     @cache
     def vae() -> Codec:
-        place = network.patch_embedding.weight.device
+        place = decoder.latent_mean.device
         return decoder if isinstance(decoder, WanVAE) else checkpoints.load_wan_vae(folder, device=place)
 
     def encode(frames_BFCHW: Tensor) -> Tensor:
@@ -170,6 +171,7 @@ def load_random(
     recipe: str,
     size: tuple[int, int] | None = None,
     decoder: str = "wan",
+    codec_device: str | torch.device | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     levels: int | None = None,
@@ -180,13 +182,14 @@ def load_random(
     model: a name of `longtake models` that is a network; nothing needs to be pulled. The network can read whatever the
     recipe remembers. size: height and width of pictures, by default those of the registry. decoder: of `DECODERS`:
     Wan's VAE, the light one in TAEHV's layout, or none, whose pictures have no pixels. Random numbers stand in for
-    text. device, dtype, levels, compile: as for `load_wan`. ValueError for unknown names, and for what cannot be.
+    text. codec_device, device, dtype, levels, compile: as for `load_wan`. ValueError for unknown names, and for
+    what cannot be.
     """
     chosen = recipe_named(recipe, levels)
     config, height, width = published_sizes(model, size)
     place = device_named(device)
     dtype = dtype or usual_dtype(place)
-    codec = drawn(decoder_named(decoder), place, dtype)
+    codec = drawn(decoder_named(decoder), device_named(codec_device or place), dtype)
     network = drawn(lambda: WanTransformer(reading(config, chosen)), place, dtype)
     chosen.memory(network)  # refuses what the network cannot read
     engine = Engine(
