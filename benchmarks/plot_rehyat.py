@@ -3,7 +3,7 @@
     python benchmarks/rehyat_speed.py --out rehyat_speed.json
     python benchmarks/plot_rehyat.py rehyat_speed.json -o rehyat_speed.png
 
-Needs matplotlib.
+--later takes a run of other kernels: its points are drawn large, without lines, and cross nothing. Needs matplotlib.
 """
 
 import argparse
@@ -15,6 +15,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+Lines = Mapping[str, Sequence[Sequence[float]]]  # seconds of video and a number of each point, by kind
+
 MARKS = {"dense": "o-", "converted": "s-", "plain": "x:", "step": "^--"}
 
 
@@ -22,10 +24,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=Path, help="files of rehyat_speed.py")
     parser.add_argument("-o", "--out", type=Path, required=True, help="the png to draw")
+    parser.add_argument("--later", nargs="+", type=Path, default=[], help="files of a later run, drawn as mere points")
     parser.add_argument("--part", default="layer", choices=["attention", "self_attention", "layer"])
     options = parser.parse_args()
-    results = [json.loads(path.read_text()) for path in options.results]
-    draw([case for result in results for case in result["cases"]], options.part, results[0]["about"], options.out)
+    cases, later = cases_of(options.results), cases_of(options.later)
+    about = json.loads(options.results[0].read_text())["about"]
+    draw(cases, later, options.part, about, options.out)
+
+
+def cases_of(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    return [case for path in paths for case in json.loads(path.read_text())["cases"]]
 
 
 def lines_of(cases: Sequence[Mapping[str, Any]], shape: str, part: str, number: str) -> dict[str, list[list[float]]]:
@@ -37,7 +45,7 @@ def lines_of(cases: Sequence[Mapping[str, Any]], shape: str, part: str, number: 
     return {kind: sorted(points) for kind, points in lines.items()}
 
 
-def crossing(lines: Mapping[str, Sequence[Sequence[float]]]) -> float | None:
+def crossing(lines: Lines) -> float | None:
     """The seconds of video from which on a converted layer is the faster one, by straight lines between those that were
     measured; the first of them, if it is faster there already."""
     dense, ours = (dict(lines.get(kind, ())) for kind in ("dense", "converted"))
@@ -52,13 +60,16 @@ def crossing(lines: Mapping[str, Sequence[Sequence[float]]]) -> float | None:
     return before + (after - before) * low / (low - high)
 
 
-def draw(cases: Sequence[Mapping[str, Any]], part: str, about: Mapping[str, Any], path: Path) -> None:
+def draw(
+    cases: Sequence[Mapping[str, Any]], later: Sequence[Mapping[str, Any]], part: str, about: Mapping[str, Any],
+    path: Path,
+) -> None:  # fmt: skip
     shapes = list(dict.fromkeys(case["shape"] for case in cases))
     figure = Figure(figsize=(11, 3.6 * len(shapes)), layout="constrained")
     for row, shape in zip(figure.subplots(len(shapes), 2, squeeze=False), shapes, strict=True):
         for axes, number, unit in zip(row, ("ms", "peak_mb"), ("ms", "peak MB beyond the input"), strict=True):
             lines = lines_of(cases, shape, part, number)
-            _panel(axes, lines, unit)
+            _panel(axes, lines, lines_of(later, shape, part, number), unit)
             axes.set_title(f"{shape}, {part.replace('_', ' ')}", fontsize=10)
             if number == "ms" and (meet := crossing(lines)):
                 axes.axvline(meet, color="grey", linewidth=0.8)
@@ -67,9 +78,12 @@ def draw(cases: Sequence[Mapping[str, Any]], part: str, about: Mapping[str, Any]
     figure.savefig(path, dpi=120)
 
 
-def _panel(axes: Axes, lines: Mapping[str, Sequence[Sequence[float]]], unit: str) -> None:
+def _panel(axes: Axes, lines: Lines, later: Lines, unit: str) -> None:
     for kind, points in lines.items():
-        axes.plot(*zip(*points, strict=True), MARKS[kind], label=kind, markersize=4)
+        drawn = axes.plot(*zip(*points, strict=True), MARKS[kind], label=kind, markersize=4)
+        if kind in later:
+            look = {"color": drawn[0].get_color(), "fillstyle": "none", "markersize": 9}
+            axes.plot(*zip(*later[kind], strict=True), MARKS[kind][0], label=f"{kind}, later", **look)
     if lines:
         axes.set(xscale="log", yscale="log")
         axes.legend(fontsize=8)

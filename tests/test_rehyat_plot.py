@@ -44,6 +44,13 @@ def test_what_was_refused_is_not_drawn(plot: ModuleType) -> None:
 def test_a_plot_is_drawn(plot: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     about = {"device": "a GPU", "type": "torch.bfloat16", "current": 3, "overlap": 1}
     (tmp_path / "one.json").write_text(json.dumps({"about": about, "cases": cases()}))
-    monkeypatch.setattr(sys, "argv", ["plot_rehyat.py", str(tmp_path / "one.json"), "-o", str(tmp_path / "it.png")])
+    command = ["plot_rehyat.py", str(tmp_path / "one.json"), "-o", str(tmp_path / "it.png")]
+    monkeypatch.setattr(sys, "argv", command)
     plot.main()
-    assert (tmp_path / "it.png").read_bytes().startswith(b"\x89PNG")
+    alone = (tmp_path / "it.png").read_bytes()
+    assert alone.startswith(b"\x89PNG")
+    later = [{**case, "ms": case["ms"] / 2} for case in cases()[3:]]
+    (tmp_path / "two.json").write_text(json.dumps({"about": about, "cases": later}))
+    monkeypatch.setattr(sys, "argv", [*command, "--later", str(tmp_path / "two.json")])
+    plot.main()
+    assert (tmp_path / "it.png").read_bytes() != alone
