@@ -18,8 +18,9 @@ from longtake.memory.stream_memory import StreamMemory
 from longtake.models.light_codec import LightCodec
 from longtake.models.wan import WanTransformer
 from longtake.plan import GIB, META, Alive, in_words, plan, streamed, umt5_parameters, vram, ways_to_fit
-from longtake.recipes import hybrid_forcing, longlive, memflow, rehyat, rolling_forcing, self_forcing_sink
+from longtake.recipes import causvid, hybrid_forcing, longlive, memflow, rehyat, rolling_forcing, self_forcing_sink
 from tests import tiny
+from tests.scripts import BENCHMARKS, benchmark
 
 SIZE = (48, 32)
 TEXT_ROWS = 5
@@ -88,6 +89,52 @@ def test_fixed_views_and_records_are_counted_as_they_are_kept(name: str) -> None
     assert {name: kept[name] for name in kept if name not in ("fixed views", "recorded passes")} == {
         name: plain[name] for name in plain if name not in ("fixed views", "recorded passes")
     }
+
+
+def test_the_memory_of_records_is_that_of_the_call_that_takes_most() -> None:
+    alive = Alive(META, [])
+    records = planning.Records(alive)
+    view = planning.FixedView.__new__(planning.FixedView)
+
+    def doubled(view: object, x: torch.Tensor) -> torch.Tensor:
+        return ((x + 1) + 1)[:1] + 1  # two of its size at once
+
+    with alive:
+        small, large = (torch.zeros(n, device=META) for n in (100, 1000))
+        for x in (small, large, small):
+            records.around("doubled", doubled)(view, x)
+    assert records.nbytes == 4 * (100 + 1 + 1000 + 1) + 4 * (2 * 1000 - 1)
+    assert alive.now == 4 * (100 + 1000) + records.nbytes
+
+
+def test_a_second_clip_passes_beside_what_the_first_recorded() -> None:
+    """Causvid's next clip fills its memory anew, by plain passes up to a block less than all of it."""
+
+    def clips(past: int, compile: bool) -> planning.Working:
+        recipe = causvid(past)
+        with planning.Fused():
+            return streamed(
+                *on_meta(tiny.engine(recipe)), TEXT_ROWS, replace(recipe, near=dense), SIZE, compile=compile
+            )
+
+    plain, whole = clips(9, compile=False), clips(12, compile=True)
+    recorded = whole.kept["fixed views"] + whole.kept["recorded passes"]
+    assert whole.peaks["network pass"] >= plain.peaks["network pass"] + recorded
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "2026-11-22-every-row/hybrid_none.json",
+        "2026-11-22-own-kernels/minute/infinity_rope.json",
+    ],
+)
+def test_peaks_are_near_those_recorded_on_a_gpu(file: str) -> None:
+    """Those that a prediction without the view after recorded passes is furthest from; all are in docs/checkpoints.md,
+    by benchmarks/planned.py."""
+    planned = benchmark("planned")
+    how, peak = planned.recorded(BENCHMARKS / "results" / file)
+    assert planned.predicted(how) == pytest.approx(peak, rel=planned.WITHIN / 2)
 
 
 def test_a_light_decoder_takes_less() -> None:

@@ -7,8 +7,8 @@ to, in the order in which our code makes them and lets them go. The largest of t
 Attention counts as its fused kernels have it: the answer and a log-sum-exp, no scores; a block-sparse window counts as
 a dense one. On top come, uncounted: the device's context, scratch memory of convolutions and matrix products, what the
 allocator loses between blocks of memory, rotations kept for positions that come later, and the numbers that the text
-encoder works with. Nothing here was measured on a GPU. On a CPU, tiny streams that really run have the same peaks,
-within 2 %; Self Forcing's own code at 1.3B was measured at 7.5 GiB where this says 6.2 of ours (docs/checkpoints.md).
+encoder works with. On an H200 peaks were .94 to 1.04 of those predicted (docs/checkpoints.md). On a CPU, tiny streams
+that really run have the same ones, within 2 %.
 """
 
 import itertools
@@ -32,7 +32,7 @@ from longtake.generation.recipe import Recipe
 from longtake.generation.stream import Engine, StreamBatch, to_uint8
 from longtake.generation.take import bytes_of
 from longtake.memory.fixed_view import FixedView, FixedViews
-from longtake.memory.stream_memory import StreamMemory
+from longtake.memory.stream_memory import MemoryShape, StreamMemory
 from longtake.models.checkpoints import NETWORKS
 from longtake.models.codec import Codec, CodecState
 from longtake.models.hub import nearest, registry
@@ -94,7 +94,8 @@ class Alive(TorchDispatchMode):
         self.largest: dict[str, list[tuple[str, int, int]]] = {}
         self._held: dict[int, tuple[str, int]] = {}
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
-        self._mark()
+        self._peak = 0
+        self._at_peak: dict[int, tuple[str, int]] = {}
 
     @contextmanager
     def moment(self, name: str) -> Iterator[None]:
@@ -104,10 +105,14 @@ class Alive(TorchDispatchMode):
         if self._peak >= self.peaks.get(name, 0):
             self.peaks[name], self.largest[name] = self._peak, _largest(self._at_peak)
 
-    @property
-    def peak(self) -> int:
-        """Since the last moment began."""
-        return self._peak
+    def working(self, call: Callable[[], Any]) -> tuple[Any, int]:
+        """What a call gives, and the bytes that it needed at its peak beyond those that are alive after it."""
+        before = self._peak, self._at_peak
+        self._mark()
+        made, most = call(), self._peak
+        if before[0] > most:
+            self._peak, self._at_peak = before
+        return made, most - self.now
 
     def _mark(self) -> None:
         self._peak, self._at_peak = self.now, dict(self._held)
@@ -140,18 +145,18 @@ class Records:
     """Stand in for `parallel.Recorded` where there are no numbers: keep what records keep.
 
     A call that reads a fixed view runs once, on copies; later ones of its kind find the same answer. Others just run.
+    All work in one memory, which stays theirs: as much as the call that takes most, between calls too.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, alive: Alive) -> None:
+        self._alive = alive
         self._kept: dict[Hashable, tuple[Any, Any]] = {}
-
-    def __len__(self) -> int:
-        return len(self._kept)
+        self._common = torch.empty(0, dtype=torch.uint8, device=alive.device)
 
     @property
     def nbytes(self) -> int:
-        """Of the copies and the answers."""
-        kept: list[Tensor] = []
+        """Of the copies, the answers and the common memory."""
+        kept = [self._common]
         mapped_tensors(list(self._kept.values()), kept.append)
         return sum(x.nbytes for x in kept)
 
@@ -164,7 +169,10 @@ class Records:
             kind = method, kind_of(arguments)
             if kind not in self._kept:
                 own = mapped_tensors(arguments, Tensor.clone)
-                self._kept[kind] = own, call(*own)
+                answer, working = self._alive.working(lambda: call(*own))
+                self._kept[kind] = own, answer
+                if working > self._common.nbytes:
+                    self._common = self._common.new_empty(working)
             return self._kept[kind][1]
 
         return recorded
@@ -280,6 +288,8 @@ def streamed(
 ) -> Working:  # fmt: skip
     """Stream until the memory is full, then change the prompt, and count what is alive. wait: as for `Alive`.
 
+    Beside recorded passes everything happens once more: the next view is made, or a whole next clip.
+
     A schedule that finishes block by block takes two steps instead of its own: they are all alike. compile: by views at
     fixed addresses and recorded passes, whose memory is theirs for good; the network is not to be used again.
     """
@@ -290,7 +300,7 @@ def streamed(
     shape, prompt = recipe.memory(network), network.prompt_keys(text)
     alive = Alive(weight.device, [*network.parameters(), *codec.parameters(), *codec.buffers()], wait)
     memory = StreamMemory(shape, network.config.layers, ring=True)
-    views, records, working = FixedViews(network.memory_view), Records(), 0
+    views, records = FixedViews(network.memory_view), Records(alive)
     if compile:
         replaced = {"memory_view": views} | {
             method: records.around(method, getattr(network, method)) for method in ("forward", "keys_to_commit")
@@ -304,28 +314,28 @@ def streamed(
     state: CodecState | None = None
     most: dict[str, int] = {}
     with alive:
-        for _ in range(shape.blocks_until_full(recipe.block)):
-            before = len(records)
+        for _ in range(_blocks(shape, recipe.block, compile)):
             with alive.moment("network pass"):
                 block = next(blocks)
-            if len(records) > before:
-                working = max(working, alive.peak - alive.now)
             with alive.moment("decoding"):
                 given, state = state and state.given_up(), None
                 pictures, state = codec.decode(block.to(weight.dtype), given)
                 shown = to_uint8(pictures)
             del block, pictures, shown
-            kept = _kept(memory, prompt, state) | {
-                "fixed views": views.nbytes,
-                "recorded passes": records.nbytes + working,
-            }
+            kept = _kept(memory, prompt, state) | {"fixed views": views.nbytes, "recorded passes": records.nbytes}
             most = kept if sum(kept.values()) > sum(most.values()) else most
         with alive.moment("new prompt read"):
             new = network.prompt_keys(text)
         with alive.moment("new prompt taken"):
             redirect(network, memory, new)
-    peaks = {name: peak + (0 if name == "network pass" else working) for name, peak in alive.peaks.items()}
-    return Working(kept=most, peaks=peaks, largest=alive.largest)
+    return Working(kept=most, peaks=alive.peaks, largest=alive.largest)
+
+
+def _blocks(shape: MemoryShape, block: int, compile: bool) -> int:
+    """How many blocks a stream makes until nothing new happens."""
+    recache = shape.policy.recache
+    again = -(-shape.window.frames // block) if recache and recache.each_clip else 1
+    return shape.blocks_until_full(block) + (again if compile else 0)
 
 
 def _kept(memory: StreamMemory, prompt: PromptKeys, state: CodecState) -> dict[str, int]:
