@@ -25,11 +25,12 @@ def models_list(json: bool = False) -> int:
         json: Print one JSON object, with all that is known of each checkpoint.
     """
     from longtake.models.hub import registry
-    from longtake.recipes import MODELS, RECIPES
+    from longtake.recipes import MODELS
+    from longtake.recipes.methods import is_here
 
     if json:
         runs = [{"model": model, "recipe": recipe} for model, recipe in MODELS]
-        known = [asdict(one) | {"recipe_is_here": one.recipe in RECIPES} for one in registry().values()]
+        known = [asdict(one) | {"recipe_is_here": is_here(one.recipe)} for one in registry().values()]
         print(dumps({"runs": runs, "published": known}, indent=2))
         return 0
     for model, recipe in MODELS:

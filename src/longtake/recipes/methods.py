@@ -124,12 +124,13 @@ def causvid(past: int = 18) -> Recipe:
     return replace(base, name="causvid", policy=clips, steps=(1000, 280, 120))
 
 
-def causal_forcing(past: int = 18) -> Recipe:
-    """Causal Forcing (arXiv 2602.02214), chunk by chunk: Self Forcing's inference, with weights distilled otherwise.
+def causal_forcing(past: int = 18, block: int = 3) -> Recipe:
+    """Causal Forcing (arXiv 2602.02214): Self Forcing's inference, with weights distilled otherwise.
 
-    past: latent frames that a block sees; published are 18.
+    past: latent frames that a block sees. block: latent frames of one. Published are 18 and 3, and, frame by frame, 20
+    and 1. ValueError for a block of less than 1.
     """
-    return replace(self_forcing(past), name="causal_forcing")
+    return replace(self_forcing(past, block), name="causal_forcing")
 
 
 def longlive(
@@ -270,6 +271,11 @@ def recipe_named(name: str, levels: int | None = None) -> Recipe:
         raise ValueError(f"recipe {name!r} does not work: {error}") from None
     recipe = replace(recipe, name=name)
     return recipe if levels is None else recipe.with_levels(levels)
+
+
+def is_here(name: str | None) -> bool:
+    """Whether there is a recipe of that name, which options may follow; there is none without a name."""
+    return name is not None and name.partition(":")[0] in RECIPES
 
 
 def _as(default: Any, key: str, value: str) -> Any:
