@@ -18,6 +18,7 @@ from longtake.cli import main
 from longtake.media.mp4 import Mp4Writer, read_frames
 from longtake.models.hub import registry
 from longtake.recipes import MODELS, RECIPES
+from longtake.recipes.methods import is_here
 
 
 class GreyEngine:
@@ -165,6 +166,26 @@ def test_generate_by_default(engine):
     options = {"recipe": "self_forcing_sink", "levels": None, "device": None, "dtype": None, "codec": None}
     assert engine.asked_for == [("toy", options | {"codec_device": None, "compile": False})]
     assert engine.opened == [("a red ball", 42)]
+
+
+STUDENTS = {name: one.recipe for name, one in registry().items() if is_here(one.recipe)}
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+@pytest.mark.parametrize("verb", ["generate a", "bench stream --repeats 1"])
+def test_a_published_student_runs_under_its_own_recipe_unless_another_is_given(engine, name, verb):
+    main([*verb.split(), "--seconds", "1", "--model", name])
+    main([*verb.split(), "--seconds", "1", "--model", name, "--recipe", "self_forcing"])
+    asked = [options["recipe"] for _, options in engine.asked_for]
+    assert asked == [STUDENTS[name], "self_forcing"]
+
+
+def test_a_student_of_a_method_that_is_not_here_needs_a_recipe(engine, capsys):
+    for verb in (["generate", "a"], ["plan"], ["verify"], ["bench", "stream"]):
+        assert main([*verb, *(["salt"] if verb == ["verify"] else ["--model", "salt"])]) == 2
+        said = "salt was trained under salt, which is not here: name a recipe to run it under"
+        assert said in capsys.readouterr().err
+    assert engine.asked_for == []
 
 
 def test_a_free_name_is_made_of_prompt_and_seed(engine, capsys):

@@ -26,7 +26,7 @@ Size = Annotated[str | None, arg(metavar="WxH")]
 
 @app.command(name="stream")
 def bench_stream(
-    recipe: tuple[str, ...] = ("self_forcing_sink",),
+    recipe: Annotated[tuple[str, ...], arg(metavar="RECIPE")] = (),
     model: str = "toy",
     codec: Codec = None,
     levels: Levels = None,
@@ -52,7 +52,8 @@ def bench_stream(
     or numbers are lost. More GPUs for one stream: torchrun -m longtake.cli bench stream ...
 
     Args:
-        recipe: The methods to time, one after the other.
+        recipe: The methods to time, one after the other; unless given, the one a published model was trained under, or
+            self_forcing_sink.
         model: The weights to time.
         codec: What makes pictures in place of a Wan model's VAE, such as taew2_1.pth.
         seconds: Length of each repeat, in seconds of video.
@@ -75,6 +76,7 @@ def bench_stream(
         raise ValueError("-o keeps results of long streams: add --blocks or --minutes")
     if out is not None:
         make_folder(out)
+    from longtake.recipes.methods import recipe_for
 
     def engine(name: str, place: "torch.device") -> "Engine":
         if not random_weights:
@@ -101,7 +103,7 @@ def bench_stream(
 
     results = []
     with together(device, codec_device) as (first, place):
-        for name in recipe:
+        for name in recipe or (recipe_for(model),):
             result = timed(name, place, say if first else lambda line: None)
             results.append(result)
             if out is not None and first:

@@ -11,16 +11,17 @@ if TYPE_CHECKING:
 
 
 def load_engine(
-    model: str, recipe: str, levels: int | None, device: "str | torch.device | None", dtype: str,
+    model: str, recipe: str | None, levels: int | None, device: "str | torch.device | None", dtype: str,
     codec: str | None = None, compile: bool = False, codec_device: str | None = None,
 ) -> "Engine":  # fmt: skip
-    """The engine that options name. ValueError or OSError where there is no such."""
+    """The engine that options name, by default under its model's recipe. ValueError or OSError where there is none."""
     from longtake.recipes import load
+    from longtake.recipes.methods import recipe_for
 
     precision = precision_named(dtype)
     made = load(
-        model, recipe=recipe, levels=levels, device=device, dtype=precision, codec=codec, codec_device=codec_device,
-        compile=compile,
+        model, recipe=recipe or recipe_for(model), levels=levels, device=device, dtype=precision, codec=codec,
+        codec_device=codec_device, compile=compile,
     )  # fmt: skip
     return in_precision(made, dtype)
 

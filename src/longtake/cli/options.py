@@ -13,7 +13,14 @@ StreamPrecision = Annotated[
     PrecisionName | Literal["fp8"],
     arg(help="Precision; auto takes the fastest that is safe. fp8: bfloat16, with large products of eight bits."),
 ]
-Compile = Annotated[bool, arg(help="On a GPU by fused kernels and recorded graphs; not measured there yet.")]
+Compile = Annotated[bool, arg(help="On a GPU by fused kernels and recorded graphs: see docs/gpu.md.")]
+Method = Annotated[
+    str | None,
+    arg(
+        metavar="RECIPE",
+        help="The method; unless given, the one a published model was trained under, else self_forcing_sink.",
+    ),
+]
 Levels = Annotated[
     int | None, arg(metavar="N", help="Denoising steps of a block; unless given, as many as the recipe has.")
 ]

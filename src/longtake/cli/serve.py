@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import arg
 
 from longtake.cli.engines import load_engine
-from longtake.cli.options import Codec, Compile, Device, Levels, StreamPrecision
+from longtake.cli.options import Codec, Compile, Device, Levels, Method, StreamPrecision
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +23,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     model: str = "toy",
-    recipe: str = "self_forcing_sink",
+    recipe: Method = None,
     codec: Codec = None,
     levels: Levels = None,
     sessions: int = 4,
@@ -44,7 +44,6 @@ def serve(
         host: Where to listen; others than this machine reach it only if you say so, and then a key is needed.
         port: Where to listen; 0 takes a free one.
         model: The weights that make the streams; `longtake models` lists them.
-        recipe: The method that makes them.
         codec: What makes pictures of a Wan model's latents in place of its VAE.
         sessions: Streams at most; fewer are taken where the device is too slow or too small for so many.
         api_key: What clients must send; better set as LONGTAKE_API_KEY, since others can see command lines.
