@@ -26,6 +26,7 @@ class GreyEngine:
 
     frame_rate, height, width = 16, 32, 48
     model_name, weights, codec_name, codec_weights = "toy", "0123", None, "4567"
+    base_name = None
     circumstances: ClassVar = {"longtake": "0", "torch": "0", "device": "cpu", "dtype": "float32"}
     recipe = SimpleNamespace(name="self_forcing_sink", steps=(1000, 500), block=3, in_flight=1)
     dtype, device = torch.float32, torch.device("cpu")
@@ -154,17 +155,17 @@ def test_a_video_has_the_length_asked_for(engine, capsys, seconds, pictures):
 
 def test_generate_asks_for_what_it_was_told(engine):
     arguments = "--seed 7 --recipe self_forcing --model folder --codec taew2_1.pth --levels 2 --device cpu --seconds 1"
-    more = "--dtype bfloat16 --compile --codec-device cuda:1 --out out.mp4"
+    more = "--dtype bfloat16 --compile --codec-device cuda:1 --base Wan2.1 --out out.mp4"
     main(["generate", "a red ball", *arguments.split(), *more.split()])
     options = {"recipe": "self_forcing", "levels": 2, "device": "cpu", "dtype": torch.bfloat16, "codec": "taew2_1.pth"}
-    assert engine.asked_for == [("folder", options | {"codec_device": "cuda:1", "compile": True})]
+    assert engine.asked_for == [("folder", options | {"base": "Wan2.1", "codec_device": "cuda:1", "compile": True})]
     assert engine.opened == [("a red ball", 7)]
 
 
 def test_generate_by_default(engine):
     main(["generate", "a red ball", "--seconds", "1"])
     options = {"recipe": "self_forcing_sink", "levels": None, "device": None, "dtype": None, "codec": None}
-    assert engine.asked_for == [("toy", options | {"codec_device": None, "compile": False})]
+    assert engine.asked_for == [("toy", options | {"base": None, "codec_device": None, "compile": False})]
     assert engine.opened == [("a red ball", 42)]
 
 
@@ -619,7 +620,7 @@ def test_evaluate_gives_one_object_a_recipe(scorer, engine, capsys):
     assert json.loads(capsys.readouterr().out) == [SCORES, SCORES]
     assert scorer == [(("truth", "codec"), 3, None, 4, (5, 60), ["codec"], "cpu")]
     options = {"recipe": "self_forcing", "levels": 2, "device": torch.device("cpu"), "dtype": None, "codec": None}
-    assert engine.asked_for == [("toy", options | {"codec_device": None, "compile": False})]
+    assert engine.asked_for == [("toy", options | {"base": None, "codec_device": None, "compile": False})]
 
 
 def test_evaluate_reads_captions_from_a_file(scorer, capsys, tmp_path):

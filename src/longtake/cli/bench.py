@@ -9,7 +9,7 @@ from tyro.conf import arg
 from tyro.extras import SubcommandApp
 
 from longtake.cli.engines import in_precision, load_engine, precision_named, together
-from longtake.cli.options import Codec, CodecDevice, Compile, Device, Levels, Precision, StreamPrecision
+from longtake.cli.options import Base, Codec, CodecDevice, Compile, Device, Levels, Precision, StreamPrecision
 from longtake.cli.terminal import CHECK_FAILED, print_result, say
 from longtake.files import make_folder, whole
 
@@ -28,6 +28,7 @@ Size = Annotated[str | None, arg(metavar="WxH")]
 def bench_stream(
     recipe: Annotated[tuple[str, ...], arg(metavar="RECIPE")] = (),
     model: str = "toy",
+    base: Base = None,
     codec: Codec = None,
     levels: Levels = None,
     seconds: float = 10.0,
@@ -69,6 +70,8 @@ def bench_stream(
     """
     if not random_weights and (decoder is not None or size is not None):
         raise ValueError("--decoder and --size are for --random-weights")
+    if random_weights and base is not None:
+        raise ValueError("--base names weights: random ones need none")
     if random_weights and codec is not None:
         raise ValueError("--codec names weights: with --random-weights it is --decoder")
     long = random_weights or blocks is not None or minutes is not None
@@ -80,7 +83,7 @@ def bench_stream(
 
     def engine(name: str, place: "torch.device") -> "Engine":
         if not random_weights:
-            return load_engine(model, name, levels, place, dtype, codec, compile, codec_device)
+            return load_engine(model, name, levels, place, dtype, codec, compile, codec_device, base)
         from longtake.recipes import load_random
 
         made = load_random(

@@ -11,6 +11,7 @@ from tyro.conf import Positional, arg
 from longtake.cli.engines import load_engine, together
 from longtake.cli.filming import made, opening, show
 from longtake.cli.options import (
+    Base,
     Codec,
     CodecDevice,
     Compile,
@@ -45,6 +46,7 @@ def generate(
     image: Opening = None,
     recipe: Method = None,
     model: str = "toy",
+    base: Base = None,
     codec: Codec = None,
     levels: Levels = None,
     out: Mp4 = None,
@@ -82,7 +84,7 @@ def generate(
     require_length(seconds)
 
     def load(place: "str | torch.device | None") -> "Engine":
-        return load_engine(model, recipe, levels, place, dtype, codec, compile, codec_device)
+        return load_engine(model, recipe, levels, place, dtype, codec, compile, codec_device, base)
 
     if prompts is not None:
         if image is not None:

@@ -29,6 +29,14 @@ CodecDevice = Annotated[
     arg(metavar="NAME", help="Device of the codec alone, such as cuda:1: it decodes while the next block is made."),
 ]
 Codec = Annotated[str | None, arg(metavar="NAME|PATH")]
+Base = Annotated[
+    str | None,
+    arg(
+        metavar="NAME|DIR",
+        help="Whose text encoder and VAE a Wan student takes: a pulled name, or a whole Wan2.1 model's folder; unless "
+        "given, its own folder's, or wan2.1-1.3b as pulled.",
+    ),
+]
 Seconds = Annotated[float | None, arg(metavar="FLOAT")]
 Mp4 = Annotated[Path | None, arg(aliases=["-o"], metavar="PATH")]
 Opening = Annotated[Path | None, arg(aliases=["--video"], metavar="FILE")]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import arg
 
 from longtake.cli.engines import load_engine
-from longtake.cli.options import Codec, Compile, Device, Levels, Method, StreamPrecision
+from longtake.cli.options import Base, Codec, Compile, Device, Levels, Method, StreamPrecision
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,6 +24,7 @@ def serve(
     port: int = 8000,
     model: str = "toy",
     recipe: Method = None,
+    base: Base = None,
     codec: Codec = None,
     levels: Levels = None,
     sessions: int = 4,
@@ -82,7 +83,7 @@ def serve(
         # They are the device's thread's alone. With a team in this thread too, blocks took nearly twice as long:
         # more of OpenMP's threads than cores are likely to be sent to sleep at every turn.
         torch.set_num_threads(1)
-        engine = load_engine(model, recipe, levels, device, dtype, codec, compile)
+        engine = load_engine(model, recipe, levels, device, dtype, codec, compile, base=base)
         known = registry().get(model)
         served = Served(
             licence=known.licence if known else "Apache-2.0" if model == "toy" else "unknown",
