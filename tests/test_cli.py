@@ -705,6 +705,7 @@ def test_models_lists_what_runs(capsys):
     published = {line.split()[0]: line for line in lines[len(MODELS) + 2 :]}
     assert published.keys() == registry().keys()
     assert all("licence" in line and "commercial use" in line for line in published.values())
+    assert {name for name, line in published.items() if "(not here)" in line} == {"salt", "krea-realtime-14b"}
 
 
 def test_models_in_json(capsys):
