@@ -18,6 +18,7 @@ from longtake.cli import main
 from longtake.media.mp4 import Mp4Writer, read_frames
 from longtake.models.hub import registry
 from longtake.recipes import MODELS, RECIPES
+from longtake.recipes.methods import is_here
 
 
 class GreyEngine:
@@ -25,6 +26,7 @@ class GreyEngine:
 
     frame_rate, height, width = 16, 32, 48
     model_name, weights, codec_name, codec_weights = "toy", "0123", None, "4567"
+    base_name = None
     circumstances: ClassVar = {"longtake": "0", "torch": "0", "device": "cpu", "dtype": "float32"}
     recipe = SimpleNamespace(name="self_forcing_sink", steps=(1000, 500), block=3, in_flight=1)
     dtype, device = torch.float32, torch.device("cpu")
@@ -153,18 +155,38 @@ def test_a_video_has_the_length_asked_for(engine, capsys, seconds, pictures):
 
 def test_generate_asks_for_what_it_was_told(engine):
     arguments = "--seed 7 --recipe self_forcing --model folder --codec taew2_1.pth --levels 2 --device cpu --seconds 1"
-    more = "--dtype bfloat16 --compile --codec-device cuda:1 --out out.mp4"
+    more = "--dtype bfloat16 --compile --codec-device cuda:1 --base Wan2.1 --out out.mp4"
     main(["generate", "a red ball", *arguments.split(), *more.split()])
     options = {"recipe": "self_forcing", "levels": 2, "device": "cpu", "dtype": torch.bfloat16, "codec": "taew2_1.pth"}
-    assert engine.asked_for == [("folder", options | {"codec_device": "cuda:1", "compile": True})]
+    assert engine.asked_for == [("folder", options | {"base": "Wan2.1", "codec_device": "cuda:1", "compile": True})]
     assert engine.opened == [("a red ball", 7)]
 
 
 def test_generate_by_default(engine):
     main(["generate", "a red ball", "--seconds", "1"])
     options = {"recipe": "self_forcing_sink", "levels": None, "device": None, "dtype": None, "codec": None}
-    assert engine.asked_for == [("toy", options | {"codec_device": None, "compile": False})]
+    assert engine.asked_for == [("toy", options | {"base": None, "codec_device": None, "compile": False})]
     assert engine.opened == [("a red ball", 42)]
+
+
+STUDENTS = {name: one.recipe for name, one in registry().items() if is_here(one.recipe)}
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+@pytest.mark.parametrize("verb", ["generate a", "bench stream --repeats 1"])
+def test_a_published_student_runs_under_its_own_recipe_unless_another_is_given(engine, name, verb):
+    main([*verb.split(), "--seconds", "1", "--model", name])
+    main([*verb.split(), "--seconds", "1", "--model", name, "--recipe", "self_forcing"])
+    asked = [options["recipe"] for _, options in engine.asked_for]
+    assert asked == [STUDENTS[name], "self_forcing"]
+
+
+def test_a_student_of_a_method_that_is_not_here_needs_a_recipe(engine, capsys):
+    for verb in (["generate", "a"], ["plan"], ["verify"], ["bench", "stream"]):
+        assert main([*verb, *(["salt"] if verb == ["verify"] else ["--model", "salt"])]) == 2
+        said = "salt was trained under salt, which is not here: name a recipe to run it under"
+        assert said in capsys.readouterr().err
+    assert engine.asked_for == []
 
 
 def test_a_free_name_is_made_of_prompt_and_seed(engine, capsys):
@@ -598,7 +620,7 @@ def test_evaluate_gives_one_object_a_recipe(scorer, engine, capsys):
     assert json.loads(capsys.readouterr().out) == [SCORES, SCORES]
     assert scorer == [(("truth", "codec"), 3, None, 4, (5, 60), ["codec"], "cpu")]
     options = {"recipe": "self_forcing", "levels": 2, "device": torch.device("cpu"), "dtype": None, "codec": None}
-    assert engine.asked_for == [("toy", options | {"codec_device": None, "compile": False})]
+    assert engine.asked_for == [("toy", options | {"base": None, "codec_device": None, "compile": False})]
 
 
 def test_evaluate_reads_captions_from_a_file(scorer, capsys, tmp_path):
@@ -683,6 +705,7 @@ def test_models_lists_what_runs(capsys):
     published = {line.split()[0]: line for line in lines[len(MODELS) + 2 :]}
     assert published.keys() == registry().keys()
     assert all("licence" in line and "commercial use" in line for line in published.values())
+    assert {name for name, line in published.items() if "(not here)" in line} == {"salt", "krea-realtime-14b"}
 
 
 def test_models_in_json(capsys):

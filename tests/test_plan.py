@@ -211,10 +211,16 @@ def test_what_does_not_fit_is_told_with_ways_that_do(capsys: pytest.CaptureFixtu
 
 def test_a_smaller_window_and_a_smaller_model_are_ways_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "plan", lambda **asked: {"peak": str(asked)})
-    told = {"model": "krea-realtime-14b", "recipe": "self_forcing", "size": [832, 480], "dtype": "bfloat16"}
+    told = {
+        "model": "krea-realtime-14b",
+        "recipe": "self_forcing:block=3,past=18",
+        "size": [832, 480],
+        "dtype": "bfloat16",
+    }
     told |= {"decoder": None, "compile": False}
     assert list(ways_to_fit(told)) == [
-        "--size 624x352", "--size 416x240", "--recipe self_forcing:past=3", "--model wan2.1-1.3b", "--decoder light",
+        "--size 624x352", "--size 416x240", "--recipe self_forcing:past=3,block=3", "--model wan2.1-1.3b",
+        "--decoder light",
     ]  # fmt: skip
 
 

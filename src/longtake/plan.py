@@ -45,6 +45,7 @@ from longtake.models.wan_vae import WanVAE, WanVAEConfig
 from longtake.models.weights import described
 from longtake.parallel import kind_of, mapped_tensors
 from longtake.recipes import MODELS, RECIPES, recipe_named
+from longtake.recipes.methods import recipe_for
 from longtake.recipes.wan_engines import WAN_SHIFT, decoder_named, reading, require_block
 from longtake.recipes.weight_files import CODEC_FILE, NETWORK_FILE, packaged
 from longtake.toy.scenes import HEIGHT, WIDTH
@@ -59,12 +60,11 @@ UMT5_XXL = {"words": 256384, "dim": 4096, "inner": 4096, "ffn": 10240, "layers":
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
-    """A model's parts. recipe: what it was trained under. size: width and height of its pictures. text_rows: of an
+    """A model's parts. size: width and height of its pictures. text_rows: of an
     embedding; text_bytes: of the text encoder, which is on the device only to encode where it `text_leaves`."""
 
     network: WanConfig
     codec: Callable[[], Codec]
-    recipe: str | None
     size: tuple[int, int]
     text_rows: int
     text_bytes: int
@@ -190,7 +190,7 @@ def plan(
     names, with the nearest, and for sizes, recipes and decoders that cannot be.
     """
     parts = _parts_of(model, recipe)
-    name = recipe or (parts.recipe if parts.recipe in RECIPES else "self_forcing_sink")
+    name = recipe or recipe_for(model)
     chosen = recipe_named(name)
     if model in registry():
         require_block(registry()[model], chosen)
@@ -380,7 +380,7 @@ def pixels(text: str) -> tuple[int, int]:
 def ways_to_fit(told: Mapping[str, Any]) -> dict[str, int]:
     """What could be changed, one thing at a time, in the words of the command line, and the peak that each gives."""
     width, height = told["size"]
-    function = told["recipe"].partition(":")[0]
+    function, _, options = told["recipe"].partition(":")
     recipe = recipe_named(told["recipe"])
     changes: dict[str, dict[str, Any]] = {}
     if told["dtype"] == "float32":
@@ -388,9 +388,10 @@ def ways_to_fit(told: Mapping[str, Any]) -> dict[str, int]:
     for share in (0.75, 0.5):
         smaller = [max(16, int(side * share) // 16 * 16) for side in (width, height)]
         changes[f"--size {smaller[0]}x{smaller[1]}"] = {"size": tuple(smaller)}
-    has_past = "past" in signature(RECIPES[function]).parameters and ":" not in told["recipe"]
+    has_past = "past" in signature(RECIPES[function]).parameters
     if has_past and recipe.past > recipe.block and recipe.sink % recipe.block == 0:
-        smallest = f"{function}:past={recipe.block}"
+        others = [option for option in options.split(",") if option and not option.startswith("past=")]
+        smallest = f"{function}:{','.join([f'past={recipe.block}', *others])}"
         changes[f"--recipe {smallest}"] = {"recipe": smallest}
     if told["model"] in registry() and registry()[told["model"]].network == "wan2.1-14b":
         changes["--model wan2.1-1.3b"] = {"model": "wan2.1-1.3b"}
@@ -451,7 +452,7 @@ def _parts_of(model: str, recipe: str | None) -> Parts:
         with META:
             text = WordEncoder(words)  # in float32 whatever the network is in
         return Parts(
-            network=WanConfig.of(network["network"]), recipe=None, size=(WIDTH, HEIGHT),
+            network=WanConfig.of(network["network"]), size=(WIDTH, HEIGHT),
             codec=lambda: LightCodec(LightCodecConfig(**codec["codec"]), encoder=False),
             text_bytes=nbytes(text), text_rows=words.length, text_leaves=False,
         )  # fmt: skip
@@ -461,7 +462,7 @@ def _parts_of(model: str, recipe: str | None) -> Parts:
     one = networks[model]
     assert one.width is not None and one.height is not None, "every network of the registry says its size"
     return Parts(
-        network=NETWORKS[str(one.network)], recipe=one.recipe, size=(one.width, one.height),
+        network=NETWORKS[str(one.network)], size=(one.width, one.height),
         codec=lambda: WanVAE(WanVAEConfig()),
         text_bytes=2 * umt5_parameters(),  # in bfloat16 whatever the network is in
         text_rows=LENGTH, text_leaves=True,

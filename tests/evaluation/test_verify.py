@@ -315,5 +315,7 @@ def test_what_is_drawn_shows_the_latents() -> None:
 
 def test_a_name_of_which_little_is_known_goes_with_any_recipe_and_others_with_theirs() -> None:
     assert _recipe_to_verify("salt", "self_forcing", 3)[1] == WAN_SHIFT
+    assert _recipe_to_verify("rolling-forcing", None, 3)[0].name == "rolling_forcing"
+    assert _recipe_to_verify("some.pt", None, 3)[0].name == "self_forcing"
     with pytest.raises(ValueError, match="blocks of 1 latent frames, and self_forcing of 3"):
         _recipe_to_verify("causal-forcing-framewise", "self_forcing", 3)

@@ -22,6 +22,7 @@ from longtake.models.checkpoints import load_published, load_wan, load_wan_vae
 from longtake.models.hub import Download, published, registry
 from longtake.models.wan_vae import WanVAE, WanVAEConfig
 from longtake.recipes import recipe_named
+from longtake.recipes.methods import is_here
 from longtake.recipes.wan_engines import load_wan_network
 
 pytest.importorskip("huggingface_hub")
@@ -158,6 +159,23 @@ def test_a_base_and_its_low_rank_updates_load_as_one(cache: Path, tmp_path: Path
     expected = network().state_dict()
     expected["blocks.0.self_attn.q.weight"] = expected["blocks.0.self_attn.q.weight"] + 1
     assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+
+
+STUDENTS = [name for name, one in registry().items() if is_here(one.recipe)]
+
+
+@pytest.mark.parametrize("name", STUDENTS)
+def test_every_student_loads_and_streams_under_its_own_recipe(name: str, cache: Path, tmp_path: Path) -> None:
+    """In the files and the entry that the registry tells of."""
+    one, base, lora = published(name), tmp_path / "base.pt", tmp_path / "lora.pt"
+    torch.save(network().state_dict() if one.entry == "unknown" else {one.entry: network().state_dict()}, base)
+    update = {"lora_A.weight": torch.ones(1, 256), "lora_B.weight": torch.ones(256, 1)}
+    torch.save({f"blocks.0.self_attn.q.{key}": tensor for key, tensor in update.items()}, lora)
+    cache_of(cache, name, {file: (lora if file == one.lora else base).read_bytes() for file in one.files})
+    recipe = recipe_named(one.recipe)
+    loaded = load_wan_network(name, recipe=one.recipe, device="cpu")
+    with replace(tiny.engine(), recipe=recipe, network=loaded).stream("anything", seed=1) as stream:
+        assert [next(stream).pictures for _ in range(2)] == [4 * recipe.block - 3, 4 * recipe.block]
 
 
 def test_a_base_of_shards_loads_from_its_folder(cache: Path, tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tests.chat_server import chat_server
+from tests.processes import run
 
+from longtake.cli import main
 from longtake.models.rewrite import Endpoint, LocalChat, Rewriter, as_prompt, chat_named, words_beside
 
 NINETY = " ".join(["word"] * 90)
@@ -211,6 +213,18 @@ def test_what_is_no_chat_model_is_one_line(tiny_chat, tmp_path) -> None:
     with pytest.raises(ValueError, match="is not a chat model") as error:
         LocalChat(str(tmp_path), "cpu").answer([{"role": "user", "content": "a"}])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["some/chat", "/no/such/folder"])
+def test_without_a_network_a_name_that_is_not_cached_is_one_line(name, tmp_path) -> None:
+    pytest.importorskip("transformers")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+        nobody = {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path), "NO_PROXY": "127.0.0.1"}
+        done = run(main, ["generate", "a red ball", "--rewrite", name, "--device", "cpu"], **nobody)
+    (said,) = done.stderr.splitlines()
+    assert done.returncode == 2 and said.startswith(f"longtake: no chat model can be read from {name}: ")
 
 
 def test_names_of_chat_models() -> None:

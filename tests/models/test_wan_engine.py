@@ -14,8 +14,10 @@ from tests.models.test_umt5 import DIM, wan_tensors, write_tokenizer
 import longtake
 from longtake import recipes
 from longtake.cli import main
+from longtake.cli.engines import load_again, load_engine
 from longtake.generation.script import record_of, script_from
 from longtake.generation.stream import to_uint8
+from longtake.generation.take import made_with
 from longtake.models.taehv import TAEHV
 from longtake.models.wan_vae import WanVAE, WanVAEConfig
 
@@ -72,6 +74,18 @@ def test_a_student_alone_takes_the_rest_from_its_base(whole: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"longtake models pull wan2\.1-1\.3b"):
         recipes.load_wan(student, recipe=RECIPE, device="cpu")
+
+
+def test_the_command_line_names_a_base_and_a_record_keeps_it(whole: Path) -> None:
+    """So that replay and takes find it again."""
+    student = str(whole.parent / "student.pt")
+    engine = load_engine(student, None, None, "cpu", "float32", base=str(whole))
+    record = record_of(engine, script_from("a red ball"), 1, 2.0)
+    assert record["base"] == made_with(engine)["base"] == str(whole)
+    again = load_again(record, record["levels"], None)
+    assert (again.weights, again.codec_weights) == (engine.weights, engine.codec_weights)
+    with pytest.raises(ValueError, match="a base is for networks of Wan's shape"):
+        load_engine("toy", None, None, "cpu", "float32", base=str(whole))
 
 
 def test_a_light_decoder_shows_the_same_latents(whole: Path, tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ class FakeEngine:
     """
 
     frame_rate, height, width = RATE, HEIGHT, WIDTH
-    model_name, codec_name = "fake", None
+    model_name, codec_name, base_name = "fake", None, None
     weights = codec_weights = "none"
     shift, latent_size, device = 1.0, (1, 1, 1), torch.device("cpu")
     circumstances = MappingProxyType({"dtype": "float32", "device": "cpu any"})

@@ -9,7 +9,7 @@ from tyro.conf import arg
 from tyro.extras import SubcommandApp
 
 from longtake.cli.engines import in_precision, load_engine, precision_named, together
-from longtake.cli.options import Codec, CodecDevice, Compile, Device, Levels, Precision, StreamPrecision
+from longtake.cli.options import Base, Codec, CodecDevice, Compile, Device, Levels, Precision, StreamPrecision
 from longtake.cli.terminal import CHECK_FAILED, print_result, say
 from longtake.files import make_folder, whole
 
@@ -26,8 +26,9 @@ Size = Annotated[str | None, arg(metavar="WxH")]
 
 @app.command(name="stream")
 def bench_stream(
-    recipe: tuple[str, ...] = ("self_forcing_sink",),
+    recipe: Annotated[tuple[str, ...], arg(metavar="RECIPE")] = (),
     model: str = "toy",
+    base: Base = None,
     codec: Codec = None,
     levels: Levels = None,
     seconds: float = 10.0,
@@ -52,7 +53,8 @@ def bench_stream(
     or numbers are lost. More GPUs for one stream: torchrun -m longtake.cli bench stream ...
 
     Args:
-        recipe: The methods to time, one after the other.
+        recipe: The methods to time, one after the other; unless given, the one a published model was trained under, or
+            self_forcing_sink.
         model: The weights to time.
         codec: What makes pictures in place of a Wan model's VAE, such as taew2_1.pth.
         seconds: Length of each repeat, in seconds of video.
@@ -68,6 +70,8 @@ def bench_stream(
     """
     if not random_weights and (decoder is not None or size is not None):
         raise ValueError("--decoder and --size are for --random-weights")
+    if random_weights and base is not None:
+        raise ValueError("--base names weights: random ones need none")
     if random_weights and codec is not None:
         raise ValueError("--codec names weights: with --random-weights it is --decoder")
     long = random_weights or blocks is not None or minutes is not None
@@ -75,10 +79,11 @@ def bench_stream(
         raise ValueError("-o keeps results of long streams: add --blocks or --minutes")
     if out is not None:
         make_folder(out)
+    from longtake.recipes.methods import recipe_for
 
     def engine(name: str, place: "torch.device") -> "Engine":
         if not random_weights:
-            return load_engine(model, name, levels, place, dtype, codec, compile, codec_device)
+            return load_engine(model, name, levels, place, dtype, codec, compile, codec_device, base)
         from longtake.recipes import load_random
 
         made = load_random(
@@ -101,7 +106,7 @@ def bench_stream(
 
     results = []
     with together(device, codec_device) as (first, place):
-        for name in recipe:
+        for name in recipe or (recipe_for(model),):
             result = timed(name, place, say if first else lambda line: None)
             results.append(result)
             if out is not None and first:

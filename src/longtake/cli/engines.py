@@ -11,16 +11,18 @@ if TYPE_CHECKING:
 
 
 def load_engine(
-    model: str, recipe: str, levels: int | None, device: "str | torch.device | None", dtype: str,
+    model: str, recipe: str | None, levels: int | None, device: "str | torch.device | None", dtype: str,
     codec: str | None = None, compile: bool = False, codec_device: str | None = None,
+    base: str | None = None,
 ) -> "Engine":  # fmt: skip
-    """The engine that options name. ValueError or OSError where there is no such."""
+    """The engine that options name, by default under its model's recipe. ValueError or OSError where there is none."""
     from longtake.recipes import load
+    from longtake.recipes.methods import recipe_for
 
     precision = precision_named(dtype)
     made = load(
-        model, recipe=recipe, levels=levels, device=device, dtype=precision, codec=codec, codec_device=codec_device,
-        compile=compile,
+        model, recipe=recipe or recipe_for(model), levels=levels, device=device, dtype=precision, codec=codec,
+        base=base, codec_device=codec_device, compile=compile,
     )  # fmt: skip
     return in_precision(made, dtype)
 
@@ -42,7 +44,9 @@ def load_again(said: dict[str, Any], levels: int, device: str | None) -> "Engine
         raise ValueError(f"precision is float32, bfloat16 or fp8, not {said['dtype']}")
     place = device or said.get("device", "").partition(" ")[0] or None
     fused = (UNTOLD | said)["passes"] == "fused"
-    return load_engine(said["model"], said["recipe"], levels, place, said["dtype"], said.get("codec"), fused)
+    return load_engine(
+        said["model"], said["recipe"], levels, place, said["dtype"], said.get("codec"), fused, base=said.get("base")
+    )
 
 
 def precision_named(name: str) -> "torch.dtype | None":

@@ -11,11 +11,13 @@ from tyro.conf import Positional, arg
 from longtake.cli.engines import load_engine, together
 from longtake.cli.filming import made, opening, show
 from longtake.cli.options import (
+    Base,
     Codec,
     CodecDevice,
     Compile,
     Device,
     Levels,
+    Method,
     Mp4,
     OneFile,
     Opening,
@@ -42,8 +44,9 @@ def generate(
     names: Literal["numbered", "vbench"] = "numbered",
     rewrite: Annotated[str | None, arg(metavar="CHAT")] = None,
     image: Opening = None,
-    recipe: str = "self_forcing_sink",
+    recipe: Method = None,
     model: str = "toy",
+    base: Base = None,
     codec: Codec = None,
     levels: Levels = None,
     out: Mp4 = None,
@@ -69,7 +72,6 @@ def generate(
         names: Of the videos of a file: numbered, or prompt-0.mp4, prompt-1.mp4 as VBench wants them.
         rewrite: A chat model that writes prompts out first: a transformers model, or MODEL@http://host/v1.
         image: An image or a video to go on from; what is made follows it.
-        recipe: The method that makes it; `longtake models` lists them.
         model: The weights that make it; `longtake models` lists them.
         codec: What makes pictures of a Wan model's latents in place of its VAE: taew2_1.pth, say, for quick previews.
         out: The mp4 to write; unless given, a free name made of prompt and seed. For a file, the folder.
@@ -82,7 +84,7 @@ def generate(
     require_length(seconds)
 
     def load(place: "str | torch.device | None") -> "Engine":
-        return load_engine(model, recipe, levels, place, dtype, codec, compile, codec_device)
+        return load_engine(model, recipe, levels, place, dtype, codec, compile, codec_device, base)
 
     if prompts is not None:
         if image is not None:

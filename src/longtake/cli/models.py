@@ -25,11 +25,12 @@ def models_list(json: bool = False) -> int:
         json: Print one JSON object, with all that is known of each checkpoint.
     """
     from longtake.models.hub import registry
-    from longtake.recipes import MODELS, RECIPES
+    from longtake.recipes import MODELS
+    from longtake.recipes.methods import is_here
 
     if json:
         runs = [{"model": model, "recipe": recipe} for model, recipe in MODELS]
-        known = [asdict(one) | {"recipe_is_here": one.recipe in RECIPES} for one in registry().values()]
+        known = [asdict(one) | {"recipe_is_here": is_here(one.recipe)} for one in registry().values()]
         print(dumps({"runs": runs, "published": known}, indent=2))
         return 0
     for model, recipe in MODELS:
@@ -75,7 +76,7 @@ def models_convert(
 
     Args:
         source: A Wan network or the Wan VAE: a file, the index of its shards, or a folder.
-        target: A file, NAME.safetensors, or a folder that is made, as diffusers has them; not there yet.
+        target: A file, NAME.safetensors; any other name is a folder that is made, as diffusers has them. Not there yet.
         to: The names that tensors get: those of Wan's publication, of diffusers, or of our own files.
         entry: Of a pickle with several sets of weights, the one to take; unless given, averaged ones come first.
         lora: A file of low-rank updates to merge.
@@ -153,7 +154,10 @@ def _delta_in_words(told: dict[str, Any]) -> str:
 
 
 def _terms_in_words(one: "Published") -> str:
-    """Size, method and terms of a published checkpoint."""
+    """Size, method and terms of a published checkpoint; of a student, whether its method is here."""
+    from longtake.recipes.methods import is_here
+
+    method = f"{one.recipe}{'' if is_here(one.recipe) else ' (not here)'}" if one.recipe else one.network or one.layout
     size = f"{one.gigabytes:g} GB" if isinstance(one.gigabytes, float | int) else "size unknown"
     use = {"yes": "commercial use allowed", "no": "no commercial use", "unknown": "commercial use unknown"}
-    return f"{size}, {one.recipe or one.network or one.layout}, licence {one.licence}, {use[one.commercial]}"
+    return f"{size}, {method}, licence {one.licence}, {use[one.commercial]}"

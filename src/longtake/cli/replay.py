@@ -65,7 +65,7 @@ def _require_said(path: Path, record: dict[str, Any]) -> None:
     needed: dict[str, type | tuple[type, ...]] = dict.fromkeys(("model", "recipe", "dtype", "weights"), str)
     needed |= {"levels": int, "seed": int, "seconds": (int, float), "prompts": list}
     missing = [key for key, kind in needed.items() if not isinstance(record.get(key), kind)]
-    missing += [key for key in ("device", "codec") if not isinstance(record.get(key, ""), str)]
+    missing += [key for key in ("device", "codec", "base") if not isinstance(record.get(key, ""), str)]
     if missing:
         raise ValueError(f"{path} does not tell all of how it was made: {', '.join(missing)} is missing or unreadable")
     require_length(record["seconds"])

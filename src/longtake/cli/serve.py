@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import arg
 
 from longtake.cli.engines import load_engine
-from longtake.cli.options import Codec, Compile, Device, Levels, StreamPrecision
+from longtake.cli.options import Base, Codec, Compile, Device, Levels, Method, StreamPrecision
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,7 +23,8 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     model: str = "toy",
-    recipe: str = "self_forcing_sink",
+    recipe: Method = None,
+    base: Base = None,
     codec: Codec = None,
     levels: Levels = None,
     sessions: int = 4,
@@ -44,7 +45,6 @@ def serve(
         host: Where to listen; others than this machine reach it only if you say so, and then a key is needed.
         port: Where to listen; 0 takes a free one.
         model: The weights that make the streams; `longtake models` lists them.
-        recipe: The method that makes them.
         codec: What makes pictures of a Wan model's latents in place of its VAE.
         sessions: Streams at most; fewer are taken where the device is too slow or too small for so many.
         api_key: What clients must send; better set as LONGTAKE_API_KEY, since others can see command lines.
@@ -83,7 +83,7 @@ def serve(
         # They are the device's thread's alone. With a team in this thread too, blocks took nearly twice as long:
         # more of OpenMP's threads than cores are likely to be sent to sleep at every turn.
         torch.set_num_threads(1)
-        engine = load_engine(model, recipe, levels, device, dtype, codec, compile)
+        engine = load_engine(model, recipe, levels, device, dtype, codec, compile, base=base)
         known = registry().get(model)
         served = Served(
             licence=known.licence if known else "Apache-2.0" if model == "toy" else "unknown",

@@ -176,6 +176,7 @@ def record_of(engine: Engine, script: Script, seed: int, seconds: float) -> dict
         "model": engine.model_name,
         "weights": engine.weights,
         **({} if engine.codec_name is None else {"codec": engine.codec_name}),
+        **({} if engine.base_name is None else {"base": engine.base_name}),
         "codec_weights": engine.codec_weights,
         "recipe": engine.recipe.name,
         "levels": len(engine.recipe.steps),

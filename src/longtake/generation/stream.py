@@ -142,8 +142,8 @@ class Engine:
     latent_size: [C, H, W] of a latent frame. shift: of the levels the network was trained with. encode: from pictures
     [B, T, C, H, W] in -1..1 on the codec's device to latents, for streams that go on from given pictures; None if the
     codec only decodes.
-    codec_name: of a codec that was chosen in place of the model's own. fused: whether the network's passes go by fused
-    kernels and recorded graphs.
+    codec_name: of a codec that was chosen in place of the model's own. base_name: of where text encoder and codec come
+    from, if that was named. fused: whether the network's passes go by fused kernels and recorded graphs.
     """
 
     model_name: str
@@ -156,6 +156,7 @@ class Engine:
     shift: float
     encode: Callable[[Tensor], Tensor] | None = field(default=None, repr=False)
     codec_name: str | None = None
+    base_name: str | None = None
     fused: bool = False
 
     @property

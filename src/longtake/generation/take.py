@@ -20,7 +20,7 @@ from longtake.generation.stream import MOST_TOLD, UNTOLD, Engine, Stream, Told
 
 _DESCRIPTION, _TENSOR = "longtake_take", "tensor"
 _FORM, _READ = 2, (1, 2)  # of the file, and those that are read; the first knows of no blends
-_NAMES = ("model", "codec")  # what only helps to find the weights again: their hashes decide
+_NAMES = ("model", "codec", "base")  # what only helps to find the weights again: their hashes decide
 
 
 class Unfit(ValueError):
@@ -167,6 +167,7 @@ def made_with(engine: Engine) -> dict[str, Any]:
     return {
         "model": engine.model_name,
         "codec": engine.codec_name,
+        "base": engine.base_name,
         "recipe": recipe.name,
         "sink": recipe.sink,
         "past": recipe.past,

@@ -33,8 +33,9 @@ class Published:
     repo: on the Hugging Face hub; url: of one that is published elsewhere. files: patterns, as the hub takes them.
     layout: original, diffusers or taehv. network: whose size it has, None for a codec. entry: the dictionary of a
     pickle that holds the weights, None where it is no such pickle. lora: which of the files is low-rank updates of the
-    other. recipe: the method it was trained under, None for a many-step teacher. steps: nominal timesteps of its
-    levels, before the shift. extent: latent frames it saw at once. licence and commercial: of the weights.
+    other. recipe: the method it was trained under, options included, None for a many-step teacher. steps: nominal
+    timesteps of its levels, before the shift. extent: latent frames it saw at once. licence and commercial: of the
+    weights.
     """
 
     name: str

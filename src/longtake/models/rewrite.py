@@ -22,6 +22,7 @@ from longtake.models.disk_cache import DiskCache, cache_home
 WORDS = range(80, 101)
 _TRIES = 3
 _SECONDS = 300.0  # to wait for an endpoint
+_HUB_SECONDS = 10.0  # to wait for the hub
 _NEW_TOKENS = 400  # 100 English words are some 130
 
 INSTRUCTIONS = f"""\
@@ -195,8 +196,9 @@ class LocalChat:
             raise ValueError("a chat model needs transformers: pip install 'longtake[wan]'") from None
         dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
         try:
-            tokenizer = AutoTokenizer.from_pretrained(self.name)
-            model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(self.name, dtype=dtype)
+            here = not _hub_answers(self.name)  # else the client would ask again and again, and say so each time
+            tokenizer = AutoTokenizer.from_pretrained(self.name, local_files_only=here)
+            model: torch.nn.Module = AutoModelForCausalLM.from_pretrained(self.name, dtype=dtype, local_files_only=here)
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"no chat model can be read from {self.name}: {_first_line(error)}") from None
         return tokenizer, model.to(self._device).eval()
@@ -206,6 +208,22 @@ def chat_named(name: str, device: str | torch.device) -> Chat:
     """The chat model behind http://host/v1 or MODEL@http://host/v1, or else a transformers model's name or folder."""
     endpoint = re.fullmatch(r"(?:(.+)@)?(https?://.+)", name)
     return Endpoint(endpoint[2], endpoint[1]) if endpoint else LocalChat(name, device)
+
+
+def _hub_answers(name: str) -> bool:
+    """Whether the hub can be asked for a model, be it to say that there is none; it is not asked for a folder."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if Path(name).is_dir():
+        return False
+    try:
+        huggingface_hub.model_info(name, timeout=_HUB_SECONDS)
+    except HfHubHTTPError:
+        return True
+    except Exception:  # of several libraries, as the client is switched off, cannot connect, or takes the name for none
+        return False
+    return True
 
 
 def _first_line(error: Exception) -> str:

@@ -29,6 +29,7 @@ def load(
     dtype: torch.dtype | None = None,
     levels: int | None = None,
     codec: str | Path | None = None,
+    base: str | Path | None = None,
     codec_device: str | torch.device | None = None,
     compile: bool = False,
 ) -> Engine:
@@ -38,21 +39,23 @@ def load(
     weight file (its codec is looked for beside it, then in the package); whatever else there is goes to `load_wan`,
     with its defaults. device: the GPU if there is one. dtype: by default bfloat16 on a GPU; on a CPU whichever of
     float32 and bfloat16 a short trial finds faster. levels: the number of denoising steps, 1 to 1000; by default the
-    recipe's own. codec: for `load_wan` alone. codec_device: of the codec, where that is another (docs/gpu.md). Streams
-    that go on from pictures need codec_encoder.safetensors beside the codec; it is loaded when first needed. compile:
-    whether the network's passes go by fused kernels and recorded graphs where there is a GPU with Triton; elsewhere
-    nothing changes. Such a network is for streams alone.
+    recipe's own. codec, base: for `load_wan` alone. codec_device: of the codec, where that is another (docs/gpu.md).
+    Streams that go on from pictures need codec_encoder.safetensors beside the codec; it is loaded when first needed.
+    compile: whether the network's passes go by fused kernels and recorded graphs where there is a GPU with Triton;
+    elsewhere nothing changes. Such a network is for streams alone.
     Raises ValueError, with what to do, for unknown names, for files that are not whole or do not fit, for a recipe that
     the network cannot be streamed under, and for one whose far state is not one that the weights learned to read, where
     their file says under which they were trained.
     """
     if is_wan(model):
         return load_wan(
-            model, recipe=recipe, device=device, dtype=dtype, levels=levels, codec=codec, codec_device=codec_device,
-            compile=compile,
+            model, recipe=recipe, device=device, dtype=dtype, levels=levels, codec=codec, base=base,
+            codec_device=codec_device, compile=compile,
         )  # fmt: skip
     if codec is not None:
         raise ValueError(f"model {model} has a codec of its own: others make pictures for networks of Wan's shape")
+    if base is not None:
+        raise ValueError(f"model {model} has a text encoder of its own: a base is for networks of Wan's shape")
     chosen = recipe_named(recipe, levels)
     network_file, codec_file = files_for(model, recipe)
     device = device_named(device)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 from longtake.attention.block_sparse import block_sparse
@@ -18,7 +19,7 @@ from longtake.generation.recipe import Recipe
 from longtake.generation.rolling import rolling
 from longtake.memory.far import RULES, Decay, Delta, FarShape, Keep, MassCap, rule_named
 from longtake.memory.policies import Absolute, BackAndForth, BankShape, EndToEnd, Policy, Recache
-from longtake.models.hub import nearest
+from longtake.models.hub import nearest, registry
 
 
 def self_forcing(past: int = 6, block: int = 3) -> Recipe:
@@ -124,12 +125,13 @@ def causvid(past: int = 18) -> Recipe:
     return replace(base, name="causvid", policy=clips, steps=(1000, 280, 120))
 
 
-def causal_forcing(past: int = 18) -> Recipe:
-    """Causal Forcing (arXiv 2602.02214), chunk by chunk: Self Forcing's inference, with weights distilled otherwise.
+def causal_forcing(past: int = 18, block: int = 3) -> Recipe:
+    """Causal Forcing (arXiv 2602.02214): Self Forcing's inference, with weights distilled otherwise.
 
-    past: latent frames that a block sees; published are 18.
+    past: latent frames that a block sees. block: latent frames of one. Published are 18 and 3, and, frame by frame, 20
+    and 1. ValueError for a block of less than 1.
     """
-    return replace(self_forcing(past), name="causal_forcing")
+    return replace(self_forcing(past, block), name="causal_forcing")
 
 
 def longlive(
@@ -270,6 +272,24 @@ def recipe_named(name: str, levels: int | None = None) -> Recipe:
         raise ValueError(f"recipe {name!r} does not work: {error}") from None
     recipe = replace(recipe, name=name)
     return recipe if levels is None else recipe.with_levels(levels)
+
+
+def is_here(name: str | None) -> bool:
+    """Whether there is a recipe of that name, which options may follow; there is none without a name."""
+    return name is not None and name.partition(":")[0] in RECIPES
+
+
+def recipe_for(model: str | Path, otherwise: str = "self_forcing_sink") -> str:
+    """The recipe to run a model under where none is given: the one that a published student was trained under.
+
+    otherwise: that of all other models. ValueError for a published student whose method is not here.
+    """
+    known = registry().get(str(model))
+    if known is None or known.recipe is None:
+        return otherwise
+    if not is_here(known.recipe):
+        raise ValueError(f"{model} was trained under {known.recipe}, which is not here: name a recipe to run it under")
+    return known.recipe
 
 
 def _as(default: Any, key: str, value: str) -> Any:

@@ -101,6 +101,7 @@ def load_wan(
         shift=shift or (known.shift if isinstance(known.shift, int | float) else WAN_SHIFT),
         encode=_wan_encoding(network, decoder, folder),
         codec_name=None if codec is None else str(codec),
+        base_name=None if base is None else str(base),
     )
     return fused(engine) if compile else engine
 

@@ -61,6 +61,7 @@ class House:
             "owned_by": "longtake",
             "recipe": engine.recipe.name,
             "levels": len(engine.recipe.steps),
+            "base": engine.base_name,
             "codec": engine.codec_name,
             "dtype": engine.circumstances["dtype"],
             "device": engine.circumstances["device"].partition(" ")[0],

@@ -1,6 +1,6 @@
 // The command line that makes a stream again, where one does.
 
-const OPTIONS = ["model", "recipe", "levels", "codec", "dtype", "device"]; // of generate, as /v1/models tells them
+const OPTIONS = ["model", "recipe", "levels", "base", "codec", "dtype", "device"]; // of generate, as /v1/models tells them
 
 function down(value) { return Math.floor(value * 1e4) / 1e4; } // never past the block that it begins with
 function quoted(text) { return /^[\w./:=@+-]+$/.test(text) ? text : `'${text.replaceAll("'", `'\\''`)}'`; }
