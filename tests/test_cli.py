@@ -417,7 +417,6 @@ def test_a_closed_stdout_is_no_fault():
     [
         (["--recipe", "self_forcing_sing"], "did you mean self_forcing_sink"),
         (["--recipe", "self_forcing:pasd=3"], "there are past=6"),
-        (["--recipe", "rehyat"], "model toy has no weights for recipe rehyat: there are some for self_forcing, "),
         (["--model", "toi"], "did you mean toy"),
         (["--model", "self-forsing"], "did you mean self-forcing"),
     ],

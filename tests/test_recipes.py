@@ -102,7 +102,11 @@ def test_weights_of_a_folder_stream_under_a_recipe_they_were_not_made_for(tmp_pa
         shutil.copy(packaged(name), tmp_path / name)
     with engine(tmp_path, "rolling_forcing").stream("a red ball bounces over green hills") as stream:
         assert [len(next(stream).frames) for _ in range(2)] == [9, 12]
-    with pytest.raises(ValueError, match="no weights for recipe rehyat"):
+
+
+def test_a_model_without_weights_for_a_recipe_says_for_which_it_has_some(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(recipes.MODELS, ("toy", "rehyat"))
+    with pytest.raises(ValueError, match="no weights for recipe rehyat: there are some for self_forcing,"):
         engine("toy", "rehyat")
 
 

@@ -22,6 +22,7 @@ TOY_WEIGHTS = "toy/weights"
 NETWORK_FILE = "student.safetensors"
 HYBRID_FILE = "student_hybrid.safetensors"
 ROLLING_FILE = "student_rolling.safetensors"
+REHYAT_FILE = "student_rehyat.safetensors"
 TEACHER_FILE = "teacher.safetensors"
 CONVERTED_FILE = "converted.safetensors"
 CODEC_FILE = "codec_decoder.safetensors"
@@ -32,10 +33,10 @@ MODELS: dict[tuple[str, str], str] = {
     ("toy", "self_forcing_sink"): NETWORK_FILE,
     ("toy", "hybrid_forcing"): HYBRID_FILE,
     ("toy", "rolling_forcing"): ROLLING_FILE,
+    ("toy", "rehyat"): REHYAT_FILE,
     **{("toy", name): NETWORK_FILE for name in MEMORY_RULES},
 }
-"""(model, recipe) -> the network's weights: the student, distilled under the first two recipes, one of its own, or a
-delta on the student (`rolling_forcing`)."""
+"""(model, recipe) -> the network's weights: the student, distilled under the first two recipes, or a delta on it."""
 
 
 def model_names() -> set[str]:
