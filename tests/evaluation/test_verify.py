@@ -221,7 +221,8 @@ def test_a_pulled_checkpoint_is_verified_by_its_name(cache: Path, tmp_path: Path
     cache_of(cache, "self-forcing", {"checkpoints/self_forcing_dmd.pt": (tmp_path / "x.pt").read_bytes()})
     code, report = verified("self-forcing", capsys, "--blocks", "0")
     assert (code, failed(report)) == (1, {"finds_noise"})
-    assert (report["recipe"], report["shift"], report["checkpoint"]["entry"]) == ("self_forcing:past=18", 5, "generator_ema")
+    told = report["recipe"], report["shift"], report["checkpoint"]["entry"]
+    assert told == ("self_forcing:past=18", 5, "generator_ema")
 
 
 @pytest.mark.parametrize(
