@@ -1,10 +1,13 @@
 """Every backend is right before it is used, the fastest is taken, and a machine with a CPU alone notices nothing."""
 
 import math
+import time
 from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from longtake.attention import backends, reference
@@ -122,7 +125,7 @@ def test_a_shape_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
     for keys in (50, 50, 60, 50):
         q, k, v = tensors(keys=keys)
         fastest(q, k, v)(q, k, v)
-    assert tried == [50] * 3 + [60] * 3, (
+    assert tried == [50] * 3 * backends.ROUNDS + [60] * 3 * backends.ROUNDS, (
         "three backends for each shape; the one that holds all scores is not among them"
     )
     assert calls == [backends.KEYS, 50, 50, 60, 50], "after one comparison with the definition"
@@ -130,6 +133,55 @@ def test_a_shape_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
         50: "efficient",
         60: "efficient",
     }
+
+
+def read(readings: dict[str, list[float]], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Have trials of these backends alone, right ones that read so in each round; holds the order of their calls."""
+    order: list[str] = []
+
+    def timed(attend: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor) -> float:
+        (name,) = (name for name, backend in backends.BACKENDS.items() if backend.attend is attend)
+        order.append(name)
+        reading = readings[name][order.count(name) - 1]
+        if math.isnan(reading):
+            raise RuntimeError("no room")
+        return reading
+
+    def right() -> Callable[..., Tensor]:
+        return lambda q, k, v: by_torch(q, k, v)
+
+    monkeypatch.setattr(backends, "BACKENDS", {name: Backend(right(), on_cpu=True) for name in readings})
+    monkeypatch.setattr(backends, "_seconds", timed)
+    return order
+
+
+@given(
+    st.tuples(*(st.floats(1e-6, 1.0) for _ in range(3))),
+    st.lists(st.floats(0.0, 1.0), min_size=3 * backends.ROUNDS, max_size=3 * backends.ROUNDS),
+    st.tuples(*(st.integers(0, backends.ROUNDS - 1) for _ in range(3))),
+)
+def test_what_disturbs_all_readings_but_one_decides_nothing(
+    true: tuple[float, ...], added: list[float], undisturbed: tuple[int, ...]
+) -> None:
+    names = ["cudnn", "flash", "efficient"]
+    readings = {}
+    for number, (name, own) in enumerate(zip(names, true, strict=True)):
+        readings[name] = [own + more for more in added[number :: len(names)]]
+        readings[name][undisturbed[number]] = own
+    verdict.cache_clear()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        order = read(readings, monkeypatch)
+        choice = choose(*tensors())
+        assert order == names * backends.ROUNDS, "in turn"
+        assert choice.seconds == dict(zip(names, true, strict=True)) and choice.name == preferred(choice.seconds)
+
+
+def test_one_that_breaks_off_in_a_later_round_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = backends.ROUNDS - 1
+    order = read({"cudnn": [0.1, math.nan], "flash": [1.0] * (rounds + 1)}, monkeypatch)
+    choice = choose(*tensors())
+    assert choice == ("flash", {"flash": 1.0}, {"cudnn": "no room"})
+    assert order == ["cudnn", "flash"] * 2 + ["flash"] * (rounds - 1), "and is not tried again"
 
 
 def test_the_one_that_holds_all_scores_is_the_last_resort(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,3 +241,22 @@ def test_a_gpu_chooses_one_that_is_right() -> None:
     (choice,) = backends.choices().values()
     assert {"flash", "efficient"} <= set(choice.seconds) and "math" not in choice.seconds
     assert not [reason for reason in choice.refused.values() if "wrong" in reason]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_chooses_the_same_each_time() -> None:
+    """For the keys of a prompt, over which kernels take some tens of microseconds: no more than their launch."""
+    q, k, v = (torch.randn(1, n, 12, 128, device="cuda", dtype=torch.bfloat16) for n in (4680, 512, 512))
+    assert len({choose(q, k, v).name for _ in range(5)}) == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_s_reading_is_the_kernel_s_and_not_the_host_s() -> None:
+    q, k, v = (x.to("cuda", torch.bfloat16) for x in tensors())
+    slept = 2e-4
+
+    def launched_late(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        time.sleep(slept)
+        return by_torch(q, k, v)
+
+    assert min(backends._seconds(launched_late, q, k, v) for _ in range(backends.ROUNDS)) < slept / 2

@@ -1,8 +1,9 @@
 """Kernels of dense attention: which are there, whether they are right, and which is fastest for a shape.
 
 Each is compared with `reference` once for a device, a type and a size of heads, before it is used: a wrong one gives
-noise rather than an error. Then a short trial decides for each shape. Where two are close the earlier one in `BACKENDS`
-wins, so that a machine answers the same each time. LONGTAKE_ATTENTION=name takes one for all.
+noise rather than an error. Then a short trial decides for each shape, on a GPU by the kernels' own time. Where two are
+close the earlier one in `BACKENDS` wins, so that a machine answers the same each time. LONGTAKE_ATTENTION=name takes
+one for all.
 """
 
 import math
@@ -28,7 +29,8 @@ GAIN = 1.1  # how many times faster a later one must be
 ROUNDINGS, LEAST_BOUND = 4, 1e-4  # of the type, and what float32 is allowed at least
 QUERIES, KEYS, HEADS = 90, 190, 3  # of the comparison: tokens, no multiple of any block
 AT_ONCE = 256  # queries whose scores products hold: more of them leave a CPU's cache
-CALLS = 3  # of a trial, after one that is not timed
+ROUNDS, CALLS = 5, 4  # of a trial, and what is timed of each backend in a round, after one call that is not
+HOLD = 8_000_000  # cycles that a GPU waits before timed calls: some 4 ms, longer than a host takes to queue them
 
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Queries [B, T, N, D], keys and values [B, S, N, D] -> [B, T, N, D]."""
@@ -108,7 +110,7 @@ BACKENDS: dict[str, Backend] = {
 
 
 class Choice(NamedTuple):
-    """The backend for a shape; seconds a call of those that were tried, and why the others were not."""
+    """The backend for a shape; the least seconds a call of those that were tried, and why the others were not."""
 
     name: str
     seconds: Mapping[str, float]
@@ -165,13 +167,16 @@ def choose(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> Choice:
         return Choice(name, {}, {})
     refused = {name: reason for name in BACKENDS if (reason := verdict(name, *kind))}
     seconds: dict[str, float] = {}
-    for name, backend in BACKENDS.items():
-        if name in refused or (name == "math" and seconds):
+    for name in ROUNDS * tuple(BACKENDS):  # in turn, so that clocks and heat are alike for all
+        if name in refused or (name == "math" and seconds.keys() - {name}):
             continue
         try:
-            seconds[name] = _seconds(backend.attend, q_BTND, k_BSND, v_BSND)
+            taken = _seconds(BACKENDS[name].attend, q_BTND, k_BSND, v_BSND)
         except Exception as error:  # of a shape that a kernel does not take, or has no room for: it raises anything
             refused[name] = one_line(error)
+            seconds.pop(name, None)
+        else:
+            seconds[name] = min(taken, seconds.get(name, math.inf))  # what disturbs a reading only adds to it
     if not seconds:
         raise ValueError(f"no attention backend runs on {kind[0]} in {kind[1]}: {refused}")
     return Choice(preferred(seconds), seconds, refused)
@@ -215,18 +220,28 @@ def tolerance(dtype: torch.dtype) -> float:
 
 
 def _seconds(attend: Kernel, q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> float:
+    """A call among others, on a GPU without the host's part in it, as recorded graphs replay it.
+
+    Queued rather than recorded: so every backend can be timed, one that waits for the device with its waits.
+    """
+
+    def calls() -> None:
+        for _ in range(CALLS):
+            attend(q_BTND, k_BSND, v_BSND)
+
     attend(q_BTND, k_BSND, v_BSND)
-    _wait(q_BTND.device)
-    before = perf_counter()
-    for _ in range(CALLS):
-        attend(q_BTND, k_BSND, v_BSND)
-    _wait(q_BTND.device)
-    return (perf_counter() - before) / CALLS
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if not q_BTND.is_cuda:
+        before = perf_counter()
+        calls()
+        return (perf_counter() - before) / CALLS
+    with torch.cuda.device_of(q_BTND):
+        begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(HOLD)  # all are queued by the time that the first begins
+        begun.record()
+        calls()
+        ended.record()
+    ended.synchronize()
+    return begun.elapsed_time(ended) / 1000 / CALLS
 
 
 def one_line(error: Exception) -> str:
