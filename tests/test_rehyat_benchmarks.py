@@ -32,9 +32,21 @@ def test_any_attention_is_converted_and_losses_fall(monkeypatch: pytest.MonkeyPa
     found = json.loads((tmp_path / "conversion.json").read_text())
     losses = found["another_attention"]["losses"]
     assert len(losses) == 153 and sum(losses[-10:]) < 0.9 * sum(losses[:10])
-    metrics = found["network"]["metrics"]
-    assert [row["step"] for row in metrics] == [0, 25, 50] and metrics[-1]["loss"] < 0.9 * metrics[0]["loss"]
-    assert len(found["network"]["converted"]) == 1 and found["network"]["tokens"] == 126
+    network = found["network"]
+    assert len(network["losses"]) == 51 and network["losses"][-1] < 0.9 * network["losses"][0]
+    assert network["held_out_after"] < 0.9 * network["held_out_before"]
+    assert len(network["converted"]) == 1 and network["tokens"] == 126
+    tuned = found["finetune"]
+    assert tuned["settings"]["recompute"] and tuned["converted"] == [1]
+    assert len(tuned["losses"]) == 6 and len(tuned["step_seconds"]) == 5
+
+
+def test_parts_run_alone_and_options_are_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    conversion = script("rehyat_conversion", monkeypatch)
+    told(conversion, tmp_path, monkeypatch, "--shape", "tiny", "--parts", "finetune", "--finetune-steps", "2")
+    found = json.loads((tmp_path / "conversion.json").read_text())
+    assert found.keys() == {"about", "finetune"}
+    assert found["about"]["options"]["finetune_steps"] == 2 and found["about"]["options"]["shape"] == "tiny"
 
 
 def test_every_length_of_every_part_is_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from longtake.generation.blockwise import blockwise
 from longtake.generation.recipe import Schedule
 from longtake.memory.stream_memory import MemoryShape
 from longtake.memory.window import WindowShape
-from longtake.models.wan import WanTransformer
+from longtake.models.features import Conversion
+from longtake.models.wan import WanTransformer, converted
 
 SINK_AND_PAST = MemoryShape(window=WindowShape(sink=3, past=3), extent=15)
 METHODS = ("before_attention", "after_attention")
@@ -55,6 +56,21 @@ def test_checkpointed_layers_have_the_same_gradients(loss_of: Callable) -> None:
     assert calls.total() > forward, "nothing was computed again"
 
 
+def test_layers_computed_again_whole_have_the_same_gradients() -> None:
+    """Exact and converted ones, their attention included."""
+
+    def half_converted() -> WanTransformer:
+        return converted(tiny.network(), Conversion(layers=(0, 2), current=2), far_tokens=18)
+
+    plain, made = gradients(half_converted(), flowed), half_converted()
+    calls = counted(made)
+    parallel.checkpoint_layers([made], ("through_layer",))
+    loss = flowed(made)
+    assert calls.total() == 2 * 3
+    torch.testing.assert_close(gradients(made, lambda _: loss), plain, rtol=0, atol=0)
+    assert calls.total() == 2 * 2 * 3, "not every layer was computed again, once"
+
+
 def test_without_gradients_nothing_changes() -> None:
     plain, made = tiny.network(), tiny.network()
     calls, plain_calls = counted(made), counted(plain)
@@ -66,11 +82,12 @@ def test_without_gradients_nothing_changes() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch meets its own warning
-def test_checkpointing_goes_around_compiled_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("whole", [False, True])
+def test_checkpointing_goes_around_compiled_layers(monkeypatch: pytest.MonkeyPatch, *, whole: bool) -> None:
     plain, made = gradients(tiny.network(), flowed), tiny.network()
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     parallel.compile_layers(made.blocks, METHODS)
-    parallel.checkpoint_layers(made.blocks, METHODS)
+    parallel.checkpoint_layers(*([made], ("through_layer",)) if whole else (made.blocks, METHODS))
     torch.testing.assert_close(gradients(made, flowed), plain)
 
 

@@ -359,6 +359,7 @@ def test_matching_teaches_maps_alone_and_converts_the_layers_that_it_measured_be
     assert description["network"]["conversion"]["layers"] == spent["converted"]
     for one in spent["matching"].values():
         left_local = [head for head, error in enumerate(one["heads_beside_near"]) if error >= 1 - 1e-6]
+        assert one["before"] > 0
         assert max(one["heads_beside_near"]) <= 1 + 1e-6 and set(one["local_heads"]) >= set(left_local)
     row = read_metrics(folders / "attention_matching")[0]
     assert row["loss"] == pytest.approx((row["layer_0"] + row["layer_1"]) / 2)
@@ -375,6 +376,17 @@ def test_the_softmax_twin_is_tuned_on_the_same_clips(folders: Path, tmp_path: Pa
     assert description["role"] == "teacher" and description["network"]["conversion"] is None
     assert any(not torch.equal(after[name], before[name]) for name in before)
     assert not (tmp_path / CONVERTED_FILE).exists()
+
+
+def test_tuning_that_computes_layers_again_learns_the_same(folders: Path, tmp_path: Path) -> None:
+    settings = ["--set", "steps=2", "seconds=1e9", *SETTINGS["finetune"], "log_every=1"]
+    for name, recompute in (("kept", "false"), ("again", "true")):
+        run = ["--from", str(folders / "attention_matching"), "--out", str(tmp_path / name)]
+        finish(start("finetune", *run, *settings, f"recompute={recompute}"))
+    (kept, _), (again, _) = (load_weights(tmp_path / name / CONVERTED_FILE) for name in ("kept", "again"))
+    assert all(torch.allclose(kept[name], again[name], rtol=0, atol=1e-6) for name in kept)
+    losses = [[row["loss"] for row in read_metrics(tmp_path / name)] for name in ("kept", "again")]
+    assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1])
 
 
 def test_a_converted_teacher_tuned_at_a_rank_is_a_delta_on_the_teacher(folders: Path, tmp_path: Path) -> None:

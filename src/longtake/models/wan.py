@@ -259,10 +259,18 @@ class WanTransformer(nn.Module):
     ) -> Tensor:
         """Velocity [B, F, C, H, W] of noisy latents at levels in 0..1; `prompt_BF` numbers each frame's prompt."""
         x, level_BFE, levels_BF6E = self.embed(noisy_BFCHW, level_BF)
-        for i, block in enumerate(self.layers):
-            own = block.before_attention(x, levels_BF6E, view.rotation)
-            x = block.after_attention(x, view.attend(i, own), levels_BF6E, prompts.layers[i], prompt_BF)
+        for i in range(len(self.blocks)):
+            x = self.through_layer(i, x, levels_BF6E, prompts.layers[i], view, prompt_BF)
         return self._unpatch(self.head(x, level_BFE), noisy_BFCHW.shape)
+
+    def through_layer(
+        self, i: int, x_BFTE: Tensor, levels_BF6E: Tensor, prompt: tuple[Tensor, Tensor], view: View,
+        prompt_BF: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """The output of one layer, its attention included: all of a layer that there is to compute again at once."""
+        block = self.layers[i]
+        own = block.before_attention(x_BFTE, levels_BF6E, view.rotation)
+        return block.after_attention(x_BFTE, view.attend(i, own), levels_BF6E, prompt, prompt_BF)
 
     def keys_to_commit(
         self, clean_BFCHW: Tensor, level_BF: Tensor, prompts: PromptKeys, view: View, prompt_BF: Tensor | None = None

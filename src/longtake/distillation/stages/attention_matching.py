@@ -30,7 +30,8 @@ def train_attention_matching(
     """The network with its easiest layers converted, and what was spent and measured.
 
     Heads that sums do not serve on held-out prompts are left local. `matching` tells of every taught layer which these
-    are, and the errors that remain there, its heads' too; see `attention_matching.Match`.
+    are, and the errors that remain there, its heads' too, see `attention_matching.Match`; `before`: beside the near
+    span's, when the stage began.
     """
     layers = stage.layers or tuple(range(network.config.layers))
     conversion = Conversion(
@@ -66,23 +67,28 @@ def train_attention_matching(
             _ask(network, sample, moment, conversion, teach)
         return {"loss": torch.stack([told[f"layer_{layer}"] for layer in layers]).mean(), **told}
 
+    with torch.no_grad(), run.autocast(), torch.compiler.set_stance("force_eager"):
+        held_out = samples.held_out()
+        before = _matching_errors(network, held_out, conversion, stage.both_ways)
     look = strips.clip_strips(text, network, list(learners.values()), world, shift, stage, run)
     kept = {f"layer_{layer}": learner for layer, learner in learners.items()}
-    spent: dict[str, Any] = {**train(kept, turn, stage.budget(warmup=20), run, look=look, log_every=25)}
+    spent: dict[str, Any] = {**train(kept, turn, stage.budget(warmup=20), run, look=look, log_every=stage.log_every)}
     for learner in learners.values():
         learner.swap_average()
     network.requires_grad_(False)
     with torch.no_grad(), run.autocast(), torch.compiler.set_stance("force_eager"):
-        sample = samples.held_out()
-        taught = _matching_errors(network, sample, conversion, stage.both_ways)
+        taught = _matching_errors(network, held_out, conversion, stage.both_ways)
         local = {layer: [h for h, x in enumerate(one["heads_beside_near"]) if x >= 1] for layer, one in taught.items()}
         for layer, heads in local.items():
             network.features[layer].leave_local(heads)
-        found = _matching_errors(network, sample, conversion, stage.both_ways)
+        found = _matching_errors(network, held_out, conversion, stage.both_ways) if any(local.values()) else taught
     chosen = attention_matching.easiest(
         {layer: one["beside_answer"] for layer, one in found.items()}, stage.converted_share
     )
-    told = {str(layer): {**one, "local_heads": local[layer]} for layer, one in found.items()}
+    told = {
+        str(layer): {**one, "before": before[layer]["beside_near"], "local_heads": local[layer]}
+        for layer, one in found.items()
+    }
     spent |= {"converted": list(chosen), "matching": told}
     return converted(network, replace(conversion, layers=chosen)), spent
 

@@ -38,7 +38,7 @@ def train_codec(
             look(name)
 
     budget = stage.budget(warmup=100)
-    spent = train({"codec": learner}, turn, budget, run, keep={"dice": dice}, look=looked, log_every=100)
+    spent = train({"codec": learner}, turn, budget, run, keep={"dice": dice}, look=looked, log_every=stage.log_every)
     learner.swap_average()
     codec.eval().requires_grad_(False)
     moments = []

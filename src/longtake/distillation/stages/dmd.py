@@ -109,7 +109,9 @@ def train_dmd(
     look = stream_strips(text, network, student, world, shown, shift, run)
     learners = {"student": student, "critic": judge}
     keep = {"shared": shared, **supplies}
-    spent = train(learners, turn, stage.budget(warmup=20), run, keep=keep, look=look, log_every=25, rare=("pull",))
+    spent = train(
+        learners, turn, stage.budget(warmup=20), run, keep=keep, look=look, log_every=stage.log_every, rare=("pull",)
+    )
     student.swap_average()
     merge(network)
     return spent

@@ -46,7 +46,7 @@ def train_ode(
         return {"loss": loss.detach(), "norm": learner.step(loss)}
 
     look = stream_strips(text, network, learner, world, shown, shift, run)
-    spent = train({"student": learner}, turn, stage.budget(warmup=50), run, look=look)
+    spent = train({"student": learner}, turn, stage.budget(warmup=50), run, look=look, log_every=stage.log_every)
     learner.swap_average()
     return spent
 

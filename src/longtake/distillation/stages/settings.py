@@ -11,6 +11,7 @@ from longtake.models.wan import WanConfig
 class Stage:
     """What all stages have: they end after `steps`, or after `seconds` if that comes first.
 
+    log_every: steps from one row of metrics to the next.
     ValueError for numbers that no stage can work with.
     """
 
@@ -19,6 +20,7 @@ class Stage:
     seed: int = 42
     batch: int = 16
     lr: float = 1e-3
+    log_every: int = 50
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -51,6 +53,7 @@ class CodecStage(Stage):
     batch: int = 16
     pictures: int = 17
     lr: float = 1.5e-3
+    log_every: int = 100
     kl_weight: float = 1.5e-3
     decoder_widths: tuple[int, ...] = (160, 96, 48)
     decoder_blocks: tuple[int, ...] = (3, 3, 1)
@@ -66,6 +69,7 @@ class TeacherStage(Stage):
     seed: int = 42
     batch: int = 32
     lr: float = 2e-3
+    log_every: int = 100
     average: float = 0.999
     shift: float = 3.0
     focus_weight: float = 1.0
@@ -94,6 +98,7 @@ class AttentionMatchingStage(Stage):
     seed: int = 47
     batch: int = 8
     lr: float = 3e-3
+    log_every: int = 25
     average: float = 0.995
     current: int = 3
     overlap: int = 1
@@ -114,8 +119,10 @@ class FinetuneStage(Stage):
     softmax: the control: the teacher itself, with no layer converted, on the same clips in the same order. anchored:
     whether what is learned is not to make these clips, but to answer on them as the network did when the stage began
     and attended exactly in all its layers (ours). far_lr: rate of the features. far_only: whether nothing else learns.
-    rank: of what is added to each matrix (0: any), see `low_rank`; features learn whole. Published: about a thousand
-    steps of everything (2601.04342). ValueError for the control where it is anchored, for it already answers so.
+    rank: of what is added to each matrix (0: any), see `low_rank`; features learn whole. recompute: whether of each
+    layer's pass only what went in is kept, and the rest computed again for its gradient: the same in more time and a
+    small part of the memory. Published: about a thousand steps of everything (2601.04342). ValueError for the control
+    where it is anchored, for it already answers so.
     """
 
     steps: int = 1000
@@ -134,6 +141,7 @@ class FinetuneStage(Stage):
     anchored: bool = False
     far_only: bool = False
     rank: int = 0
+    recompute: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -247,6 +255,7 @@ class DmdStage(Stage):
     seed: int = 44
     batch: int = 32
     lr: float = 1e-4
+    log_every: int = 25
     far_lr: float = 1e-3
     critic_lr: float = 2e-4
     critic_turns: int = 3

@@ -87,7 +87,9 @@ def train_teacher_forcing(
         return {**values, "norm": learner.step(), **far_weights(network)}
 
     look = stream_strips(text, network, learner, world, recipes, shift, run)
-    spent = train({"student": learner}, turn, stage.budget(warmup=50), run, keep=supplies, look=look)
+    spent = train(
+        {"student": learner}, turn, stage.budget(warmup=50), run, keep=supplies, look=look, log_every=stage.log_every
+    )
     learner.swap_average()
     merge(network)
     return spent

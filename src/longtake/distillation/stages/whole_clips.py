@@ -31,7 +31,13 @@ def train_teacher(
     turn = _flow_turn(text, network, learner, supply, stage.shift, stage, run)
     look = clip_strips(text, network, [learner], world, stage.shift, stage, run)
     spent = train(
-        {"teacher": learner}, turn, stage.budget(warmup=200), run, keep={"clips": supply}, look=look, log_every=100
+        {"teacher": learner},
+        turn,
+        stage.budget(warmup=200),
+        run,
+        keep={"clips": supply},
+        look=look,
+        log_every=stage.log_every,
     )
     learner.swap_average()
     return spent
@@ -44,10 +50,15 @@ def train_finetune(
     at_rank(network, stage.rank)
     learner = learner_of(network, stage.lr, stage.far_lr, stage.average, far_only=stage.far_only)
     compile_for(run, network, *([anchor] if anchor else []))
+    if stage.recompute:
+        parallel.checkpoint_layers([network], ("through_layer",))
     supply = world.clips(stage.pool, stage.seed, network.config.extent)
-    turn = _flow_turn(text, network, learner, supply, shift, stage, run, anchor)
+    turn = _flow_turn(text, network, learner, supply, shift, stage, run, anchor, recorded=not stage.recompute)
     look = clip_strips(text, network, [learner], world, shift, stage, run)
-    spent = train({"network": learner}, turn, stage.budget(warmup=50), run, keep={"clips": supply}, look=look)
+    spent = train(
+        {"network": learner}, turn, stage.budget(warmup=50), run, keep={"clips": supply}, look=look,
+        log_every=stage.log_every,
+    )  # fmt: skip
     learner.swap_average()
     merge(network)
     return spent
@@ -55,9 +66,12 @@ def train_finetune(
 
 def _flow_turn(
     text: WordEncoder, network: WanTransformer, learner: Learner, supply: ClipSupply, shift: float,
-    stage: TeacherStage | FinetuneStage, run: Run, anchor: WanTransformer | None = None,
+    stage: TeacherStage | FinetuneStage, run: Run, anchor: WanTransformer | None = None, *, recorded: bool = True,
 ) -> Callable[[int], dict[str, Tensor]]:  # fmt: skip
-    """Flow matching of whole clips, a share of them without their prompt. anchor: see `flow_loss`."""
+    """Flow matching of whole clips, a share of them without their prompt.
+
+    anchor: see `flow_loss`; recorded: see `Learner.taught_by`.
+    """
 
     def loss(latents_BFCHW: Tensor, tokens_BPL: Tensor, prompt_BF: Tensor, focus_BFHW: Tensor) -> Tensor:
         absent = torch.rand(stage.batch, 1, 1, device=run.device) < stage.no_prompt_share
@@ -66,7 +80,7 @@ def _flow_turn(
             clips = Clips(latents_BFCHW, text_BPLE, prompt_BF, focus_BFHW)
             return flow_loss(network, clips, shift, stage.focus_weight, anchor)
 
-    teach = learner.taught_by(loss)
+    teach = learner.taught_by(loss, recorded=recorded)
 
     def turn(step: int) -> dict[str, Tensor]:
         value = teach(*parts_of(drawn(supply, step, stage.batch, network.config.extent)))
