@@ -220,6 +220,12 @@ def test_weights_stream_under_the_far_state_they_learned_to_read_and_no_other(tm
         )
         with pytest.raises(ValueError, match=said):
             engine(file, name)
+    saved("hybrid_forcing:share=0.5")
+    for forgets in ("far=keep", "far=cap,frames=60", "far=decay,frames=120"):  # sums, all read alike
+        assert engine(file, f"hybrid_forcing:{forgets}").recipe.far
+    for unlike in ("far=delta", "far=cap,frames=60,features=2", "turns=space"):
+        with pytest.raises(ValueError, match="cannot read the far state"):
+            engine(file, f"hybrid_forcing:{unlike}")
     saved()  # as files were written before
     assert "recipes" not in load_network(file, CPU)[2]
     assert engine(file, "hybrid_forcing").recipe.far == FarShape()

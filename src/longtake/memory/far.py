@@ -6,7 +6,7 @@ concatenated states. A rule says how much of the old stays when new tokens come,
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Protocol, Self
 
@@ -159,6 +159,11 @@ class FarShape:
     def rotation(self, grid: Grid, positions: Sequence[float], device: torch.device | str) -> Rotation:
         """Of the features of the tokens of frames at these positions. Frames all at 0 do not turn with their axis."""
         return grid.rotation(positions if self.turns_with_frames else [0] * len(positions), device)
+
+    def reads_like(self, learned: "FarShape") -> bool:
+        """Whether who learned to read that one can read this: rules that add may differ in how much is forgotten."""
+        adds = isinstance(self.rule, Keep) and isinstance(learned.rule, Keep)
+        return self == (replace(learned, rule=self.rule) if adds else learned)
 
     def plain(self) -> "FarShape":
         """The same, of whose sums no kernel takes care."""

@@ -82,8 +82,10 @@ def load(
 
 
 def _require_taught(chosen: Recipe, taught: Sequence[str], path: Path) -> None:
-    """ValueError where the weights learned to read other far states; how much of a window is seen may change."""
-    if chosen.far and taught and chosen.far not in [recipe_named(name).far for name in taught]:
+    """ValueError where the weights learned to read other far states; how much of a window is seen may change, and how
+    much of what left it is forgotten."""
+    learned = [recipe_named(name).far for name in taught]
+    if chosen.far and learned and not any(far and chosen.far.reads_like(far) for far in learned):
         raise ValueError(
             f"{path} was trained under {' and '.join(taught)}, and cannot read the far state of {chosen.name}: "
             "name one of those recipes, or far=none"
