@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from longtake.attention import block_sparse, linear, reference, rope
-from longtake.attention.dense import dense
+from longtake.attention.backends import by_torch
 
 LIMITS = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
 LAUNCHES = [*itertools.product([4], range(1, 8)), (8, 2), (8, 3)]  # warps, stages
@@ -209,10 +209,10 @@ def dense_times(
 
     def forward() -> Call:
         still = [x.detach() for x in leaves]
-        return lambda: dense(*still)
+        return lambda: by_torch(*still)
 
     def backward() -> Call:
-        out = dense(*leaves)
+        out = by_torch(*leaves)
         return lambda: torch.autograd.grad(out, leaves, direction, retain_graph=True)
 
     with chosen_kernel():
