@@ -15,6 +15,7 @@ import torch
 
 import longtake.evaluation
 from longtake.cli import main
+from longtake.cli.engines import load_engine
 from longtake.media.mp4 import Mp4Writer, read_frames
 from longtake.models.hub import registry
 from longtake.recipes import MODELS, RECIPES
@@ -30,7 +31,7 @@ class GreyEngine:
     circumstances: ClassVar = {"longtake": "0", "torch": "0", "device": "cpu", "dtype": "float32"}
     recipe = SimpleNamespace(name="self_forcing_sink", steps=(1000, 500), block=3, in_flight=1)
     dtype, device = torch.float32, torch.device("cpu")
-    codec_device, works_ahead = device, False
+    codec_device, works_ahead, fused = device, False, False
 
     def __init__(self, stops_at: int | None = None) -> None:
         self.stops_at = stops_at
@@ -772,3 +773,14 @@ def test_scores_are_compared_in_pairs(tmp_path, capsys):
     ):
         assert main(["evaluate", "compare", *files]) == 2
         assert wrong in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("by_kernels", [False, True])
+def test_a_wait_for_kernels_is_told(
+    by_kernels: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = GreyEngine()
+    made.fused = by_kernels
+    monkeypatch.setattr("longtake.recipes.load", lambda *args, **options: made)
+    assert load_engine("toy", None, None, "cpu", "float32", compile=by_kernels) is made
+    assert ("wait for kernels to be compiled" in capsys.readouterr().err) == by_kernels

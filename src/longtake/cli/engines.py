@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from longtake.cli.terminal import say
+
 if TYPE_CHECKING:
     import torch
 
@@ -24,6 +26,8 @@ def load_engine(
         model, recipe=recipe or recipe_for(model), levels=levels, device=device, dtype=precision, codec=codec,
         base=base, codec_device=codec_device, compile=compile,
     )  # fmt: skip
+    if made.fused:
+        say("the first blocks wait for kernels to be compiled, unless an earlier start has left them on disk")
     return in_precision(made, dtype)
 
 
