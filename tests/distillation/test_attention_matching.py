@@ -1,5 +1,7 @@
 """Matching by its definition, on tokens in any order, on an attention that is not Wan's, and in a network."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from longtake.attention.dense import dense
 from longtake.attention.near_span import NearSpan
 from longtake.attention.rope import Grid, RotaryAxes, rotate
 from longtake.distillation.attention_matching import Asked, AskingView, Match, easiest, hybrid, match
+from longtake.distillation.stages import AttentionMatchingStage, train_attention_matching
 from longtake.memory.view import ClipView
 from longtake.models.features import LearnedForm
 
@@ -95,6 +98,19 @@ def test_errors_are_those_of_masked_attention(frame_T: Tensor, both_ways: bool) 
 def test_where_nothing_is_far_nothing_can_be_taught() -> None:
     with pytest.raises(ValueError, match=r"spans of 3 \+ 1 latent frames hold the whole clip"):
         match(form(), drawn(torch.tensor([4, 5, 6])), NearSpan(current=3, overlap=1))
+    nobody: Any = None  # neither text nor world is there that clips could be made of
+    with pytest.raises(ValueError, match=r"spans of 15 \+ 1 latent frames hold the whole clip"):
+        stage = AttentionMatchingStage(current=15)
+        train_attention_matching(nobody, tiny.network(extent=15), nobody, 3.0, stage, nobody)
+
+
+@pytest.mark.parametrize("count", [5, 9])
+def test_a_frame_is_given_for_every_token(count: int) -> None:
+    """Tokens without one would be left out of the answer, and of the error."""
+    asked = drawn(torch.arange(7))._replace(frame_T=torch.arange(count))
+    for answer in (hybrid, match):
+        with pytest.raises(ValueError, match=rf"frames \[{count}\] are not those of 7 tokens"):
+            answer(form(), asked, NearSpan(current=2, overlap=1))
 
 
 class OtherAttention(nn.Module):
