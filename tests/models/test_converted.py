@@ -125,13 +125,39 @@ def test_converting_keeps_the_network_and_the_maps_it_has() -> None:
         converted(made, Conversion(layers=(0,), degree=3))
 
 
+@st.composite
+def wan_shapes(draw: st.DrawFn) -> tuple[WanTransformer, tuple[int, ...]]:
+    """A network of Wan's shape, and some of its layers."""
+    heads, layers, reads_far = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.booleans())
+    config = WanConfig(
+        dim=heads * 2 * draw(st.integers(1, 7)), heads=heads, ffn_dim=draw(st.integers(1, 20)), layers=layers,
+        text_dim=8, channels=draw(st.integers(1, 4)), patch=draw(st.integers(1, 3)), level_dim=4,
+        extent=draw(st.integers(1, 21)), reads_far=reads_far, far_maps=reads_far and draw(st.booleans()),
+    )  # fmt: skip
+    torch.manual_seed(draw(st.integers(0, 99)))
+    chosen = draw(st.sets(st.integers(0, layers - 1), min_size=1))
+    return WanTransformer(config).double(), tuple(sorted(chosen))
+
+
+@given(
+    drawn=wan_shapes(), frames=st.integers(1, 9), sides=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    span=st.tuples(st.integers(1, 9), st.integers(0, 3)), degree=st.integers(1, 3), turns=st.booleans(),
+)  # fmt: skip
+@settings(deadline=None, max_examples=25)
 @torch.no_grad()
-def test_a_near_span_as_long_as_the_clip_changes_nothing() -> None:
-    plain, noisy = tiny.network(), clip(7)
-    wide = converted(plain, Conversion(layers=(0, 1, 2), current=7, overlap=0))
-    level, prompt = torch.full((1, 7), 0.5), tiny.prompt(plain)
-    answers = [made(noisy, level, prompt, made.clip_view(noisy)) for made in (plain, wide)]
-    torch.testing.assert_close(*answers, atol=1e-12, rtol=1e-12)
+def test_any_network_of_wans_shape_is_converted(drawn, frames: int, sides, span, degree: int, turns: bool) -> None:
+    """A near span as long as the clip changes nothing."""
+    plain, layers = drawn
+    config, (current, overlap), generator = plain.config, span, torch.Generator().manual_seed(0)
+    size = (2, frames, config.channels, *(config.patch * side for side in sides))
+    noisy, level = torch.randn(size, generator=generator, dtype=torch.float64), torch.full((2, frames), 0.5)
+    made = converted(plain, Conversion(layers=layers, current=current, overlap=overlap, degree=degree,
+                                       turns_with_frames=turns), far_tokens=9)  # fmt: skip
+    assert set(made.features) == set(layers)
+    answers = [one(noisy, level, tiny.prompt(plain, 2), one.clip_view(noisy)) for one in (plain, made)]
+    assert answers[1].shape == noisy.shape and answers[1].isfinite().all()
+    if current >= frames:
+        torch.testing.assert_close(*answers, atol=1e-12, rtol=1e-12)
 
 
 @pytest.mark.parametrize(
