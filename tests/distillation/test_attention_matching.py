@@ -54,7 +54,7 @@ def test_the_answer_is_the_definition_whatever_tokens_a_frame_has(frame_T: Tenso
         return scores.logsumexp(-1, keepdim=True)
 
     expected = reference.one_bar(*asked[:3], weights_BNTS, near_TT, far_TT, log_mass)
-    torch.testing.assert_close(hybrid(maps, asked, span), expected, atol=1e-11, rtol=1e-9)
+    torch.testing.assert_close(hybrid(maps, asked, span), expected, atol=1e-12, rtol=1e-12)
 
 
 @torch.no_grad()
@@ -74,7 +74,7 @@ def test_whole_frames_in_order_are_answered_as_by_a_converted_layer() -> None:
         span=span,
         tokens=6,
     )
-    torch.testing.assert_close(hybrid(maps, asked, span), expected, atol=1e-12, rtol=1e-10)
+    torch.testing.assert_close(hybrid(maps, asked, span), expected, atol=1e-12, rtol=1e-12)
 
 
 @given(frame_T=frames.filter(lambda x: x.max() - x.min() > 4), both_ways=st.booleans())

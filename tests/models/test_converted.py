@@ -208,7 +208,7 @@ def test_a_stream_of_clean_blocks_is_the_clip_they_make(overlap: int, blocks: in
     clean = clip(blocks * BLOCK, batch)
     streamed = fed(made, StreamMemory(shape, 3, ring=ring), clean)
     whole = made(clean, torch.zeros(clean.shape[:2]), tiny.prompt(made, batch), made.clip_view(clean))
-    torch.testing.assert_close(streamed, whole, atol=1e-11, rtol=1e-9)
+    torch.testing.assert_close(streamed, whole, atol=1e-12, rtol=1e-12)
 
 
 FARS = ("", "far=keep", "far=decay,frames=4", "far=cap,frames=2", "far=none")
@@ -227,7 +227,7 @@ def test_teacher_forcing_sees_in_one_pass_what_a_stream_sees(overlap: int, block
         forced(made, past, noisy, level, tiny.prompt(made), numbers, BLOCK, memory)
         for forced in (forced_in_one_pass, forced_by_block)
     )
-    torch.testing.assert_close(one, other, atol=1e-10, rtol=1e-9)
+    torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
 
 
 def test_gradients_reach_the_maps_alike_in_one_pass_and_by_block() -> None:
@@ -257,7 +257,7 @@ def test_a_batch_of_two_streams_is_two_streams() -> None:
         return torch.cat(list(blocks), dim=1)
 
     both = streamed(1, 2)
-    torch.testing.assert_close(both[:1], streamed(1), atol=1e-10, rtol=1e-9)
+    torch.testing.assert_close(both[:1], streamed(1), atol=1e-12, rtol=1e-12)
     assert not torch.allclose(both[:1], both[1:])
 
 

@@ -1,8 +1,8 @@
 """One converted layer as a function of tensors alone: a chunk and a state in, the chunk and the next state out.
 
-What a device runs that knows no Python: nothing in it grows, no frame is numbered, and one program serves every chunk
-of a clip or stream of any length, the first one too. ReHyAt's layer (2601.04342) in the form that `torch.export` takes;
-the same numbers as `memory.span_memory` (tested).
+What a device runs that knows no Python: nothing in it grows, no frame is numbered, and one program serves all chunks of
+a clip or stream, however many, the first one too; but not a shorter last one. ReHyAt's layer (2601.04342) in the form
+that `torch.export` takes; the same numbers as `memory.span_memory` (tested).
 
 Shapes: B batch, F latent frames of a chunk, T tokens, E model width, N heads, D per head, R features per head.
 """
