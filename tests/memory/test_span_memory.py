@@ -2,16 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.held import Held
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from longtake.attention import linear, reference
 from longtake.attention.linear import Features
@@ -108,24 +105,6 @@ def test_chunk_after_chunk_equals_all_at_once_and_the_definition(
     assert narrow.dtype == torch.float32
     torch.testing.assert_close(narrow, found[0].float(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(at_once(shape, *(x.float() for x in tensors)), narrow, atol=1e-5, rtol=1e-5)
-
-
-class Held(TorchDispatchMode):
-    """How many bytes are held of all that is made, after each operator."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.after: list[int] = []
-        self._made: dict[StorageWeakRef, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        if not any(out.alias_info for out in func._schema.returns):
-            storages = [x.untyped_storage() for x in tree_leaves(made) if isinstance(x, Tensor)]
-            self._made |= {StorageWeakRef(storage): storage.nbytes() for storage in storages}
-        self._made = {storage: size for storage, size in self._made.items() if not storage.expired()}
-        self.after.append(sum(self._made.values()))
-        return made
 
 
 @pytest.mark.parametrize("current, overlap", [(3, 1), (2, 5), (1, 0)])
