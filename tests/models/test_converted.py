@@ -108,6 +108,8 @@ def test_a_network_takes_over_the_converted_layers_of_another() -> None:
 def test_configurations_come_back_from_json() -> None:
     for network in (tiny.network(), student()):
         assert WanConfig.of(json.loads(json.dumps(asdict(network.config)))) == network.config
+    with pytest.raises(ValueError, match=r"one or more different numbers from 0 on, got \[\]"):
+        Conversion.of({"current": 3})
 
 
 @torch.no_grad()
