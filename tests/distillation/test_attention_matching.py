@@ -1,5 +1,7 @@
 """Matching by its definition, on tokens in any order, on an attention that is not Wan's, and in a network."""
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -154,6 +156,15 @@ def test_a_layer_that_is_not_wans_is_taught() -> None:
     assert (last < 0.9 * first).all(), (first, last)
     assert all(torch.equal(x, layer.state_dict()[name]) for name, x in before.items())
     assert all(x.grad is None for x in layer.parameters())
+
+
+def test_the_lines_that_docs_show_teach_an_attention() -> None:
+    page = Path(__file__).parents[2] / "docs" / "rehyat.md"
+    (shown,) = re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    torch.manual_seed(0)
+    told: dict[str, Any] = {}
+    exec(shown, told)
+    assert told["loss"] < 0.8 and told["answer_BTND"].shape == (1, 36, 2, 8)
 
 
 @torch.no_grad()
