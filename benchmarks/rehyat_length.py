@@ -11,10 +11,10 @@ published sampler goes through it; `step`, the exported program (`models.block_s
 one chunk and its state. seconds: the fastest of some passes through the layer. peak_mb: how far the process's largest
 resident size rose above what it was with the layer loaded and its input made (of `step`, whose input is made chunk by
 chunk, input included). traffic_mb: bytes that torch's operators read and write in one pass, each operator's inputs and
-outputs counted once, views not: what a machine moves that fuses nothing but attention, and whose attention reads every
-key once. tiled_mb: the same where attention reads its keys again for every 128 queries, as fused kernels do. export:
-size of the program's file and of its state. crossing: the fewest of the measured frames from which on the other is
-faster than dense.
+outputs counted once, views and checks not: what a machine moves that fuses nothing but attention, and whose attention
+reads every key once. tiled_mb: the same where attention reads its keys again for every 128 queries, as fused kernels
+do. export: size of the program's file and of its state. crossing: the fewest of the measured frames from which on the
+other is faster than dense.
 """
 
 import argparse
@@ -150,7 +150,7 @@ def network(shape: str, *, converted: bool) -> tuple[WanTransformer, Grid]:
 
 def chunk_step(made: WanTransformer, grid: Grid) -> tuple[Callable[..., Any], Any]:
     assert made.config.conversion is not None
-    step = BlockStep(made.layers[0], made.config.conversion.span, grid, Keep())
+    step = BlockStep(made.layers[0], made.config.conversion, grid, Keep())
     state = step.empty(1)
     prompt = made.prompt_keys(torch.randn(1, 1, 16, made.config.text_dim)).layers[0]
     x, levels = drawn(CURRENT, grid, made.config.dim)
@@ -176,7 +176,8 @@ def exported(shape: str) -> dict[str, float]:
 
 
 class Traffic(TorchDispatchMode):
-    """Counts the bytes of every operator's tensors, in and out; those that only look at others move nothing.
+    """Counts the bytes of every operator's tensors, in and out. Views move nothing, nor does what returns nothing, by
+    which an exported program checks types.
 
     again: what attention reads of its keys and values beyond the first time.
     """
@@ -186,7 +187,7 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         views = any(out.alias_info and not out.alias_info.is_write for out in func._schema.returns)
-        if not views:
+        if func._schema.returns and not views:
             moved = tree_leaves((args, kwargs, made))
             self.bytes += sum(x.nbytes for x in moved if isinstance(x, Tensor))
         if "scaled_dot_product" in func.__name__:

@@ -37,6 +37,10 @@ def main() -> None:
     matching = json.loads((options.matched / "record.json").read_text())["spent"]["matching"]
     errors = {int(layer): one["beside_answer"] for layer, one in matching.items()}
     assert network.config.conversion is not None
+    if lost := errors.keys() - network.features.keys():
+        raise SystemExit(
+            f"{options.matched} did not keep the maps of layers {sorted(lost)}: match it by converted_share=1"
+        )
     for share in options.shares:
         folder = Path(f"{options.out}{round(100 * share)}")
         folder.mkdir(parents=True)

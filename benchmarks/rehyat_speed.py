@@ -185,7 +185,7 @@ class Inputs:
     def _stepped(self, prompt: tuple[Tensor, Tensor]) -> Callable[[], Tensor]:
         config = self.converted.config
         assert config.conversion is not None
-        step = BlockStep(self.converted.layers[0], config.conversion.span, self.grid, Keep()).to(PLACE)
+        step = BlockStep(self.converted.layers[0], config.conversion, self.grid, Keep()).to(PLACE)
         size = (1, CURRENT, self.grid.rows * self.grid.columns, config.dim)
         x = torch.randn(size, device=PLACE, dtype=DTYPE)
         levels = torch.randn(1, CURRENT, 6, config.dim, device=PLACE, dtype=DTYPE)

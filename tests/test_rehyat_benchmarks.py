@@ -13,6 +13,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 
+from safetensors.torch import load_file
+
+from longtake.models.features import Conversion
+from longtake.models.text import WordEncoder, WordEncoderConfig
+from longtake.models.wan import converted
+from longtake.recipes.weight_files import CODEC_FILE, CONVERTED_FILE, ENCODER_FILE, TEACHER_FILE, save_network
+from tests import tiny
 from tests.scripts import BENCHMARKS, benchmark
 
 
@@ -71,6 +78,52 @@ def test_kernels_and_plain_torch_are_given_the_same_tokens(monkeypatch: pytest.M
     inputs = speed.Inputs.drawn("tiny", "attention", 9, whole=True)
     plain, own = inputs._view("plain"), inputs.own
     assert speed.distance(FusedSpanView(**vars(plain)).attend(0, own), plain.attend(0, own)) < 1e-2
+
+
+def test_bytes_that_move_are_counted_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    length = script("rehyat_length", monkeypatch)
+    x = torch.zeros(1, 2, 300, 4)  # heads before tokens, as torch's attention takes them
+    with length.Traffic() as traffic:
+        (x + 1).view(-1)
+        assert (traffic.bytes, traffic.again) == (2 * x.nbytes, 0)
+        torch.ops.aten._assert_tensor_metadata(x, dtype=torch.float32)  # as exported programs do
+        assert traffic.bytes == 2 * x.nbytes
+        torch.nn.functional.scaled_dot_product_attention(x, x, x)
+    log_masses = 4 * 2 * 300
+    assert (traffic.bytes, traffic.again) == (6 * x.nbytes + log_masses, 2 * 2 * x.nbytes), "three tiles of queries"
+
+
+def test_every_kind_of_a_layer_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    length = script("rehyat_length", monkeypatch)
+    found = {kind: length.measured(kind, 6, "tiny", 1) for kind in length.KINDS}
+    assert found["dense"]["traffic_mb"] < found["clip"]["traffic_mb"] <= found["step"]["traffic_mb"]
+    assert all(one["seconds"] >= 0 and one["clip_seconds"] == 1.3 for one in found.values())
+
+
+def test_a_share_of_a_matching_holds_the_maps_that_it_kept_and_no_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    shares = script("rehyat_shares", monkeypatch)
+    errors = {0: 0.3, 1: 0.1, 2: 0.2}
+    for name, layers in (("all", (0, 1, 2)), ("some", (1,))):
+        folder = tmp_path / name
+        folder.mkdir()
+        made = converted(tiny.network().float(), Conversion(layers=layers))
+        text = WordEncoder(WordEncoderConfig(words=9, length=5, dim=8))
+        save_network(folder / CONVERTED_FILE, text, made, role="teacher", shift=3.0, int8=False)
+        for file in (CODEC_FILE, ENCODER_FILE, TEACHER_FILE):
+            (folder / file).touch()
+        matching = {layer: {"beside_answer": error} for layer, error in errors.items()}
+        (folder / "record.json").write_text(json.dumps({"spent": {"matching": matching}}))
+    out = ["--out", str(tmp_path / "share_")]
+    monkeypatch.setattr(sys, "argv", ["it", str(tmp_path / "all"), "--shares", "0.67", *out])
+    shares.main()
+    whole, part = (load_file(tmp_path / name / CONVERTED_FILE) for name in ("all", "share_67"))
+    assert part.keys() == {name for name in whole if ".0.self_attn.features." not in name}
+    assert all(torch.equal(x, whole[name]) for name, x in part.items())
+    monkeypatch.setattr(sys, "argv", ["it", str(tmp_path / "some"), "--shares", "0.67", *out])
+    with pytest.raises(SystemExit, match=r"did not keep the maps of layers \[0, 2\]"):
+        shares.main()
 
 
 def test_gains_are_of_what_was_timed_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,8 +27,8 @@ SHIFTS: dict[str, tuple[Any, Callable[[Tensor], Tensor]]] = {
 @st.composite
 def cuts(draw: st.DrawFn) -> tuple[NearSpan, int, int]:
     """A span, a number of latent frames (whole chunks or not) and of tokens in each."""
-    span = NearSpan(current=draw(st.integers(1, 4)), overlap=draw(st.integers(0, 5)))
-    return span, draw(st.integers(1, 9)), draw(st.integers(1, 3))
+    span = NearSpan(current=draw(st.integers(1, 7)), overlap=draw(st.integers(0, 5)))
+    return span, draw(st.integers(1, 16)), draw(st.integers(1, 3))
 
 
 def drawn(length: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor]:

@@ -1,6 +1,7 @@
 """Kernels of near spans and far sums equal the plain code they stand for: compiled on a GPU, interpreted elsewhere."""
 
 import os
+from functools import partial
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from torch import Tensor
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 pytest.importorskip("triton", reason="triton is not installed (it comes with longtake[dev] on Linux)")
+
+from tests.held import Held
 
 from longtake.attention import span_triton
 from longtake.attention.linear import Features, sums_of
@@ -91,6 +94,22 @@ def test_heads_and_frames_of_many_tiles(dtype: torch.dtype, off: float, monkeypa
     want = parallel(q.float(), k.float(), v.float(), *features, span=span, tokens=tokens)
     for chunk in span.chunks(frames):  # what is near alone, as in the first, must not hide what is wrong in others
         assert_near(got[:, chunk.own(tokens)], want[:, chunk.own(tokens)], off)
+
+
+@pytest.mark.parametrize("current, overlap", [(3, 1), (2, 5)])
+def test_beside_its_answers_no_more_is_held_in_a_longer_clip(
+    current: int, overlap: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(span_triton, "_CHUNKS", 2)
+    span, maps, beside = NearSpan(current=current, overlap=overlap), form(1, 16, 2), []
+    for frames in (18, 36):
+        tensors, turned = drawn(frames, 1, 16, torch.float32), rotations(16, frames, False)[1]
+        answered = partial(span_triton.attended, span=span, tokens=TOKENS)
+        for _ in range(2):  # on a GPU the first call tries kernels of attention
+            with Held() as held:
+                answer = answered(*tensors, turned, maps.queries.weights, maps.keys.weights)
+        beside.append(max(held.after) - answer.nbytes)
+    assert beside[0] == beside[1]
 
 
 def test_a_clip_of_no_whole_frames_is_refused() -> None:

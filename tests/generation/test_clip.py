@@ -4,13 +4,10 @@ from tests import tiny
 from torch import Tensor
 
 from longtake.attention import near_span
-from longtake.attention.near_span import NearSpan
 from longtake.flow import guided
 from longtake.generation.clip import sample_clip
-from longtake.memory.far import FarShape
-from longtake.memory.span_memory import SpanShape, SpanView
-from longtake.models.features import LearnedForm
-from longtake.models.wan import WanTransformer
+from longtake.models.features import Conversion
+from longtake.models.wan import converted
 
 
 def test_a_clip_follows_the_guided_velocity_down_to_level_zero() -> None:
@@ -42,28 +39,22 @@ def test_a_clip_may_hold_two_prompts() -> None:
     assert not torch.allclose(changed, one)
 
 
-def converted(made: WanTransformer, frames: int, span: NearSpan, layers: tuple[int, ...]) -> Tensor:
-    """A clip by a network whose given layers have a near span."""
+def clip_of(frames: int, conversion: Conversion | None) -> Tensor:
+    """A clip by a network some of whose layers are converted."""
+    made = converted(tiny.network(), conversion)
     noise = torch.randn(1, frames, *tiny.LATENTS[1:], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    torch.manual_seed(0)
-    grid, config = made.grid(noise), made.config
-    form = LearnedForm(config.heads, config.dim // config.heads, far_tokens=1).double()
-    shape = SpanShape(span=span, grid=grid, far=FarShape(form=form))
-    view = SpanView(grid.rotation(range(frames), "cpu"), dict.fromkeys(layers, shape))
-    return sample_clip(made, noise, tiny.prompt(made), tiny.prompt(made, seed=2), (1.0, 0.5), 2.0, view=view)
+    return sample_clip(made, noise, tiny.prompt(made), tiny.prompt(made, seed=2), (1.0, 0.5), 2.0)
 
 
 def test_converted_layers_whose_near_span_is_the_clip_change_nothing_and_others_do() -> None:
-    made = tiny.network()
-    none = converted(made, 7, NearSpan(current=1, overlap=0), ())
-    wide, narrow = (converted(made, 7, NearSpan(current=current, overlap=1), (0, 2)) for current in (7, 2))
+    none = clip_of(7, None)
+    wide, narrow = (clip_of(7, Conversion(layers=(0, 2), current=current)) for current in (7, 2))
     torch.testing.assert_close(wide, none, atol=1e-12, rtol=1e-12)
     assert narrow.isfinite().all() and not torch.allclose(narrow, none, atol=1e-3)
 
 
 def test_converted_layers_see_no_more_keys_at_once_in_longer_clips(monkeypatch: pytest.MonkeyPatch) -> None:
-    made, seen = tiny.network(), list[int]()
-    dense = near_span.dense
+    seen, dense = list[int](), near_span.dense
 
     def counting(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         seen.append(k.shape[1])
@@ -73,6 +64,6 @@ def test_converted_layers_see_no_more_keys_at_once_in_longer_clips(monkeypatch: 
     most = []
     for frames in (6, 9, 15):
         seen.clear()
-        converted(made, frames, NearSpan(current=3, overlap=1), (0, 1, 2))
+        clip_of(frames, Conversion(layers=(0, 1, 2)))
         most.append(max(seen))
     assert most == [4 * 2 * 3] * 3  # frames, rows, columns

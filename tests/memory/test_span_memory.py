@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.held import Held
 from torch import Tensor
 
 from longtake.attention import linear, reference
@@ -82,8 +83,8 @@ def results(function: Callable[..., Tensor], shape: SpanShape, tensors: Sequence
 
 
 @given(
-    span=st.builds(NearSpan, current=st.integers(1, 4), overlap=st.integers(0, 5)),
-    frames=st.integers(1, 9),
+    span=st.builds(NearSpan, current=st.integers(1, 7), overlap=st.integers(0, 5)),
+    frames=st.integers(1, 16),
     shift=st.sampled_from(sorted(SHIFTS)),
     positions=st.sampled_from(["all", "space"]),
     seed=st.integers(0, 99),
@@ -104,6 +105,21 @@ def test_chunk_after_chunk_equals_all_at_once_and_the_definition(
     assert narrow.dtype == torch.float32
     torch.testing.assert_close(narrow, found[0].float(), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(at_once(shape, *(x.float() for x in tensors)), narrow, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("current, overlap", [(3, 1), (2, 5), (1, 0)])
+@torch.no_grad()
+def test_beside_its_answers_no_more_is_held_in_a_longer_clip(current: int, overlap: int) -> None:
+    shape, beside = shape_of(NearSpan(current=current, overlap=overlap)), []
+    for frames in (12, 24, 60):
+        tensors = drawn(frames)
+        attended(SpanMemory.empty(shape), *tensors)  # rotations are remembered, within bounds of their own
+        with Held() as held:
+            answer = attended(SpanMemory.empty(shape), *tensors)
+        *before, with_both = held.after  # the last operator joins the answers of all chunks
+        assert with_both >= 2 * answer.nbytes
+        beside.append(max(before) - answer.nbytes)
+    assert beside == [beside[0]] * 3
 
 
 def test_features_turned_after_are_alike_in_both_forms() -> None:

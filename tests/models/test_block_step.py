@@ -1,6 +1,7 @@
 """A layer as a program of tensors: the same numbers as the layer in a clip, from the first chunk on, and exported."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,7 +42,7 @@ def stepped(step: Callable[..., tuple[Tensor, ...]], state: StepState, given: tu
 
 def step_of(made: WanTransformer, rule: Keep | None = None) -> BlockStep:
     grid = made.grid(torch.zeros(1, 1, *tiny.LATENTS[1:]))
-    return BlockStep(made.layers[1], made.config.conversion.span, grid, rule or Keep())
+    return BlockStep(made.layers[1], made.config.conversion, grid, rule or Keep())
 
 
 @pytest.mark.parametrize("overlap", [0, 1, 3, 5])
@@ -91,5 +92,14 @@ def test_an_exported_program_serves_every_chunk_and_its_state_keeps_its_size(tmp
 
 def test_a_layer_that_is_not_converted_is_refused() -> None:
     made = network(1)
+    grid, conversion = made.grid(torch.zeros(1, 1, *tiny.LATENTS[1:])), made.config.conversion
     with pytest.raises(ValueError, match="only a converted layer"):
-        BlockStep(made.layers[0], made.config.conversion.span, made.grid(torch.zeros(1, 1, *tiny.LATENTS[1:])), Keep())
+        BlockStep(made.layers[0], conversion, grid, Keep())
+
+
+def test_features_that_turn_with_frames_are_refused() -> None:
+    """Where they are in time they would not know: a clip answers otherwise from the first chunk that reads sums on."""
+    made = network(1)
+    made = converted(made, replace(made.config.conversion, turns_with_frames=True))
+    with pytest.raises(ValueError, match="features that turn with frames cannot go from chunk to chunk"):
+        step_of(made)

@@ -131,6 +131,8 @@ def test_latents_that_no_patch_fits_and_heads_that_do_not_divide_are_refused() -
         made.clip_view(torch.zeros(1, 1, 4, 3, 6))
     with pytest.raises(ValueError, match="width 10"):
         WanTransformer(WanConfig(dim=10, heads=4, ffn_dim=8, layers=1, text_dim=4))
+    with pytest.raises(ValueError, match="half of a level's features are cosines, half sines: 7 are an odd number"):
+        replace(tiny.network().config, level_dim=7)
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """Exact attention within a span of time, linear attention to all before it, one denominator (ReHyAt, 2601.04342).
 
 A sequence is cut into chunks of whole latent frames. A chunk attends exactly to itself, in both directions, and to a
-few frames before it; of everything earlier it reads sums (`linear`). Here all chunks are answered at once;
-`memory.span_memory` answers one after the other from a state of fixed size. Truth: `reference.one_bar`.
+few frames before it; of everything earlier it reads sums (`linear`). Here all chunks are answered at once, which the
+recurrent form, `memory.span_memory`, and the kernels of `span_triton` are held to. Truth: `reference.one_bar`.
 
 Shapes: B batch, T tokens (frame-major), N heads, D per head, R features per head, F latent frames, G chunks of a group.
 """

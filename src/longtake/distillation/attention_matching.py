@@ -52,13 +52,12 @@ def match(form: LearnedForm, asked: Asked, span: NearSpan, *, both_ways: bool = 
 
     both_ways: whether the exact answer is that of attention to all tokens, later ones included, as in a network that
     looks both ways (published). Otherwise it is that of attention up to the end of each chunk, all that an answer from
-    left to right can know. ValueError where nothing is far: there is nothing to teach.
+    left to right can know. ValueError where nothing is far: there is nothing to teach; and where not every token has a
+    frame.
     """
-    pieces = _pieces(asked.frame_T, span)
+    pieces = _pieces(asked, span)
     if not any(len(piece.leaving) for piece in pieces):
-        raise ValueError(
-            f"near spans of {span.current} + {span.overlap} latent frames hold the whole clip: nothing is far"
-        )
+        raise nothing_far(span)
     with torch.no_grad():
         q, k, v = asked[:3]
         near = _answered(pieces, lambda piece: dense(q[:, piece.asking], k[:, piece.near], v[:, piece.near]))
@@ -67,8 +66,18 @@ def match(form: LearnedForm, asked: Asked, span: NearSpan, *, both_ways: bool = 
     return Match(error_N / near_N.clamp_min(1e-12), error_N / size_N.clamp_min(1e-12))
 
 
+def nothing_far(span: NearSpan) -> ValueError:
+    """What is said where a clip is no longer than the near span of its last chunk."""
+    return ValueError(
+        f"near spans of {span.current} + {span.overlap} latent frames hold the whole clip: nothing is far"
+    )
+
+
 def hybrid(form: LearnedForm, asked: Asked, span: NearSpan) -> Tensor:
-    """Each chunk's exact attention to its near span joined with sums of all before it, [B, T, N, D]."""
+    """Each chunk's exact attention to its near span joined with sums of all before it, [B, T, N, D].
+
+    ValueError where not every token has a frame.
+    """
     q, k, v = asked[:3]
     queries = form.queries(q if asked.features_q_BTND is None else asked.features_q_BTND)
     keys = form.keys(k if asked.features_k_BTND is None else asked.features_k_BTND)
@@ -83,7 +92,7 @@ def hybrid(form: LearnedForm, asked: Asked, span: NearSpan) -> Tensor:
         far = linear.weigh(sums, linear.Features(asking, asking)) if sums else None
         return joined(q[:, piece.asking], k[:, piece.near], v[:, piece.near], far, Shift.LOG_MASS)
 
-    return _answered(_pieces(asked.frame_T, span), answer)
+    return _answered(_pieces(asked, span), answer)
 
 
 @dataclass(frozen=True)
@@ -120,8 +129,11 @@ class _Piece(NamedTuple):
     upto: Tensor
 
 
-def _pieces(frame_T: Tensor, span: NearSpan) -> list[_Piece]:
-    frame_T = frame_T - frame_T.min()
+def _pieces(asked: Asked, span: NearSpan) -> list[_Piece]:
+    for x_BTND in asked[:3]:
+        if asked.frame_T.shape != x_BTND.shape[1:2]:
+            raise ValueError(f"frames {list(asked.frame_T.shape)} are not those of {x_BTND.shape[1]} tokens")
+    frame_T = asked.frame_T - asked.frame_T.min()
     pieces, near_before = [], 0
     for chunk in span.chunks(int(frame_T.max()) + 1):
 

@@ -1,4 +1,4 @@
-"""A whole clip by a many-step sampler with guidance: the teacher's way."""
+"""A whole clip by a many-step sampler with guidance: the teacher's way, and ReHyAt's as published (2601.04342)."""
 
 from collections.abc import Callable, Sequence
 
@@ -25,7 +25,7 @@ def sample_clip(
     """Follow the guided velocity from pure noise through falling levels to 0 by Euler steps; returns clean latents.
 
     on_step: is told each step's number and the latents [B, F, C, H, W] it starts from. view: how the tokens of the clip
-    see each other; by default all see all. `memory.span_memory.SpanView` is ReHyAt's.
+    see each other; by default all see all, but in converted layers (`WanTransformer.clip_view`).
     """
     view = view or network.clip_view(noise_BFCHW)
     latents = noise_BFCHW

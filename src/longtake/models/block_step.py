@@ -1,8 +1,8 @@
 """One converted layer as a function of tensors alone: a chunk and a state in, the chunk and the next state out.
 
-What a device runs that knows no Python: nothing in it grows, no frame is numbered, and one program serves every chunk
-of a clip or stream of any length, the first one too. ReHyAt's layer (2601.04342) in the form that `torch.export` takes;
-the same numbers as `memory.span_memory` (tested).
+What a device runs that knows no Python: nothing in it grows, no frame is numbered, and one program serves all chunks of
+a clip or stream, however many, the first one too; but not a shorter last one. ReHyAt's layer (2601.04342) in the form
+that `torch.export` takes; the same numbers as `memory.span_memory` (tested).
 
 Shapes: B batch, F latent frames of a chunk, T tokens, E model width, N heads, D per head, R features per head.
 """
@@ -16,9 +16,9 @@ from longtake.attention import linear
 from longtake.attention.dense import dense
 from longtake.attention.join import under_one_bar
 from longtake.attention.linear import Features, Sums
-from longtake.attention.near_span import NearSpan
 from longtake.attention.rope import Grid, Rotation, rotate
 from longtake.memory.far import FarShape, Keep
+from longtake.models.features import Conversion
 from longtake.models.wan import Block
 
 
@@ -37,15 +37,18 @@ class StepState(NamedTuple):
 class BlockStep(nn.Module):
     """A converted layer, chunk by chunk: `forward` answers one and returns the state after it.
 
-    A stream that passes a block several times keeps the state of its last, clean pass alone. Features must not turn
-    with frames, for positions are counted from the overlap on, as scores know no others. ValueError for a layer that is
-    not converted.
+    A stream that passes a block several times keeps the state of its last, clean pass alone. ValueError for a layer
+    that is not converted, and for features that turn with frames, which are not numbered here: positions are counted
+    from the overlap on, as scores know no others.
     """
 
-    def __init__(self, layer: Block, span: NearSpan, grid: Grid, rule: Keep):
+    def __init__(self, layer: Block, conversion: Conversion, grid: Grid, rule: Keep):
         super().__init__()
         if layer.self_attn.features is None:
             raise ValueError("only a converted layer can go from chunk to chunk")
+        if conversion.turns_with_frames:
+            raise ValueError("features that turn with frames cannot go from chunk to chunk")
+        span = conversion.span
         self.layer, self.features, self.span, self.rule = layer, layer.self_attn.features, span, rule
         self.tokens = grid.rows * grid.columns
         place, held = range(span.overlap, span.overlap + span.current), range(span.overlap)

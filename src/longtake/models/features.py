@@ -49,7 +49,7 @@ class Conversion:
     @classmethod
     def of(cls, described: Mapping[str, Any]) -> Self:
         """From its fields as JSON holds them, see `sizes_of`."""
-        return sizes_of(cls, {**described, "layers": tuple(described["layers"])})
+        return sizes_of(cls, {**described, "layers": tuple(described.get("layers", ()))})
 
     @property
     def span(self) -> NearSpan:

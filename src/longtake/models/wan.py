@@ -35,8 +35,8 @@ class WanConfig:
 
     reads_far: whether its layers can read a far state, each through a projection of its own. far_maps: whether queries
     and keys of a far state pass maps of each head's own first (`OwnMaps`). conversion: which layers are converted
-    (ReHyAt), if any are. ValueError for sizes below 1, a width that heads cannot share, maps without a far state that
-    is read, and layers that there are not.
+    (ReHyAt), if any are. ValueError for sizes below 1, a width that heads cannot share, an odd `level_dim`, maps
+    without a far state that is read, and layers that there are not.
     """
 
     dim: int
@@ -61,6 +61,8 @@ class WanConfig:
             raise ValueError("maps of its own are for a far state, which this network does not read")
         if self.conversion and max(self.conversion.layers) >= self.layers:
             raise ValueError(f"layer {max(self.conversion.layers)} cannot be converted: there are {self.layers}")
+        if self.level_dim % 2:
+            raise ValueError(f"half of a level's features are cosines, half sines: {self.level_dim} are an odd number")
         if self.dim % self.heads or (self.dim // self.heads) % 2:
             raise ValueError(f"width {self.dim} cannot be shared among {self.heads} heads of an even size")
 

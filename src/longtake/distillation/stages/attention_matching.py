@@ -38,9 +38,11 @@ def train_attention_matching(
         layers=layers, current=stage.current, overlap=stage.overlap, degree=stage.degree,
         turns_with_frames=stage.turns_with_frames,
     )  # fmt: skip
-    extent = network.config.extent
+    far_frames = conversion.far_frames(network.config.extent)
+    if not far_frames:  # before any clip is made, which may take minutes
+        raise attention_matching.nothing_far(conversion.span)
     tokens = network.grid(torch.empty(1, 1, *world.latent_size))
-    far_tokens = conversion.far_frames(extent) * tokens.rows * tokens.columns
+    far_tokens = far_frames * tokens.rows * tokens.columns
     network = converted(network, conversion, far_tokens=far_tokens).requires_grad_(False)
     parallel.share_parameters(network)
     learners = {layer: _map_learner(form, stage) for layer, form in network.features.items()}
