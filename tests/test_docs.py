@@ -1,11 +1,14 @@
 """What pages point to is there: files, headings, and the tests that they name."""
 
+import math
 import re
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 
 from longtake import load
 from longtake.generation.script import read_scripts, script_from
+from longtake.recipes import hybrid_forcing
 from longtake.toy import captions
 
 ROOT = Path(__file__).parents[1]
@@ -47,6 +50,14 @@ def test_the_file_of_times_that_docs_show_is_one_that_the_embedded_model_films(t
     cues = script.by_block(engine, round(script.lasts(engine.frame_rate) * engine.frame_rate))
     engine.prepare([cue.shown for cue in cues.values()])
     assert len(cues) == len(script.cues) > 1
+
+
+def test_every_option_of_hybrid_forcing_is_in_its_table_with_its_default() -> None:
+    rows = (ROOT / "docs" / "hybrid_forcing.md").read_text(encoding="utf-8").splitlines()
+    for name, option in signature(hybrid_forcing).parameters.items():
+        default = option.default
+        shown = f"`{default}`" if isinstance(default, str) else "" if default == math.inf else f"{default:g}"
+        assert any(row.startswith(f"| `{name}` | {shown} |".replace("|  |", "| |")) for row in rows), name
 
 
 def test_tests_that_pages_name_are_there() -> None:

@@ -78,6 +78,13 @@ def test_options_are_explained_and_a_far_state_of_any_width_is_placed_alike() ->
     assert "by row and column alone" not in in_words(told)
 
 
+@pytest.mark.parametrize("options, there", [("", True), (":far=cap,frames=60", True), (":form=ref_train", False)])
+def test_weights_are_there_for_far_states_that_they_learned_to_read(options: str, there: bool) -> None:
+    told = explain(f"hybrid_forcing{options}", 2)
+    assert told["has_weights"] is there
+    assert ("no weights for this recipe yet" not in in_words(told)) is there
+
+
 def test_hybrid_forcing_in_words() -> None:
     lines = in_words(explain("hybrid_forcing")).splitlines()
     assert "attention  block_sparse (share 0.2, block_q 4, block_k 4, full_window 3.0)" in lines

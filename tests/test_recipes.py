@@ -12,6 +12,7 @@ import longtake
 from longtake import recipes
 from longtake.attention.linear import PAPER, WIDTHS
 from longtake.evaluation.trace import traced
+from longtake.memory import far
 from longtake.memory.far import Decay, Delta, FarShape, Keep, MassCap
 from longtake.memory.stream_memory import StreamMemory
 from longtake.memory.window import WindowShape
@@ -124,8 +125,8 @@ def test_options_change_a_recipe_and_stay_in_its_name() -> None:
         "delta,frames=9": Delta(half_life=9),
         "delta,stiffness=0.5": Delta(stiffness=0.5),
     }
-    for far, rule in rules.items():
-        assert recipes.recipe_named(f"hybrid_forcing:far={far}").far == FarShape(rule=rule)
+    for name, rule in rules.items():
+        assert recipes.recipe_named(f"hybrid_forcing:far={name}").far == FarShape(rule=rule)
     for ratio in (0.5, 1, 2, 4):
         assert recipes.recipe_named(f"hybrid_forcing:features={ratio}").far == FarShape(form=WIDTHS[ratio])
     turning = FarShape(rule=Delta(), turns_with_frames=False)
@@ -133,6 +134,15 @@ def test_options_change_a_recipe_and_stay_in_its_name() -> None:
     assert recipes.recipe_named("hybrid_forcing:turns=all").far == FarShape(form=PAPER)
     assert recipes.recipe_named("hybrid_forcing").far == FarShape(form=PAPER)
     assert recipes.recipe_named("hybrid_forcing:far=none").far is None
+
+
+def test_a_form_is_a_published_preset_of_choice_and_far_state() -> None:
+    forms = {"paper": (far.PAPER, None), "ref_train": (far.REF_TRAIN, True), "ref_infer": (far.REF_INFER, True)}
+    for form, (shape, centred) in forms.items():
+        recipe = recipes.recipe_named(f"hybrid_forcing:form={form}")
+        assert (recipe.far, recipe.near.keywords.get("centre_heads")) == (shape, centred)
+        capped = recipes.recipe_named(f"hybrid_forcing:form={form},far=cap,frames=9,turns=space").far
+        assert capped == replace(shape, rule=MassCap(frames=9), turns_with_frames=False)
 
 
 @pytest.mark.parametrize(
@@ -166,6 +176,8 @@ def test_options_change_a_recipe_and_stay_in_its_name() -> None:
         ("hybrid_forcing:tokens=0", "blocks have 1 token or more, got tokens=0"),
         ("hybrid_forcing:block=0", "a block has one latent frame or more, got block=0"),
         ("self_forcing:block=0", "a block has one latent frame or more, got block=0"),
+        ("hybrid_forcing:form=figure", "no form=figure: there are paper, ref_train, ref_infer"),
+        ("hybrid_forcing:form=ref_infer,features=2", "as many features as a head has numbers, not 2 times as many"),
         ("hybrid_forcing:turns=time", "turns must be all or space, got time"),
         ("hybrid_forcing:far=none,turns=space", "far=none takes no frames"),
         ("hybrid_forcing:far=none,frames=60", "far=none takes no frames"),

@@ -18,7 +18,7 @@ from longtake.models.codec import Codec
 from longtake.models.features import Conversion
 from longtake.recipes import MODELS, RECIPES, recipe_named
 from longtake.recipes.devices import CPU
-from longtake.recipes.engines import latent_size
+from longtake.recipes.engines import can_read, latent_size
 from longtake.recipes.weight_files import CODEC_FILE, NETWORK_FILE, load_codec, load_network, packaged
 
 MODEL = "toy"  # whose sizes are taken
@@ -62,7 +62,7 @@ def explain(name: str, blocks: int | None = None) -> dict[str, Any]:
         "recipe": name,
         "about": _about(function),
         "model": MODEL,
-        "has_weights": (MODEL, function) in MODELS,
+        "has_weights": (MODEL, function) in MODELS and can_read(recipe, description.get("recipes", ())),
         "block": recipe.block,
         "sink": recipe.sink,
         "past": recipe.past,
@@ -168,7 +168,7 @@ def _numbers(told: dict[str, Any]) -> str:
         lines["in flight"] = f"{told['in_flight']} blocks, on top of sink and past"
     if far := told["far"]:
         lines["far state"] = (
-            f"{far['rule']}, {far['features']} features a head, sink absorbed: {far['sink']}"
+            f"{far['rule']}, {far['features']} features a head, sink absorbed: {far['sink'].replace('_', ' ')}"
             f"{'' if far['turns_with_frames'] else ', positions by row and column alone'}\n"
             f"{'':11}{far['rule_in_short']}"
         )

@@ -310,6 +310,8 @@ def test_what_is_real_teaches_beside_the_matching_loss(monkeypatch, tmp_path: Pa
 
 def test_what_is_real_is_walked_through_where_a_memory_has_to_be(monkeypatch, tmp_path: Path) -> None:
     steps(monkeypatch, tmp_path, recipe_named("reward_forcing"), steps=1, real_weight=1.0)
+    released = recipe_named("hybrid_forcing:form=ref_train")
+    steps(monkeypatch, tmp_path / "released", released, reads_far=True, steps=1, real_weight=1.0)
     assert read_metrics(tmp_path)[0]["real"] > 0
 
 
@@ -450,10 +452,12 @@ def test_every_memory_can_be_learned_under(name: str, monkeypatch, tmp_path: Pat
 
 def test_teacher_forcing_refuses_what_has_to_be_walked_through_before_work_begins() -> None:
     nothing = None
-    for name in ("reward_forcing", "memflow", "rolling_sink", "infinity_rope", "causvid"):
+    names = ("reward_forcing", "memflow", "rolling_sink", "infinity_rope", "causvid", "hybrid_forcing:form=ref_train")
+    for name in names:
         with pytest.raises(ValueError, match="walked through block by block: set recompute=true"):
+            made = tiny.network(extent=21, reads_far="hybrid" in name)
             stages.train_teacher_forcing(
-                nothing, tiny.network(extent=21), nothing, [recipe_named(name)], 3.0, TeacherForcingStage(), nothing
+                nothing, made, nothing, [recipe_named(name)], 3.0, TeacherForcingStage(), nothing
             )  # type: ignore[arg-type]
 
 

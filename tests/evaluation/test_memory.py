@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -225,6 +226,7 @@ def test_json_parses_and_a_picture_is_drawn(engine, capsys, tmp_path):
     assert list(result["mean_of_layers"]) == ["keep", "delta"]
     assert "longtake: self_forcing_sink: block 2 of 2 of 2 streams is recorded\n" in captured.err
     assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in tmp_path.iterdir()] == ["memory.png"]
 
 
 def test_words_say_what_is_in_the_table(engine, capsys):
@@ -248,9 +250,11 @@ def test_words_say_what_is_in_the_table(engine, capsys):
         (["--rule", "hold"], "keep, decay, cap, delta"),
         (["--plot", "memory.txt"], "png files, not memory.txt"),
         (["--plot", "nowhere/memory.png"], "there is no folder nowhere"),
+        (["--plot", "folder.png"], "folder.png is a folder"),
     ],
 )
 def test_bad_input_is_one_clear_line(engine, capsys, arguments, says):
+    Path("folder.png").mkdir()
     assert main([*TINY, *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1

@@ -49,8 +49,11 @@ def test_hybrid_forcing_absorbs_what_leaves_at_published_positions() -> None:
 
 
 def test_published_forms_absorb_the_sink_too() -> None:
-    recipe = replace(hybrid_forcing(), far=far.REF_TRAIN)
-    assert [row.absorbed for row in rows(recipe, 4)] == [(), SINK, run(3, 3), run(6, 6)]
+    for form in ("ref_train", "ref_infer"):
+        absorbed = [row.absorbed for row in rows(hybrid_forcing(form=form), 4)]
+        assert absorbed[0] == () and absorbed[2:] == [run(3, 3), run(6, 6)]
+        twice = 2 if form == "ref_infer" else 1
+        assert absorbed[1] == tuple(one._replace(position=twice * one.position) for one in SINK)
 
 
 @pytest.mark.parametrize("rule", [Decay(half_life=6), Delta()], ids=["decay", "delta"])

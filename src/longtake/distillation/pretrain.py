@@ -161,9 +161,9 @@ def forced_in_one_pass(
 
 
 def require_one_pass(memory: MemoryShape) -> None:
-    """ValueError for a memory whose policy hangs on more than frame numbers and an extent."""
-    if not memory.policy.in_one_pass:
-        raise ValueError("a memory with this policy can only be walked through block by block: set recompute=true")
+    """ValueError for a memory that cannot be shown in one pass."""
+    if not memory.in_one_pass:
+        raise ValueError("a memory with these rules can only be walked through block by block: set recompute=true")
 
 
 def forced_by_block(

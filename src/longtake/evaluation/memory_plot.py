@@ -5,15 +5,16 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from longtake.files import require_free, whole
+
 
 def require(path: Path) -> None:
-    """Refuse what could not be drawn, before anything is measured: ValueError."""
+    """Refuse what could not be drawn, before anything is measured: ValueError or OSError."""
     if find_spec("matplotlib") is None:
         raise ValueError("plots need matplotlib: pip install matplotlib")
     if path.suffix != ".png":
         raise ValueError(f"plots are png files, not {path.name}")
-    if not path.parent.is_dir():
-        raise ValueError(f"there is no folder {path.parent}")
+    require_free(path, overwrite=True)
 
 
 def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
@@ -52,4 +53,5 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
         panel.grid(alpha=0.3)
         if panel.get_legend_handles_labels()[0]:
             panel.legend(fontsize=7)
-    figure.savefig(path, dpi=110)
+    with whole(path) as beside:
+        figure.savefig(beside, dpi=110, format="png")

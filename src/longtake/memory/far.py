@@ -178,6 +178,7 @@ class FarShape:
 PAPER = FarShape()
 REF_TRAIN = FarShape(form=linear.REF_TRAIN, sink=SinkInFar.AS_WELL)
 REF_INFER = FarShape(form=linear.REF_INFER, sink=SinkInFar.ROTATED_TWICE)
+PRESETS = {"paper": PAPER, "ref_train": REF_TRAIN, "ref_infer": REF_INFER}
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,11 @@ class MemoryShape:
             return self.converted[layer]
         return self.far and replace(self.far, maps=self.maps.get(layer))
 
+    @property
+    def in_one_pass(self) -> bool:
+        """Whether teacher forcing can show it in one pass: no policy that forbids it, and no sink in a far state."""
+        return self.policy.in_one_pass and (self.far is None or self.far.sink is SinkInFar.NEVER)
+
     def blocks_until_full(self, block: int) -> int:
         """How many blocks a stream makes until all that is remembered is full; the last one finds something far."""
         bank = self.policy.bank

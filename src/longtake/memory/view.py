@@ -16,7 +16,7 @@ from torch import Tensor
 from longtake.attention.dense import dense
 from longtake.attention.join import added, under_one_bar
 from longtake.attention.rope import Grid, RotaryAxes, Rotation, lasting, rotate
-from longtake.memory.far import FarShape, FarState, SinkInFar
+from longtake.memory.far import FarShape, FarState
 from longtake.memory.window import Keys, WindowShape
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -104,7 +104,7 @@ class TeacherForcedView:
 
     near: how the window is attended. commits_keep_sink: see `MemoryShape`. far: what each layer, by number, makes of
     frames that left the window, all placed alike, and projections: of what a layer reads from it; without one it stands
-    under the window's denominator. The sink must not enter it: ValueError. together: how many noisy blocks, one after
+    under the window's denominator; the sink must not enter it. together: how many noisy blocks, one after
     the other, are denoised in one call and see each other; none given: each alone. They read no far state: ValueError.
     """
 
@@ -116,8 +116,6 @@ class TeacherForcedView:
     ):  # fmt: skip
         if far and together:
             raise ValueError("blocks that are denoised together cannot read a far state")
-        if far and any(one.sink is not SinkInFar.NEVER for one in far.values()):
-            raise ValueError("a far state that the sink enters as well can only be walked through block by block")
         self.block, self.blocks, self.tokens = block, blocks, rows * columns
         self._near, self._far, self._projections = near, far or {}, projections
         frames, windows = (

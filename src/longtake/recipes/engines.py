@@ -62,7 +62,12 @@ def load(
     text, network, description = load_network(network_file, device)
     if description["role"] != "student":
         raise ValueError(f"{network_file} holds a {description['role']}, which cannot stream: name a student's weights")
-    _require_taught(chosen, description.get("recipes", ()), network_file)
+    taught = description.get("recipes", ())
+    if not can_read(chosen, taught):
+        raise ValueError(
+            f"{network_file} was trained under {' and '.join(taught)}, and cannot read the far state of {chosen.name}: "
+            "name one of those recipes, or far=none"
+        )
     chosen.memory(network)  # refuses what the network cannot read
     codec_place = device_named(codec_device or device)
     own_codec = load_codec([codec_file], codec_place)
@@ -81,15 +86,13 @@ def load(
     return fused(engine) if compile else engine
 
 
-def _require_taught(chosen: Recipe, taught: Sequence[str], path: Path) -> None:
-    """ValueError where the weights learned to read other far states; how much of a window is seen may change, and how
-    much of what left it is forgotten."""
+def can_read(recipe: Recipe, taught: Sequence[str]) -> bool:
+    """Whether weights that were trained under those recipes can read the far state of another, if it has any.
+
+    How much of a window is seen may change, and how much of what left it is forgotten. True of weights that do not say.
+    """
     learned = [recipe_named(name).far for name in taught]
-    if chosen.far and learned and not any(far and chosen.far.reads_like(far) for far in learned):
-        raise ValueError(
-            f"{path} was trained under {' and '.join(taught)}, and cannot read the far state of {chosen.name}: "
-            "name one of those recipes, or far=none"
-        )
+    return not (recipe.far and learned) or any(far and recipe.far.reads_like(far) for far in learned)
 
 
 def _encoding(codec_file: Path, device: torch.device) -> Callable[[Tensor], Tensor]:

@@ -17,7 +17,7 @@ from longtake.attention.linear import WIDTHS
 from longtake.generation.blockwise import blockwise
 from longtake.generation.recipe import Recipe
 from longtake.generation.rolling import rolling
-from longtake.memory.far import RULES, Decay, Delta, FarShape, Keep, MassCap, rule_named
+from longtake.memory.far import PRESETS, RULES, Decay, Delta, FarShape, Keep, MassCap, rule_named
 from longtake.memory.policies import Absolute, BackAndForth, BankShape, EndToEnd, Policy, Recache
 from longtake.models.hub import nearest, registry
 
@@ -46,6 +46,7 @@ def hybrid_forcing(
     tokens: int = 4,
     block: int = 3,
     of: str = "window",
+    form: str = "paper",
 ) -> Recipe:
     """Hybrid Forcing (arXiv 2604.10103): a fifth of the window's key blocks, and a far state of what left it.
 
@@ -57,7 +58,9 @@ def hybrid_forcing(
     something was absorbed. tokens: of a block of queries or keys; 4 are a third of a row of the embedded model's latent
     frames, which have 84; published are 64 of 1,560 a frame. block: latent frames of one; there are weights for 3
     alone. of: what the share is of, the key blocks of a full "window", so that the first blocks of a take choose
-    as many among fewer, or those "present" (published). ValueError for what cannot be.
+    as many among fewer, or those "present" (published). form: what Figure 2 of the "paper" draws, or what the code
+    released for training or inference does, "ref_train" or "ref_infer": far states of other features, which take the
+    sink as well, and keys less their mean over the heads where blocks are chosen. ValueError for what cannot be.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must be above 0 and at most 1, got {share}")
@@ -65,10 +68,14 @@ def hybrid_forcing(
         raise ValueError(f"blocks have 1 token or more, got tokens={tokens}")
     if of not in ("present", "window"):
         raise ValueError(f"of must be present or window, got {of}")
+    if form not in PRESETS:
+        raise ValueError(f"no form={form}: there are {', '.join(PRESETS)}")
     base = replace(self_forcing_sink(), name="hybrid_forcing", block=_at_least_one(block))
     full_window = (base.sink + base.past + block) / block if of == "window" else 0.0
     near = partial(block_sparse, share=share, block_q=tokens, block_k=tokens, full_window=full_window)
-    return replace(base, far=_far_state(far, frames, features, stiffness, turns), near=near)
+    if form != "paper":
+        near = partial(near, centre_heads=True)
+    return replace(base, far=_far_state(PRESETS[form], far, frames, features, stiffness, turns), near=near)
 
 
 def _at_least_one(block: int) -> int:
@@ -78,7 +85,9 @@ def _at_least_one(block: int) -> int:
     return block
 
 
-def _far_state(rule: str, frames: float, features: float, stiffness: float, turns: str) -> FarShape | None:
+def _far_state(
+    preset: FarShape, rule: str, frames: float, features: float, stiffness: float, turns: str
+) -> FarShape | None:
     """ValueError for what cannot be."""
     if rule not in ("none", *RULES):
         raise ValueError(f"no far={rule}: there are {', '.join(RULES)} and none")
@@ -91,8 +100,12 @@ def _far_state(rule: str, frames: float, features: float, stiffness: float, turn
         if (frames, features, stiffness, turns) != (math.inf, 1, Delta.stiffness, "all"):
             raise ValueError("far=none takes no frames, features, stiffness or turns")
         return None
-    made = rule_named(rule, frames, stiffness)
-    return FarShape(form=WIDTHS[features], rule=made, turns_with_frames=turns == "all")
+    made = replace(preset, rule=rule_named(rule, frames, stiffness), turns_with_frames=turns == "all")
+    if features == 1:
+        return made
+    if preset.form not in WIDTHS.values():
+        raise ValueError(f"released forms have as many features as a head has numbers, not {features:g} times as many")
+    return replace(made, form=WIDTHS[features])
 
 
 def rolling_forcing(sink: int = 3) -> Recipe:

@@ -54,7 +54,7 @@ def train_dmd(
         early = recipe.levels(shift)[:left_out]
         return forced_lesson(
             student, text, network, recipe, shift, stage.focus_weight, run,
-            weight=stage.real_weight, by_block=not recipe.policy.in_one_pass, levels=early,
+            weight=stage.real_weight, by_block=not recipe.memory(network).in_one_pass, levels=early,
         )  # fmt: skip
 
     def critic_loss_of(sample: Tensor, text_BPLE: Tensor, prompt_BF: Tensor) -> Tensor:
