@@ -518,7 +518,7 @@ def test_bench_of_minutes_fails_where_a_stream_grows(small_wan, monkeypatch, cap
 
 
 def test_bench_of_attention_has_a_row_for_each_window_and_backend(small_wan, capsys):
-    recipes = ["hybrid_forcing:tokens=4", "longlive", "rolling_forcing"]
+    recipes = ["hybrid_forcing:tokens=4", "hybrid_forcing:tokens=4,form=ref_train", "longlive", "rolling_forcing"]
     arguments = ["bench", "attention", "--size", "64x32", "--device", "cpu", "--recipe", *recipes]
     assert main([*arguments, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -533,7 +533,7 @@ def test_bench_of_attention_has_a_row_for_each_window_and_backend(small_wan, cap
     assert all(row["right"] and row["ms"] > 0 for row in ran)
     assert {row["refused"] for row in dense if row["backend"] == "cudnn"} == {"runs on a GPU alone"}
     sparse = [row for row in rows if row["form"] == "block-sparse"]
-    assert [(row["share"], row["block"], row["keys"]) for row in sparse] == [(0.2, 4, 9 * frame)] * 2
+    assert [(row["share"], row["block"], row["keys"]) for row in sparse] == [(0.2, 4, 9 * frame)] * 4
     assert result["device"] and result["versions"]["torch"] and result["precision"] == "float32"
     assert main(arguments) == 0
     assert "backend flash" in capsys.readouterr().out

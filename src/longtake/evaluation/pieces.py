@@ -70,7 +70,7 @@ def bench_attention(
         if isinstance(recipe.near, partial) and recipe.near.func is block_sparse:
             window = windows(recipe, config, latent_size, text_rows)[0]
             say(f"{recipe.name}: block-sparse attention of {window.queries} x {window.keys}")
-            rows += _sparse_rows(window, config, device, dtype, **recipe.near.keywords)
+            rows += _sparse_rows(window, config, device, dtype, recipe.near)
     return rows
 
 
@@ -95,18 +95,19 @@ def _dense_rows(
 
 
 def _sparse_rows(
-    window: Window, config: WanConfig, device: torch.device, dtype: torch.dtype,
-    *, share: float, block_q: int, block_k: int, full_window: float = 0.0,
-) -> Iterator[dict[str, Any]]:  # fmt: skip
+    window: Window, config: WanConfig, device: torch.device, dtype: torch.dtype, near: "partial[Tensor]"
+) -> Iterator[dict[str, Any]]:
+    """near: `block_sparse` with all that it can be told."""
     q, k, v = _drawn(window, config, device, dtype)
-    shown = share_of_window(share, full_window * q.shape[1], k.shape[1])
-    chosen = best_blocks(block_scores(q, k, block_q=block_q, block_k=block_k), shown)
+    given = near.keywords
+    share, block_k = given["share"], given["block_k"]
+    sizes = {"block_q": given["block_q"], "block_k": block_k}
+    shown = share_of_window(share, given.get("full_window", 0.0) * q.shape[1], k.shape[1])
+    chosen = best_blocks(block_scores(q, k, **sizes, centre_heads=given.get("centre_heads", False)), shown)
     keys = min(chosen.shape[-1] * block_k, k.shape[1])
     forms: dict[str, Callable[[], Tensor]] = {
-        "chosen blocks": partial(attend_blocks, q, k, v, chosen, block_q=block_q, block_k=block_k),
-        "choice and chosen blocks": partial(
-            block_sparse, q, k, v, share=share, block_q=block_q, block_k=block_k, full_window=full_window
-        ),
+        "chosen blocks": partial(attend_blocks, q, k, v, chosen, **sizes),
+        "choice and chosen blocks": partial(near, q, k, v),
     }
     for name, call in forms.items():
         row = {**window._asdict(), "form": "block-sparse", "share": share, "block": block_k, "backend": name}
