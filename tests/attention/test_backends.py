@@ -107,9 +107,10 @@ def test_a_kernel_that_breaks_off_is_left_out(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_fastest_is_taken_and_the_earlier_of_two_that_are_close() -> None:
-    assert preferred({"flash": 1.0, "efficient": 0.5}) == "efficient"
-    assert preferred({"efficient": 0.95, "flash": 1.0}) == "flash"
-    assert preferred({"triton": 1.0}) == "triton"
+    assert preferred({"flash": 1.0, "efficient": 0.5}, gain=1.1) == "efficient"
+    assert preferred({"efficient": 0.95, "flash": 1.0}, gain=1.1) == "flash"
+    assert preferred({"efficient": 0.95, "flash": 1.0}, gain=1.03) == "efficient"
+    assert preferred({"triton": 1.0}, gain=1.1) == "triton"
 
 
 def test_a_shape_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,7 +174,9 @@ def test_what_disturbs_all_readings_but_one_decides_nothing(
         order = read(readings, monkeypatch)
         choice = choose(*tensors())
         assert order == names * backends.ROUNDS, "in turn"
-        assert choice.seconds == dict(zip(names, true, strict=True)) and choice.name == preferred(choice.seconds)
+        assert choice.seconds == dict(zip(names, true, strict=True)) and choice.name == preferred(
+            choice.seconds, backends.GAIN
+        )
 
 
 def test_one_that_breaks_off_in_a_later_round_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
