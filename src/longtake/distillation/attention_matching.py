@@ -41,7 +41,7 @@ class Asked(NamedTuple):
 
 class Match(NamedTuple):
     """How far a head's answers are from the exact ones, in L1 [N]: beside the error of the near span alone (1: its sums
-    are of no use), and beside the size of the exact answers."""
+    are of no use), and beside the size of the exact answers. The same where nothing is near, whose answer is 0."""
 
     beside_near_N: Tensor
     beside_answer_N: Tensor
@@ -63,10 +63,12 @@ def match(form: LearnedForm, asked: Asked, span: NearSpan, *, both_ways: bool = 
         q, k, v = asked[:3]
 
         def exactly(piece: _Piece, seen: slice) -> Tensor:
+            if not _length(seen):
+                return torch.zeros_like(q[:, piece.asking])
             return dense(q[:, piece.asking], k[:, seen], v[:, seen])
 
         near = torch.cat([exactly(piece, piece.near) for piece in pieces], dim=1)
-        upto = (exactly(piece, slice(0, piece.near.stop)) for piece in pieces)
+        upto = (exactly(piece, slice(0, piece.asking.stop)) for piece in pieces)
         exact = dense(q, k, v) if both_ways else torch.cat(list(upto), dim=1)
     error_N, near_N, size_N = (_l1(x) for x in (hybrid(form, asked, span) - exact, near - exact, exact))
     return Match(error_N / near_N.clamp_min(1e-12), error_N / size_N.clamp_min(1e-12))
@@ -136,8 +138,8 @@ def _in_order(asked: Asked) -> tuple[Asked, Tensor | None]:
     order = asked.frame_T.argsort(stable=True)
     if torch.equal(asked.frame_T[order], asked.frame_T):
         return asked, None
-    *vectors, _, features_q, features_k = asked
-    q, k, v, features_q, features_k = (x if x is None else x[:, order] for x in (*vectors, features_q, features_k))
+    q, k, v = (x[:, order] for x in asked[:3])
+    features_q, features_k = (x if x is None else x[:, order] for x in asked[4:])
     return Asked(q, k, v, asked.frame_T[order], features_q, features_k), order
 
 
