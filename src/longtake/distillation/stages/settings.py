@@ -40,7 +40,7 @@ _MAY_BE_0 = {
     "seed", "kl_weight", "focus_weight", "no_prompt_share", "encoder_blocks", "decoder_blocks", "most_given", "pull",
     "self_forcing_share", "memory_share", "anchor_weight", "recompute", "real_weight", "real_frames", "real_batch",
     "last_exits", "rank", "layers", "first_steps", "far_only", "overlap", "turns_with_frames", "both_ways", "softmax",
-    "far_maps", "anchored", "anchor_streams",
+    "far_maps", "anchored", "anchor_streams", "exact",
 }  # fmt: skip
 
 
