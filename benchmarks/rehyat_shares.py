@@ -3,6 +3,9 @@
     longtake train attention_matching --from toy --out matched --set converted_share=1
     python benchmarks/rehyat_shares.py matched --shares 0.5 0.67 0.83 --out matched_    # matched_50, matched_67, ...
 
+With --near-only all heads are left local: the same near spans and nothing far, which finetuned alike is the baseline
+that tells what sums are good for.
+
 Layers are those with the smallest errors of the run's record, as the stage chooses them. Each folder holds what
 `longtake train finetune` and `teacher_forcing` start from.
 """
@@ -32,6 +35,7 @@ def main() -> None:
     parser.add_argument("matched", type=Path)
     parser.add_argument("--shares", nargs="+", type=float, required=True)
     parser.add_argument("--out", required=True, help="what the folders' names begin with")
+    parser.add_argument("--near-only", action="store_true")
     options = parser.parse_args()
     text, network, description = load_network(options.matched / CONVERTED_FILE, torch.device("cpu"))
     matching = json.loads((options.matched / "record.json").read_text())["spent"]["matching"]
@@ -47,6 +51,9 @@ def main() -> None:
         for file in (CODEC_FILE, ENCODER_FILE, TEACHER_FILE):
             shutil.copyfile(options.matched / file, folder / file)
         made = converted(network, replace(network.config.conversion, layers=easiest(errors, share)))
+        if options.near_only:
+            for form in made.features.values():
+                form.leave_local(range(made.config.heads))
         path, shift = folder / CONVERTED_FILE, description["shift"]
         save_network(path, text, made, role=description["role"], shift=shift, int8=False)
         print(folder, made.config.conversion and made.config.conversion.layers)

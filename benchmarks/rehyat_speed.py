@@ -47,7 +47,7 @@ MOST = {  # frames that are measured, where it is not all: of what grows with th
     ("1.3B", "self_attention", "converted"): 1260, ("1.3B", "layer", "converted"): 630,
     ("toy", "attention", "plain"): 252, ("1.3B", "attention", "plain"): 252,
 }  # fmt: skip
-PASSES, ENOUGH_SECONDS = 15, 1.0  # of one case
+PASSES = 15  # of one case
 COMPARED = 42  # frames, at most, at which the kernels are compared with plain torch
 
 
@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shapes", nargs="+", default=["1.3B", "toy"])
     parser.add_argument("--frames", nargs="+", type=int, default=FRAMES)
+    parser.add_argument("--enough", type=float, default=1.0, help="seconds after which a case is not timed again")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     shapes, frames = (["tiny"], [6, 12]) if options.tiny else (options.shapes, options.frames)
@@ -64,7 +65,7 @@ def main() -> None:
     for shape in shapes:
         for part in PARTS:
             for count in frames:
-                found["cases"] += measured(shape, part, count)
+                found["cases"] += measured(shape, part, count, options.enough)
                 found |= summed_up(found["cases"])
                 options.out.write_text(json.dumps(found, indent=1) + "\n")
     chosen = {f"{c.batch} x {c.queries} x {c.keys} x {c.heads}": made.name for c, made in choices().items()}
@@ -87,7 +88,7 @@ def summed_up(cases: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def measured(shape: str, part: str, frames: int) -> list[dict[str, Any]]:
+def measured(shape: str, part: str, frames: int, enough: float) -> list[dict[str, Any]]:
     """The cases of one length, timed in turn."""
     kinds = ["dense", "converted", *(["plain"] if part == "attention" else []), *(["step"] if part == "layer" else [])]
     kinds = [kind for kind in kinds if frames <= MOST.get((shape, part, kind), frames)]
@@ -116,7 +117,7 @@ def measured(shape: str, part: str, frames: int) -> list[dict[str, Any]]:
             one["refused"] = one_line(error)
     for _ in range(PASSES - 1):
         for i, run in passes.items():
-            if sum(seconds[i]) < ENOUGH_SECONDS:
+            if sum(seconds[i]) < enough:
                 seconds[i].append(_timed(run))
     for i, some in seconds.items():
         told[i] |= {"ms": round(1e3 * statistics.median(some), 4), "passes": len(some)}

@@ -121,6 +121,12 @@ def test_a_share_of_a_matching_holds_the_maps_that_it_kept_and_no_others(
     whole, part = (load_file(tmp_path / name / CONVERTED_FILE) for name in ("all", "share_67"))
     assert part.keys() == {name for name in whole if ".0.self_attn.features." not in name}
     assert all(torch.equal(x, whole[name]) for name, x in part.items())
+    near = ["--near-only", "--out", str(tmp_path / "near_")]
+    monkeypatch.setattr(sys, "argv", ["it", str(tmp_path / "all"), "--shares", "0.67", *near])
+    shares.main()
+    alone = load_file(tmp_path / "near_67" / CONVERTED_FILE)
+    changed = {name for name, x in alone.items() if not torch.equal(x, part[name])}
+    assert changed == {name for name in part if ".features." in name and ".out_" in name}
     monkeypatch.setattr(sys, "argv", ["it", str(tmp_path / "some"), "--shares", "0.67", *out])
     with pytest.raises(SystemExit, match=r"did not keep the maps of layers \[0, 2\]"):
         shares.main()

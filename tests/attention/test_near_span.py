@@ -157,7 +157,27 @@ def test_scores_far_beyond_what_exp_can_take_do_no_harm(shift: str, size: float)
         torch.testing.assert_close(found[0], expected.float(), atol=1e-5, rtol=1e-5)
 
 
+@given(current=st.integers(1, 5), frames=st.integers(1, 9), tokens=st.integers(1, 3), seed=st.integers(0, 99))
+@settings(deadline=None, max_examples=25)
+def test_without_an_exact_part_all_up_to_the_end_of_a_chunk_is_read_from_sums(
+    current: int, frames: int, tokens: int, seed: int
+) -> None:
+    seen = reference.near_and_far(frames, tokens, current, 0)
+    tensors = drawn(frames * tokens, seed)
+
+    def defined(q: Tensor, k: Tensor, v: Tensor, fq: Tensor, fk: Tensor) -> Tensor:
+        return reference.far_alone(v, torch.einsum("btnr,bsnr->bnts", fq, fk), seen[0] | seen[1]) + 0 * (q + k)
+
+    for shift in SHIFTS.values():
+        fast = in_parallel(NearSpan(current=current, overlap=0, exact=False), tokens, shift[0])
+        found = value_and_grads(lambda q, k, *x, fast=fast: fast(q, k, *x) + 0 * (q + k), tensors)
+        for got, want in zip(found, value_and_grads(defined, tensors), strict=True):
+            torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
+
+
 def test_what_cannot_be_is_refused() -> None:
+    with pytest.raises(ValueError, match="nothing overlaps, got an overlap of 1"):
+        NearSpan(current=3, overlap=1, exact=False)
     for current, overlap in ((0, 1), (3, -1)):
         with pytest.raises(ValueError, match=f"got {current} and {overlap}"):
             NearSpan(current=current, overlap=overlap)

@@ -181,6 +181,22 @@ def test_telling_what_is_asked_changes_no_answer() -> None:
     assert torch.equal(asked.q_BTND[:, :6], asked.features_q_BTND[:, :6]), "the first frame stands at 0 in both"
 
 
+@given(frame_T=frames)
+@settings(max_examples=20)
+@torch.no_grad()
+def test_without_an_exact_part_the_near_span_answers_nothing(frame_T: Tensor) -> None:
+    maps, asked, span = form(), drawn(frame_T), NearSpan(current=2, overlap=0, exact=False)
+    weights_BNTS = torch.einsum("btnr,bsnr->bnts", maps.queries(asked.q_BTND), maps.keys(asked.k_BTND))
+    near_TT, far_TT = sets(frame_T, span)
+    expected = reference.far_alone(asked.v_BTND, weights_BNTS, near_TT | far_TT)
+    torch.testing.assert_close(hybrid(maps, asked, span), expected, atol=1e-12, rtol=1e-12)
+    found = match(maps, asked, span)
+    torch.testing.assert_close(found.beside_near_N, found.beside_answer_N)
+    exact = dense(*asked[:3], near_TT | far_TT)
+    wrong = ((expected - exact).abs().mean((0, 1, 3)) / exact.abs().mean((0, 1, 3))).float()
+    torch.testing.assert_close(found.beside_answer_N, wrong, atol=1e-5, rtol=1e-5)
+
+
 def test_layers_with_the_smallest_errors_are_converted() -> None:
     errors = {0: 0.3, 1: 0.1, 2: 0.2, 5: 0.1, 7: 0.9}
     assert easiest(errors, 0.4) == (1, 5) and easiest(errors, 0.6) == (1, 2, 5)

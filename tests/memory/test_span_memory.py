@@ -107,6 +107,22 @@ def test_chunk_after_chunk_equals_all_at_once_and_the_definition(
     torch.testing.assert_close(at_once(shape, *(x.float() for x in tensors)), narrow, atol=1e-5, rtol=1e-5)
 
 
+@given(current=st.integers(1, 7), frames=st.integers(1, 16), seed=st.integers(0, 99))
+@settings(deadline=None, max_examples=20)
+def test_without_an_exact_part_chunk_after_chunk_still_equals_all_at_once(current: int, frames: int, seed: int) -> None:
+    shape, tensors = shape_of(NearSpan(current=current, overlap=0, exact=False)), drawn(frames, seed)
+
+    def run(memory: SpanMemory, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attended(memory, q, k, v) + 0 * (q + k)
+
+    found = results(lambda *x: run(SpanMemory.empty(shape), *x), shape, tensors)
+    for got, same in zip(found, results(lambda *x: at_once(shape, *x), shape, tensors), strict=True):
+        torch.testing.assert_close(got, same, atol=1e-12, rtol=1e-12)
+    form_of(shape).float()
+    narrow = attended(SpanMemory.empty(shape), *(x.float() for x in tensors))
+    torch.testing.assert_close(narrow, found[0].float(), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("current, overlap", [(3, 1), (2, 5), (1, 0)])
 @torch.no_grad()
 def test_beside_its_answers_no_more_is_held_in_a_longer_clip(current: int, overlap: int) -> None:

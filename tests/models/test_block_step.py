@@ -97,6 +97,13 @@ def test_a_layer_that_is_not_converted_is_refused() -> None:
         BlockStep(made.layers[0], conversion, grid, Keep())
 
 
+def test_layers_without_an_exact_part_are_refused() -> None:
+    made = network(1)
+    made = converted(made, replace(made.config.conversion, overlap=0, exact=False))
+    with pytest.raises(ValueError, match="chunk to chunk cannot do without an exact near span"):
+        step_of(made)
+
+
 def test_features_that_turn_with_frames_are_refused() -> None:
     """Where they are in time they would not know: a clip answers otherwise from the first chunk that reads sums on."""
     made = network(1)

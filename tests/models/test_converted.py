@@ -334,6 +334,10 @@ def test_a_redirect_reaches_far_sums() -> None:
             lambda: converted(tiny.network(), Conversion(layers=(0,), turns_with_frames=True)),
             "cannot stream features that turn with frames",
         ),
+        (
+            lambda: converted(tiny.network(), Conversion(layers=(0,), overlap=0, exact=False)),
+            "recipe rehyat cannot do without an exact near span",
+        ),
     ],
 )
 def test_weights_that_cannot_be_streamed_are_refused(network, said: str) -> None:

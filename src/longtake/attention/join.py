@@ -24,7 +24,8 @@ def under_one_bar(near_BTND: Tensor, far: Weighed, log_near_BTN: Tensor | None =
     a shift c). None is 0: c is the log-sum-exp itself, and a far mass of 1 weighs as much as all that is near. Masses
     are not negative; where the far one is 0, near comes back as it is.
 
-    Neither e^l nor its inverse is ever formed: the far part's share is a sigmoid, so no l overflows.
+    l may be -inf, where nothing is near. Neither e^l nor its inverse is ever formed: the far part's share is a sigmoid,
+    so no l overflows.
     """
     present_BTN = far.below > 0
     below_BTN = torch.where(present_BTN, far.below, 1)

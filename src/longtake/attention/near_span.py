@@ -1,7 +1,8 @@
 """Exact attention within a span of time, linear attention to all before it, one denominator (ReHyAt, 2601.04342).
 
 A sequence is cut into chunks of whole latent frames. A chunk attends exactly to itself, in both directions, and to a
-few frames before it; of everything earlier it reads sums (`linear`). Here all chunks are answered at once, which the
+few frames before it; of everything earlier it reads sums (`linear`). Without an exact part it reads
+itself from sums too: the end of a sweep, where there is no softmax. Here all chunks are answered at once, which the
 recurrent form, `memory.span_memory`, and the kernels of `span_triton` are held to. Truth: `reference.one_bar`.
 
 Shapes: B batch, T tokens (frame-major), N heads, D per head, R features per head, F latent frames, G chunks of a group.
@@ -38,10 +39,14 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class NearSpan:
-    """What is near: `current` latent frames that are answered together (Tc), and `overlap` before them (To)."""
+    """What is near: `current` latent frames that are answered together (Tc), and `overlap` before them (To).
+
+    exact: false: nothing is, and frames answered together are far to themselves. They then overlap nothing.
+    """
 
     current: int
     overlap: int
+    exact: bool = True
 
     def __post_init__(self) -> None:
         if self.current < 1 or self.overlap < 0:
@@ -49,13 +54,20 @@ class NearSpan:
                 f"a near span has 1 current latent frame or more and 0 before it or more, "
                 f"got {self.current} and {self.overlap}"
             )
+        if self.overlap and not self.exact:
+            raise ValueError(f"where nothing is exact nothing overlaps, got an overlap of {self.overlap}")
+
+    def require_exact(self, what: str) -> None:
+        """ValueError for a span that leaves nothing exact, which whole clips in plain torch alone can do with."""
+        if not self.exact:
+            raise ValueError(f"{what} cannot do without an exact near span")
 
     def chunks(self, frames: int) -> list[Chunk]:
         """The chunks of so many frames, the last as long as what is left."""
-        return [
-            Chunk(max(0, begin - self.overlap), begin, min(frames, begin + self.current))
-            for begin in range(0, frames, self.current)
-        ]
+        begins = range(0, frames, self.current)
+        ends = [min(frames, begin + self.current) for begin in begins]
+        nears = [max(0, begin - self.overlap) for begin in begins] if self.exact else ends
+        return [Chunk(*one) for one in zip(nears, begins, ends, strict=True)]
 
 
 class Shift(Enum):
@@ -81,7 +93,12 @@ class PowerWeights(NamedTuple):
 
 
 def joined(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor, far: Weighed | None, shift: Shift | Tensor) -> Tensor:
-    """Attention to near keys, and to what is far if anything is, under one denominator; returns [B, T, N, D]."""
+    """Attention to near keys, and to what is far if anything is, under one denominator; returns [B, T, N, D].
+
+    One of the two may be missing, not both.
+    """
+    if far is not None and not k_BSND.shape[1]:
+        return under_one_bar(torch.zeros_like(q_BTND), far, torch.full_like(far.below, -torch.inf))
     if far is None or shift is Shift.LOG_MASS:  # the only shift that fused kernels can serve: it cancels
         near_BTND = dense(q_BTND, k_BSND, v_BSND)
         return near_BTND if far is None else under_one_bar(near_BTND, far)
@@ -123,7 +140,7 @@ def stacked(x_BTND: Tensor, pieces: list[slice]) -> Tensor:
     """Pieces of time as rows of a batch, [B * G, T, N, D]: as long as each other, as far apart, and maybe overlapping.
     Those of one clip are not copied."""
     size = pieces[0].stop - pieces[0].start
-    step = pieces[1].start - pieces[0].start if len(pieces) > 1 else size
+    step = pieces[1].start - pieces[0].start if len(pieces) > 1 else max(1, size)
     part_BTND = x_BTND[:, pieces[0].start : pieces[-1].stop]
     return part_BTND.unfold(1, size, step).movedim(-1, 2).flatten(0, 1)
 

@@ -87,6 +87,12 @@ def one_bar(
     return torch.einsum("bnts,bsnd->btnd", weights_BNTS / weights_BNTS.sum(dim=-1, keepdim=True), v_BSND)
 
 
+def far_alone(v_BSND: Tensor, weights_BNTS: Tensor, far_TS: Tensor) -> Tensor:
+    """The mean of far values by given weights, [B, T, N, D]: `one_bar` of queries with nothing near."""
+    weights_BNTS = weights_BNTS * far_TS
+    return torch.einsum("bnts,bsnd->btnd", weights_BNTS / weights_BNTS.sum(dim=-1, keepdim=True), v_BSND)
+
+
 def near_and_far(frames: int, tokens: int, current: int, overlap: int) -> tuple[Tensor, Tensor]:
     """Which tokens are near and which far to which, [T, T] each: the sets S and causal L of ReHyAt (2601.04342).
 

@@ -51,6 +51,7 @@ def attended(
     q, k: rotated. turned: the rotation of what features are made of, of all tokens or, where every frame is turned
     alike, of one frame's. tokens: of a latent frame. ValueError as for `near_span.parallel`.
     """
+    span.require_exact("a fused kernel")
     chunks = span.chunks(whole_frames(q_BTND.shape[1], tokens))
     out, before = q_BTND.new_empty(q_BTND.shape), None
     for begin in range(0, len(chunks), _CHUNKS):

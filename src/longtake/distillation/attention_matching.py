@@ -41,7 +41,7 @@ class Asked(NamedTuple):
 
 class Match(NamedTuple):
     """How far a head's answers are from the exact ones, in L1 [N]: beside the error of the near span alone (1: its sums
-    are of no use), and beside the size of the exact answers."""
+    are of no use), and beside the size of the exact answers. The same where nothing is near, whose answer is 0."""
 
     beside_near_N: Tensor
     beside_answer_N: Tensor
@@ -55,13 +55,21 @@ def match(form: LearnedForm, asked: Asked, span: NearSpan, *, both_ways: bool = 
     left to right can know. ValueError where nothing is far: there is nothing to teach; and where not every token has a
     frame.
     """
-    pieces = _pieces(asked, span)
-    if not any(len(piece.leaving) for piece in pieces):
+    asked, _ = _in_order(asked)
+    pieces = _pieces(asked.frame_T, span)
+    if not any(_length(piece.leaving) for piece in pieces):
         raise nothing_far(span)
     with torch.no_grad():
         q, k, v = asked[:3]
-        near = _answered(pieces, lambda piece: dense(q[:, piece.asking], k[:, piece.near], v[:, piece.near]))
-        exact = dense(q, k, v) if both_ways else _answered(pieces, lambda piece: _upto(piece, q, k, v))
+
+        def exactly(piece: _Piece, seen: slice) -> Tensor:
+            if not _length(seen):
+                return torch.zeros_like(q[:, piece.asking])
+            return dense(q[:, piece.asking], k[:, seen], v[:, seen])
+
+        near = torch.cat([exactly(piece, piece.near) for piece in pieces], dim=1)
+        upto = (exactly(piece, slice(0, piece.asking.stop)) for piece in pieces)
+        exact = dense(q, k, v) if both_ways else torch.cat(list(upto), dim=1)
     error_N, near_N, size_N = (_l1(x) for x in (hybrid(form, asked, span) - exact, near - exact, exact))
     return Match(error_N / near_N.clamp_min(1e-12), error_N / size_N.clamp_min(1e-12))
 
@@ -78,21 +86,21 @@ def hybrid(form: LearnedForm, asked: Asked, span: NearSpan) -> Tensor:
 
     ValueError where not every token has a frame.
     """
+    asked, order = _in_order(asked)
     q, k, v = asked[:3]
     queries = form.queries(q if asked.features_q_BTND is None else asked.features_q_BTND)
     keys = form.keys(k if asked.features_k_BTND is None else asked.features_k_BTND)
     sums: Sums | None = None
-
-    def answer(piece: _Piece) -> Tensor:
-        nonlocal sums
-        if len(piece.leaving):
+    answers: list[Tensor] = []
+    for piece in _pieces(asked.frame_T, span):
+        if _length(piece.leaving):
             gone = keys[:, piece.leaving]
             sums = linear.absorb(sums, linear.Features(gone, gone), v[:, piece.leaving])
         asking = queries[:, piece.asking]
         far = linear.weigh(sums, linear.Features(asking, asking)) if sums else None
-        return joined(q[:, piece.asking], k[:, piece.near], v[:, piece.near], far, Shift.LOG_MASS)
-
-    return _answered(_pieces(asked, span), answer)
+        answers.append(joined(q[:, piece.asking], k[:, piece.near], v[:, piece.near], far, Shift.LOG_MASS))
+    answer = torch.cat(answers, dim=1)
+    return answer if order is None else answer[:, order.argsort()]
 
 
 @dataclass(frozen=True)
@@ -119,43 +127,44 @@ def easiest(errors: Mapping[int, float], share: float) -> tuple[int, ...]:
     return tuple(sorted(sorted(errors, key=lambda layer: (errors[layer], layer))[:count]))
 
 
-class _Piece(NamedTuple):
-    """A chunk's tokens by number: those that ask, those that are near to them, those that were near to the chunk before
-    and are so no longer; and all up to the chunk's end."""
+def _in_order(asked: Asked) -> tuple[Asked, Tensor | None]:
+    """The same with its tokens frame by frame, and their old numbers in the new order; None: they stood so.
 
-    asking: Tensor
-    near: Tensor
-    leaving: Tensor
-    upto: Tensor
-
-
-def _pieces(asked: Asked, span: NearSpan) -> list[_Piece]:
+    Pieces of time are then slices. Picked by number they would be copied, and summed up by a sort on the way back.
+    """
     for x_BTND in asked[:3]:
         if asked.frame_T.shape != x_BTND.shape[1:2]:
             raise ValueError(f"frames {list(asked.frame_T.shape)} are not those of {x_BTND.shape[1]} tokens")
-    frame_T = asked.frame_T - asked.frame_T.min()
+    order = asked.frame_T.argsort(stable=True)
+    if torch.equal(asked.frame_T[order], asked.frame_T):
+        return asked, None
+    q, k, v = (x[:, order] for x in asked[:3])
+    features_q, features_k = (x if x is None else x[:, order] for x in asked[4:])
+    return Asked(q, k, v, asked.frame_T[order], features_q, features_k), order
+
+
+class _Piece(NamedTuple):
+    """A chunk's tokens, which stand frame by frame: those that ask, those that are near to them, and those that were
+    near to the chunk before and are so no longer."""
+
+    asking: slice
+    near: slice
+    leaving: slice
+
+
+def _pieces(frame_T: Tensor, span: NearSpan) -> list[_Piece]:
+    frame_T = frame_T - frame_T[0]
     pieces, near_before = [], 0
-    for chunk in span.chunks(int(frame_T.max()) + 1):
-
-        def between(begin: int, end: int) -> Tensor:
-            return ((frame_T >= begin) & (frame_T < end)).nonzero().squeeze(1)
-
-        asking = between(chunk.begin, chunk.end)
-        if len(asking):
-            near, leaving = between(chunk.near, chunk.end), between(near_before, chunk.near)
-            pieces.append(_Piece(asking, near, leaving, between(0, chunk.end)))
-            near_before = chunk.near
+    for chunk in span.chunks(int(frame_T[-1]) + 1):
+        begin, end, near = (int((frame_T < frame).sum()) for frame in (chunk.begin, chunk.end, chunk.near))
+        if begin < end:
+            pieces.append(_Piece(slice(begin, end), slice(near, end), slice(near_before, near)))
+            near_before = near
     return pieces
 
 
-def _answered(pieces: list[_Piece], answer: Callable[[_Piece], Tensor]) -> Tensor:
-    """The answers of all chunks, their tokens in the order they came in."""
-    order = torch.cat([piece.asking for piece in pieces])
-    return torch.cat([answer(piece) for piece in pieces], dim=1)[:, order.argsort()]
-
-
-def _upto(piece: _Piece, q_BTND: Tensor, k_BTND: Tensor, v_BTND: Tensor) -> Tensor:
-    return dense(q_BTND[:, piece.asking], k_BTND[:, piece.upto], v_BTND[:, piece.upto])
+def _length(piece: slice) -> int:
+    return int(piece.stop - piece.start)
 
 
 def _l1(x_BTND: Tensor) -> Tensor:

@@ -121,6 +121,7 @@ class Recipe:
                 f"recipe {self.name} reads through converted layers, and these weights have none: "
                 "longtake train attention_matching converts some"
             )
+        conversion.span.require_exact(f"recipe {self.name}")
         if conversion.current != self.block:
             raise ValueError(
                 f"recipe {self.name} streams blocks of {self.block} latent frames, "

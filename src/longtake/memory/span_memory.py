@@ -78,6 +78,9 @@ class SpanMemory:
                 f"{len(own.frames)} latent frames exceed the {self.shape.span.current} that are answered together"
             )
         shape, device, held = self.shape, q_BTND.device, self.overlap.held
+        if not shape.span.exact:
+            far = self.commit(k_BTND, v_BTND).far.weigh(q_BTND, shape.far.rotation(shape.grid, own.frames, device))
+            return joined(q_BTND, k_BTND[:, :0], v_BTND[:, :0], far, shape.shift)
         rotation = shape.rotation(own.frames, device)
         q, k, v = rotate(q_BTND, rotation), rotate(k_BTND, rotation), v_BTND
         if held is not None:

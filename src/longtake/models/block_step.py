@@ -49,6 +49,7 @@ class BlockStep(nn.Module):
         if conversion.turns_with_frames:
             raise ValueError("features that turn with frames cannot go from chunk to chunk")
         span = conversion.span
+        span.require_exact("a layer that goes from chunk to chunk")
         self.layer, self.features, self.span, self.rule = layer, layer.self_attn.features, span, rule
         self.tokens = grid.rows * grid.columns
         place, held = range(span.overlap, span.overlap + span.current), range(span.overlap)

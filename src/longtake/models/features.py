@@ -27,7 +27,8 @@ class Conversion:
     """Which layers of a network are converted, and how: they attend exactly to a near span, and read what came before
     it through learned features (`LearnedForm`). Part of a network's configuration, and so of its weight file.
 
-    layers: by number. current, overlap: the near span in latent frames (Tc, To). degree: of the features.
+    layers: by number. current, overlap: the near span in latent frames (Tc, To). degree: of the features. exact:
+    whether anything is attended exactly, see `NearSpan`.
     turns_with_frames: whether what they are made of is turned with frames too, not with row and column alone: better in
     clips as long as those of training, of no use in longer ones and in streams (docs/rehyat.md, H4).
     ValueError for layers that are none, or named twice, and for a span that cannot be.
@@ -38,6 +39,7 @@ class Conversion:
     overlap: int = 1
     degree: int = 2
     turns_with_frames: bool = False
+    exact: bool = True
 
     def __post_init__(self) -> None:
         if not self.layers or len(set(self.layers)) < len(self.layers) or min(self.layers) < 0:
@@ -53,7 +55,7 @@ class Conversion:
 
     @property
     def span(self) -> NearSpan:
-        return NearSpan(current=self.current, overlap=self.overlap)
+        return NearSpan(current=self.current, overlap=self.overlap, exact=self.exact)
 
     def far_frames(self, frames: int) -> int:
         """How many latent frames are far to the last chunk of a clip of so many: the most there ever are."""

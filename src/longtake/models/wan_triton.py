@@ -48,7 +48,7 @@ class FusedSpanView(SpanView):
     """As `SpanView`, of a network's own converted layers: many chunks at once, in memory that does not grow either."""
 
     def attend(self, layer: int, own: Tokens) -> Tensor:
-        if layer not in self.converted or torch.is_grad_enabled():
+        if layer not in self.converted or torch.is_grad_enabled() or not self.converted[layer].span.exact:
             return super().attend(layer, own)
         shape, form = self.converted[layer], cast(LearnedForm, self.converted[layer].far.form)
         frames = range(own.q.shape[1] // shape.tokens) if shape.far.turns_with_frames else [0]

@@ -1,5 +1,6 @@
 """The stage `attention_matching`: teacher + prompts -> teacher with converted layers, whose features alone learn."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -36,7 +37,7 @@ def train_attention_matching(
     layers = stage.layers or tuple(range(network.config.layers))
     conversion = Conversion(
         layers=layers, current=stage.current, overlap=stage.overlap, degree=stage.degree,
-        turns_with_frames=stage.turns_with_frames,
+        exact=stage.exact, turns_with_frames=stage.turns_with_frames,
     )  # fmt: skip
     far_frames = conversion.far_frames(network.config.extent)
     if not far_frames:  # before any clip is made, which may take minutes
@@ -80,7 +81,10 @@ def train_attention_matching(
     network.requires_grad_(False)
     with torch.no_grad(), run.autocast(), torch.compiler.set_stance("force_eager"):
         taught = _matching_errors(network, held_out, conversion, stage.both_ways)
-        local = {layer: [h for h, x in enumerate(one["heads_beside_near"]) if x >= 1] for layer, one in taught.items()}
+        useless = 1 if stage.exact else math.inf  # of near spans alone, if there are any
+        local = {
+            layer: [h for h, x in enumerate(one["heads_beside_near"]) if x >= useless] for layer, one in taught.items()
+        }
         for layer, heads in local.items():
             network.features[layer].leave_local(heads)
         found = _matching_errors(network, held_out, conversion, stage.both_ways) if any(local.values()) else taught

@@ -40,7 +40,7 @@ _MAY_BE_0 = {
     "seed", "kl_weight", "focus_weight", "no_prompt_share", "encoder_blocks", "decoder_blocks", "most_given", "pull",
     "self_forcing_share", "memory_share", "anchor_weight", "recompute", "real_weight", "real_frames", "real_batch",
     "last_exits", "rank", "layers", "first_steps", "far_only", "overlap", "turns_with_frames", "both_ways", "softmax",
-    "far_maps", "anchored", "anchor_streams",
+    "far_maps", "anchored", "anchor_streams", "exact",
 }  # fmt: skip
 
 
@@ -90,8 +90,8 @@ class AttentionMatchingStage(Stage):
     every layer is taught `updates` times, at steps drawn anew. layers: which are taught; none given: all. Of them,
     `converted_share` are converted in the end: those with the smallest error on held-out prompts.
 
-    current, overlap, degree, turns_with_frames: see `Conversion`. both_ways: whether answers shall be those of the
-    whole clip, and not of what came before alone; see `attention_matching.match`. lr: of AdamW, without decay.
+    current, overlap, exact, degree, turns_with_frames: see `Conversion`. both_ways: whether answers shall be those of
+    the whole clip, and not of what came before alone; see `attention_matching.match`. lr: of AdamW, without decay.
     """
 
     seconds: float = 180.0
@@ -102,6 +102,7 @@ class AttentionMatchingStage(Stage):
     average: float = 0.995
     current: int = 3
     overlap: int = 1
+    exact: bool = True
     degree: int = 2
     turns_with_frames: bool = False
     both_ways: bool = False
