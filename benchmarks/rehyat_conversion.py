@@ -104,7 +104,9 @@ class RandomWorld:
         tokens = torch.randint(1, WORDS, (count, 1, self._words), generator=draw).to(PLACE)
         return SimpleNamespace(tokens_BPL=tokens, prompt_BF=torch.zeros(count, frames, dtype=torch.long, device=PLACE))
 
-    def clips(self, size: int, seed: int, frames: int, memory_share: float = 0.0) -> "RandomClips":
+    def clips(
+        self, size: int, seed: int, frames: int, memory_share: float = 0.0, late_share: float = 0.0
+    ) -> "RandomClips":
         return RandomClips(self, seed, frames)
 
     def held_out(self, count: int) -> Tensor:

@@ -1,3 +1,4 @@
+import math
 from dataclasses import fields, replace
 from itertools import product
 
@@ -11,10 +12,12 @@ from longtake.toy.clips import (
     HARDER,
     RECALL,
     STRESS,
+    WAIT,
     ClipPool,
     _own_words,
     focus,
     landmark_share,
+    late_scenes,
     memory_focus,
     memory_scenes,
     moving,
@@ -237,6 +240,29 @@ def test_clips_made_for_memory_show_what_no_caption_says_then_look_away_then_ret
     assert min(min(_runs(row)[:2]) for row in near) >= RATE and min(len(_runs(row)) for row in near) > 1
     seconds = torch.tensor([_runs(row)[1] for row in gone]) / RATE
     assert seconds.min() >= 1 and (seconds.max() > 5.5 if pictures == 237 else seconds.max() < 3.5)
+
+
+def test_cameras_that_look_away_late_begin_to_at_any_time_under_captions_that_say_so() -> None:
+    scenes, tokens = late_scenes(400, 3, torch.device("cpu"))
+    assert {CAMERAS[i] for i in scenes.camera.tolist()} == {"looks away"}
+    said = [parse(decode(row.tolist())).get("camera") for row in tokens[:, 0]]
+    assert set(said) <= {"looks away", None} and said.count("looks away") > 300
+    for seconds in (0, 3, 6):
+        still = scenes.away_start > seconds
+        begins = scenes.away_start[still] < seconds + WAIT
+        assert abs(begins.float().mean().item() - (1 - math.exp(-1))) < 0.12, "as likely now as at any other time"
+    assert not any(MOTIONS[i].startswith("walks") for i in scenes.motion.tolist())
+    assert torch.equal(late_scenes(400, 3, torch.device("cpu"))[0].away_start, scenes.away_start)
+
+
+def test_late_clips_are_a_share_of_those_not_made_for_memory() -> None:
+    torch.manual_seed(0)
+    codec, cpu = LightCodec(SMALL), torch.device("cpu")
+    shares = {"memory_share": 0.5, "late_share": 0.5}
+    pool = ClipPool(codec, 4, seed=1, device=cpu, at_once=1, pictures=141, **shares)
+    drawn = pool.draw(60, 36).tokens_BPL
+    ordinary, late = training_scenes(1, 1 << 32, cpu)[1][0], late_scenes(1, (1 << 32) + 2, cpu)[1][0]
+    assert all(any(torch.equal(row, one) for row in drawn) for one in (ordinary, late)), "clips 0 and 2"
 
 
 def _runs(row_F: torch.Tensor) -> list[int]:

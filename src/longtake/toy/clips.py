@@ -51,6 +51,10 @@ oldest that the first of a block still sees, does not; and, as many times again,
 QUICK_PAN = 20.0
 """Pixels per second at which a camera moves as fast as matters."""
 
+WAIT = 3.0
+"""Seconds that a camera which looks away late stands still before, on average, by a clock without memory. In other
+clips none that looks away is still for longer than ten seconds, as a stream may come to be."""
+
 FROM_THE_BEGINNING = 0.75
 """The share of shorter clips that are cut out of the beginning of a whole one."""
 
@@ -81,15 +85,16 @@ class ClipPool:
     seed: of the scenes; processes that train together take different ones. Scenes never repeat. pictures: of a clip, 1
     more than a multiple of the codec's pictures a latent frame. memory_share: of clips made for memory, see
     `memory_scenes`, 0 to 1; they come at once, so many together as any. ValueError if clips are too short for those.
+    late_share: of the others, those whose camera looks away late, see `late_scenes`.
     """
 
     def __init__(
         self, codec: Codec, size: int, seed: int, device: torch.device, painter: Painter = paint, at_once: int = 16,
-        *, pictures: int = CLIP_PICTURES, memory_share: float = 0.0,
+        *, pictures: int = CLIP_PICTURES, memory_share: float = 0.0, late_share: float = 0.0,
     ):  # fmt: skip
         if memory_share:
             _require_room(pictures / RATE)
-        self._pictures, self._memory_share = pictures, memory_share
+        self._pictures, self._memory_share, self._late_share = pictures, memory_share, late_share
         self._codec, self._seed, self._device = codec, seed, device
         self._painter, self._at_once = painter, min(at_once, size)
         self._size, self._made = size, 0
@@ -147,9 +152,11 @@ class ClipPool:
         seed = (self._seed << 32) + self._made
         number = self._made // self._at_once
         first: int | Tensor = 0
-        for_memory = int((number + 1) * self._memory_share) > int(number * self._memory_share)
+        for_memory = _is_one(number, self._memory_share)
         if for_memory:
             scenes, tokens_BPL, first = memory_scenes(self._at_once, seed, self._device, self._pictures / RATE)
+        elif _is_one(number - int(number * self._memory_share), self._late_share):
+            scenes, tokens_BPL = late_scenes(self._at_once, seed, self._device)
         else:
             scenes, tokens_BPL = training_scenes(self._at_once, seed, self._device)
         rendered = render(scenes, self._pictures, first, self._painter)
@@ -164,6 +171,11 @@ class ClipPool:
             prompt_of_frames(scenes, latents.shape[1], self._codec.temporal_factor),
             matters_BFHW.bfloat16(),
         )
+
+
+def _is_one(number: int, share: float) -> bool:
+    """Whether a thing of this number, from 0, is among a share of them that is spread evenly."""
+    return int((number + 1) * share) > int(number * share)
 
 
 def sample_prompts(count: int, seed: int, device: torch.device, pictures_a_frame: int, frames: int) -> Prompts:
@@ -200,6 +212,26 @@ def training_scenes(count: int, seed: int, device: torch.device) -> tuple[Scenes
     return scenes[chosen].to(device), tokens_BPL[chosen].to(device)
 
 
+def late_scenes(count: int, seed: int, device: torch.device) -> tuple[Scenes, Tensor]:
+    """Scenes whose camera looks away however long it has been still, with the tokens [B, 2, L] of their captions.
+
+    It begins to after `WAIT` seconds on average, as likely now as at any other time, and goes on as the world's do.
+    Some do not begin within a clip. seed: as of `training_scenes`.
+    """
+    scenes = _standing_subjects(sample_scenes(count, _own_seed(seed, "late scenes")), _own_dice(seed, "other motions"))
+    waits = torch.empty(count).exponential_(1 / WAIT, generator=_own_dice(seed, "late"))
+    camera = torch.full_like(scenes.camera, CAMERAS.index("looks away"))
+    scenes = replace(scenes, camera=camera, away_start=waits)
+    return scenes.to(device), _caption_tokens(scenes, seed).to(device)
+
+
+def _standing_subjects(scenes: Scenes, dice: torch.Generator) -> Scenes:
+    """The same, but other motions for walkers, which begin their next lap where only a level camera cannot see it."""
+    stays = torch.tensor([number for number, name in enumerate(MOTIONS) if not name.startswith("walks")])
+    other = stays[torch.randint(len(stays), (len(scenes),), generator=dice)]
+    return replace(scenes, motion=torch.where(torch.isin(scenes.motion, stays), scenes.motion, other))
+
+
 def memory_scenes(count: int, seed: int, device: torch.device, seconds: float) -> tuple[Scenes, Tensor, Tensor]:
     """Scenes that only memory can show rightly, the tokens [B, 2, L] of their captions, and their first pictures [B].
 
@@ -218,12 +250,8 @@ def memory_scenes(count: int, seed: int, device: torch.device, seconds: float) -
     shown = between(SHOWN[0], min(SHOWN[1], room - AWAY[0]))
     away = between(AWAY[0], (room - shown).clamp(max=AWAY[1]))
     first = -((SWEEP_SECONDS + between(*LEAD)) * RATE).round().long()
-    # A walker begins its next lap where only a level camera cannot see it: such subjects get another motion.
-    stays = [number for number, name in enumerate(MOTIONS) if not name.startswith("walks")]
-    other = torch.tensor(stays)[torch.randint(len(stays), (count,), generator=dice)]
     scenes = replace(
-        scenes,
-        motion=torch.where(torch.isin(scenes.motion, torch.tensor(stays)), scenes.motion, other),
+        _standing_subjects(scenes, dice),
         camera=torch.full_like(scenes.camera, CAMERAS.index("looks away")),
         away_start=-(away + 2 * SWEEP_SECONDS),  # so that the camera has come at second 0
         away_seconds=away,

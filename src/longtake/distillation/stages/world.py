@@ -55,10 +55,13 @@ class World(Protocol):
     latent_size: tuple[int, int, int]
     """Channels, height and width of a latent frame."""
 
-    def clips(self, size: int, seed: int, frames: int, memory_share: float = 0.0) -> ClipSupply:
+    def clips(
+        self, size: int, seed: int, frames: int, memory_share: float = 0.0, late_share: float = 0.0
+    ) -> ClipSupply:
         """A supply that holds so many clips, each of so many latent frames or more.
 
-        memory_share: of clips in which what was seen goes out of sight and comes back, see `TeacherForcingStage`.
+        memory_share: of clips in which what was seen goes out of sight and comes back; late_share: of the others, those
+        in which something begins late. See `TeacherForcingStage`.
         """
         ...
 
