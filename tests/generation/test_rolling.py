@@ -8,6 +8,7 @@ import pytest
 import torch
 from tests import tiny
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from longtake.generation.blockwise import blockwise, commit
 from longtake.generation.recipe import Recipe
@@ -50,6 +51,30 @@ def test_a_finished_block_costs_one_call_and_one_commit(monkeypatch) -> None:
     log.clear()
     take(blocks, 4)
     assert log == [9, "commit"] * 4
+
+
+class FromHost(TorchDispatchMode):
+    """Counts tensors made of the host's numbers: on a GPU their copies wait until it has done all it was told."""
+
+    made = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.made += func is torch.ops.aten.lift_fresh.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_waits_for_the_device_between_two_calls() -> None:
+    made = tiny.network()
+    for schedule in (rolling, blockwise):
+        prompts, noise = tiny.prompt(made), tiny.noise(7)
+        blocks = schedule(made, memory_of(made), lambda block: prompts, noise, tiny.LEVELS)  # noqa: B023
+        take(blocks, 30)  # from then on what depends on places is remembered
+        with FromHost() as seen:
+            take(blocks, 3)
+        assert not seen.made, schedule
+        with FromHost() as seen:
+            torch.tensor([0.5])
+        assert seen.made == 1
 
 
 def test_a_stream_keeps_no_graph() -> None:

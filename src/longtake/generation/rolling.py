@@ -153,6 +153,7 @@ def _lowered(one: InFlight, clean_BFCHW: Tensor, noise: Noise, levels: Sequence[
 
 
 def _by_frame(values: Sequence[float] | Sequence[int], sizes: Sequence[int], latents_BFCHW: Tensor) -> Tensor:
-    """Values of blocks of so many frames, [B, F], on the device of the latents."""
-    one_by_one = [value for value, size in zip(values, sizes, strict=True) for _ in range(size)]
-    return torch.tensor(one_by_one, device=latents_BFCHW.device).expand(latents_BFCHW.shape[0], -1)
+    """Values of blocks of so many frames, [B, F]. Made on the device: a copy from the host waits until it is idle."""
+    device = latents_BFCHW.device
+    parts = [torch.full((size,), value, device=device) for value, size in zip(values, sizes, strict=True)]
+    return torch.cat(parts).expand(latents_BFCHW.shape[0], -1)
