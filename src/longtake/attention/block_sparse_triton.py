@@ -11,6 +11,7 @@ can, and so do the queries of `_forward`; own blocks of other programs do not, f
 I query blocks, J key blocks, K of them kept; other letters as in `reference`.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -103,16 +104,37 @@ class _Attend(torch.autograd.Function):
         sizes = _sizes(q, k, block_q, block_k)
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         deltas = torch.empty_like(log_sums)
-        _grad_q[blocks, clips * heads](
-            q, _tiles(k, block_k), _tiles(v, block_k), chosen, out, log_sums, grad_out, grad_q, deltas, kept, *sizes,
-            **_launch(launches.grad_q, q),
-        )  # fmt: skip
+        _deltas[blocks, clips * heads](out, grad_out, deltas, *sizes, num_warps=4)
         askers, counts = _askers(chosen, key_blocks)
-        _grad_kv[key_blocks, clips * heads](
-            _tiles(q, block_q), k, v, askers, counts, log_sums, _tiles(grad_out, block_q), deltas, grad_k, grad_v,
-            blocks, *sizes, **_launch(launches.grad_kv, q),
-        )  # fmt: skip
+
+        def of_queries() -> None:
+            _grad_q[blocks, clips * heads](
+                q, _tiles(k, block_k), _tiles(v, block_k), chosen, log_sums, grad_out, deltas, grad_q, kept, *sizes,
+                **_launch(launches.grad_q, q),
+            )  # fmt: skip
+
+        def of_keys() -> None:
+            _grad_kv[key_blocks, clips * heads](
+                _tiles(q, block_q), k, v, askers, counts, log_sums, _tiles(grad_out, block_q), deltas, grad_k, grad_v,
+                blocks, *sizes, **_launch(launches.grad_kv, q),
+            )  # fmt: skip
+
+        _at_once(q, of_queries, of_keys)
         return grad_q, grad_k, grad_v, None, None, None, None
+
+
+def _at_once(x: Tensor, first: Callable[[], None], second: Callable[[], None]) -> None:
+    """Programs of the second fill what the first's last ones leave idle: those are few, and all as long."""
+    if not x.is_cuda:
+        first()
+        second()
+        return
+    here, beside = torch.cuda.current_stream(x.device), torch.cuda.Stream(x.device, priority=-1)
+    beside.wait_stream(here)
+    with torch.cuda.stream(beside):
+        first()
+    second()
+    here.wait_stream(beside)
 
 
 def _askers(chosen_BNIK: Tensor, key_blocks: int) -> tuple[Tensor, Tensor]:
@@ -236,22 +258,34 @@ def _forward(
 
 
 @triton.jit
-def _grad_q(
-    q_ptr, k_tiles, v_tiles, chosen_ptr, out_ptr, log_sums_ptr, grad_ptr, grad_q_ptr, deltas_ptr, kept, queries, keys,
-    heads, HEAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr,
-    TILE_K: tl.constexpr, D: tl.constexpr,
+def _deltas(
+    out_ptr, grad_ptr, deltas_ptr, queries, keys, heads, HEAD: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries; leaves each query's gradient along its own output, which the keys' gradients need too."""
+    """One block of queries: each query's gradient along its own output."""
+    block, line = tl.program_id(0), tl.program_id(1)
+    asking, is_query = _at(block, BLOCK_Q, TILE_Q, queries)
+    out = _rows(out_ptr, block, BLOCK_Q, TILE_Q, queries, heads, HEAD, D)
+    grad = _rows(grad_ptr, block, BLOCK_Q, TILE_Q, queries, heads, HEAD, D)
+    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
+    tl.store(deltas_ptr + line.to(tl.int64) * queries + asking, delta, mask=is_query)
+
+
+@triton.jit
+def _grad_q(
+    q_ptr, k_tiles, v_tiles, chosen_ptr, log_sums_ptr, grad_ptr, deltas_ptr, grad_q_ptr, kept, queries, keys, heads,
+    HEAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
+    D: tl.constexpr,
+):  # fmt: skip
+    """One block of queries."""
     block, line = tl.program_id(0), tl.program_id(1)
     scale = LOG2_E / HEAD**0.5
     asking, is_query = _at(block, BLOCK_Q, TILE_Q, queries)
     q = _rows(q_ptr, block, BLOCK_Q, TILE_Q, queries, heads, HEAD, D)
-    out = _rows(out_ptr, block, BLOCK_Q, TILE_Q, queries, heads, HEAD, D)
     grad = _rows(grad_ptr, block, BLOCK_Q, TILE_Q, queries, heads, HEAD, D)
     of_query = line.to(tl.int64) * queries + asking
     log_sum = tl.load(log_sums_ptr + of_query, mask=is_query, other=float("inf"))
-    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
-    tl.store(deltas_ptr + of_query, delta, mask=is_query)
+    delta = tl.load(deltas_ptr + of_query, mask=is_query, other=0.0)
     chosen_ptr += (line.to(tl.int64) * tl.num_programs(0) + block) * kept
     grad_q = tl.zeros([TILE_Q, D], tl.float32)
     for i in range(kept):
