@@ -145,9 +145,9 @@ def _askers(chosen_BNIK: Tensor, key_blocks: int) -> tuple[Tensor, Tensor]:
     askers = chosen_BNIK.new_empty(clips, heads, key_blocks, blocks)
     counts = chosen_BNIK.new_empty(clips, heads, key_blocks)
     tile = max(_tile(blocks), 32)
-    many = max(1, 2048 // tile)  # 16 numbers a thread
+    many = max(1, 1024 // tile)  # 8 numbers a thread
     _find_askers[triton.cdiv(key_blocks, many), clips * heads](
-        chosen_BNIK, askers, counts, blocks, key_blocks, kept, tile, many, num_warps=4
+        chosen_BNIK, askers, counts, blocks, key_blocks, kept, tile, many, 8, num_warps=4
     )
     return askers, counts
 
@@ -338,16 +338,21 @@ def _grad_kv(
 
 @triton.jit
 def _find_askers(
-    chosen_ptr, askers_ptr, counts_ptr, blocks, key_blocks, kept, TILE: tl.constexpr, MANY: tl.constexpr
+    chosen_ptr, askers_ptr, counts_ptr, blocks, key_blocks, kept, TILE: tl.constexpr, MANY: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """MANY blocks of keys, for which choices are read once: the query blocks that chose each, in order."""
+    """MANY blocks of keys, for which choices are read once: the query blocks that chose each, in order. AT_ONCE choices
+    are on their way together.
+    """
     line, asker = tl.program_id(1), tl.arange(0, TILE)
     key_block = tl.program_id(0) * MANY + tl.arange(0, MANY)
     chosen_ptr += (line.to(tl.int64) * blocks + asker) * kept
+    end = tl.full([TILE], kept, tl.int32)
     asks = tl.zeros([TILE, MANY], tl.int32)
-    for i in range(kept):
-        chosen = tl.load(chosen_ptr + i, mask=asker < blocks, other=-1)
-        asks += (chosen[:, None] == key_block[None, :]).to(tl.int32)
+    for start in range(0, kept, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            chosen = tl.load(chosen_ptr + start + i, mask=(asker < blocks) & (start + i < end), other=-1)
+            asks += (chosen[:, None] == key_block[None, :]).to(tl.int32)
     row = line.to(tl.int64) * key_blocks + key_block
     place = row[None, :] * blocks + tl.cumsum(asks, 0) - 1
     real = key_block < key_blocks
