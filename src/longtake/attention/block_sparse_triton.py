@@ -106,6 +106,7 @@ class _Attend(torch.autograd.Function):
         deltas = torch.empty_like(log_sums)
         _deltas[blocks, clips * heads](out, grad_out, deltas, *sizes, num_warps=4)
         askers, counts = _askers(chosen, key_blocks)
+        order = _longest_first(counts)
 
         def of_queries() -> None:
             _grad_q[blocks, clips * heads](
@@ -115,8 +116,8 @@ class _Attend(torch.autograd.Function):
 
         def of_keys() -> None:
             _grad_kv[key_blocks, clips * heads](
-                _tiles(q, block_q), k, v, askers, counts, log_sums, _tiles(grad_out, block_q), deltas, grad_k, grad_v,
-                blocks, *sizes, **_launch(launches.grad_kv, q),
+                _tiles(q, block_q), k, v, askers, counts, order, log_sums, _tiles(grad_out, block_q), deltas, grad_k,
+                grad_v, blocks, *sizes, **_launch(launches.grad_kv, q),
             )  # fmt: skip
 
         _at_once(q, of_queries, of_keys)
@@ -150,6 +151,17 @@ def _askers(chosen_BNIK: Tensor, key_blocks: int) -> tuple[Tensor, Tensor]:
         chosen_BNIK, askers, counts, blocks, key_blocks, kept, tile, many, 8, num_warps=4
     )
     return askers, counts
+
+
+def _longest_first(counts_BNJ: Tensor) -> Tensor:
+    """Key blocks of each head in the order in which they are begun, those with most askers first: a long one begun last
+    would keep all waiting. [B, N, J].
+    """
+    order = torch.empty_like(counts_BNJ)
+    clips, heads, key_blocks = order.shape
+    tile = 64
+    _rank[triton.cdiv(key_blocks, tile), clips * heads](counts_BNJ, order, key_blocks, tile, num_warps=4)
+    return order
 
 
 def _tiles(x: Tensor, block: int) -> TensorDescriptor | Tensor:
@@ -302,20 +314,22 @@ def _grad_q(
 
 @triton.jit
 def _grad_kv(
-    q_tiles, k_ptr, v_ptr, askers_ptr, counts_ptr, log_sums_ptr, grad_tiles, deltas_ptr, grad_k_ptr, grad_v_ptr, blocks,
-    queries, keys, heads, HEAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr,
-    TILE_K: tl.constexpr, D: tl.constexpr,
+    q_tiles, k_ptr, v_ptr, askers_ptr, counts_ptr, order_ptr, log_sums_ptr, grad_tiles, deltas_ptr, grad_k_ptr,
+    grad_v_ptr, blocks, queries, keys, heads, HEAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """One block of keys, over the query blocks that chose it; tiles of scores lie on their side, [TILE_K, TILE_Q].
 
     No score is masked: what is beyond the keys makes rows of its own, which are not written, and queries that are none
     weigh nothing.
     """
-    block, line = tl.program_id(0), tl.program_id(1)
+    line = tl.program_id(1)
+    first = line.to(tl.int64) * tl.num_programs(0)  # of this head's key blocks
+    block = tl.load(order_ptr + first + tl.program_id(0))
     scale = LOG2_E / HEAD**0.5
     k = _rows(k_ptr, block, BLOCK_K, TILE_K, keys, heads, HEAD, D)
     v = _rows(v_ptr, block, BLOCK_K, TILE_K, keys, heads, HEAD, D)
-    row = line.to(tl.int64) * tl.num_programs(0) + block
+    row = first + block
     askers_ptr += row * blocks
     grad_k = tl.zeros([TILE_K, D], tl.float32)
     grad_v = tl.zeros([TILE_K, D], tl.float32)
@@ -358,6 +372,22 @@ def _find_askers(
     real = key_block < key_blocks
     tl.store(askers_ptr + place, tl.broadcast_to(asker[:, None], [TILE, MANY]), mask=(asks > 0) & real[None, :])
     tl.store(counts_ptr + row, tl.sum(asks, 0), mask=real)
+
+
+@triton.jit
+def _rank(counts_ptr, order_ptr, key_blocks, TILE: tl.constexpr):
+    """TILE key blocks of a head find their places: before each are those with more askers, or as many and earlier."""
+    row = tl.program_id(1).to(tl.int64) * key_blocks
+    own = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    real = own < key_blocks
+    count = tl.load(counts_ptr + row + own, mask=real, other=0)[:, None]
+    place = tl.zeros([TILE], tl.int32)
+    for start in range(0, key_blocks, TILE):
+        other = start + tl.arange(0, TILE)
+        others = tl.load(counts_ptr + row + other, mask=other < key_blocks, other=-1)[None, :]
+        before = (others > count) | ((others == count) & (other[None, :] < own[:, None]))
+        place += tl.sum(before.to(tl.int32), 1)
+    tl.store(order_ptr + row + place, own, mask=real)
 
 
 @triton.jit
