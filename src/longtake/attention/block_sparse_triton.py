@@ -11,6 +11,7 @@ can, and so do the queries of `_forward`; own blocks of other programs do not, f
 I query blocks, J key blocks, K of them kept; other letters as in `reference`.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -103,16 +104,38 @@ class _Attend(torch.autograd.Function):
         sizes = _sizes(q, k, block_q, block_k)
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         deltas = torch.empty_like(log_sums)
-        _grad_q[blocks, clips * heads](
-            q, _tiles(k, block_k), _tiles(v, block_k), chosen, out, log_sums, grad_out, grad_q, deltas, kept, *sizes,
-            **_launch(launches.grad_q, q),
-        )  # fmt: skip
+        _deltas[blocks, clips * heads](out, grad_out, deltas, *sizes, num_warps=4)
         askers, counts = _askers(chosen, key_blocks)
-        _grad_kv[key_blocks, clips * heads](
-            _tiles(q, block_q), k, v, askers, counts, log_sums, _tiles(grad_out, block_q), deltas, grad_k, grad_v,
-            blocks, *sizes, **_launch(launches.grad_kv, q),
-        )  # fmt: skip
+        order = _longest_first(counts)
+
+        def of_queries() -> None:
+            _grad_q[blocks, clips * heads](
+                q, _tiles(k, block_k), _tiles(v, block_k), chosen, log_sums, grad_out, deltas, grad_q, kept, *sizes,
+                **_launch(launches.grad_q, q),
+            )  # fmt: skip
+
+        def of_keys() -> None:
+            _grad_kv[key_blocks, clips * heads](
+                _tiles(q, block_q), k, v, askers, counts, order, log_sums, _tiles(grad_out, block_q), deltas, grad_k,
+                grad_v, blocks, *sizes, **_launch(launches.grad_kv, q),
+            )  # fmt: skip
+
+        _at_once(q, of_queries, of_keys)
         return grad_q, grad_k, grad_v, None, None, None, None
+
+
+def _at_once(x: Tensor, first: Callable[[], None], second: Callable[[], None]) -> None:
+    """Programs of the second fill what the first's last ones leave idle: those are few, and all as long."""
+    if not x.is_cuda:
+        first()
+        second()
+        return
+    here, beside = torch.cuda.current_stream(x.device), torch.cuda.Stream(x.device, priority=-1)
+    beside.wait_stream(here)
+    with torch.cuda.stream(beside):
+        first()
+    second()
+    here.wait_stream(beside)
 
 
 def _askers(chosen_BNIK: Tensor, key_blocks: int) -> tuple[Tensor, Tensor]:
@@ -123,11 +146,22 @@ def _askers(chosen_BNIK: Tensor, key_blocks: int) -> tuple[Tensor, Tensor]:
     askers = chosen_BNIK.new_empty(clips, heads, key_blocks, blocks)
     counts = chosen_BNIK.new_empty(clips, heads, key_blocks)
     tile = max(_tile(blocks), 32)
-    many = max(1, 2048 // tile)  # 16 numbers a thread
+    many = max(1, 1024 // tile)  # 8 numbers a thread
     _find_askers[triton.cdiv(key_blocks, many), clips * heads](
-        chosen_BNIK, askers, counts, blocks, key_blocks, kept, tile, many, num_warps=4
+        chosen_BNIK, askers, counts, blocks, key_blocks, kept, tile, many, 8, num_warps=4
     )
     return askers, counts
+
+
+def _longest_first(counts_BNJ: Tensor) -> Tensor:
+    """Key blocks of each head in the order in which they are begun, those with most askers first: a long one begun last
+    would keep all waiting. [B, N, J].
+    """
+    order = torch.empty_like(counts_BNJ)
+    clips, heads, key_blocks = order.shape
+    tile = 64
+    _rank[triton.cdiv(key_blocks, tile), clips * heads](counts_BNJ, order, key_blocks, tile, num_warps=4)
+    return order
 
 
 def _tiles(x: Tensor, block: int) -> TensorDescriptor | Tensor:
@@ -236,22 +270,34 @@ def _forward(
 
 
 @triton.jit
-def _grad_q(
-    q_ptr, k_tiles, v_tiles, chosen_ptr, out_ptr, log_sums_ptr, grad_ptr, grad_q_ptr, deltas_ptr, kept, queries, keys,
-    heads, HEAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr,
-    TILE_K: tl.constexpr, D: tl.constexpr,
+def _deltas(
+    out_ptr, grad_ptr, deltas_ptr, queries, keys, heads, HEAD: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """One block of queries; leaves each query's gradient along its own output, which the keys' gradients need too."""
+    """One block of queries: each query's gradient along its own output."""
+    block, line = tl.program_id(0), tl.program_id(1)
+    asking, is_query = _at(block, BLOCK_Q, TILE_Q, queries)
+    out = _rows(out_ptr, block, BLOCK_Q, TILE_Q, queries, heads, HEAD, D)
+    grad = _rows(grad_ptr, block, BLOCK_Q, TILE_Q, queries, heads, HEAD, D)
+    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
+    tl.store(deltas_ptr + line.to(tl.int64) * queries + asking, delta, mask=is_query)
+
+
+@triton.jit
+def _grad_q(
+    q_ptr, k_tiles, v_tiles, chosen_ptr, log_sums_ptr, grad_ptr, deltas_ptr, grad_q_ptr, kept, queries, keys, heads,
+    HEAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
+    D: tl.constexpr,
+):  # fmt: skip
+    """One block of queries."""
     block, line = tl.program_id(0), tl.program_id(1)
     scale = LOG2_E / HEAD**0.5
     asking, is_query = _at(block, BLOCK_Q, TILE_Q, queries)
     q = _rows(q_ptr, block, BLOCK_Q, TILE_Q, queries, heads, HEAD, D)
-    out = _rows(out_ptr, block, BLOCK_Q, TILE_Q, queries, heads, HEAD, D)
     grad = _rows(grad_ptr, block, BLOCK_Q, TILE_Q, queries, heads, HEAD, D)
     of_query = line.to(tl.int64) * queries + asking
     log_sum = tl.load(log_sums_ptr + of_query, mask=is_query, other=float("inf"))
-    delta = tl.sum(out.to(tl.float32) * grad.to(tl.float32), 1)
-    tl.store(deltas_ptr + of_query, delta, mask=is_query)
+    delta = tl.load(deltas_ptr + of_query, mask=is_query, other=0.0)
     chosen_ptr += (line.to(tl.int64) * tl.num_programs(0) + block) * kept
     grad_q = tl.zeros([TILE_Q, D], tl.float32)
     for i in range(kept):
@@ -268,20 +314,22 @@ def _grad_q(
 
 @triton.jit
 def _grad_kv(
-    q_tiles, k_ptr, v_ptr, askers_ptr, counts_ptr, log_sums_ptr, grad_tiles, deltas_ptr, grad_k_ptr, grad_v_ptr, blocks,
-    queries, keys, heads, HEAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr,
-    TILE_K: tl.constexpr, D: tl.constexpr,
+    q_tiles, k_ptr, v_ptr, askers_ptr, counts_ptr, order_ptr, log_sums_ptr, grad_tiles, deltas_ptr, grad_k_ptr,
+    grad_v_ptr, blocks, queries, keys, heads, HEAD: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
     """One block of keys, over the query blocks that chose it; tiles of scores lie on their side, [TILE_K, TILE_Q].
 
     No score is masked: what is beyond the keys makes rows of its own, which are not written, and queries that are none
     weigh nothing.
     """
-    block, line = tl.program_id(0), tl.program_id(1)
+    line = tl.program_id(1)
+    first = line.to(tl.int64) * tl.num_programs(0)  # of this head's key blocks
+    block = tl.load(order_ptr + first + tl.program_id(0))
     scale = LOG2_E / HEAD**0.5
     k = _rows(k_ptr, block, BLOCK_K, TILE_K, keys, heads, HEAD, D)
     v = _rows(v_ptr, block, BLOCK_K, TILE_K, keys, heads, HEAD, D)
-    row = line.to(tl.int64) * tl.num_programs(0) + block
+    row = first + block
     askers_ptr += row * blocks
     grad_k = tl.zeros([TILE_K, D], tl.float32)
     grad_v = tl.zeros([TILE_K, D], tl.float32)
@@ -304,21 +352,42 @@ def _grad_kv(
 
 @triton.jit
 def _find_askers(
-    chosen_ptr, askers_ptr, counts_ptr, blocks, key_blocks, kept, TILE: tl.constexpr, MANY: tl.constexpr
+    chosen_ptr, askers_ptr, counts_ptr, blocks, key_blocks, kept, TILE: tl.constexpr, MANY: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """MANY blocks of keys, for which choices are read once: the query blocks that chose each, in order."""
+    """MANY blocks of keys, for which choices are read once: the query blocks that chose each, in order. AT_ONCE choices
+    are on their way together.
+    """
     line, asker = tl.program_id(1), tl.arange(0, TILE)
     key_block = tl.program_id(0) * MANY + tl.arange(0, MANY)
     chosen_ptr += (line.to(tl.int64) * blocks + asker) * kept
+    end = tl.full([TILE], kept, tl.int32)
     asks = tl.zeros([TILE, MANY], tl.int32)
-    for i in range(kept):
-        chosen = tl.load(chosen_ptr + i, mask=asker < blocks, other=-1)
-        asks += (chosen[:, None] == key_block[None, :]).to(tl.int32)
+    for start in range(0, kept, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            chosen = tl.load(chosen_ptr + start + i, mask=(asker < blocks) & (start + i < end), other=-1)
+            asks += (chosen[:, None] == key_block[None, :]).to(tl.int32)
     row = line.to(tl.int64) * key_blocks + key_block
     place = row[None, :] * blocks + tl.cumsum(asks, 0) - 1
     real = key_block < key_blocks
     tl.store(askers_ptr + place, tl.broadcast_to(asker[:, None], [TILE, MANY]), mask=(asks > 0) & real[None, :])
     tl.store(counts_ptr + row, tl.sum(asks, 0), mask=real)
+
+
+@triton.jit
+def _rank(counts_ptr, order_ptr, key_blocks, TILE: tl.constexpr):
+    """TILE key blocks of a head find their places: before each are those with more askers, or as many and earlier."""
+    row = tl.program_id(1).to(tl.int64) * key_blocks
+    own = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    real = own < key_blocks
+    count = tl.load(counts_ptr + row + own, mask=real, other=0)[:, None]
+    place = tl.zeros([TILE], tl.int32)
+    for start in range(0, key_blocks, TILE):
+        other = start + tl.arange(0, TILE)
+        others = tl.load(counts_ptr + row + other, mask=other < key_blocks, other=-1)[None, :]
+        before = (others > count) | ((others == count) & (other[None, :] < own[:, None]))
+        place += tl.sum(before.to(tl.int32), 1)
+    tl.store(order_ptr + row + place, own, mask=real)
 
 
 @triton.jit
