@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import arg
 from tyro.extras import SubcommandApp
 
-from longtake.cli.engines import in_precision, load_engine, precision_named, together
+from longtake.cli.engines import in_precision, load_engine, precision_named, tell_of_kernels, together
 from longtake.cli.options import Base, Codec, CodecDevice, Compile, Device, Levels, Precision, StreamPrecision
 from longtake.cli.terminal import CHECK_FAILED, print_result, say
 from longtake.files import make_folder, whole
@@ -90,6 +90,7 @@ def bench_stream(
             model, recipe=name, size=_height_width(size), decoder=decoder or "wan", device=place,
             codec_device=codec_device, dtype=precision_named(dtype), levels=levels, compile=compile,
         )  # fmt: skip
+        tell_of_kernels(made)
         return in_precision(made, dtype)
 
     def timed(name: str, place: "torch.device", tell: Callable[[str], None]) -> dict[str, Any]:
