@@ -11,6 +11,9 @@ from hypothesis import settings
 
 from tests.guarded import guard
 
+if not torch.cuda.is_available():  # read when Triton is first imported, so before any test is
+    os.environ["TRITON_INTERPRET"] = "1"
+
 # How long an example takes is the machine's affair.
 settings.register_profile("longtake", deadline=None)
 settings.load_profile("longtake")

@@ -501,6 +501,15 @@ def test_bench_of_random_weights_in_words(small_wan, capsys):
     assert "wan2.1-1.3b, 32x16, NoDecoder, float32" in said and "network pass 2" in said and "TFLOP" in said
 
 
+def test_bench_of_random_weights_tells_of_kernels_that_are_compiled(small_wan, monkeypatch):
+    from longtake.cli import bench
+
+    asked = []
+    monkeypatch.setattr(bench, "tell_of_kernels", asked.append)
+    assert main(["bench", "stream", *small_wan.split(), "--recipe", "self_forcing", "--compile", "--json"]) == 0
+    assert [engine.model_name for engine in asked] == ["wan2.1-1.3b"]
+
+
 def test_bench_of_eight_bits_says_so(small_wan, capsys):
     assert main(["bench", "stream", *small_wan.split(), "--recipe", "self_forcing", "--dtype", "fp8", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["precision"] == "fp8"

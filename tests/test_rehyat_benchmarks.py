@@ -1,7 +1,6 @@
 """What the benchmarks of converted layers tell, at tiny size."""
 
 import json
-import os
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -9,10 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
-
 from safetensors.torch import load_file
 
 from longtake.models.features import Conversion

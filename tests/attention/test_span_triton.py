@@ -1,14 +1,11 @@
 """Kernels of near spans and far sums equal the plain code they stand for: compiled on a GPU, interpreted elsewhere."""
 
-import os
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 pytest.importorskip("triton", reason="triton is not installed (it comes with longtake[dev] on Linux)")
 
 from tests.held import Held

@@ -1,5 +1,6 @@
 """Parts of a block: time adds up, and work is that of torch's own counter, of formulas, and of what was published."""
 
+import math
 from dataclasses import replace
 from itertools import count, islice
 
@@ -17,6 +18,7 @@ from longtake.generation.stream import Engine
 from longtake.memory.far import FarState
 from longtake.memory.fixed_view import FixedViews
 from longtake.models.checkpoints import WAN_1_3B
+from longtake.models.fp8 import into_eight_bits
 from longtake.models.standins import RandomText
 from longtake.models.wan import WanTransformer
 from longtake.models.wan_vae import WanVAE, WanVAEConfig
@@ -133,10 +135,10 @@ def test_bytes_are_those_of_what_an_operation_reads_and_writes() -> None:
         torch.empty(1000)
         assert counting.so_far().bytes == 0, "views and room for numbers move nothing"
         x + 1
-        assert counting.so_far() == (0, 2 * x.nbytes)
+        assert counting.so_far() == Work(0, 2 * x.nbytes)
         x.add_(x)
         assert counting.so_far().bytes >= 4 * x.nbytes
-    assert _difference(Work(1, 2), Work(4, 8)) == [3, 6]
+    assert _difference(Work(1, 2), Work(4, 8, 2)) == [3, 6, 2]
 
 
 def meta_engine(recipe: Recipe, layers: int, decoder: WanVAEConfig) -> Engine:
@@ -184,6 +186,28 @@ def test_a_sparse_window_counts_as_its_chosen_blocks() -> None:
     spared = attention(BLOCK, 9 * TOKENS) - attention(BLOCK, 44 * 64)
     assert whole[PASSES[0]].operations - fifth[PASSES[0]].operations == spared
     assert whole["far state"] == fifth["far state"]
+
+
+def test_what_is_far_is_read_in_recorded_passes() -> None:
+    """Their time has the reading in it, so their work has, and nothing of the whole is lost."""
+    apart, recorded = (
+        work_by_part(replace(tiny.engine(hybrid_forcing()), fused=fused), "any") for fused in (False, True)
+    )
+    read = {name: recorded[name].operations - apart[name].operations for name in [*PASSES, "commit"]}
+    assert all(more > 0 for more in read.values())
+    assert apart["far state"].operations - recorded["far state"].operations == sum(read.values())
+    assert recorded["far state"].operations > 0, "what is absorbed stays"
+
+
+def test_products_of_eight_bits_are_told_from_others() -> None:
+    plain, eight = tiny.engine(), tiny.engine()
+    into_eight_bits(eight.network)
+    of_plain, of_eight = (work_by_part(one, "any") for one in (plain, eight))
+    config, tokens = eight.network.config, math.prod(tiny.LATENTS[2:]) // 4 * tiny.BLOCK
+    linear = 2 * tokens * (6 * config.dim**2 + 2 * config.dim * config.ffn_dim) * config.layers
+    assert [of_eight[name].eight_bit for name in PASSES] == [linear] * len(PASSES)
+    assert 0 < of_eight["commit"].eight_bit < linear and of_eight["decode"].eight_bit == 0
+    assert {name: work._replace(eight_bit=0) for name, work in of_eight.items()} == of_plain
 
 
 def test_the_published_decoder_is_what_the_baseline_counts() -> None:

@@ -76,11 +76,16 @@ def test_shares_are_of_measured_rates() -> None:
         "ms": 500, "tflop": 0.1, "gigabytes": 1.0, "least_ms": 100, "matrix_share": 0.2, "copy_share": 0.2,
     }  # fmt: skip
     assert table["gap"]["matrix_share"] == table["gap"]["tflop"] == 0
+    half = {"pass": Work(1e11, 1e9, eight_bit=0.5e11)}
+    for eight_bit, least in ((2e12, 75), (None, 100)):
+        (row,) = parts_table({"pass": 0.5}, half, Rates(matrix=1e12, copy=1e10, eight_bit=eight_bit)).values()
+        assert (row["least_ms"], row["matrix_share"]) == pytest.approx((least, least / 500))
 
 
 def test_this_device_multiplies_and_copies() -> None:
     found = rates(CPU, torch.float32)
     assert 1e8 < found.matrix < 1e15 and 1e7 < found.copy < 1e13
+    assert found.eight_bit is None
 
 
 def test_a_call_is_timed_after_it_is_warm() -> None:

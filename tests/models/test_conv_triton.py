@@ -1,14 +1,10 @@
 """Our own convolution answers as torch's does: compiled on a Hopper GPU, interpreted where there is none."""
 
-import os
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 pytest.importorskip("triton", reason="triton is not installed (it comes with longtake[dev] on Linux)")
 
 from longtake import parallel

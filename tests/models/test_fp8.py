@@ -1,16 +1,12 @@
 """Linear layers in eight bits answer as their numbers say, multiplied out."""
 
-import os
 from dataclasses import replace
 
 import pytest
 import torch
+from tests import tiny
 from torch import nn
 from torch.nn import functional
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
-from tests import tiny
 
 from longtake.models.fp8 import EightBitLinear, dequantised, eight_bit, into_eight_bits, is_eight_bit, product, rows_of
 from longtake.models.wan import Attention

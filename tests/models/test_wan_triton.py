@@ -2,7 +2,6 @@
 
 import copy
 import math
-import os
 from dataclasses import replace
 from functools import partial
 
@@ -10,8 +9,6 @@ import pytest
 import torch
 from torch import Tensor, distributed
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 pytest.importorskip("triton", reason="triton is not installed (it comes with longtake[dev] on Linux)")
 
 from tests import tiny

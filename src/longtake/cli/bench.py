@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import arg
 from tyro.extras import SubcommandApp
 
-from longtake.cli.engines import in_precision, load_engine, precision_named, together
+from longtake.cli.engines import in_precision, load_engine, precision_named, tell_of_kernels, together
 from longtake.cli.options import Base, Codec, CodecDevice, Compile, Device, Levels, Precision, StreamPrecision
 from longtake.cli.terminal import CHECK_FAILED, print_result, say
 from longtake.files import make_folder, whole
@@ -90,6 +90,7 @@ def bench_stream(
             model, recipe=name, size=_height_width(size), decoder=decoder or "wan", device=place,
             codec_device=codec_device, dtype=precision_named(dtype), levels=levels, compile=compile,
         )  # fmt: skip
+        tell_of_kernels(made)
         return in_precision(made, dtype)
 
     def timed(name: str, place: "torch.device", tell: Callable[[str], None]) -> dict[str, Any]:
@@ -266,6 +267,7 @@ def _steady_in_words(result: dict[str, Any]) -> str:
     window, length = result["window"], result["over_time"]["video_seconds"]
     changed, apart = result["over_time"]["last_to_first"], result["codec_apart"]
     codec = f", codec on {apart['device']}" if apart else ""
+    eight_bit = most["eight_bit_tflops"]
     rows = [("", "ms", "TFLOP", "GB", "of products", "of copies")]
     for name, row in [*result["parts"].items(), ("whole, unmarked", result["whole"])]:
         numbers = f"{row['ms']:.2f}", f"{row['tflop']:.3g}", f"{row['gigabytes']:.3g}"
@@ -284,7 +286,8 @@ def _steady_in_words(result: dict[str, Any]) -> str:
             f"{window['in_flight']}, sparsity {result['sparsity'] or 'none'}",
             f"over {length:.0f} s of video: at its end blocks take {changed['block_ms']:.3f} times as long, "
             f"{changed['device_mib']:+.1f} MiB on the device, {changed['host_mib']:+.1f} MiB on the host",
-            f"measured here: {most['matrix_tflops']:.4g} TFLOP/s of products, {most['copy_tbs']:.3g} TB/s of copies",
+            f"measured here: {most['matrix_tflops']:.4g} TFLOP/s of products, {most['copy_tbs']:.3g} TB/s of copies"
+            + (f", {eight_bit:.4g} TFLOP/s of eight-bit products" if eight_bit else ""),
             *(f"{row[0]:18}" + "".join(f"{cell:>12}" for cell in row[1:]) for row in rows),
         ]
     )

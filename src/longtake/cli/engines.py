@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from longtake.cli.terminal import say
@@ -26,9 +27,39 @@ def load_engine(
         model, recipe=recipe or recipe_for(model), levels=levels, device=device, dtype=precision, codec=codec,
         base=base, codec_device=codec_device, compile=compile,
     )  # fmt: skip
-    if made.fused:
-        say("the first blocks wait for kernels to be compiled, unless an earlier start has left them on disk")
+    tell_of_kernels(made)
     return in_precision(made, dtype)
+
+
+def tell_of_kernels(engine: "Engine") -> None:
+    """If an engine's first blocks wait for kernels to be compiled say so, and from then on how far that has come."""
+    from longtake import parallel
+
+    if engine.fused and parallel.rank() == 0:
+        from triton import knobs
+
+        say("the first blocks wait for kernels to be compiled, unless an earlier start has left them on disk")
+        knobs.compilation.listener = KernelsTold()
+
+
+class KernelsTold:
+    """Called by Triton with each kernel that it has made, or found on disk: tells of the former, now and then."""
+
+    _EVERY_SECONDS = 2.0
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._spent = 0.0
+        self._next = 0.0
+
+    def __call__(self, *, src: Any, times: Any, cache_hit: bool, **others: Any) -> None:
+        if cache_hit:
+            return
+        self._count += 1
+        self._spent += times.total / 1e6
+        if perf_counter() >= self._next:
+            self._next = perf_counter() + self._EVERY_SECONDS
+            say(f"kernels compiled so far: {self._count}, in {self._spent:.0f} s, the last {src.name}")
 
 
 def in_precision(engine: "Engine", name: str) -> "Engine":

@@ -4,7 +4,7 @@ The same marks count arithmetic, where the stream runs on torch's meta device. E
 in another part inside it. A pass that runs as a recorded graph is one call, and parts inside it are not seen.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +13,7 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -26,6 +26,7 @@ from longtake.generation.stream import Engine
 from longtake.memory.far import FarState
 from longtake.memory.stream_memory import StreamMemory
 from longtake.memory.view import Attend, FarView
+from longtake.models import fp8
 from longtake.models.standins import Fused, RandomText, network_without_numbers, without_numbers
 
 PASS = "network pass"  # those of a block are numbered
@@ -36,10 +37,11 @@ Mark = Any
 
 class Work(NamedTuple):
     """Arithmetic of matrix products, attention and convolutions (a multiplication and an addition are two), and bytes
-    that all operations read and write, each by itself."""
+    that all operations read and write, each by itself. eight_bit: of the operations those on eight-bit numbers."""
 
     operations: float
     bytes: float
+    eight_bit: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -103,15 +105,18 @@ def _add(found: dict[str, list[float]], name: str, spent: Sequence[float], sign:
 
 
 @contextmanager
-def marked(engine: Engine, marks: Marks) -> Iterator[None]:
-    """Streams of this engine are noted in here: passes, commits, what memory and far state take, and decoding."""
+def marked(engine: Engine, marks: Marks, *, reading: bool = True) -> Iterator[None]:
+    """Streams of this engine are noted in here: passes, commits, what memory and far state take, and decoding.
+
+    reading: whether to tell the reading of a far state from the pass that it is in.
+    """
     calls: list[tuple[Any, str, str]] = [
         (engine.network, "forward", PASS),  # this network's own, which may be a recorded graph
         (engine.network, "keys_to_commit", "commit"),
         (engine.network, "memory_view", "memory"),
         (StreamMemory, "commit", "memory"),
         (FarState, "absorb", "far state"),
-        (FarView, "add_to", "far state"),
+        *([(FarView, "add_to", "far state")] if reading else []),
         (type(engine.codec), "decode", "decode"),
         (streams, "to_uint8", "decode"),
     ]
@@ -175,7 +180,8 @@ def work_by_part(engine: Engine, prompt: str, blocks: int = 1) -> dict[str, Work
 
     Counted on the meta device, where the stream's own code runs in plain torch without numbers: so fused kernels do the
     same operations, but move fewer bytes than are counted here. Attention counts as fused, a block-sparse window as the
-    chosen blocks alone, whose choice is left out.
+    chosen blocks alone, whose choice is left out. Reading what is far counts as part of passes that are recorded, as it
+    does in their time.
     """
     rows, far = engine.text.encode([prompt]).shape[1], engine.recipe.far and engine.recipe.far.plain()
     twin = replace(
@@ -187,8 +193,10 @@ def work_by_part(engine: Engine, prompt: str, blocks: int = 1) -> dict[str, Work
     )
     before = engine.blocks_until_full + 1  # one more than it takes: its rotations are made anew, and then kept
     counting = Counting()
+    if fp8.is_eight_bit(engine.network):
+        counting.in_eight_bits(owner.get_submodule(name) for owner, name in fp8.large_layers(twin.network))
     marks = Marks(counting.so_far)
-    with Fused(counting.attended), marked(twin, marks):
+    with Fused(counting.attended), marked(twin, marks, reading=not engine.fused):
         stream = twin.stream_batch([prompt], seeds=[0])
         for _ in islice(stream, before):
             marks.take(_difference)
@@ -207,10 +215,21 @@ class Counting(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._operations = self._bytes = 0
+        self._operations = self._bytes = self._eight_bit = 0
+        self._is_eight_bit = False
 
     def so_far(self) -> Work:
-        return Work(self._operations, self._bytes)
+        return Work(self._operations, self._bytes, self._eight_bit)
+
+    def in_eight_bits(self, layers: Iterable[nn.Module]) -> None:
+        """Products of these layers count as those of eight-bit numbers."""
+
+        def within(now: bool) -> Callable[..., None]:
+            return lambda *given: setattr(self, "_is_eight_bit", now)
+
+        for layer in layers:
+            layer.register_forward_pre_hook(within(True))
+            layer.register_forward_hook(within(False))
 
     def attended(self, q_BNTD: Tensor, k_BNSD: Tensor, v_BNSD: Tensor, answer_BNTD: Tensor) -> None:
         """Count a fused attention, which no operation of torch's stands for on the meta device."""
@@ -222,7 +241,9 @@ class Counting(TorchDispatchMode):
         made = function(*args, **(kwargs or {}))
         formula = flop_registry.get(function.overloadpacket)
         if formula is not None:
-            self._operations += formula(*args, **(kwargs or {}), out_val=made)
+            operations = formula(*args, **(kwargs or {}), out_val=made)
+            self._operations += operations
+            self._eight_bit += operations if self._is_eight_bit else 0
         given, out = ([x for x in tree_leaves(some) if isinstance(x, Tensor)] for some in ((args, kwargs), made))
         if not _moves_nothing(function, given, out):
             self._bytes += sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in given + out)

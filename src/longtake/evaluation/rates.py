@@ -8,16 +8,20 @@ from typing import Any
 
 import torch
 
+from longtake.models import fp8
+
 LEAST_SECONDS, MOST_CALLS = 0.2, 200  # of one measurement, its warm-up left out
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
     """matrix: operations a second (a multiplication and an addition are two) of one large square product. copy: bytes a
-    second of one large copy, read and written ones counted."""
+    second of one large copy, read and written ones counted. eight_bit: as matrix, of e4m3 numbers with a scale for each
+    row; None on a device that has no such products."""
 
     matrix: float
     copy: float
+    eight_bit: float | None = None
 
 
 def rates(device: torch.device, dtype: torch.dtype) -> Rates:
@@ -27,7 +31,12 @@ def rates(device: torch.device, dtype: torch.dtype) -> Rates:
     matrix = 2 * side**3 / seconds(lambda: a @ b, device)
     source = torch.zeros(size, device=device, dtype=torch.uint8)
     target = torch.empty_like(source)
-    return Rates(matrix=matrix, copy=2 * size / seconds(lambda: target.copy_(source), device))
+    copy = 2 * size / seconds(lambda: target.copy_(source), device)
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < fp8.CAPABILITY:
+        return Rates(matrix=matrix, copy=copy)
+    a_and_scales, b_and_scales = (fp8.eight_bit(x) for x in (a, b))
+    eight_bit = seconds(lambda: fp8.product(*a_and_scales, *b_and_scales, None, torch.bfloat16), device)
+    return Rates(matrix=matrix, copy=copy, eight_bit=2 * side**3 / eight_bit)
 
 
 def seconds(call: Callable[[], Any], device: torch.device, *, least: float = LEAST_SECONDS) -> float:

@@ -115,7 +115,11 @@ def bench_steady(
         "pictures_a_block": pictures,
         "parts": parts_table(seconds, work, most),
         "whole": _row(sum(one.seconds for one in moments) / blocks, _sum(list(work.values())), most),
-        "rates": {"matrix_tflops": most.matrix / 1e12, "copy_tbs": most.copy / 1e12},
+        "rates": {
+            "matrix_tflops": most.matrix / 1e12,
+            "copy_tbs": most.copy / 1e12,
+            "eight_bit_tflops": most.eight_bit and most.eight_bit / 1e12,
+        },
         "over_time": over_time(moments, engine.frame_rate),
         "codec_apart": {"device": device_name(engine.codec_device), "peak_memory_mib": codec_peak}
         if engine.codec_device != engine.device
@@ -131,20 +135,21 @@ def parts_table(seconds: dict[str, float], work: dict[str, Work], most: Rates) -
 
 
 def _row(seconds: float, work: Work, most: Rates) -> dict[str, float]:
-    """least_ms: what the operations alone would take at the rate of a large product."""
+    """least_ms: what the operations alone would take at the rate of a large product, each of its own precision."""
     a_second = 1 / seconds if seconds > 0 else 0.0
+    least = (work.operations - work.eight_bit) / most.matrix + work.eight_bit / (most.eight_bit or most.matrix)
     return {
         "ms": 1000 * seconds,
         "tflop": work.operations / 1e12,
         "gigabytes": work.bytes / 1e9,
-        "least_ms": 1000 * work.operations / most.matrix,
-        "matrix_share": work.operations * a_second / most.matrix,
+        "least_ms": 1000 * least,
+        "matrix_share": least * a_second,
         "copy_share": work.bytes * a_second / most.copy,
     }
 
 
 def _sum(several: Sequence[Work]) -> Work:
-    return Work(sum(one.operations for one in several), sum(one.bytes for one in several))
+    return Work(*(sum(amounts) for amounts in zip(*several, strict=True)))
 
 
 def circumstances(engine: Engine) -> dict[str, Any]:

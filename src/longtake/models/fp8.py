@@ -7,6 +7,8 @@ keys and values, projections of far states, and the head.
 Shapes: M rows, I and O features that go in and come out.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -92,12 +94,18 @@ def into_eight_bits(network: WanTransformer) -> None:
     weight = network.patch_embedding.weight
     if weight.is_cuda and torch.cuda.get_device_capability(weight.device) < CAPABILITY:
         raise ValueError(f"{torch.cuda.get_device_name(weight.device)} has no products of eight bits: leave out fp8")
+    for owner, name in large_layers(network):
+        plain = owner.get_submodule(name)
+        if isinstance(plain, nn.Linear):
+            owner.register_module(name, EightBitLinear(plain))
+
+
+def large_layers(network: WanTransformer) -> Iterator[tuple[nn.Module, str]]:
+    """Of a network the linear layers that most of the work is in: whose they are, and their names there."""
     for block in network.layers:
         for owner, names in ((block.self_attn, "qkvo"), (block.cross_attn, "qo"), (block.ffn, "02")):
             for name in names:
-                plain = owner.get_submodule(name)
-                if isinstance(plain, nn.Linear):
-                    owner.register_module(name, EightBitLinear(plain))
+                yield owner, name
 
 
 def is_eight_bit(network: WanTransformer) -> bool:
