@@ -177,8 +177,8 @@ def test_teacher_forcing_in_one_pass_is_a_walk_through_the_memory_that_serves(
     walked, _, learned = forced(forced_by_block, made, shape, frames)
     torch.testing.assert_close(at_once, walked)
     assert learned.keys() == learned_at_once.keys() == dict(made.named_parameters()).keys()
-    for name, gradient in learned.items():
-        close = {"rtol": 1e-5, "atol": 1e-5}  # norms of queries and keys are in float32
+    for name, gradient in learned.items():  # norms of queries and keys are in float32, whose rounding hangs on the CPU
+        close = {"rtol": 1e-5, "atol": 1e-5 * max(1.0, gradient.abs().max().item())}
         torch.testing.assert_close(gradient, learned_at_once[name], msg=name, **close)
 
 
