@@ -1,7 +1,7 @@
 """Which part of a memory keeps a camera still that should look away: what is near, what is far, or neither?
 
-    python benchmarks/silenced.py away.txt --json silenced.json      # a minute or two on a GPU
-    python benchmarks/silenced.py away.txt --captions 2 --late 24 --blocks 4 --json silenced.json     # the same, tiny
+    python benchmarks/silenced.py away.txt --json silenced.json
+    python benchmarks/silenced.py away.txt --captions 2 --late 24 --blocks 4 --json silenced.json     # tiny
 
 Streams captions and keeps the memory of an early and of a late moment. Then it goes on from either window with either
 far state, with none, and with more levels, under noise that no stream had before, and counts those that look away in
