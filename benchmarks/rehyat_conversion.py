@@ -105,7 +105,7 @@ class RandomWorld:
         return SimpleNamespace(tokens_BPL=tokens, prompt_BF=torch.zeros(count, frames, dtype=torch.long, device=PLACE))
 
     def clips(
-        self, size: int, seed: int, frames: int, memory_share: float = 0.0, late_share: float = 0.0
+        self, size: int, seed: int, frames: int, memory_share: float = 0.0, looks_soon: bool = False
     ) -> "RandomClips":
         return RandomClips(self, seed, frames)
 

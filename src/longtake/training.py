@@ -394,11 +394,11 @@ class ToyWorld:
         self._codec, self._run = codec, run
         self.latent_size = latent_size(codec)
 
-    def clips(self, size: int, seed: int, frames: int, memory_share: float = 0.0, late_share: float = 0.0) -> ClipPool:
+    def clips(self, size: int, seed: int, frames: int, memory_share: float = 0.0, looks_soon: bool = False) -> ClipPool:
         pictures = max(CLIP_PICTURES, 1 + (frames - 1) * self._codec.temporal_factor)
         pool = ClipPool(
             self._codec, size, seed * 1000 + self._run.rank, self._run.device, _painter(self._run),
-            pictures=pictures, memory_share=memory_share, late_share=late_share,
+            pictures=pictures, memory_share=memory_share, looks_soon=looks_soon,
         )  # fmt: skip
         if self._run.first:
             sys.stderr.write(f"painting {size} clips to learn from\n")

@@ -214,7 +214,7 @@ def steps(monkeypatch, out: Path, recipe: Recipe = RECIPE, reads_far: bool = Fal
         seen.windows.append((named["levels"], named["offset"]))
         return teacher_forcing_loss(network, clips, *more, **named)
 
-    def clips(count, seed, frames, memory_share=0.0, late_share=0.0):
+    def clips(count, seed, frames, memory_share=0.0, looks_soon=False):
         seen.supplies.append(Clips(frames, memory_share))
         return seen.supplies[-1]
 
@@ -489,7 +489,7 @@ def forced(out: Path, recipe: Recipe = RECIPE, **settings) -> tuple[WanTransform
     """A tiny network after steps of teacher forcing, and the supplies of clips it was taught on."""
     supplies = []
 
-    def clips(count: int, seed: int, frames: int, memory_share: float = 0.0, late_share: float = 0.0) -> Clips:
+    def clips(count: int, seed: int, frames: int, memory_share: float = 0.0, looks_soon: bool = False) -> Clips:
         supplies.append(Clips(frames, memory_share))
         return supplies[-1]
 

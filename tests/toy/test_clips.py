@@ -1,4 +1,3 @@
-import math
 from dataclasses import fields, replace
 from itertools import product
 
@@ -12,12 +11,11 @@ from longtake.toy.clips import (
     HARDER,
     RECALL,
     STRESS,
-    WAIT,
     ClipPool,
     _own_words,
     focus,
     landmark_share,
-    late_scenes,
+    looking_soon,
     memory_focus,
     memory_scenes,
     moving,
@@ -37,6 +35,7 @@ from longtake.toy.scenes import (
     PLACES,
     RATE,
     SUBJECTS,
+    SWEEP_SECONDS,
     WIDTH,
     held_out_combinations,
     make_scene,
@@ -242,27 +241,28 @@ def test_clips_made_for_memory_show_what_no_caption_says_then_look_away_then_ret
     assert seconds.min() >= 1 and (seconds.max() > 5.5 if pictures == 237 else seconds.max() < 3.5)
 
 
-def test_cameras_that_look_away_late_begin_to_at_any_time_under_captions_that_say_so() -> None:
-    scenes, tokens = late_scenes(400, 3, torch.device("cpu"))
-    assert {CAMERAS[i] for i in scenes.camera.tolist()} == {"looks away"}
-    said = [parse(decode(row.tolist())).get("camera") for row in tokens[:, 0]]
-    assert set(said) <= {"looks away", None} and said.count("looks away") > 300
-    for seconds in (0, 3, 6):
-        still = scenes.away_start > seconds
-        begins = scenes.away_start[still] < seconds + WAIT
-        assert abs(begins.float().mean().item() - (1 - math.exp(-1))) < 0.12, "as likely now as at any other time"
-    assert not any(MOTIONS[i].startswith("walks") for i in scenes.motion.tolist())
-    assert torch.equal(late_scenes(400, 3, torch.device("cpu"))[0].away_start, scenes.away_start)
+def test_cameras_that_look_away_soon_again_are_level_as_long_as_in_clips_made_for_memory() -> None:
+    scenes, _ = training_scenes(300, 3, torch.device("cpu"))
+    soon = looking_soon(scenes, 3)
+    changed = [f.name for f in fields(scenes) if not torch.equal(getattr(scenes, f.name), getattr(soon, f.name))]
+    assert changed == ["away_every"], "nothing else is another, so that captions stay true"
+    level = soon.away_every - soon.away_seconds - 2 * SWEEP_SECONDS
+    assert 1 <= level.min() < 1.1 and 3.9 < level.max() <= 4.0001
+    assert torch.equal(looking_soon(scenes, 3).away_every, soon.away_every)
+    assert not torch.equal(looking_soon(scenes, 4).away_every, soon.away_every)
 
 
-def test_late_clips_are_a_share_of_those_not_made_for_memory() -> None:
-    torch.manual_seed(0)
+def test_a_pool_can_have_cameras_look_away_soon_again_where_clips_are_not_made_for_memory() -> None:
     codec, cpu = LightCodec(SMALL), torch.device("cpu")
-    shares = {"memory_share": 0.5, "late_share": 0.5}
-    pool = ClipPool(codec, 4, seed=1, device=cpu, at_once=1, pictures=141, **shares)
-    drawn = pool.draw(60, 36).tokens_BPL
-    ordinary, late = training_scenes(1, 1 << 32, cpu)[1][0], late_scenes(1, (1 << 32) + 2, cpu)[1][0]
-    assert all(any(torch.equal(row, one) for row in drawn) for one in (ordinary, late)), "clips 0 and 2"
+
+    def latents(**more: bool) -> torch.Tensor:
+        torch.manual_seed(0)
+        pool = ClipPool(codec, 2, seed=17, device=cpu, at_once=1, pictures=141, memory_share=0.5, **more)
+        return pool.draw(20, 36).latents_BFCHW
+
+    assert CAMERAS[training_scenes(1, 17 << 32, cpu)[0].camera] == "looks away"
+    differ = (latents() != latents(looks_soon=True)).flatten(1).any(1)
+    assert 0 < differ.sum() < 20, "the clip made for memory is what it was"
 
 
 def _runs(row_F: torch.Tensor) -> list[int]:

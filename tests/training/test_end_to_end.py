@@ -69,7 +69,7 @@ class Shapes:
 
     latent_size, frames = SIZE, FRAMES
 
-    def clips(self, size: int, seed: int, frames: int, memory_share: float = 0.0, late_share: float = 0.0) -> "Shapes":
+    def clips(self, size: int, seed: int, frames: int, memory_share: float = 0.0, looks_soon: bool = False) -> "Shapes":
         return self
 
     def renew(self) -> None: ...

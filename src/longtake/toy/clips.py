@@ -51,10 +51,6 @@ oldest that the first of a block still sees, does not; and, as many times again,
 QUICK_PAN = 20.0
 """Pixels per second at which a camera moves as fast as matters."""
 
-WAIT = 3.0
-"""Seconds that a camera which looks away late stands still before, on average, by a clock without memory. In other
-clips none that looks away is still for longer than ten seconds, as a stream may come to be."""
-
 FROM_THE_BEGINNING = 0.75
 """The share of shorter clips that are cut out of the beginning of a whole one."""
 
@@ -85,16 +81,16 @@ class ClipPool:
     seed: of the scenes; processes that train together take different ones. Scenes never repeat. pictures: of a clip, 1
     more than a multiple of the codec's pictures a latent frame. memory_share: of clips made for memory, see
     `memory_scenes`, 0 to 1; they come at once, so many together as any. ValueError if clips are too short for those.
-    late_share: of the others, those whose camera looks away late, see `late_scenes`.
+    looks_soon: whether in the others cameras that look away do so soon again, see `looking_soon`.
     """
 
     def __init__(
         self, codec: Codec, size: int, seed: int, device: torch.device, painter: Painter = paint, at_once: int = 16,
-        *, pictures: int = CLIP_PICTURES, memory_share: float = 0.0, late_share: float = 0.0,
+        *, pictures: int = CLIP_PICTURES, memory_share: float = 0.0, looks_soon: bool = False,
     ):  # fmt: skip
         if memory_share:
             _require_room(pictures / RATE)
-        self._pictures, self._memory_share, self._late_share = pictures, memory_share, late_share
+        self._pictures, self._memory_share, self._looks_soon = pictures, memory_share, looks_soon
         self._codec, self._seed, self._device = codec, seed, device
         self._painter, self._at_once = painter, min(at_once, size)
         self._size, self._made = size, 0
@@ -155,10 +151,9 @@ class ClipPool:
         for_memory = _is_one(number, self._memory_share)
         if for_memory:
             scenes, tokens_BPL, first = memory_scenes(self._at_once, seed, self._device, self._pictures / RATE)
-        elif _is_one(number - int(number * self._memory_share), self._late_share):
-            scenes, tokens_BPL = late_scenes(self._at_once, seed, self._device)
         else:
             scenes, tokens_BPL = training_scenes(self._at_once, seed, self._device)
+            scenes = looking_soon(scenes, seed) if self._looks_soon else scenes
         rendered = render(scenes, self._pictures, first, self._painter)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._device.type == "cuda"):
             latents, _ = self._codec.encode(rendered.frames_BFCHW)
@@ -212,17 +207,14 @@ def training_scenes(count: int, seed: int, device: torch.device) -> tuple[Scenes
     return scenes[chosen].to(device), tokens_BPL[chosen].to(device)
 
 
-def late_scenes(count: int, seed: int, device: torch.device) -> tuple[Scenes, Tensor]:
-    """Scenes whose camera looks away however long it has been still, with the tokens [B, 2, L] of their captions.
+def looking_soon(scenes: Scenes, seed: int) -> Scenes:
+    """The same, but cameras that look away are level for 1 to 4 seconds until they do again, and not for 4 to 10.
 
-    It begins to after `WAIT` seconds on average, as likely now as at any other time, and goes on as the world's do.
-    Some do not begin within a clip. seed: as of `training_scenes`.
+    So are those of clips made for memory: what stands still for longer is no sign of a camera that will not move, as a
+    stream whose camera has once been level for long would be told by the world's own. seed: as of `training_scenes`.
     """
-    scenes = _standing_subjects(sample_scenes(count, _own_seed(seed, "late scenes")), _own_dice(seed, "other motions"))
-    waits = torch.empty(count).exponential_(1 / WAIT, generator=_own_dice(seed, "late"))
-    camera = torch.full_like(scenes.camera, CAMERAS.index("looks away"))
-    scenes = replace(scenes, camera=camera, away_start=waits)
-    return scenes.to(device), _caption_tokens(scenes, seed).to(device)
+    shown = torch.empty(len(scenes)).uniform_(*SHOWN, generator=_own_dice(seed, "looks soon"))
+    return replace(scenes, away_every=scenes.away_seconds + 2 * SWEEP_SECONDS + shown.to(scenes.away_seconds.device))
 
 
 def _standing_subjects(scenes: Scenes, dice: torch.Generator) -> Scenes:

@@ -40,7 +40,7 @@ _MAY_BE_0 = {
     "seed", "kl_weight", "focus_weight", "no_prompt_share", "encoder_blocks", "decoder_blocks", "most_given", "pull",
     "self_forcing_share", "memory_share", "anchor_weight", "recompute", "real_weight", "real_frames", "real_batch",
     "last_exits", "rank", "layers", "first_steps", "far_only", "overlap", "turns_with_frames", "both_ways", "softmax",
-    "far_maps", "anchored", "anchor_streams", "exact", "late_share",
+    "far_maps", "anchored", "anchor_streams", "exact", "looks_soon",
 }  # fmt: skip
 
 
@@ -161,8 +161,8 @@ class TeacherForcingStage(Stage):
     far_lr: rate of the projections of what is read from far states, see `DmdStage`. far_only: whether nothing but them
     learns, so that the student stays what it was wherever nothing is far. memory_share: of clips made for memory, which
     begin out of sight of what they show, and look away from it until neither sink nor recent frames show it, under
-    captions that do not say what it was; they take some length (8.5 seconds in the toy world). late_share: of the
-    others, those whose camera looks away however long it has stood still, as the world's own never do. recompute:
+    captions that do not say what it was; they take some length (8.5 seconds in the toy world). looks_soon:
+    whether in the others cameras that look away do so again after no more than 4 seconds, as in those. recompute:
     whether clips are walked block by block, and of each pass only what went in and what came out is kept: the rest is
     computed again for its gradient. The same in more time and a small part of the memory. first_steps: of the recipe,
     at whose levels blocks are noisy (0: at any level). There it is decided what a block shows, so there memory is
@@ -188,7 +188,7 @@ class TeacherForcingStage(Stage):
     focus_weight: float = 1.0
     pool: int = 1024
     memory_share: float = 0.0
-    late_share: float = 0.0
+    looks_soon: bool = False
     recompute: bool = False
     first_steps: int = 0
     real_weight: float = 1.0

@@ -72,7 +72,7 @@ def train_teacher_forcing(
 
     clips: ClipSupply
     if stage.real_weight:
-        clips = world.clips(stage.pool, stage.seed, stage.frames, stage.memory_share, stage.late_share)
+        clips = world.clips(stage.pool, stage.seed, stage.frames, stage.memory_share, stage.looks_soon)
         learn("loss", stage.real_weight, clips, lambda recipe: recipe.levels(shift)[: stage.first_steps])
     if anchor is not None:
         if streamer is None:

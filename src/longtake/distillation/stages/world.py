@@ -56,12 +56,12 @@ class World(Protocol):
     """Channels, height and width of a latent frame."""
 
     def clips(
-        self, size: int, seed: int, frames: int, memory_share: float = 0.0, late_share: float = 0.0
+        self, size: int, seed: int, frames: int, memory_share: float = 0.0, looks_soon: bool = False
     ) -> ClipSupply:
         """A supply that holds so many clips, each of so many latent frames or more.
 
-        memory_share: of clips in which what was seen goes out of sight and comes back; late_share: of the others, those
-        in which something begins late. See `TeacherForcingStage`.
+        memory_share: of clips in which what was seen goes out of sight and comes back; looks_soon: whether in the
+        others what comes back does so soon. See `TeacherForcingStage`.
         """
         ...
 
