@@ -61,7 +61,7 @@ class World(Protocol):
         """A supply that holds so many clips, each of so many latent frames or more.
 
         memory_share: of clips in which what was seen goes out of sight and comes back; looks_soon: whether in the
-        others what comes back does so soon. See `TeacherForcingStage`.
+        others what goes out of sight does so soon again. See `TeacherForcingStage`.
         """
         ...
 
