@@ -12,8 +12,8 @@ passes and streams, by how many keys the window has, and for the whole window by
 streams.json: streams that attend sparsely, far=none: network seconds of a block, the least of all with a full window;
 L2 of the difference of each block's latents from the dense stream of the same noise, beside L2 of the latter, which
 says how far apart they are, not which is better.
-ways.json: milliseconds of one call by ways to compute the same sparse result: what `attend_blocks` does on a CPU, which
-copies the chosen blocks together; torch's dense attention under a mask; and, as a mark, dense attention to all keys.
+ways.json: milliseconds of one call by ways to compute the same sparse result: a copy of the chosen blocks; attention to
+all keys under a mask; and, as a mark, dense attention to all keys.
 The least of many calls.
 """
 
@@ -33,7 +33,7 @@ from torch import Tensor
 
 from longtake import recipes
 from longtake.attention import reference
-from longtake.attention.block_sparse import attend_blocks, best_blocks, block_scores, block_sparse
+from longtake.attention.block_sparse import attend_gathered, attend_masked, best_blocks, block_scores, block_sparse
 from longtake.attention.dense import dense
 from longtake.evaluation.growth import latents_of
 from longtake.evaluation.sources import clip_seed, held_out_captions
@@ -192,9 +192,8 @@ def ways(repeats: int) -> list[dict[str, Any]]:
                 return best_blocks(block_scores(q, k, **sizes), share)
 
             given = (q, k, v, choose())
-            torch.testing.assert_close(
-                attend_blocks(*given, **sizes), under_mask(*given, **sizes), atol=2e-2, rtol=2e-2
-            )
+            gathered, masked = partial(attend_gathered, *given, **sizes), partial(attend_masked, *given, **sizes)
+            torch.testing.assert_close(gathered(), masked(), atol=2e-2, rtol=2e-2)
             rows.append(
                 {
                     "dtype": dtype_name,
@@ -203,20 +202,12 @@ def ways(repeats: int) -> list[dict[str, Any]]:
                     **sizes,
                     "share": share,
                     "choice_ms": milliseconds(choose, repeats),
-                    "gathered_ms": milliseconds(partial(attend_blocks, *given, **sizes), repeats),
-                    "masked_ms": milliseconds(partial(under_mask, *given, **sizes), repeats),
+                    "gathered_ms": milliseconds(gathered, repeats),
+                    "masked_ms": milliseconds(masked, repeats),
                     "dense_ms": everything,
                 }
             )
     return rows
-
-
-def under_mask(q: Tensor, k: Tensor, v: Tensor, chosen_BNIK: Tensor, *, block_q: int, block_k: int) -> Tensor:
-    """Dense attention where all but the chosen blocks are masked."""
-    blocks = -(-k.shape[1] // block_k)
-    of_blocks = torch.zeros(*chosen_BNIK.shape[:3], blocks, dtype=torch.bool).scatter_(-1, chosen_BNIK.long(), True)
-    of_tokens = of_blocks.repeat_interleave(block_q, 2).repeat_interleave(block_k, 3)
-    return dense(q, k, v, of_tokens[:, :, : q.shape[1], : k.shape[1]])
 
 
 def milliseconds(call: Callable[[], object], repeats: int) -> float:

@@ -38,11 +38,12 @@ def test_a_rotation_is_that_of_its_angles(frames: tuple[float, ...], split: tupl
     assert torch.equal(rotation.cos_TA, angles.cos().float()) and torch.equal(rotation.sin_TA, angles.sin().float())
 
 
+@pytest.mark.parametrize("split", [(8, 4, 4), (24, 20, 20)])  # the second fills whole registers
 @pytest.mark.parametrize("frames", [(0,), (5, 6, 7), (0, 1, 40_000_000)])
-def test_rotation_equals_its_definition(frames: tuple[int, ...]) -> None:
-    axes = rope.RotaryAxes(split=(8, 4, 4))
+def test_rotation_equals_its_definition(frames: tuple[int, ...], split: tuple[int, int, int]) -> None:
+    axes = rope.RotaryAxes(split=split)
     angles = axes.angles(frames, 2, 3)
-    x = torch.randn(2, len(frames) * 6, 3, 16, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, len(frames) * 6, 3, sum(split), generator=torch.Generator().manual_seed(0))
     rotation = axes.rotation(frames, 2, 3, "cpu")
     assert_alike(lambda x: rope.rotate(x, rotation), lambda x: reference.rotate(x, angles), [x])
 

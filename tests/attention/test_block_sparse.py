@@ -1,5 +1,6 @@
 """Choosing blocks of keys, and reading the chosen ones as the definition does."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
@@ -36,6 +37,7 @@ def case(
 SIZES = st.integers(1, 40)
 CASES = st.builds(case, SIZES, SIZES, st.integers(1, 12), st.integers(1, 12), seed=st.integers(0, 99))
 SHARES = st.floats(0.01, 1)
+SCORES = [0.0, -0.0, 1e-40, 1.5, -1.5, -1e9, 3e38, -3e38, float("nan")]
 FEW = settings(deadline=None, max_examples=40)
 
 
@@ -58,6 +60,43 @@ def test_reading_the_chosen_equals_its_definition_with_gradients(it: Case, share
         lambda q, k, v: reference.attend_blocks(q, k, v, chosen, **it.blocks),
         [*it[:3]],
     )
+
+
+@pytest.mark.parametrize("way", [block_sparse.attend_gathered, block_sparse.attend_masked])
+@given(it=CASES, share=SHARES)
+@FEW
+def test_copied_or_under_a_mask_the_chosen_are_read_alike(way: Callable[..., Tensor], it: Case, share: float) -> None:
+    chosen = it.chosen(share)
+    assert_alike(
+        lambda q, k, v: way(q, k, v, chosen, **it.blocks),
+        lambda q, k, v: reference.attend_blocks(q, k, v, chosen, **it.blocks),
+        [*it[:3]],
+    )
+
+
+def test_a_mask_may_be_made_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    it = case(23, 50, 4, 6)
+    chosen = it.chosen(0.3)
+    whole = block_sparse.attend_masked(*it[:3], chosen, **it.blocks)
+    monkeypatch.setattr(block_sparse, "MASKED_AT_ONCE", 2 * 2 * 4 * 50 * 2)  # of two query blocks
+    torch.testing.assert_close(block_sparse.attend_masked(*it[:3], chosen, **it.blocks), whole)
+
+
+@pytest.mark.parametrize(
+    "block, share, dtype, way",
+    [
+        (4, 0.2, torch.float32, "attend_masked"),
+        (12, 0.2, torch.float32, "attend_gathered"),
+        (12, 0.6, torch.float32, "attend_masked"),
+        (4, 0.2, torch.bfloat16, "attend_gathered"),
+    ],
+)
+def test_many_small_blocks_are_read_under_a_mask(
+    block: int, share: float, dtype: torch.dtype, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it = case(24, 240, block, block)
+    monkeypatch.setattr(block_sparse, way, lambda *given, **sizes: way)
+    assert block_sparse.attend_blocks(*(x.to(dtype) for x in it[:3]), it.chosen(share), **it.blocks) == way
 
 
 @given(it=CASES, share=SHARES)
@@ -127,7 +166,7 @@ def test_the_chosen_are_a_share_in_rising_order_and_never_none(it: Case, share: 
 
 
 @given(
-    rows=st.lists(st.lists(st.sampled_from([0.0, -0.0, 1e-40, 1.5, -1.5, -1e9, 3e38, -3e38]), min_size=7, max_size=7)),
+    rows=st.lists(st.lists(st.sampled_from(SCORES), min_size=7, max_size=7)),
     share=st.floats(0.01, 1),
 )
 def test_the_same_blocks_are_best_ties_included(rows: list[list[float]], share: float) -> None:

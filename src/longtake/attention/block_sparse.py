@@ -9,14 +9,18 @@ I query blocks, J key blocks, K of them kept; other letters as in `reference`.
 from importlib.util import find_spec
 from types import ModuleType
 
+import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from longtake.attention import reference
+from longtake.attention.backends import by_torch
 from longtake.attention.dense import dense
 
+SHARED_BY = 30  # queries of a block that a copy of all keys would have to serve to be as fast as a mask, in float32
+MASKED_AT_ONCE = 2**20  # numbers of a mask
 GATHERED_AT_ONCE = 2**18  # numbers of the keys, and as many of the values: bounds copies
 
 
@@ -67,28 +71,40 @@ def best_blocks(scores_BNIJ: Tensor, share: float) -> Tensor:
 
     scores [B, N, I, J] in float32. Truth: `reference.best_blocks`.
     """
+    if scores_BNIJ.is_cpu:
+        return _best_by_threshold(scores_BNIJ, share)
     kernels = _kernels(scores_BNIJ)
     if kernels is None:
-        kept = reference.kept_blocks(share, scores_BNIJ.shape[-1])
-        return _ranks(scores_BNIJ).topk(kept, sorted=False).indices.sort(dim=-1).values
+        return reference.best_blocks(scores_BNIJ, share)
     with torch.cuda.device_of(scores_BNIJ):
         return kernels.best_blocks(scores_BNIJ, share)
 
 
-def _ranks(scores_BNIJ: Tensor) -> Tensor:
-    """Whole numbers that rise as scores do, and of equal scores with the earlier block: no two of a row are equal."""
-    blocks = scores_BNIJ.shape[-1]
-    bits = torch.where(scores_BNIJ == 0, 0.0, scores_BNIJ).view(torch.int32)  # both zeros are equal
-    order = (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long()
-    return order * blocks + torch.arange(blocks - 1, -1, -1, device=bits.device)
+def _best_by_threshold(scores_BNIJ: Tensor, share: float) -> Tensor:
+    """All that are as good as the worst that is kept, which NumPy finds in a quarter of the time of torch's `topk`."""
+    scores, blocks = scores_BNIJ.detach().numpy(), scores_BNIJ.shape[-1]
+    kept = reference.kept_blocks(share, blocks)
+    worst = np.partition(scores, blocks - kept, axis=-1)[..., blocks - kept, None]
+    places = np.flatnonzero(~(scores < worst))  # what is no number is best, as in the definition
+    if len(places) * blocks != scores.size * kept:  # more than are kept: of equals the earlier are chosen
+        return reference.best_blocks(scores_BNIJ, share)
+    in_rows = places.reshape(-1, kept) - np.arange(0, scores.size, blocks)[:, None]
+    return torch.from_numpy(in_rows).view(*scores.shape[:-1], kept)
 
 
 def attend_blocks(
     q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor, chosen_BNIK: Tensor, *, block_q: int, block_k: int
 ) -> Tensor:
-    """Softmax attention over the tokens of the chosen key blocks; returns [B, T, N, D]."""
-    kernels = _kernels(q_BTND)
-    run = kernels.attend_blocks if kernels else _attend_gathered
+    """Softmax attention over the tokens of the chosen key blocks; returns [B, T, N, D].
+
+    On a CPU a rule says whether they are copied together or all others masked: one machine answers the same each time.
+    """
+    if kernels := _kernels(q_BTND):
+        run = kernels.attend_blocks
+    else:
+        kept = chosen_BNIK.shape[3] * block_k / k_BSND.shape[1]
+        copies = q_BTND.dtype == torch.bfloat16 or kept * SHARED_BY < block_q
+        run = attend_gathered if copies else attend_masked
     with torch.cuda.device_of(q_BTND):
         return run(q_BTND, k_BSND, v_BSND, chosen_BNIK, block_q=block_q, block_k=block_k)
 
@@ -105,13 +121,30 @@ def _kernels(x: Tensor) -> ModuleType | None:
 def _block_means(x_BTND: Tensor, size: int) -> Tensor:
     """Mean of each block over its own tokens, [B, N, I, D] in float32."""
     whole = x_BTND.shape[1] // size
-    parts = [x_BTND[:, : whole * size].unflatten(1, (whole, size)).mean(2, dtype=torch.float32)]
+    means = x_BTND[:, : whole * size].unflatten(1, (whole, size)).mean(2, dtype=torch.float32)
     if whole * size < x_BTND.shape[1]:
-        parts.append(x_BTND[:, whole * size :].mean(1, keepdim=True, dtype=torch.float32))
-    return torch.cat(parts, dim=1).transpose(1, 2)
+        means = torch.cat([means, x_BTND[:, whole * size :].mean(1, keepdim=True, dtype=torch.float32)], dim=1)
+    return means.transpose(1, 2)
 
 
-def _attend_gathered(
+def attend_masked(
+    q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor, chosen_BNIK: Tensor, *, block_q: int, block_k: int
+) -> Tensor:
+    """Attention to all keys with all but the chosen masked, some query blocks at a time."""
+    (clips, tokens, heads, _), keys = q_BTND.shape, k_BSND.shape[1]
+    at_once = max(1, MASKED_AT_ONCE // (clips * heads * block_q * keys))
+    if chosen_BNIK.shape[2] > at_once:
+        parts = zip(q_BTND.split(at_once * block_q, dim=1), chosen_BNIK.split(at_once, dim=2), strict=True)
+        read = [attend_masked(q, k_BSND, v_BSND, chosen, block_q=block_q, block_k=block_k) for q, chosen in parts]
+        return torch.cat(read, dim=1)
+    nothing_BNIJ = q_BTND.new_full((*chosen_BNIK.shape[:3], -(-keys // block_k)), -torch.inf)
+    of_blocks = nothing_BNIJ.scatter_(-1, chosen_BNIK, 0.0)
+    of_keys = of_blocks.unsqueeze(4).expand(-1, -1, -1, -1, block_k).flatten(3)[..., :keys]
+    mask_BNTS = of_keys.unsqueeze(3).expand(-1, -1, -1, block_q, -1).flatten(2, 3)[:, :, :tokens]
+    return by_torch(q_BTND, k_BSND, v_BSND, mask_BNTS)
+
+
+def attend_gathered(
     q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor, chosen_BNIK: Tensor, *, block_q: int, block_k: int
 ) -> Tensor:
     """Attention of every query block to a copy of its chosen keys, some query blocks at a time."""

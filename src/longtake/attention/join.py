@@ -13,8 +13,8 @@ def added(near_BTND: Tensor, far_BTND: Tensor, project: Callable[[Tensor], Tenso
 
     A row of the batch with nothing far yet (`present` false) gets nothing, not even the projection's bias.
     """
-    projected = project(far_BTND.to(near_BTND.dtype))
-    return near_BTND + torch.where(present_B[:, None, None, None], projected, 0)
+    projected = project(far_BTND.to(near_BTND.dtype).contiguous())
+    return near_BTND + projected * present_B.to(projected.dtype)[:, None, None, None]
 
 
 def under_one_bar(near_BTND: Tensor, far: Weighed, log_near_BTN: Tensor | None = None) -> Tensor:

@@ -132,9 +132,19 @@ def rotate(x_BTND: Tensor, rotation: Rotation) -> Tensor:
     """
     cos, sin = rotation.cos_TA.unsqueeze(-2), rotation.sin_TA.unsqueeze(-2)
     wide = x_BTND.to(torch.promote_types(x_BTND.dtype, torch.float32))
-    even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    pairs = wide.unflatten(-1, (-1, 2))
+    if _whole_vectors(x_BTND):
+        turned = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.complex(cos, sin))
+    else:
+        even, odd = pairs.unbind(-1)
+        turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
     return turned.flatten(-2).to(x_BTND.dtype)
+
+
+def _whole_vectors(x: Tensor) -> bool:
+    """Whether a CPU turns such heads in one operation in place of eight, as complex numbers, and rounds all alike: what
+    fills no whole vector of its registers it would round otherwise. Compiled code is better off without them."""
+    return x.is_cpu and x.shape[-1] % 32 == 0 and not torch.compiler.is_compiling()
 
 
 def fitted(rotation: Rotation, size: int) -> Rotation:
