@@ -165,7 +165,7 @@ def test_generate_asks_for_what_it_was_told(engine):
 
 def test_generate_by_default(engine):
     main(["generate", "a red ball", "--seconds", "1"])
-    options = {"recipe": "self_forcing_sink", "levels": None, "device": None, "dtype": None, "codec": None}
+    options = {"recipe": "hybrid_forcing", "levels": None, "device": None, "dtype": None, "codec": None}
     assert engine.asked_for == [("toy", options | {"base": None, "codec_device": None, "compile": False})]
     assert engine.opened == [("a red ball", 42)]
 

@@ -51,7 +51,7 @@ def test_generate_writes_exactly_the_pictures_of_the_iterator(tmp_path, monkeypa
     write = Mp4Writer.write
     monkeypatch.setattr(Mp4Writer, "write", lambda writer, frames: written.append(frames) or write(writer, frames))
     assert main(["generate", PROMPT, "--seconds", "1", "--dtype", "float32", "-o", str(tmp_path / "out.mp4")]) == 0
-    with longtake.load("toy", recipe="self_forcing_sink", dtype=torch.float32).stream(PROMPT, seed=42) as stream:
+    with longtake.load("toy", recipe="hybrid_forcing", dtype=torch.float32).stream(PROMPT, seed=42) as stream:
         expected = np.concatenate([next(stream).frames for _ in range(2)])
     assert np.array_equal(np.concatenate(written), expected[:16])
 
@@ -114,7 +114,7 @@ def test_a_timeline_redirects_the_stream_at_its_times(tmp_path, monkeypatch):
     path = str(tmp_path / "out.mp4")
     timeline = f"0s: {PROMPT} | 0.5s: it starts to snow at night"
     assert main(["generate", timeline, "--seconds", "1.3125", "--dtype", "float32", "-o", path]) == 0
-    with longtake.load("toy", recipe="self_forcing_sink", dtype=torch.float32).stream(PROMPT, seed=42) as stream:
+    with longtake.load("toy", recipe="hybrid_forcing", dtype=torch.float32).stream(PROMPT, seed=42) as stream:
         expected = [next(stream).frames]
         stream.redirect("it starts to snow at night")
         expected.append(next(stream).frames)

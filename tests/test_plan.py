@@ -161,7 +161,7 @@ def test_the_count_sees_what_is_alive_at_once() -> None:
 
 
 def test_parameters_are_those_of_the_networks() -> None:
-    told = plan("toy", size=(32, 32), dtype="float32")
+    told = plan("toy", size=(32, 32), recipe="self_forcing_sink", dtype="float32")
     engine = planning_engine()
     assert told["moments"]["first prompt"] == {
         "text encoder": planning.nbytes(engine.text.encoder),

@@ -93,9 +93,9 @@ def test_forks_of_a_fork_go_on_under_other_prompts(first: Path, tmp_path: Path, 
     assert [(one["at"], one["prompt"]) for one in told["told"]] == [
         (0, PROMPT), (9 / 16, SNOW), (21 / 16, FISH), (33 / 16, PROMPT),
     ]  # fmt: skip
-    assert (told["blocks"], told["seconds"], told["recipe"]) == (4, 45 / 16, "self_forcing_sink")
+    assert (told["blocks"], told["seconds"], told["recipe"]) == (4, 45 / 16, "hybrid_forcing")
     assert main(["take", "info", str(tmp_path / "back.take")]) == 0
-    assert "self_forcing_sink, 1 levels, seed 42: 2.8125 s made" in capsys.readouterr().out
+    assert "hybrid_forcing, 1 levels, seed 42: 2.8125 s made" in capsys.readouterr().out
     again = str(tmp_path / "again.mp4")
     assert main(["replay", str(tmp_path / "back.mp4"), "-o", again]) == 0, "from its beginning, without any take"
     assert Path(again).read_bytes() == (tmp_path / "back.mp4").read_bytes()

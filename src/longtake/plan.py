@@ -184,8 +184,8 @@ def plan(
 ) -> dict[str, Any]:  # fmt: skip
     """Bytes of a stream by part, its moments and its peak, ready for JSON; nothing is loaded.
 
-    model: toy, or a name of `longtake models`. size: width and height of pictures. recipe: by default the one that the
-    model was trained under, else self_forcing_sink. decoder: of `wan_engines.DECODERS`, by default the model's own.
+    model: toy, or a name of `longtake models`. size: width and height of pictures. recipe: by default that of
+    `recipe_for`. decoder: of `wan_engines.DECODERS`, by default the model's own.
     compile: as for `recipes.load`, on a GPU. `moments` are what is there at the same time. ValueError for unknown
     names, with the nearest, and for sizes, recipes and decoders that cannot be.
     """

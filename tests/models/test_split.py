@@ -234,6 +234,7 @@ def test_what_cannot_be_shared_out_is_refused(place: str) -> None:
 @ON_THE_CPU
 def test_bench_times_one_stream_of_all_processes_and_prints_once(place: str) -> None:
     arguments = ["bench", "stream", "--seconds", "1.5", "--repeats", "1", "--dtype", "float32", "--json"]
+    arguments += ["--recipe", "self_forcing_sink"]
     ranks = [Started(main, arguments, **environment(rank, place, 2)) for rank in range(2)]
     first, second = (one.finished() for one in ranks)
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr

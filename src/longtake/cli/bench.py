@@ -53,8 +53,8 @@ def bench_stream(
     or numbers are lost. More GPUs for one stream: torchrun -m longtake.cli bench stream ...
 
     Args:
-        recipe: The methods to time, one after the other; unless given, the one a published model was trained under, or
-            self_forcing_sink.
+        recipe: The methods to time, one after the other; unless given, hybrid_forcing for toy, the one a published
+            model was trained under, or self_forcing_sink.
         model: The weights to time.
         codec: What makes pictures in place of a Wan model's VAE, such as taew2_1.pth.
         seconds: Length of each repeat, in seconds of video.

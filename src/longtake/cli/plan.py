@@ -25,7 +25,8 @@ def plan(
     Args:
         model: toy, or a name of `longtake models`; nothing needs to be pulled.
         size: Of the pictures; unless given, the model's own.
-        recipe: The method; unless given, the one that a model was trained under, or self_forcing_sink.
+        recipe: The method; unless given, hybrid_forcing for toy, the one that a published model was trained under, or
+            self_forcing_sink.
         dtype: Precision of network and codec.
         decoder: What makes pictures of a Wan model's latents: its VAE, or the light one that --codec names elsewhere.
         compile: As for `generate --compile` on a GPU, which keeps fixed views and recorded passes.

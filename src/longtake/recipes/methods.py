@@ -293,10 +293,13 @@ def is_here(name: str | None) -> bool:
 
 
 def recipe_for(model: str | Path, otherwise: str = "self_forcing_sink") -> str:
-    """The recipe to run a model under where none is given: the one that a published student was trained under.
+    """The recipe to run a model under where none is given: the one that a published student was trained under, and
+    `hybrid_forcing` for the embedded model.
 
     otherwise: that of all other models. ValueError for a published student whose method is not here.
     """
+    if str(model) == "toy":
+        return "hybrid_forcing"
     known = registry().get(str(model))
     if known is None or known.recipe is None:
         return otherwise
