@@ -176,6 +176,12 @@ def test_the_kernel_that_answers_is_told(forced: str, state: str, said: str, mon
     assert told.state == state and said in told.about and bool(told.advice) == (state == "problem")
 
 
+def test_a_name_that_cannot_be_taken_is_to_blame_and_not_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LONGTAKE_ATTENTION", "quick")
+    problems = [one for one in (*found(doctor._attention), *found(doctor._speed)) if one.state == "problem"]
+    assert len(problems) == 4 and {one.advice for one in problems} == {"name another, or none"}
+
+
 def test_a_wrong_linear_attention_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     read = kernels.linear.read
     monkeypatch.setattr(kernels.linear, "read", lambda sums, queries: read(sums, queries) * 1.01)

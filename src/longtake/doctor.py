@@ -74,7 +74,8 @@ def _tried(part: str, look: Callable[[], Iterable[Finding]], say: Callable[[str]
     except Exception as error:  # a machine can be broken in any way; this is the one place that says how
         said = next(iter(str(error).splitlines()), "")
         about = f"looking at it broke off with {type(error).__name__}" + (f": {said}" if said else "")
-        yield Finding(part=part, name=part, state="problem", about=about, advice="install longtake anew, or report it")
+        advice = _named_attention(about) or "install longtake anew, or report it"
+        yield Finding(part=part, name=part, state="problem", about=about, advice=advice)
 
 
 # Packages
@@ -231,13 +232,15 @@ def _attention() -> Iterator[Finding]:
     asked += [(f"cuda:{number}", torch.bfloat16) for number in range(torch.cuda.device_count())]
     for device, dtype in asked:
         for check in attention_checks(torch.device(device), dtype):
-            off = f"{check.number:.1g} from its definition" if math.isfinite(check.number) else check.about
+            off = f"{check.number:.1g} from its definition, at most {check.most:.1g} is right"
+            about = off if math.isfinite(check.number) else check.about
+            wrong = _named_attention(about) or "pictures made here are wrong: install another torch or driver"
             yield Finding(
                 part="attention",
                 name=f"{check.name}, {device}, {str(dtype).removeprefix('torch.')}",
                 state="ok" if check.passed else "problem",
-                about=f"{off}, at most {check.most:.1g} is right",
-                advice="" if check.passed else "pictures made here are wrong: install another torch or driver",
+                about=about,
+                advice="" if check.passed else wrong,
                 numbers=check.table(),
             )
     for device in dict.fromkeys(device for device, _ in asked):
@@ -254,7 +257,8 @@ def _chosen_attention(device: str) -> Finding:
     try:
         choice = attention_choice(torch.device(device))
     except ValueError as error:  # of a backend that was named
-        return Finding(part=part, name=name, state="problem", about=str(error), advice="name another, or none")
+        about = str(error)
+        return Finding(part=part, name=name, state="problem", about=about, advice=_named_attention(about))
     if choice is None:
         about = "whichever kernel torch takes, but plain products for many keys in bfloat16"
         return Finding(part=part, name=name, about=about)
@@ -264,6 +268,11 @@ def _chosen_attention(device: str) -> Finding:
         part=part, name=name, about=f"{choice.name}; tried: {tried or 'none'}; not tried: {others or 'none'}",
         numbers={"chosen": choice.name, "seconds": dict(choice.seconds), "refused": dict(choice.refused)},
     )  # fmt: skip
+
+
+def _named_attention(about: str) -> str:
+    """What to do where a backend was named that cannot be taken; nothing where that is not what is said."""
+    return "name another, or none" if "LONGTAKE_ATTENTION: " in about else ""
 
 
 def _weights() -> Iterator[Finding]:
