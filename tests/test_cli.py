@@ -511,7 +511,8 @@ def test_bench_of_random_weights_tells_of_kernels_that_are_compiled(small_wan, m
 
 
 def test_bench_of_eight_bits_says_so(small_wan, capsys):
-    assert main(["bench", "stream", *small_wan.split(), "--recipe", "self_forcing", "--dtype", "fp8", "--json"]) == 0
+    more = "--recipe self_forcing --precision fp8 --json"
+    assert main(["bench", "stream", *small_wan.split(), *more.split()]) == 0
     assert json.loads(capsys.readouterr().out)["precision"] == "fp8"
 
 

@@ -8,10 +8,15 @@ from tyro.conf import arg
 DeviceName = Annotated[str | None, arg(metavar="NAME")]
 Device = Annotated[str | None, arg(metavar="NAME", help="cpu, cuda, cuda:1, ...; unless given, the best there is.")]
 PrecisionName = Literal["auto", "float32", "bfloat16"]
-Precision = Annotated[PrecisionName, arg(help="Precision; auto takes the fastest that is safe.")]
+Precision = Annotated[
+    PrecisionName, arg(aliases=["--precision"], help="Precision; auto takes the fastest that is safe.")
+]
 StreamPrecision = Annotated[
     PrecisionName | Literal["fp8"],
-    arg(help="Precision; auto takes the fastest that is safe. fp8: bfloat16, with large products of eight bits."),
+    arg(
+        aliases=["--precision"],
+        help="Precision; auto takes the fastest that is safe. fp8: bfloat16, with large products of eight bits.",
+    ),
 ]
 Compile = Annotated[bool, arg(help="On a GPU by fused kernels and recorded graphs: see docs/gpu.md.")]
 Method = Annotated[
