@@ -448,6 +448,8 @@ def test_a_converted_teacher_can_be_held_to_what_it_answered_before(folders: Pat
     assert 0 < held < free, "its layers are matched, and clips are news to it"
     with pytest.raises(ValueError, match="nothing to learn from itself"):
         FinetuneStage(softmax=True, anchored=True)
+    with pytest.raises(ValueError, match="set anchored=true with guided"):
+        FinetuneStage(guided=True)
 
 
 def test_features_may_learn_alone(folders: Path, tmp_path: Path) -> None:
