@@ -479,6 +479,13 @@ def small_wan(monkeypatch):
     return "--model wan2.1-1.3b --random-weights --decoder none --size 32x16 --levels 2 --blocks 2 --device cpu"
 
 
+def test_an_engine_of_a_wan_shape_has_published_blocks(small_wan):
+    from longtake.recipes.wan_engines import load_random
+
+    engine = load_random("wan2.1-1.3b", recipe="hybrid_forcing", size=(16, 32), decoder="none", device="cpu")
+    assert engine.recipe.near.keywords["block_k"] == 64
+
+
 def test_bench_of_random_weights_prints_json_alone_and_keeps_files(small_wan, capsys, tmp_path):
     folder = tmp_path / "made" / "here"
     arguments = ["bench", "stream", *small_wan.split(), "--recipe", "self_forcing", "hybrid_forcing:tokens=2"]

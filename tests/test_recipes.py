@@ -20,7 +20,7 @@ from longtake.models.features import Conversion
 from longtake.models.wan import converted, reading_far
 from longtake.models.weights import load_weights, save_weights
 from longtake.recipes.devices import CPU
-from longtake.recipes.methods import MEMORY_RULES
+from longtake.recipes.methods import AT_FULL_SIZE, MEMORY_RULES
 from longtake.recipes.teacher import toy_teacher
 from longtake.recipes.weight_files import (
     CODEC_FILE,
@@ -109,6 +109,13 @@ def test_a_model_without_weights_for_a_recipe_says_for_which_it_has_some(monkeyp
     monkeypatch.delitem(recipes.MODELS, ("toy", "rehyat"))
     with pytest.raises(ValueError, match="no weights for recipe rehyat: there are some for self_forcing,"):
         engine("toy", "rehyat")
+
+
+@pytest.mark.parametrize("name, tokens", [("hybrid_forcing", 64), ("hybrid_forcing:tokens=6,share=0.5", 6)])
+def test_wan_shapes_have_published_blocks_unless_others_are_named(name: str, tokens: int) -> None:
+    chosen = recipes.recipe_named(name, usual=AT_FULL_SIZE)
+    assert (chosen.name, chosen.near.keywords["block_q"], chosen.near.keywords["block_k"]) == (name, tokens, tokens)
+    assert recipes.recipe_named("longlive", usual=AT_FULL_SIZE) == recipes.recipe_named("longlive")
 
 
 def test_options_change_a_recipe_and_stay_in_its_name() -> None:

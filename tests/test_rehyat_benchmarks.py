@@ -149,3 +149,12 @@ def test_jumps_are_found_where_chunks_begin(monkeypatch: pytest.MonkeyPatch) -> 
     assert changes.tolist() == [[1, 1, 9, 1, 1, 9, 1, 1]] * 2
     assert edges.at_edges(changes, 3) == {"edge": 9.0, "inside": 1.0, "ratio": 9.0}
     assert edges.at_edges(changes, 2)["edge"] == 3.0
+
+
+def test_errors_of_prompt_and_none_are_weighed_as_guidance_weighs_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    guided_errors = script("guided_errors", monkeypatch)
+    teacher = [torch.zeros(1000), torch.zeros(1000)]
+    alike = guided_errors.errors(teacher, [torch.ones(1000)] * 2, guidance=3.0)
+    assert (alike["guided"], alike["correlation"], alike["of_which_is_lost"]) == pytest.approx((1.0, 1.0, 0.0))
+    apart = guided_errors.errors(teacher, [torch.ones(1000), -torch.ones(1000)], guidance=3.0)
+    assert (apart["guided"], apart["correlation"], apart["of_which_is_lost"]) == pytest.approx((25.0, -1.0, 4.0))

@@ -45,7 +45,7 @@ from longtake.models.wan_vae import WanVAE, WanVAEConfig
 from longtake.models.weights import described
 from longtake.parallel import kind_of, mapped_tensors
 from longtake.recipes import MODELS, RECIPES, recipe_named
-from longtake.recipes.methods import recipe_for
+from longtake.recipes.methods import AT_FULL_SIZE, recipe_for
 from longtake.recipes.wan_engines import WAN_SHIFT, decoder_named, reading, require_block
 from longtake.recipes.weight_files import CODEC_FILE, NETWORK_FILE, packaged
 from longtake.toy.scenes import HEIGHT, WIDTH
@@ -191,7 +191,7 @@ def plan(
     """
     parts = _parts_of(model, recipe)
     name = recipe or recipe_for(model)
-    chosen = recipe_named(name)
+    chosen = recipe_named(name, usual=_usual(model))
     if model in registry():
         require_block(registry()[model], chosen)
     if decoder is not None:
@@ -250,7 +250,7 @@ def take_sizes(model: str, recipe: str, *, dtype: str = "bfloat16") -> dict[str,
     What is counted is the state itself, of a stream that runs on the meta device. A recipe that reads through converted
     layers is given a network with half of them converted, as published (ReHyAt: 15 of 30). ValueError as for `plan`.
     """
-    parts, chosen = _parts_of(model, recipe), recipe_named(recipe)
+    parts, chosen = _parts_of(model, recipe), recipe_named(recipe, usual=_usual(model))
     network, codec = _made(parts, chosen, dtype)
     width, height = parts.size
     engine = Engine(
@@ -375,6 +375,11 @@ def pixels(text: str) -> tuple[int, int]:
     if found is None:
         raise ValueError(f"a size is a width and a height, such as 832x480, not {text!r}")
     return int(found[1]), int(found[2])
+
+
+def _usual(model: str) -> Mapping[str, Any]:
+    """Options of recipes where a name does not say."""
+    return {} if model == "toy" else AT_FULL_SIZE
 
 
 def ways_to_fit(told: Mapping[str, Any]) -> dict[str, int]:

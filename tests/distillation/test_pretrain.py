@@ -119,6 +119,23 @@ def test_an_anchor_attends_exactly_where_layers_are_converted() -> None:
         assert way(plain, made, self_forcing_sink()) < 1e-12
 
 
+def test_a_guided_anchor_is_that_of_sampling() -> None:
+    """Errors with a prompt and without are weighed as guidance weighs them; under guidance 1 the prompt's is all."""
+    anchor, given = tiny.network(extent=15), clips(frames=12)
+    network, nothing_BPLE = tiny.network(extent=15, seed=5), tiny.text(2, seed=9)
+
+    def cost(**more) -> float:
+        torch.manual_seed(2)
+        return flow_loss(network, given, 3.0, 5.0, anchor, **more).item()
+
+    assert cost(nothing_BPLE=nothing_BPLE, guidance=1.0) == pytest.approx(cost(), rel=1e-5)
+    same = replace(given, text_BPLE=nothing_BPLE.expand_as(given.text_BPLE))
+    assert flow_loss(anchor, same, 3.0, 5.0, anchor, nothing_BPLE, 3.0) < 1e-12
+    # The velocity is u + w (c - u), a line in w; so a squared error is a parabola, which three of its points tell.
+    at = {weight: cost(nothing_BPLE=nothing_BPLE, guidance=weight) for weight in (0.0, 1.0, 2.0, 3.0)}
+    assert at[3.0] == pytest.approx(at[0.0] - 3 * at[1.0] + 3 * at[2.0], rel=1e-4)
+
+
 def test_chosen_levels_are_the_only_ones() -> None:
     seen = []
 

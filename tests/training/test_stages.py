@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -90,10 +91,13 @@ def finish(process: Started) -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> Path:
-    """Every stage once, uninterrupted, each from the one before."""
-    made = tmp_path_factory.mktemp("stages")
-    for stage in SETTINGS:
-        finish(start(*command(stage, made / stage, made)))
+    """Every stage once, uninterrupted, each from the one before; all processes of a run of tests share them."""
+    base = tmp_path_factory.getbasetemp()
+    made = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "stages"
+    with FileLock(made.with_suffix(".lock")):
+        for stage in SETTINGS:
+            if not (made / stage / "record.json").exists():
+                finish(start(*command(stage, made / stage, made)))
     return made
 
 
@@ -448,6 +452,8 @@ def test_a_converted_teacher_can_be_held_to_what_it_answered_before(folders: Pat
     assert 0 < held < free, "its layers are matched, and clips are news to it"
     with pytest.raises(ValueError, match="nothing to learn from itself"):
         FinetuneStage(softmax=True, anchored=True)
+    with pytest.raises(ValueError, match="set anchored=true with guided"):
+        FinetuneStage(guided=True)
 
 
 def test_features_may_learn_alone(folders: Path, tmp_path: Path) -> None:

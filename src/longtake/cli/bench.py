@@ -130,7 +130,7 @@ def _changes(result: dict[str, Any]) -> list[str]:
 
 @app.command(name="attention")
 def bench_attention(
-    recipe: tuple[str, ...] = ("hybrid_forcing:tokens=64", "longlive", "self_forcing:past=18", "rolling_forcing"),
+    recipe: tuple[str, ...] = ("hybrid_forcing", "longlive", "self_forcing:past=18", "rolling_forcing"),
     model: str = "wan2.1-1.3b",
     size: Size = None,
     device: Device = None,
@@ -149,11 +149,12 @@ def bench_attention(
     from longtake.evaluation.steady import machine
     from longtake.models.umt5 import LENGTH
     from longtake.recipes import recipe_named
+    from longtake.recipes.methods import AT_FULL_SIZE
     from longtake.recipes.wan_engines import published_sizes
 
     place, precision = _place(device, dtype)
     config, height, width = published_sizes(model, _height_width(size))
-    chosen = [recipe_named(name) for name in recipe]
+    chosen = [recipe_named(name, usual=AT_FULL_SIZE) for name in recipe]
     rows = pieces.bench_attention(chosen, config, (height, width), LENGTH, device=place, dtype=precision, say=say)
     result = {"model": model, "latents": [height, width], "precision": str(precision).removeprefix("torch.")}
     print_result(result | machine(place) | {"rows": rows}, json, _rows_in_words)

@@ -96,13 +96,13 @@ def _recipe_to_verify(checkpoint: str, recipe: str | None, blocks: int) -> "tupl
     """The recipe of a checkpoint's clip and the shift of its levels, the registry's for names that it knows."""
     from longtake.models.hub import registry
     from longtake.recipes import recipe_named
-    from longtake.recipes.methods import recipe_for
+    from longtake.recipes.methods import AT_FULL_SIZE, recipe_for
     from longtake.recipes.wan_engines import WAN_SHIFT, require_block
 
     known = registry().get(checkpoint)
     if known and known.recipe is None and blocks:
         raise ValueError(f"{checkpoint} is no student of any method, and cannot stream: verify it with --blocks 0")
-    chosen = recipe_named(recipe or recipe_for(checkpoint, otherwise="self_forcing"))
+    chosen = recipe_named(recipe or recipe_for(checkpoint, otherwise="self_forcing"), usual=AT_FULL_SIZE)
     if known:
         require_block(known, chosen)
     return chosen, float(known.shift) if known and isinstance(known.shift, float | int) else WAN_SHIFT

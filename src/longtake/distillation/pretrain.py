@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from longtake.distillation.rollout import steps_in_windows
-from longtake.flow import add_noise, shift_level
+from longtake.flow import add_noise, guided, shift_level
 from longtake.generation.blockwise import commit, view_for
 from longtake.memory.stream_memory import MemoryShape, StreamMemory
 from longtake.memory.view import View
@@ -56,11 +56,14 @@ def codec_loss(made: Reconstruction, frames_BFCHW: Tensor, mask_BFHW: Tensor, kl
 
 
 def flow_loss(
-    network: WanTransformer, clips: Clips, shift: float, focus_weight: float, anchor: WanTransformer | None = None
+    network: WanTransformer, clips: Clips, shift: float, focus_weight: float, anchor: WanTransformer | None = None,
+    nothing_BPLE: Tensor | None = None, guidance: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """Velocity error of whole clips, each at one level (a uniform draw, shifted): flow matching (arXiv 2210.02747).
 
     anchor: a network whose velocity is aimed at, and not the clips' own, where it attends exactly in all its layers.
+    nothing: the embedding of no prompt [B, 1, L, E]; given, the velocity is that of sampling under this guidance, which
+    weighs what differs between a prompt and none, and so their errors (as 2210.03142 distils it).
     """
     clean = clips.latents_BFCHW
     draw = torch.rand(clean.shape[0], 1, device=clean.device)
@@ -69,7 +72,10 @@ def flow_loss(
     noisy = add_noise(clean, noise, level_BF)
 
     def answer(of: WanTransformer, view: View) -> Tensor:
-        return of(noisy, level_BF, of.prompt_keys(clips.text_BPLE), view, clips.prompt_BF)
+        velocity = of(noisy, level_BF, of.prompt_keys(clips.text_BPLE), view, clips.prompt_BF)
+        if nothing_BPLE is None:
+            return velocity
+        return guided(velocity, of(noisy, level_BF, of.prompt_keys(nothing_BPLE), view), guidance)
 
     target = noise - clean
     if anchor is not None:

@@ -5,11 +5,12 @@ are the published inference of a checkpoint, from `causvid` on, have its sizes, 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from inspect import signature
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from longtake.attention.block_sparse import block_sparse
@@ -56,11 +57,12 @@ def hybrid_forcing(
     0.5, 1 (published), 2 or 4. stiffness: how hard delta holds on to the old. turns: the positions that features of the
     far state bear, "all" (published) or "space", row and column but not frame: then it is the same how long ago
     something was absorbed. tokens: of a block of queries or keys; 4 are a third of a row of the embedded model's latent
-    frames, which have 84; published are 64 of 1,560 a frame. block: latent frames of one; there are weights for 3
-    alone. of: what the share is of, the key blocks of a full "window", so that the first blocks of a take choose
-    as many among fewer, or those "present" (published). form: what Figure 2 of the "paper" draws, or what the code
-    released for training or inference does, "ref_train" or "ref_infer": far states of other features, which take the
-    sink as well, and keys less their mean over the heads where blocks are chosen. ValueError for what cannot be.
+    frames, which have 84; Wan's, of 1,560, have the published 64 unless told otherwise (`AT_FULL_SIZE`). block: latent
+    frames of one; there are weights for 3 alone. of: what the share is of, the key blocks of a full "window", so that
+    the first blocks of a take choose as many among fewer, or those "present" (published). form: what Figure 2 of the
+    "paper" draws, or what the code released for training or inference does, "ref_train" or "ref_infer": far states of
+    other features, which take the sink as well, and keys less their mean over the heads where blocks are chosen.
+    ValueError for what cannot be.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share must be above 0 and at most 1, got {share}")
@@ -260,10 +262,16 @@ MEMORY_RULES = ("causvid", "causal_forcing", "longlive", "reward_forcing", "memf
 """Recipes that read a window as Self Forcing does: weights made for it run under them, as good as they may."""
 
 
-def recipe_named(name: str, levels: int | None = None) -> Recipe:
+AT_FULL_SIZE: Mapping[str, Any] = MappingProxyType({"tokens": 64})
+"""Options of recipes for networks of Wan's shapes, where a latent frame of the embedded model has 84 tokens and theirs
+1,560: the published ones."""
+
+
+def recipe_named(name: str, levels: int | None = None, usual: Mapping[str, Any] = MappingProxyType({})) -> Recipe:
     """The recipe of that name, which options of its function may follow: "hybrid_forcing:share=0.1,far=none".
 
     The recipe bears the whole name. levels: the number of denoising steps, 1 to 1000; by default the recipe's own.
+    usual: what options are where the name does not say, of those that the function has, such as `AT_FULL_SIZE`.
     ValueError for unknown names, options and values, with those there are.
     """
     function, colon, given = name.partition(":")
@@ -280,7 +288,8 @@ def recipe_named(name: str, levels: int | None = None) -> Recipe:
             raise ValueError(f"recipe {name!r} does not work: {key} is given twice")
         options[key] = value
     try:
-        recipe = RECIPES[function](**{key: _as(known[key], key, value) for key, value in options.items()})
+        said = {key: _as(known[key], key, value) for key, value in options.items()}
+        recipe = RECIPES[function](**{key: value for key, value in usual.items() if key in known} | said)
     except ValueError as error:
         raise ValueError(f"recipe {name!r} does not work: {error}") from None
     recipe = replace(recipe, name=name)

@@ -22,7 +22,7 @@ from longtake.models.wan import WanConfig, WanTransformer
 from longtake.models.wan_vae import WanVAE, WanVAEConfig
 from longtake.models.weights import described
 from longtake.recipes.devices import device_named, fused, usual_dtype
-from longtake.recipes.methods import recipe_named
+from longtake.recipes.methods import AT_FULL_SIZE, recipe_named
 from longtake.recipes.weight_files import CODEC_FILE, CONVERTED_FILE, NETWORK_FILE, TEACHER_FILE, model_names
 
 WAN_BASE, WAN_RATE, WAN_SHIFT = "wan2.1-1.3b", 16, 5.0
@@ -80,7 +80,7 @@ def load_wan(
     """
     if shift is not None and not shift > 0:
         raise ValueError(f"the shift of levels is above 0, got {shift:g}")
-    chosen = recipe_named(recipe, levels)
+    chosen = recipe_named(recipe, levels, AT_FULL_SIZE)
     known = registry().get(str(model), registry()[WAN_BASE])
     place = device_named(device)
     dtype = dtype or usual_dtype(place)
@@ -119,7 +119,7 @@ def load_wan_network(
     ValueError where that does not load, is a many-step teacher, or was trained for blocks of another size or without
     the recipe's far state.
     """
-    chosen = recipe_named(recipe)
+    chosen = recipe_named(recipe, usual=AT_FULL_SIZE)
     known = registry().get(str(model))
     if known and known.recipe is None:
         raise ValueError(f"{model} is no student of any method, and cannot stream: name one that is")
@@ -186,7 +186,7 @@ def load_random(
     text. codec_device, device, dtype, levels, compile: as for `load_wan`. ValueError for unknown names, and for
     what cannot be.
     """
-    chosen = recipe_named(recipe, levels)
+    chosen = recipe_named(recipe, levels, AT_FULL_SIZE)
     config, height, width = published_sizes(model, size)
     place = device_named(device)
     dtype = dtype or usual_dtype(place)

@@ -40,7 +40,7 @@ _MAY_BE_0 = {
     "seed", "kl_weight", "focus_weight", "no_prompt_share", "encoder_blocks", "decoder_blocks", "most_given", "pull",
     "self_forcing_share", "memory_share", "anchor_weight", "recompute", "real_weight", "real_frames", "real_batch",
     "last_exits", "rank", "layers", "first_steps", "far_only", "overlap", "turns_with_frames", "both_ways", "softmax",
-    "far_maps", "anchored", "anchor_streams", "exact", "looks_soon",
+    "far_maps", "anchored", "anchor_streams", "exact", "looks_soon", "guided",
 }  # fmt: skip
 
 
@@ -119,11 +119,12 @@ class FinetuneStage(Stage):
 
     softmax: the control: the teacher itself, with no layer converted, on the same clips in the same order. anchored:
     whether what is learned is not to make these clips, but to answer on them as the network did when the stage began
-    and attended exactly in all its layers (ours). far_lr: rate of the features. far_only: whether nothing else learns.
-    rank: of what is added to each matrix (0: any), see `low_rank`; features learn whole. recompute: whether of each
-    layer's pass only what went in is kept, and the rest computed again for its gradient: the same in more time and a
-    small part of the memory. Published: about a thousand steps of everything (2601.04342). ValueError for the control
-    where it is anchored, for it already answers so.
+    and attended exactly in all its layers (ours). guided: whether that answer is the velocity that sampling follows, of
+    prompt and no prompt under `guidance`, and not of either by itself. far_lr: rate of the features. far_only: whether
+    nothing else learns. rank: of what is added to each matrix (0: any), see `low_rank`; features learn whole.
+    recompute: whether of each layer's pass only what went in is kept, and the rest computed again for its gradient: the
+    same in more time and a small part of the memory. Published: about a thousand steps of everything (2601.04342).
+    ValueError for the control where it is anchored, for it already answers so, and for guided clips.
     """
 
     steps: int = 1000
@@ -140,12 +141,15 @@ class FinetuneStage(Stage):
     sampling_steps: int = 32
     softmax: bool = False
     anchored: bool = False
+    guided: bool = False
     far_only: bool = False
     rank: int = 0
     recompute: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.guided and not self.anchored:
+            raise ValueError("clips show no guided velocity, only a network answers so: set anchored=true with guided")
         if self.softmax and (self.anchored or self.far_only):
             raise ValueError(
                 "softmax has no features, and nothing to learn from itself: leave out anchored and far_only"

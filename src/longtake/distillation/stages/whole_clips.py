@@ -68,17 +68,19 @@ def _flow_turn(
     text: WordEncoder, network: WanTransformer, learner: Learner, supply: ClipSupply, shift: float,
     stage: TeacherStage | FinetuneStage, run: Run, anchor: WanTransformer | None = None, *, recorded: bool = True,
 ) -> Callable[[int], dict[str, Tensor]]:  # fmt: skip
-    """Flow matching of whole clips, a share of them without their prompt.
+    """Flow matching of whole clips, a share of them without their prompt, or all as they are sampled: guided.
 
     anchor: see `flow_loss`; recorded: see `Learner.taught_by`.
     """
+    as_sampled = isinstance(stage, FinetuneStage) and stage.guided
 
     def loss(latents_BFCHW: Tensor, tokens_BPL: Tensor, prompt_BF: Tensor, focus_BFHW: Tensor) -> Tensor:
-        absent = torch.rand(stage.batch, 1, 1, device=run.device) < stage.no_prompt_share
+        absent = torch.rand(stage.batch, 1, 1, device=run.device) < (0 if as_sampled else stage.no_prompt_share)
         with run.autocast():
             text_BPLE = embed(text, tokens_BPL.masked_fill(absent, 0))
+            nothing_BPLE = embed(text, torch.zeros_like(tokens_BPL[:, :1])) if as_sampled else None
             clips = Clips(latents_BFCHW, text_BPLE, prompt_BF, focus_BFHW)
-            return flow_loss(network, clips, shift, stage.focus_weight, anchor)
+            return flow_loss(network, clips, shift, stage.focus_weight, anchor, nothing_BPLE, stage.guidance)
 
     teach = learner.taught_by(loss, recorded=recorded)
 
