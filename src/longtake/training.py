@@ -308,8 +308,9 @@ def _train_attention_matching(
 def _train_finetune(stage: FinetuneStage, inputs: _Inputs, chosen: Sequence[Recipe], run: Run) -> dict[str, float]:
     file = TEACHER_FILE if stage.softmax else CONVERTED_FILE
     text, network, shift = inputs.network(file)
+    anchor = inputs.network(TEACHER_FILE)[1] if stage.anchored else None
     toy = ToyWorld(inputs.codec(), run)
-    spent = stages.train_finetune(text, network, toy, shift, stage, run)
+    spent = stages.train_finetune(text, network, toy, shift, stage, run, anchor)
     _save_clip_network(file, text, network, shift, run)
     return spent
 

@@ -26,7 +26,7 @@ from longtake.distillation.trainer import STATE_FILE, read_metrics
 from longtake.models.delta import save_delta
 from longtake.models.text import WordEncoder
 from longtake.models.wan import WanTransformer
-from longtake.models.weights import load_weights
+from longtake.models.weights import load_weights, save_weights
 from longtake.recipes.devices import CPU
 from longtake.recipes.teacher import toy_teacher
 from longtake.recipes.weight_files import (
@@ -443,13 +443,19 @@ def test_a_student_is_converted_by_the_features_of_its_teacher(folders: Path, tm
     assert load_weights(more / NETWORK_FILE)[0].keys() == after.keys()
 
 
-def test_a_converted_teacher_can_be_held_to_what_it_answered_before(folders: Path, tmp_path: Path) -> None:
+def test_a_converted_teacher_can_be_held_to_what_its_teacher_answers(folders: Path, tmp_path: Path) -> None:
     settings = ["--set", "steps=1", "seconds=1e9", *SETTINGS["finetune"], "rank=2"]
     for name, more in {"held": ["anchored=true"], "free": []}.items():
         run = ["--from", str(folders / "attention_matching"), "--out", str(tmp_path / name), *settings, *more]
         finish(start("finetune", *run))
     held, free = (read_metrics(tmp_path / name)[0]["loss"] for name in ("held", "free"))
     assert 0 < held < free, "its layers are matched, and clips are news to it"
+    other = tmp_path / "other"
+    shutil.copytree(folders / "attention_matching", other)
+    weights, description = load_weights(other / TEACHER_FILE)
+    save_weights(other / TEACHER_FILE, {name: 1.1 * x for name, x in weights.items()}, description, int8=True)
+    finish(start("finetune", "--from", str(other), "--out", str(tmp_path / "far"), *settings, "anchored=true"))
+    assert read_metrics(tmp_path / "far")[0]["loss"] > 2 * held, "what it is held to is the teacher beside it"
     with pytest.raises(ValueError, match="nothing to learn from itself"):
         FinetuneStage(softmax=True, anchored=True)
     with pytest.raises(ValueError, match="set anchored=true with guided"):

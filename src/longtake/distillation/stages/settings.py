@@ -118,13 +118,12 @@ class FinetuneStage(Stage):
     """The whole converted teacher on clips, by flow matching: mends what layers that learned apart do to each other.
 
     softmax: the control: the teacher itself, with no layer converted, on the same clips in the same order. anchored:
-    whether what is learned is not to make these clips, but to answer on them as the network did when the stage began
-    and attended exactly in all its layers (ours). guided: whether that answer is the velocity that sampling follows, of
-    prompt and no prompt under `guidance`, and not of either by itself; `no_prompt_share` then has no say. far_lr: rate
-    of the features. far_only: whether nothing else learns. rank: of what is added to each matrix (0: any), see
-    `low_rank`; features learn whole. recompute: whether of each layer's pass only what went in is kept, and the rest
-    computed again for its gradient: the same in more time and a small part of the memory. Published: about a thousand
-    steps of everything (2601.04342).
+    whether what is learned is not to make these clips, but to answer on them as the teacher that it was made of (ours).
+    guided: whether that answer is the velocity that sampling follows, of prompt and no prompt under `guidance`, and not
+    of either by itself; `no_prompt_share` then has no say. far_lr: rate of the features. far_only: whether nothing else
+    learns. rank: of what is added to each matrix (0: any), see `low_rank`; features learn whole. recompute: whether of
+    each layer's pass only what went in is kept, and the rest computed again for its gradient: the same in more time and
+    a small part of the memory. Published: about a thousand steps of everything (2601.04342).
     ValueError for the control where it is anchored, for it already answers so, and for guided clips.
     """
 

@@ -1,6 +1,5 @@
 """The stages `teacher` and `finetune`: networks that make whole clips, by flow matching."""
 
-import copy
 from collections.abc import Callable
 
 import torch
@@ -44,9 +43,10 @@ def train_teacher(
 
 
 def train_finetune(
-    text: WordEncoder, network: WanTransformer, world: World, shift: float, stage: FinetuneStage, run: Run
-) -> dict[str, float]:
-    anchor = copy.deepcopy(network).requires_grad_(False) if stage.anchored else None
+    text: WordEncoder, network: WanTransformer, world: World, shift: float, stage: FinetuneStage, run: Run,
+    anchor: WanTransformer | None = None,
+) -> dict[str, float]:  # fmt: skip
+    """anchor: the teacher, for a stage that is `anchored`."""
     at_rank(network, stage.rank)
     learner = learner_of(network, stage.lr, stage.far_lr, stage.average, far_only=stage.far_only)
     compile_for(run, network, *([anchor] if anchor else []))
