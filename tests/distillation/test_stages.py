@@ -649,12 +649,17 @@ def test_an_anchor_can_hold_a_network_in_front_of_what_it_streams(tmp_path: Path
         "real_weight": 0.0,
         "anchor_weight": 1.0,
         "anchor_streams": True,
+        "anchor_frames": 6,
     }
     _, supplies = forced(tmp_path / "run", sparse, **settings)
     losses = [row["anchor"] for row in read_metrics(tmp_path / "run")]
     assert not supplies and losses[-1] < 0.7 * losses[0], losses
     with pytest.raises(ValueError, match="anchor_streams is for the clips of an anchor"):
         TeacherForcingStage(anchor_streams=True)
+    with pytest.raises(ValueError, match="anchor_frames is for the clips of an anchor"):
+        TeacherForcingStage(anchor_frames=6)
+    with pytest.raises(ValueError, match=r"anchor_frames \(7\) must be whole blocks of 3"):
+        forced(tmp_path / "uneven", sparse, **{**settings, "anchor_frames": 7})
     with pytest.raises(ValueError, match="block by block with exact attention: no anchor_streams"):
         forced(tmp_path / "none", rolling_forcing().with_levels(2), steps=1, anchor_weight=1.0, anchor_streams=True)
 

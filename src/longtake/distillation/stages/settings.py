@@ -40,7 +40,7 @@ _MAY_BE_0 = {
     "seed", "kl_weight", "focus_weight", "no_prompt_share", "encoder_blocks", "decoder_blocks", "most_given", "pull",
     "self_forcing_share", "memory_share", "anchor_weight", "recompute", "real_weight", "real_frames", "real_batch",
     "last_exits", "rank", "layers", "first_steps", "far_only", "overlap", "turns_with_frames", "both_ways", "softmax",
-    "far_maps", "anchored", "anchor_streams", "exact", "looks_soon", "guided",
+    "far_maps", "anchored", "anchor_streams", "anchor_frames", "exact", "looks_soon", "guided",
 }  # fmt: skip
 
 
@@ -175,8 +175,9 @@ class TeacherForcingStage(Stage):
     converted layers too, at the recipe's levels. So a few-step student learns to remember, to see a part of its window,
     or to do with converted layers, and stays what it was. anchor_streams: whether those clips are streamed by the
     network as it was, under the first recipe and by prompts of the world, and not the world's own: in front of its own
-    it is asked. real_weight: of the first lesson; 0: there is none, and all that is learned is to answer so. rank: of
-    what is added to each matrix (0: any), see `low_rank`.
+    it is asked. anchor_frames: latent frames of an anchor's clips, whole blocks (0: `frames`): shorter ones hold it to
+    how it begins, and leave open what it does later. real_weight: of the first lesson; 0: there is none, and all that
+    is learned is to answer so. rank: of what is added to each matrix (0: any), see `low_rank`.
     far_maps: whether queries and keys of far states get maps of their own (`OwnMaps`), if they have none; they learn as
     the projections do.
     """
@@ -198,6 +199,7 @@ class TeacherForcingStage(Stage):
     real_weight: float = 1.0
     anchor_weight: float = 0.0
     anchor_streams: bool = False
+    anchor_frames: int = 0
     rank: int = 0
     far_maps: bool = False
 
@@ -205,6 +207,8 @@ class TeacherForcingStage(Stage):
         super().__post_init__()
         if self.anchor_streams and not self.anchor_weight:
             raise ValueError("anchor_streams is for the clips of an anchor: set anchor_weight above 0, too")
+        if self.anchor_frames and not self.anchor_weight:
+            raise ValueError("anchor_frames is for the clips of an anchor: set anchor_weight above 0, too")
         if not (self.real_weight or self.anchor_weight):
             raise ValueError("without a real_weight or an anchor_weight nothing would be learned: give one")
         _require_a_matrix(self)

@@ -27,8 +27,9 @@ def train_teacher_forcing(
     stage: TeacherForcingStage, run: Run,
 ) -> dict[str, float]:  # fmt: skip
     for recipe in recipes:
-        if stage.frames % recipe.block:
-            raise ValueError(f"frames ({stage.frames}) must be whole blocks of {recipe.block}")
+        for name, frames in {"frames": stage.frames, "anchor_frames": stage.anchor_frames}.items():
+            if frames % recipe.block:
+                raise ValueError(f"{name} ({frames}) must be whole blocks of {recipe.block}")
         if stage.first_steps > len(recipe.steps):
             raise ValueError(f"{recipe.name} has {len(recipe.steps)} steps: first_steps cannot be {stage.first_steps}")
         if stage.first_steps and recipe.rolls:
@@ -52,9 +53,10 @@ def train_teacher_forcing(
     lessons: dict[str, Callable[[int], Tensor]] = {}
 
     def learn(
-        name: str, weight: float, clips: ClipSupply, levels: Callable[[Recipe], Sequence[float]], **aim: Any
-    ) -> None:
-        """Add a lesson that has clips of its own; what it returns is not weighed."""
+        name: str, weight: float, clips: ClipSupply, frames: int,
+        levels: Callable[[Recipe], Sequence[float]], **aim: Any,
+    ) -> None:  # fmt: skip
+        """Add a lesson that has clips of its own, of so many latent frames; what it returns is not weighed."""
         supplies[name] = clips
         of_recipe = {
             recipe.name: forced_lesson(
@@ -65,7 +67,7 @@ def train_teacher_forcing(
         }  # fmt: skip
 
         def lesson(step: int) -> Tensor:
-            parts = parts_of(drawn(supplies[name], step, stage.batch, stage.frames))
+            parts = parts_of(drawn(supplies[name], step, stage.batch, frames))
             return of_recipe[recipes[step % len(recipes)].name](*parts) / weight
 
         lessons[name] = lesson
@@ -73,14 +75,15 @@ def train_teacher_forcing(
     clips: ClipSupply
     if stage.real_weight:
         clips = world.clips(stage.pool, stage.seed, stage.frames, stage.memory_share, stage.looks_soon)
-        learn("loss", stage.real_weight, clips, lambda recipe: recipe.levels(shift)[: stage.first_steps])
+        learn("loss", stage.real_weight, clips, stage.frames, lambda recipe: recipe.levels(shift)[: stage.first_steps])
     if anchor is not None:
+        frames = stage.anchor_frames or stage.frames
         if streamer is None:
-            clips = world.clips(stage.pool, stage.seed, stage.frames)
+            clips = world.clips(stage.pool, stage.seed, frames)
         else:
-            sizes = {"size": stage.pool, "seed": stage.seed, "frames": stage.frames}
+            sizes = {"size": stage.pool, "seed": stage.seed, "frames": frames}
             clips = OwnClips(text, streamer, world, recipes[0], shift, run, **sizes)
-        learn("anchor", stage.anchor_weight, clips, lambda recipe: recipe.levels(shift), anchor=anchor)
+        learn("anchor", stage.anchor_weight, clips, frames, lambda recipe: recipe.levels(shift), anchor=anchor)
 
     def turn(step: int) -> dict[str, Tensor]:
         values = {name: lesson(step) for name, lesson in lessons.items()}
