@@ -18,7 +18,9 @@ def level_tensor(levels: Sequence[float], latents_BFCHW: Tensor) -> Tensor:
 
 def _made(levels: tuple[float, ...], batch: int, device: torch.device) -> Tensor:
     """Made on the device: a copy from the host waits until it is idle."""
-    parts = [torch.full((len(list(alike)),), float(level), device=device) for level, alike in groupby(levels)]
+    parts = [
+        torch.full((len(list(alike)),), level, dtype=torch.float32, device=device) for level, alike in groupby(levels)
+    ]
     return torch.cat(parts).repeat(batch, 1)
 
 
