@@ -61,9 +61,12 @@ def test_streams_on_a_gpu_agree_with_the_plain_network(name: str, maps: bool) ->
     plain = replace(plain, text=TextOnGPU())
     quick = fused(replace(plain, network=copy.deepcopy(plain.network)))
     assert quick.circumstances["passes"] == "fused"
+    embedded: list[object] = []
+    quick.network.time_projection.register_forward_hook(lambda *given: embedded.append(given))
     for _ in range(2):  # the second time from the records of the first
         for one, other in zip(latents(plain, 14), latents(quick, 14), strict=True):
             torch.testing.assert_close(other, one, atol=1e-3, rtol=1e-3)
+    assert 0 < len(embedded) < 10, "levels are embedded once for all blocks and both streams"
 
 
 def test_another_gpu_than_the_current_one_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,6 +36,7 @@ from longtake.memory.stream_memory import MemoryShape, StreamMemory
 from longtake.models.checkpoints import NETWORKS
 from longtake.models.codec import Codec, CodecState
 from longtake.models.hub import nearest, registry
+from longtake.models.known_levels import KnownLevels
 from longtake.models.light_codec import LightCodec, LightCodecConfig
 from longtake.models.standins import Fused, RandomText, network_without_numbers, without_numbers
 from longtake.models.text import WordEncoder, WordEncoderConfig, WordText
@@ -302,8 +303,8 @@ def streamed(
     memory = StreamMemory(shape, network.config.layers, ring=True)
     views, records = FixedViews(network.memory_view), Records(alive)
     if compile:
-        replaced = {"memory_view": views} | {
-            method: records.around(method, getattr(network, method)) for method in ("forward", "keys_to_commit")
+        replaced = {"memory_view": views, "embed_levels": KnownLevels(network)} | {
+            method: records.around(method, getattr(network, method)) for method in ("velocity_at", "keys_at")
         }
         for name, call in replaced.items():
             setattr(network, name, call)

@@ -19,6 +19,7 @@ from longtake.memory.far import FarState
 from longtake.memory.fixed_view import FixedViews
 from longtake.models.checkpoints import WAN_1_3B
 from longtake.models.fp8 import into_eight_bits
+from longtake.models.known_levels import KnownLevels
 from longtake.models.standins import RandomText
 from longtake.models.wan import WanTransformer
 from longtake.models.wan_vae import WanVAE, WanVAEConfig
@@ -92,16 +93,16 @@ def test_passes_that_are_put_around_a_network_are_told_and_counted_as_its_own() 
     wan_triton = pytest.importorskip("longtake.models.wan_triton")
     plain, engine = (tiny.engine(hybrid_forcing()) for _ in range(2))
     made = engine.network
-    views, record = FixedViews(made.memory_view), parallel.Recorded(made.forward)
+    views, record = FixedViews(made.memory_view), parallel.Recorded(made.velocity_at)
     record._records["a graph"] = (_ for _ in ())  # type: ignore[assignment]
-    made.memory_view, made.forward = views, record
-    parallel.record_calls([made], ["keys_to_commit"])
+    made.memory_view, made.embed_levels, made.velocity_at = views, KnownLevels(made), record
+    parallel.record_calls([made], ["keys_at"])
     with engine.stream("any") as stream:
         for _ in islice(stream, 8):
             pass
         seconds = seconds_by_part(engine, stream, 2)
     assert all(seconds[name] > 0 for name in (*PASSES, "commit", "memory", "decode"))
-    assert made.forward is record and made.memory_view is views
+    assert made.velocity_at is record and made.memory_view is views
     wan_triton.fuse_layers(made)
     engine = replace(engine, recipe=replace(engine.recipe, far=wan_triton.FusedFar.of(engine.recipe.far)))
     assert work_by_part(engine, "any") == work_by_part(plain, "any")

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from longtake.flow import add_noise, clean_from_velocity
+from longtake.generation.levels import level_tensor
 from longtake.generation.noise import Noise
 from longtake.memory.rows import Memory
 from longtake.memory.stream_memory import StreamMemory
@@ -115,4 +116,4 @@ def recache(network: WanTransformer, memory: Memory, prompt: PromptKeys, prompt_
 
 
 def _levels(latents_BFCHW: Tensor, level: float) -> Tensor:
-    return torch.full(latents_BFCHW.shape[:2], level, device=latents_BFCHW.device)
+    return level_tensor([level] * latents_BFCHW.shape[1], latents_BFCHW)

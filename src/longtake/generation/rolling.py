@@ -14,6 +14,7 @@ from torch import Tensor
 
 from longtake.flow import add_noise, clean_from_velocity
 from longtake.generation.blockwise import commit
+from longtake.generation.levels import level_tensor
 from longtake.generation.noise import Noise
 from longtake.memory.rows import Memory
 from longtake.models.wan import PromptKeys, WanTransformer
@@ -128,7 +129,9 @@ def _estimates(
     """What the network takes the clean blocks to be, [B, F, C, H, W] each, seen together and each at its level."""
     sizes = [one.noisy_BFCHW.shape[1] for one in flight]
     noisy = torch.cat([one.noisy_BFCHW for one in flight], dim=1)
-    level_BF = _by_frame([levels[one.step] for one in flight], sizes, noisy)
+    level_BF = level_tensor(
+        [levels[one.step] for one, size in zip(flight, sizes, strict=True) for _ in range(size)], noisy
+    )
     prompt, prompt_BF = _prompts(flight, sizes)
     view = network.memory_view(memory, noisy)
     velocity = network(noisy, level_BF, prompt, view, prompt_BF)
@@ -148,12 +151,12 @@ def _prompts(flight: Sequence[InFlight], sizes: Sequence[int]) -> tuple[PromptKe
 def _lowered(one: InFlight, clean_BFCHW: Tensor, noise: Noise, levels: Sequence[float]) -> InFlight:
     """The block at its next level, with new noise."""
     step = one.step + 1
-    level_BF = _by_frame([levels[step]], [clean_BFCHW.shape[1]], clean_BFCHW)
+    level_BF = level_tensor([levels[step]] * clean_BFCHW.shape[1], clean_BFCHW)
     return replace(one, step=step, noisy_BFCHW=add_noise(clean_BFCHW, noise(one.block, step), level_BF))
 
 
-def _by_frame(values: Sequence[float] | Sequence[int], sizes: Sequence[int], latents_BFCHW: Tensor) -> Tensor:
-    """Values of blocks of so many frames, [B, F]. Made on the device: a copy from the host waits until it is idle."""
+def _by_frame(numbers: Sequence[int], sizes: Sequence[int], latents_BFCHW: Tensor) -> Tensor:
+    """Numbers of blocks of so many frames, [B, F]. Made on the device: a copy from the host waits until it is idle."""
     device = latents_BFCHW.device
-    parts = [torch.full((size,), value, device=device) for value, size in zip(values, sizes, strict=True)]
+    parts = [torch.full((size,), number, device=device) for number, size in zip(numbers, sizes, strict=True)]
     return torch.cat(parts).expand(latents_BFCHW.shape[0], -1)

@@ -32,12 +32,8 @@ def split_tokens(network: WanTransformer, rotate: Rotate = rotate) -> None:
         for method in ("before_attention", "after_attention"):
             setattr(block, method, getattr(layer, method))
     whole, head = network.embed, network.head.forward
-
-    def embed(latents_BFCHW: Tensor, level_BF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        x_BFTE, level_BFE, levels_BF6E = whole(latents_BFCHW, level_BF)
-        return own_tokens(x_BFTE), level_BFE, levels_BF6E
-
-    setattr(network, "embed", embed)  # noqa: B010  # a type checker forbids the plain way
+    # a type checker forbids the plain way
+    setattr(network, "embed", lambda latents_BFCHW: own_tokens(whole(latents_BFCHW)))  # noqa: B010
     setattr(network.head, "forward", lambda x_BFtE, level_BFE: all_tokens(head(x_BFtE, level_BFE)))  # noqa: B010
 
 

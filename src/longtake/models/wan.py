@@ -100,6 +100,13 @@ class PromptKeys(NamedTuple):
         return cls([(torch.cat([k for k, _ in layer], dim), torch.cat([v for _, v in layer], dim)) for layer in layers])
 
 
+class Levels(NamedTuple):
+    """What a network makes of frames' levels: their embedding, and its projection for the layers."""
+
+    level_BFE: Tensor
+    layers_BF6E: Tensor
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension, in float32."""
 
@@ -260,10 +267,16 @@ class WanTransformer(nn.Module):
         self, noisy_BFCHW: Tensor, level_BF: Tensor, prompts: PromptKeys, view: View, prompt_BF: Tensor | None = None
     ) -> Tensor:
         """Velocity [B, F, C, H, W] of noisy latents at levels in 0..1; `prompt_BF` numbers each frame's prompt."""
-        x, level_BFE, levels_BF6E = self.embed(noisy_BFCHW, level_BF)
+        return self.velocity_at(self.embed_levels(level_BF), noisy_BFCHW, prompts, view, prompt_BF)
+
+    def velocity_at(
+        self, levels: Levels, noisy_BFCHW: Tensor, prompts: PromptKeys, view: View, prompt_BF: Tensor | None = None
+    ) -> Tensor:
+        """As `forward`, at levels that are embedded already."""
+        x = self.embed(noisy_BFCHW)
         for i in range(len(self.blocks)):
-            x = self.through_layer(i, x, levels_BF6E, prompts.layers[i], view, prompt_BF)
-        return self._unpatch(self.head(x, level_BFE), noisy_BFCHW.shape)
+            x = self.through_layer(i, x, levels.layers_BF6E, prompts.layers[i], view, prompt_BF)
+        return self._unpatch(self.head(x, levels.level_BFE), noisy_BFCHW.shape)
 
     def through_layer(
         self, i: int, x_BFTE: Tensor, levels_BF6E: Tensor, prompt: tuple[Tensor, Tensor], view: View,
@@ -278,7 +291,13 @@ class WanTransformer(nn.Module):
         self, clean_BFCHW: Tensor, level_BF: Tensor, prompts: PromptKeys, view: View, prompt_BF: Tensor | None = None
     ) -> LayerKeys:
         """Every layer's unrotated keys and values of finished latents. The last layer stops once it has its own."""
-        x, _, levels_BF6E = self.embed(clean_BFCHW, level_BF)
+        return self.keys_at(self.embed_levels(level_BF), clean_BFCHW, prompts, view, prompt_BF)
+
+    def keys_at(
+        self, levels: Levels, clean_BFCHW: Tensor, prompts: PromptKeys, view: View, prompt_BF: Tensor | None = None
+    ) -> LayerKeys:
+        """As `keys_to_commit`, at levels that are embedded already."""
+        x, levels_BF6E = self.embed(clean_BFCHW), levels.layers_BF6E
         keys = []
         for i, block in enumerate(self.layers):
             own = block.before_attention(x, levels_BF6E, view.rotation)
@@ -352,17 +371,21 @@ class WanTransformer(nn.Module):
             raise ValueError(f"latents of {height} x {width} cannot be cut into patches of {patch} x {patch}")
         return height // patch, width // patch
 
-    def embed(self, latents_BFCHW: Tensor, level_BF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens [B, F, T, E], level embedding [B, F, E] and its projection for the layers [B, F, 6, E]."""
+    def embed(self, latents_BFCHW: Tensor) -> Tensor:
+        """Tokens [B, F, T, E]."""
         weight = self.patch_embedding.weight
         rows, columns = self._grid(latents_BFCHW)
         p = self.config.patch
         patches = latents_BFCHW.unflatten(4, (columns, p)).unflatten(3, (rows, p)).permute(0, 1, 3, 5, 2, 4, 6)
-        x = functional.linear(
+        return functional.linear(
             patches.flatten(4).flatten(2, 3).to(weight.dtype), weight.flatten(1), self.patch_embedding.bias
         )
-        level_BFE = self.time_embedding(level_features(level_BF, self.config.level_dim).to(weight.dtype))
-        return x, level_BFE, self.time_projection(level_BFE).unflatten(-1, (6, -1))
+
+    def embed_levels(self, level_BF: Tensor) -> Levels:
+        """Of every frame's level, in 0..1."""
+        features = level_features(level_BF, self.config.level_dim).to(self.patch_embedding.weight.dtype)
+        level_BFE = self.time_embedding(features)
+        return Levels(level_BFE, self.time_projection(level_BFE).unflatten(-1, (6, -1)))
 
     def _unpatch(self, x_BFTE: Tensor, shape: torch.Size) -> Tensor:
         p = self.config.patch

@@ -16,6 +16,7 @@ from longtake import parallel
 from longtake.generation.stream import Engine
 from longtake.memory.fixed_view import FixedView, FixedViews
 from longtake.models.codec import Codec
+from longtake.models.known_levels import KnownLevels
 from longtake.models.wan import WanTransformer
 from longtake.models.wan_vae import WanVAE
 
@@ -96,7 +97,8 @@ def fused(engine: Engine) -> Engine:
     wan_triton.fuse_layers(network)
     view_of = partial(network.memory_view, rotate=rotate)
     setattr(network, "memory_view", FixedViews(view_of, wan_triton.add_far))  # noqa: B010  # as in `parallel`
-    parallel.record_calls([network], ("forward", "keys_to_commit"), chosen=_reads_fixed_view, lends=True)
+    setattr(network, "embed_levels", KnownLevels(network))  # noqa: B010
+    parallel.record_calls([network], ("velocity_at", "keys_at"), chosen=_reads_fixed_view, lends=True)
     far = engine.recipe.far and wan_triton.FusedFar.of(engine.recipe.far)
     return replace(engine, recipe=replace(engine.recipe, far=far), fused=True)
 
