@@ -60,6 +60,19 @@ def crossing(lines: Lines) -> float | None:
     return before + (after - before) * low / (low - high)
 
 
+def told(lines: Lines) -> str:
+    """Where a converted layer becomes the faster one; also if that is below or beyond all that was timed of both."""
+    both = sorted(dict(lines.get("dense", ())).keys() & dict(lines.get("converted", ())).keys())
+    if not both:
+        return ""
+    meet = crossing(lines)
+    if meet is None:
+        return f"no crossing: dense is the faster one still at {both[-1]:.1f} s"
+    if meet == both[0]:
+        return f"no crossing: converted is the faster one from {meet:.1f} s on, the least that was timed"
+    return f"converted is the faster one from {meet:.1f} s on"
+
+
 def draw(
     cases: Sequence[Mapping[str, Any]], later: Sequence[Mapping[str, Any]], part: str, about: Mapping[str, Any],
     path: Path,
@@ -71,9 +84,10 @@ def draw(
             lines = lines_of(cases, shape, part, number)
             _panel(axes, lines, lines_of(later, shape, part, number), unit)
             axes.set_title(f"{shape}, {part.replace('_', ' ')}", fontsize=10)
-            if number == "ms" and (meet := crossing(lines)):
-                axes.axvline(meet, color="grey", linewidth=0.8)
-                axes.annotate(f"{meet:.1f} s", (meet, 0.02), xycoords=("data", "axes fraction"), fontsize=8)
+            if number == "ms":
+                if (meet := crossing(lines)) is not None:
+                    axes.axvline(meet, color="grey", linewidth=0.8)
+                axes.annotate(told(lines), (0.98, 0.02), xycoords="axes fraction", ha="right", fontsize=8)
     figure.suptitle(f"{about['device']}, {about['type']}, Tc {about['current']}, To {about['overlap']}", fontsize=10)
     figure.savefig(path, dpi=120)
 

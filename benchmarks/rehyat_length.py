@@ -42,6 +42,7 @@ SHAPES = {
     "toy": ({"dim": 256, "heads": 4, "ffn_dim": 1024, "text_dim": 192}, (7, 12)),
     "tiny": ({"dim": 32, "heads": 2, "ffn_dim": 64, "text_dim": 16}, (2, 3)),
     "1.3B": ({"dim": 1536, "heads": 12, "ffn_dim": 8960, "text_dim": 4096}, (30, 52)),
+    "1.3B-small": ({"dim": 1536, "heads": 12, "ffn_dim": 8960, "text_dim": 4096}, (20, 30)),  # 320 x 480
 }
 FRAMES = {
     "dense": (21, 42, 63, 84, 126, 252),

@@ -88,6 +88,42 @@ def test_bytes_that_move_are_counted_and_no_others(monkeypatch: pytest.MonkeyPat
     assert (traffic.bytes, traffic.again) == (6 * x.nbytes + log_masses, 2 * 2 * x.nbytes), "three tiles of queries"
 
 
+@torch.no_grad()
+def test_tensors_without_numbers_move_as_much_as_those_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    traffic, length = script("rehyat_traffic", monkeypatch), script("rehyat_length", monkeypatch)
+    for kind in ("dense", "clip"):
+        real = length.measured(kind, 12, "tiny", 1)
+        without = traffic.counted("tiny", "layer", kind, 12, torch.float32, 16)
+        assert all(without[name] == real[name] for name in ("traffic_mb", "tiled_mb"))
+    (one, _), exported = traffic.case("tiny", "layer", "step", 3, torch.float32, 16), length.case("step", 3, "tiny")
+    counts = []
+    for run in (one, exported):
+        with length.Traffic() as moved:
+            run()
+        counts.append(moved.bytes)
+    assert 0.98 < counts[0] / counts[1] < 1.02, "the program that is exported moves what the layer does"
+
+
+def test_traffic_of_every_kind_is_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("triton", reason="triton is not installed (it comes with longtake[dev] on Linux)")
+    traffic = script("rehyat_traffic", monkeypatch)
+    told(traffic, tmp_path / "it.json", monkeypatch, "--shapes", "tiny", "--frames", "6", "90")
+    cases = json.loads((tmp_path / "it.json").read_text())["cases"]
+    found = {(one["part"], one["kind"], one["frames"]): one for one in cases}
+    assert len(found) == len(cases) == 2 * sum(map(len, traffic.PARTS.values()))
+    short, long = (found["layer", "step", frames] for frames in (6, 90))
+    assert short["traffic_mb"] == long["traffic_mb"] and short["least_mb"] == long["least_mb"]
+    assert found["layer", "dense_step", 90]["least_mb"] > found["layer", "dense_step", 6]["least_mb"]
+    for part in traffic.PARTS:
+        assert found[part, "clip_kernels", 90]["traffic_mb"] < found[part, "clip", 90]["traffic_mb"]
+    gain = found["layer", "clip", 90]["of_dense"]["scored_mb"]
+    assert gain > found["layer", "clip", 6]["of_dense"]["scored_mb"]
+    dense = {name: found["layer", "dense", 90][name] for name in ("traffic_mb", "tiled_mb", "scored_mb")}
+    queries, heads = 90 * 6, 2  # of 2 bytes; the prompt has 512 keys
+    scores = 4 * 2 * heads * queries * (queries + 512) / 1e6
+    assert dense["scored_mb"] - dense["traffic_mb"] == pytest.approx(scores, abs=0.11)
+
+
 def test_every_kind_of_a_layer_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     length = script("rehyat_length", monkeypatch)
     found = {kind: length.measured(kind, 6, "tiny", 1) for kind in length.KINDS}

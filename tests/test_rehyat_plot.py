@@ -36,6 +36,15 @@ def test_lines_cross_between_the_last_length_that_is_slower_and_the_next(plot: M
     assert plot.crossing({"dense": lines["dense"]}) is None
 
 
+def test_a_plot_says_where_lines_cross_and_if_they_do_not(plot: ModuleType) -> None:
+    lines = plot.lines_of(cases(), "1.3B", "layer", "ms")
+    assert plot.told(lines) == "converted is the faster one from 7.5 s on"
+    late, early = ({kind: points[some] for kind, points in lines.items()} for some in (slice(1, None), slice(1)))
+    assert plot.told(late) == "no crossing: converted is the faster one from 10.0 s on, the least that was timed"
+    assert plot.told(early) == "no crossing: dense is the faster one still at 5.0 s"
+    assert plot.told({"dense": lines["dense"]}) == ""
+
+
 def test_what_was_refused_is_not_drawn(plot: ModuleType) -> None:
     refused = {"shape": "1.3B", "part": "layer", "kind": "dense", "clip_seconds": 600.0, "refused": "no room"}
     assert plot.lines_of([refused], "1.3B", "layer", "ms") == {}

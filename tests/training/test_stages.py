@@ -413,6 +413,8 @@ def test_clips_of_a_converted_teacher_are_evaluated_beside_the_teachers(folders:
     assert "clips of 2.8 seconds cannot be scored at 5" in capsys.readouterr().err
     assert main(["evaluate", "toy", "--model", str(folders / "teacher"), "--recipe", "converted", *few]) == 2
     assert "nor a folder that holds converted.safetensors" in capsys.readouterr().err
+    assert main(["evaluate", "toy", "--recipe", "converted", *few]) == 2
+    assert "toy has no converted teacher: name a folder that holds converted.safetensors" in capsys.readouterr().err
 
 
 def test_a_converted_teacher_becomes_a_student_that_streams(folders: Path, tmp_path: Path) -> None:
