@@ -12,7 +12,7 @@ from longtake.generation.stream import to_uint8
 from longtake.recipes import self_forcing_sink
 from longtake.toy.captions import parse
 from longtake.toy.scenes import ATTRIBUTES, CHANGEABLE, RATE, Scenes
-from longtake.toy.world import render
+from longtake.toy.world import Painter, Rendering, render
 
 
 class RenderedEngine:
@@ -29,6 +29,19 @@ class RenderedEngine:
     @contextmanager
     def stream_batch(self, prompts: Sequence[str], *, seeds: Sequence[int]) -> Iterator["RenderedBatch"]:
         yield RenderedBatch(prompts, seeds, self.obeys)
+
+
+def in_pairs(scenes: Scenes, pictures: int, first: int | Tensor = 0, painter: Painter | None = None) -> Rendering:
+    """What `render` makes, for half the cost.
+
+    Drawn are the last picture and every second before it, at which detectors look; each is shown also before its time.
+    """
+    numbers = torch.arange((pictures - 1) % 2, pictures, 2)
+    begins = torch.as_tensor(first).expand(len(scenes))
+    every = torch.arange(len(scenes)).repeat_interleave(len(numbers))
+    drawn = render(scenes[every], 1, (begins[:, None] + numbers).flatten(), painter)
+    spread = (x[:, 0].unflatten(0, (len(scenes), -1)).repeat_interleave(2, 1)[:, -pictures:] for x in drawn)
+    return Rendering(*spread)
 
 
 class RenderedBatch:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -113,10 +114,17 @@ finally:
     assert after.children_user + after.children_system - before.children_user - before.children_system < 0.5
 
 
+COMPILED = ("generate", "serve", "bench stream", "bench codec", "plan")
+
+
 @pytest.mark.parametrize(
     "verb",
     [
         ["generate"],
+        ["replay"],
+        ["take", "info"],
+        ["take", "sizes"],
+        ["serve"],
         ["bench", "stream"],
         ["bench", "attention"],
         ["bench", "codec"],
@@ -124,6 +132,8 @@ finally:
         ["evaluate", "redirect"],
         ["evaluate", "recall"],
         ["evaluate", "memory"],
+        ["evaluate", "compare"],
+        ["train", "dmd"],
         ["models"],
         ["models", "list"],
         ["models", "pull"],
@@ -140,7 +150,15 @@ def test_every_verb_explains_itself(verb, capsys):
     with pytest.raises(SystemExit) as leave:
         main([*verb, "--help"])
     assert leave.value.code == 0
-    assert capsys.readouterr().out.startswith(f"usage: longtake {' '.join(verb)}")
+    said = capsys.readouterr().out
+    assert said.startswith(f"usage: longtake {' '.join(verb)}")
+    assert re.findall(r"--no-\w+", said) == ["--no-compile"] * (" ".join(verb) in COMPILED)
+
+
+@pytest.mark.parametrize("flags, compiled", [("--compile", True), ("--no-compile", False), ("", False)])
+def test_compile_can_be_said_either_way(engine, flags, compiled):
+    main(["generate", "a red ball", "--seconds", "1", *flags.split()])
+    assert [options["compile"] for _, options in engine.asked_for] == [compiled]
 
 
 # generate

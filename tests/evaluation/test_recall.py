@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.rendered import RenderedBatch, RenderedEngine
+from tests.rendered import RenderedBatch, RenderedEngine, in_pairs
 from torch import Tensor
 
-from longtake.evaluation import recall, sources
+from longtake.evaluation import recall
 from longtake.evaluation.sources import stacked
+from longtake.generation.stream import to_uint8
 from longtake.recipes import self_forcing_sink
 from longtake.recipes.weight_files import toy_codec
 from longtake.toy.captions import parse
@@ -58,7 +59,7 @@ class SeeingEngine(RenderedEngine):
 
 @pytest.fixture(scope="module", autouse=True)
 def renders() -> Iterator[None]:
-    """Most tests begin with the same pictures: they are drawn once."""
+    """Most tests begin with the same pictures: they are drawn once, and those at which detectors look alone."""
     known: dict[tuple, Tensor] = {}
 
     def rendered(scenes: Scenes, pictures: int, first: int) -> Tensor:
@@ -66,7 +67,7 @@ def renders() -> Iterator[None]:
         keys = [(pictures, first, *(value.numpy().tobytes() for value in vars(row).values())) for row in rows]
         for key, row in zip(keys, rows, strict=True):
             if key not in known:
-                known[key] = sources.rendered(row, pictures, first)
+                known[key] = to_uint8(in_pairs(row, pictures, first).frames_BFCHW)
         return torch.cat([known[key] for key in keys])
 
     with pytest.MonkeyPatch.context() as patch:

@@ -90,10 +90,9 @@ def finish(process: Started) -> None:
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory) -> Path:
+def folders(shared_folder: Path) -> Path:
     """Every stage once, uninterrupted, each from the one before; all processes of a run of tests share them."""
-    base = tmp_path_factory.getbasetemp()
-    made = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "stages"
+    made = shared_folder / "stages"
     with FileLock(made.with_suffix(".lock")):
         for stage in SETTINGS:
             if not (made / stage / "record.json").exists():

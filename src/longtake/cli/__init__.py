@@ -8,7 +8,6 @@ import os
 import sys
 from collections.abc import Sequence
 
-from tyro.conf import FlagCreatePairsOff
 from tyro.extras import SubcommandApp
 
 from longtake.cli import bench, doctor, evaluate, explain, generate, models, plan, replay, serve, take, train, verify
@@ -52,7 +51,6 @@ def _run(arguments: Sequence[str] | None) -> int:
             prog="longtake",
             description="Endless, live, steerable video from text.",
             args=_with_default_verb(sys.argv[1:] if arguments is None else arguments),
-            config=(FlagCreatePairsOff,),
         )
     except BrokenPipeError:
         raise

@@ -9,7 +9,7 @@ from tyro.conf import arg
 from tyro.extras import SubcommandApp
 
 from longtake.cli.engines import in_precision, load_engine, precision_named, tell_of_kernels, together
-from longtake.cli.options import Base, Codec, CodecDevice, Compile, Device, Levels, Precision, StreamPrecision
+from longtake.cli.options import Base, Codec, CodecDevice, Compile, Device, Levels, Precision, StreamPrecision, Switch
 from longtake.cli.terminal import CHECK_FAILED, print_result, say
 from longtake.files import make_folder, whole
 
@@ -35,7 +35,7 @@ def bench_stream(
     repeats: int = 5,
     blocks: Annotated[int | None, arg(metavar="N")] = None,
     minutes: Annotated[float | None, arg(metavar="FLOAT")] = None,
-    random_weights: bool = False,
+    random_weights: Switch = False,
     decoder: Annotated[Literal["wan", "light", "none"] | None, arg(metavar="wan|light|none")] = None,
     size: Size = None,
     prompt: str = "a red ball bounces over green hills",
@@ -44,7 +44,7 @@ def bench_stream(
     dtype: StreamPrecision = "auto",
     compile: Compile = False,
     out: Annotated[Path | None, arg(aliases=["-o"], metavar="DIR")] = None,
-    json: bool = False,
+    json: Switch = False,
 ) -> int:
     """Time streams, network and codec together, without the first block of each; and how soon a redirect shows.
 
@@ -135,7 +135,7 @@ def bench_attention(
     size: Size = None,
     device: Device = None,
     dtype: Precision = "auto",
-    json: bool = False,
+    json: Switch = False,
 ) -> int:
     """Time attention by itself: the windows of recipes by every backend there is, and block-sparse windows.
 
@@ -170,7 +170,7 @@ def bench_codec(
     device: Device = None,
     dtype: Precision = "auto",
     compile: Compile = False,
-    json: bool = False,
+    json: Switch = False,
 ) -> int:
     """Time decoders by themselves, with random weights, in a stream that is under way.
 

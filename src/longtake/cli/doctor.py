@@ -3,10 +3,11 @@
 from dataclasses import asdict
 from json import dumps
 
+from longtake.cli.options import Switch
 from longtake.cli.terminal import CHECK_FAILED, say
 
 
-def doctor(json: bool = False) -> int:
+def doctor(json: Switch = False) -> int:
     """Try what this machine can do, and say what to do about each problem. Exits 1 if there is one.
 
     Args:

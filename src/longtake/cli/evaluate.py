@@ -8,7 +8,7 @@ from tyro.conf import Positional, arg, create_mutex_group
 from tyro.extras import SubcommandApp
 
 from longtake.cli.engines import load_engine, precision_named, together
-from longtake.cli.options import Device, Levels, Precision, PrecisionName
+from longtake.cli.options import Device, Levels, Precision, PrecisionName, Switch
 from longtake.cli.scores import (
     differences_in_words,
     memory_in_words,
@@ -39,7 +39,7 @@ def evaluate_toy(
     at: tuple[int, ...] = (5,),
     device: Device = None,
     dtype: Precision = "auto",
-    json: bool = False,
+    json: Switch = False,
 ) -> int:
     """Score recipes against the toy world, where the truth is known. Many GPUs: torchrun -m longtake.cli evaluate ...
 
@@ -85,7 +85,7 @@ def evaluate_redirect(
     in_flight: Literal["own", "new"] = "own",
     device: Device = None,
     dtype: Precision = "auto",
-    json: bool = False,
+    json: Switch = False,
 ) -> int:
     """Redirect streams of the toy world: does one changed attribute act, how soon, and does the rest stay?
 
@@ -131,7 +131,7 @@ def evaluate_recall(
     absence: Literal["streamed", "given"] = "streamed",
     device: Device = None,
     dtype: Precision = "auto",
-    json: bool = False,
+    json: Switch = False,
 ) -> int:
     """Let streams go on from the toy world while its camera looks away: is what returns the same?
 
@@ -181,7 +181,7 @@ def evaluate_memory(
     perturb: float = 0.05,
     device: Device = None,
     dtype: PrecisionName = "auto",
-    json: bool = False,
+    json: Switch = False,
     plot: Annotated[Path | None, arg(metavar="PATH")] = None,
 ) -> int:
     """Follow a far state through hours of real keys, and errors from block to block: what stays, and what grows?
@@ -223,7 +223,7 @@ def evaluate_memory(
 
 
 @app.command(name="compare")
-def evaluate_compare(file: Annotated[tuple[Path, ...], Positional], json: bool = False) -> int:
+def evaluate_compare(file: Annotated[tuple[Path, ...], Positional], json: Switch = False) -> int:
     """Compare scores of the same videos in pairs: the first table of the first file with each of the others.
 
     Args:

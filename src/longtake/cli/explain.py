@@ -5,13 +5,14 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
+from longtake.cli.options import Switch
 from longtake.cli.terminal import print_result
 
 
 def explain(
     recipe: Annotated[Positional[str | None], arg(metavar="RECIPE")] = None,
     blocks: Annotated[int | None, arg(metavar="N")] = None,
-    json: bool = False,
+    json: Switch = False,
 ) -> int:
     """Say what a recipe does, block by block: what is attended, at which positions, and what becomes of the past.
 

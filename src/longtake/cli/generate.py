@@ -23,6 +23,7 @@ from longtake.cli.options import (
     Opening,
     Seconds,
     StreamPrecision,
+    Switch,
 )
 from longtake.cli.terminal import say
 from longtake.cli.videos import free_name, length_of, require_length, require_writable_take
@@ -50,13 +51,13 @@ def generate(
     codec: Codec = None,
     levels: Levels = None,
     out: Mp4 = None,
-    force: bool = False,
+    force: Switch = False,
     take: OneFile = None,
     device: Device = None,
     codec_device: CodecDevice = None,
     dtype: StreamPrecision = "auto",
     compile: Compile = False,
-    json: bool = False,
+    json: Switch = False,
 ) -> int:
     """Make a video from a text, or one for each text in a file, and print where it is. Ctrl-C keeps what is made.
 

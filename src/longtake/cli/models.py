@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 from tyro.extras import SubcommandApp
 
+from longtake.cli.options import Switch
 from longtake.cli.terminal import print_result, say
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ app = SubcommandApp()
 
 
 @app.command(name="list")
-def models_list(json: bool = False) -> int:
+def models_list(json: Switch = False) -> int:
     """List what runs, each model with each recipe that it has weights for, and the published checkpoints.
 
     Args:
@@ -97,7 +98,7 @@ def models_delta(
     tuned: Annotated[Positional[str], arg(metavar="TUNED")],
     out: Annotated[Path, arg(aliases=["-o"], metavar="FILE")],
     rank: Annotated[int, arg(metavar="R")] = 32,
-    json: bool = False,
+    json: Switch = False,
 ) -> int:
     """Write a student that was tuned from another as what it adds to it, and print the size and the error that is left.
 
@@ -122,7 +123,7 @@ def models_mix(
     tuned: Annotated[Positional[str], arg(metavar="TUNED")],
     out: Annotated[Path, arg(aliases=["-o"], metavar="FILE")],
     share: float,
-    json: bool = False,
+    json: Switch = False,
 ) -> int:
     """Write a student between two: so far on the way from one to another that was tuned from it.
 

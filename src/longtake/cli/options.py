@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from tyro.conf import arg
+from tyro.conf import FlagCreatePairsOff, arg
 
+Switch = FlagCreatePairsOff[bool]  # has no --no-... beside it
 DeviceName = Annotated[str | None, arg(metavar="NAME")]
 Device = Annotated[str | None, arg(metavar="NAME", help="cpu, cuda, cuda:1, ...; unless given, the best there is.")]
 PrecisionName = Literal["auto", "float32", "bfloat16"]
@@ -18,7 +19,7 @@ StreamPrecision = Annotated[
         help="Precision; auto takes the fastest that is safe. fp8: bfloat16, with large products of eight bits.",
     ),
 ]
-Compile = Annotated[bool, arg(help="On a GPU by fused kernels and recorded graphs: see docs/gpu.md.")]
+Compile = Annotated[bool, arg(help="On a GPU by fused kernels and recorded graphs, else by plain torch: docs/gpu.md.")]
 Method = Annotated[
     str | None,
     arg(

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
+from longtake.cli.options import Switch
 from longtake.cli.terminal import BAD_INPUT, print_result, say
 
 
@@ -15,7 +16,7 @@ def plan(
     decoder: Annotated[Literal["wan", "light", "none"] | None, arg(metavar="wan|light|none")] = None,
     compile: bool = False,
     vram: Annotated[str | None, arg(metavar="SIZE")] = None,
-    json: bool = False,
+    json: Switch = False,
 ) -> int:
     """Predict the memory of a stream, part by part, without weights and without a GPU. Exits 2 if it does not fit.
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import arg
 
 from longtake.cli.engines import load_engine
-from longtake.cli.options import Base, Codec, Compile, Device, Levels, Method, StreamPrecision
+from longtake.cli.options import Base, Codec, Compile, Device, Levels, Method, StreamPrecision, Switch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,12 +29,12 @@ def serve(
     levels: Levels = None,
     sessions: int = 4,
     api_key: Annotated[str | None, arg(metavar="KEY")] = None,
-    insecure: bool = False,
+    insecure: Switch = False,
     origin: Annotated[tuple[str, ...], arg(metavar="HOST")] = (),
-    exact: bool = False,
+    exact: Switch = False,
     keep: Annotated[Path | None, arg(metavar="DIR")] = None,
     keep_gib: float = 4.0,
-    log_prompts: bool = False,
+    log_prompts: Switch = False,
     device: Device = None,
     dtype: StreamPrecision = "auto",
     compile: Compile = False,

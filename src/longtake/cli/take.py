@@ -10,7 +10,7 @@ from tyro.extras import SubcommandApp
 
 from longtake.cli.engines import load_again
 from longtake.cli.filming import show
-from longtake.cli.options import DeviceName, Mp4, OneFile, Seconds
+from longtake.cli.options import DeviceName, Mp4, OneFile, Seconds, Switch
 from longtake.cli.terminal import print_result
 from longtake.cli.videos import free_name, length_of, require_length, require_writable_take
 from longtake.files import require_free_video
@@ -21,7 +21,7 @@ app = SubcommandApp()
 
 
 @app.command(name="info")
-def take_info(file: File, json: bool = False) -> int:
+def take_info(file: File, json: Switch = False) -> int:
     """Say what a take is: what made it, what was told when, and how large its parts are.
 
     Args:
@@ -82,7 +82,7 @@ def take_sizes(
     model: tuple[str, ...] = ("toy", "wan2.1-1.3b"),
     recipe: tuple[str, ...] = (),
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
-    json: bool = False,
+    json: Switch = False,
 ) -> int:
     """Count how large takes get, part by part, without weights and without a GPU; prints a table.
 

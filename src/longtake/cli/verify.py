@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 from tyro.conf import Positional, arg
 
 from longtake.cli.engines import precision_named
-from longtake.cli.options import Codec, Device, PrecisionName
+from longtake.cli.options import Codec, Device, PrecisionName, Switch
 from longtake.cli.terminal import CHECK_FAILED, say
 from longtake.files import make_folder
 
@@ -29,7 +29,7 @@ def verify(
     device: Device = None,
     dtype: PrecisionName = "auto",
     out: Annotated[Path | None, arg(aliases=["-o"], metavar="DIR")] = None,
-    json: bool = False,
+    json: Switch = False,
 ) -> int:
     """Check a Wan network: names, shapes, one step against plain attention, a short clip. Exits 1 if a check fails.
 
