@@ -24,7 +24,7 @@ TIMES = 2
 
 def main() -> int:
     asked = argparse.ArgumentParser()
-    asked.add_argument("--recipe", nargs="+", default=["self_forcing_sink", "hybrid_forcing"])
+    asked.add_argument("--recipe", nargs="+", default=["self_forcing_sink", "hybrid_forcing", "rolling_forcing"])
     asked.add_argument("--streams", type=int, default=8)
     asked.add_argument("--blocks", type=int, default=20)
     asked.add_argument("--device", default="cuda")

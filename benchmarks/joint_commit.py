@@ -1,13 +1,13 @@
-"""What could a commit made together with the next block's first pass save? An upper bound, from two arms in turn.
+"""What could a commit made together with the next block's first pass save? Two arms in turn.
 
 python benchmarks/joint_commit.py [--shape 1.3b|toy] [--device NAME] [--rounds N] [--json FILE]   # prints JSON too
 
 apart: the commit of a block at level 0, then a pass over the next at level 1, as streams make them. joint: both blocks
 in one pass, each frame at its level; the last layer is left early for those committed. Random weights of the shape, and
-no self-attention, which has the same to do in both arms: queries are taken for its answers. All else is the network's
-own, on a GPU by fused kernels, each pass a recorded graph. The prompt's keys are no arguments of these: streams copy
-them for each replay, which is left out of both arms. Not counted against joint: to remember and turn keys in mid-pass,
-and a change of prompt, for which the pass would be made again.
+no self-attention, whose operations are the same in both arms: queries are taken for its answers. All else is the
+network's own, on a GPU by fused kernels, each pass a recorded graph. The prompt's keys are no arguments of these:
+streams copy them for each replay, which is left out of both arms. Not counted against joint: to remember and turn keys
+in mid-pass, and a change of prompt, for which the pass would be made again.
 
 saved_ms: the median difference of a round, with quartiles. peak_mib: what an arm works in at most, with its answers, by
 kernels launched one by one; joint keeps copies there, of the committed keys alone. second_view_mib: keys and values of

@@ -11,6 +11,7 @@ from longtake.evaluation.sources import scenes_of
 from longtake.generation.stream import to_uint8
 from longtake.recipes import self_forcing_sink
 from longtake.toy.captions import parse
+from longtake.toy.detect import STRIDE
 from longtake.toy.scenes import ATTRIBUTES, CHANGEABLE, RATE, Scenes
 from longtake.toy.world import Painter, Rendering, render
 
@@ -36,11 +37,11 @@ def in_pairs(scenes: Scenes, pictures: int, first: int | Tensor = 0, painter: Pa
 
     Drawn are the last picture and every second before it, at which detectors look; each is shown also before its time.
     """
-    numbers = torch.arange((pictures - 1) % 2, pictures, 2)
+    numbers = torch.arange((pictures - 1) % STRIDE, pictures, STRIDE)
     begins = torch.as_tensor(first).expand(len(scenes))
     every = torch.arange(len(scenes)).repeat_interleave(len(numbers))
     drawn = render(scenes[every], 1, (begins[:, None] + numbers).flatten(), painter)
-    spread = (x[:, 0].unflatten(0, (len(scenes), -1)).repeat_interleave(2, 1)[:, -pictures:] for x in drawn)
+    spread = (x[:, 0].unflatten(0, (len(scenes), -1)).repeat_interleave(STRIDE, 1)[:, -pictures:] for x in drawn)
     return Rendering(*spread)
 
 

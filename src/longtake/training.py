@@ -216,10 +216,10 @@ class _Inputs:
         return text, reading_far(network) if any(recipe.far for recipe in chosen) else network, shift
 
     def teacher_of(self, text: WordEncoder) -> WanTransformer:
-        """The teacher, whose prompts a student's text encoder has to read as its own does."""
+        """The teacher, whose prompts the text encoder of what was made of it has to read as its own does."""
         own, teacher, _ = self.network(TEACHER_FILE)
         if own.config != text.config or not all(map(_alike, own.parameters(), text.parameters())):
-            raise ValueError(f"{self.source} holds a student of another teacher: their text encoders differ")
+            raise ValueError(f"{self.source} holds a network of another teacher: their text encoders differ")
         return teacher
 
     def hand_on(self, files: Sequence[str], out: Path) -> None:
@@ -308,7 +308,7 @@ def _train_attention_matching(
 def _train_finetune(stage: FinetuneStage, inputs: _Inputs, chosen: Sequence[Recipe], run: Run) -> dict[str, float]:
     file = TEACHER_FILE if stage.softmax else CONVERTED_FILE
     text, network, shift = inputs.network(file)
-    anchor = inputs.network(TEACHER_FILE)[1] if stage.anchored else None
+    anchor = inputs.teacher_of(text) if stage.anchored else None
     toy = ToyWorld(inputs.codec(), run)
     spent = stages.train_finetune(text, network, toy, shift, stage, run, anchor)
     _save_clip_network(file, text, network, shift, run)

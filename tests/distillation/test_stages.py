@@ -654,6 +654,9 @@ def test_an_anchor_can_hold_a_network_in_front_of_what_it_streams(tmp_path: Path
     _, supplies = forced(tmp_path / "run", sparse, **settings)
     losses = [row["anchor"] for row in read_metrics(tmp_path / "run")]
     assert not supplies and losses[-1] < 0.7 * losses[0], losses
+    few = {**settings, "steps": 1, "anchor_streams": False, "real_weight": 1.0}
+    _, supplies = forced(tmp_path / "both", sparse, **few)
+    assert [clips.drawn[0].shape[1] for clips in supplies] == [9, 6], "an anchor's clips alone are short"
     with pytest.raises(ValueError, match="anchor_streams is for the clips of an anchor"):
         TeacherForcingStage(anchor_streams=True)
     with pytest.raises(ValueError, match="anchor_frames is for the clips of an anchor"):

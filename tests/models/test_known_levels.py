@@ -6,7 +6,7 @@ import pytest
 import torch
 from tests import tiny
 
-from longtake.generation.levels import level_tensor
+from longtake.generation.levels import _latest, level_tensor
 from longtake.models.known_levels import KnownLevels
 from longtake.models.wan import Levels, WanTransformer
 from longtake.recipes import RECIPES
@@ -83,6 +83,27 @@ def test_what_is_known_is_never_of_other_weights_or_levels() -> None:
     level = torch.rand(2, 3)
     told(1)
     told(0)
+
+
+def test_streams_and_weights_may_be_made_in_inference_mode() -> None:
+    recipe = RECIPES["self_forcing"]()
+
+    def shown(known: bool, loads: bool) -> list[object]:
+        engine = tiny.engine(recipe)
+        with torch.inference_mode(loads):
+            weights = {name: x.clone() for name, x in engine.network.state_dict().items()}
+        engine.network.load_state_dict(weights, assign=True)
+        engine.network.embed_levels = KnownLevels(engine.network) if known else engine.network.embed_levels
+        _latest.cache_clear()
+        with torch.inference_mode(), engine.stream("a ball", seed=0) as stream:
+            frames = [next(stream).frames for _ in range(2)]
+        with torch.no_grad():
+            level_BF = level_tensor([recipe.levels(3.0)[0]] * 3, LATENTS[:1])
+            assert not level_BF.is_inference(), "a gradient may need it"
+            return [*frames, engine.network.embed_levels(level_BF).level_BFE.numpy()]
+
+    for loads in (False, True):
+        assert all((one == other).all() for one, other in zip(shown(False, loads), shown(True, loads), strict=True))
 
 
 def test_with_gradients_levels_are_embedded_in_each_pass() -> None:

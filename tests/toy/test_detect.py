@@ -13,7 +13,7 @@ from torch.nn import functional as nn
 
 from longtake.generation.stream import to_uint8
 from longtake.recipes.weight_files import toy_codec
-from longtake.toy.detect import Detections, detect, detector_fingerprint, frozen_fingerprint, window_truth
+from longtake.toy.detect import STRIDE, Detections, detect, detector_fingerprint, frozen_fingerprint, window_truth
 from longtake.toy.palettes import Look
 from longtake.toy.poses import Pose
 from longtake.toy.scenery import FLAKE, _without_flakes
@@ -238,6 +238,16 @@ def test_noise_shows_nothing() -> None:
         assert (getattr(found, attribute) == -1).all(), attribute
     assert (found.count == 0).all()
     assert found.features.isfinite().all()
+
+
+@pytest.mark.parametrize("pictures", [16, 17])
+def test_of_pictures_drawn_in_pairs_those_that_are_looked_at_are_as_rendered(pictures: int) -> None:
+    scenes, first = sampled()
+    whole, pairs = (made(scenes[:2], pictures, first[:2]) for made in (render, in_pairs))
+    for one, other in zip(whole, pairs, strict=True):
+        assert one.shape == other.shape
+        begin = (pictures - 1) % STRIDE
+        torch.testing.assert_close(other[:, begin::STRIDE], one[:, begin::STRIDE])
 
 
 def test_clips_of_a_batch_do_not_depend_on_each_other() -> None:

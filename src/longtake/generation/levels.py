@@ -16,6 +16,7 @@ def level_tensor(levels: Sequence[float], latents_BFCHW: Tensor) -> Tensor:
     return _latest(tuple(levels), batch, device)
 
 
+@torch.inference_mode(False)  # what is remembered may come to be needed for a gradient
 def _made(levels: tuple[float, ...], batch: int, device: torch.device) -> Tensor:
     """Made on the device: a copy from the host waits until it is idle."""
     parts = [

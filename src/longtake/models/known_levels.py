@@ -10,8 +10,9 @@ from longtake.models.wan import Levels, WanTransformer
 class KnownLevels:
     """`WanTransformer.embed_levels`, whose answer to a tensor is kept for as long as that tensor lives.
 
-    Calls with gradients are as they were. An answer is made anew once the tensor was written to, and all are once the
-    network's weights were, or are others (torch notes nothing that is done through `.data`).
+    Calls with gradients are as they were, and so are those with tensors made in inference mode, of which torch does not
+    note what is written. An answer is made anew once the tensor was written to, and all are once the network's weights
+    were, or are others (nothing is noted that is done through `.data`).
     """
 
     def __init__(self, network: WanTransformer):
@@ -21,9 +22,9 @@ class KnownLevels:
         self._weights: list[Tensor] = []  # held, so that no others come to lie where they do
 
     def __call__(self, level_BF: Tensor) -> Levels:
-        if torch.is_grad_enabled():
-            return self._embed(level_BF)
         weights = [one for part in self._parts for one in part.parameters()]
+        if torch.is_grad_enabled() or any(one.is_inference() for one in (level_BF, *weights)):
+            return self._embed(level_BF)
         made_by = [(one.data_ptr(), one._version) for one in weights]
         if made_by != self._made_by:
             self._known = WeakTensorKeyDictionary()
