@@ -47,14 +47,12 @@ def lines_of(cases: Sequence[Mapping[str, Any]], shape: str, part: str, number: 
 
 def crossing(lines: Lines) -> float | None:
     """The seconds of video from which on a converted layer is the faster one, by straight lines between those that were
-    measured; the first of them, if it is faster there already."""
+    measured; none if it is so at the first of them already, or is not at the last."""
     dense, ours = (dict(lines.get(kind, ())) for kind in ("dense", "converted"))
     both = sorted(dense.keys() & ours.keys())
     slower = [x for x in both if ours[x] >= dense[x]]
-    if not both or (slower and slower[-1] == both[-1]):
+    if not slower or slower[-1] == both[-1]:
         return None
-    if not slower:
-        return both[0]
     before, after = slower[-1], both[both.index(slower[-1]) + 1]
     low, high = (ours[x] - dense[x] for x in (before, after))
     return before + (after - before) * low / (low - high)
@@ -62,15 +60,15 @@ def crossing(lines: Lines) -> float | None:
 
 def told(lines: Lines) -> str:
     """Where a converted layer becomes the faster one; also if that is below or beyond all that was timed of both."""
-    both = sorted(dict(lines.get("dense", ())).keys() & dict(lines.get("converted", ())).keys())
+    dense, ours = (dict(lines.get(kind, ())) for kind in ("dense", "converted"))
+    both = sorted(dense.keys() & ours.keys())
     if not both:
         return ""
-    meet = crossing(lines)
-    if meet is None:
-        return f"no crossing: dense is the faster one still at {both[-1]:.1f} s"
-    if meet == both[0]:
-        return f"no crossing: converted is the faster one from {meet:.1f} s on, the least that was timed"
-    return f"converted is the faster one from {meet:.1f} s on"
+    if (meet := crossing(lines)) is not None:
+        return f"converted is the faster one from {meet:.1f} s on"
+    if ours[both[-1]] < dense[both[-1]]:
+        return f"no crossing: converted is the faster one from {both[0]:.1f} s on, the least that was timed"
+    return f"no crossing: dense is the faster one still at {both[-1]:.1f} s"
 
 
 def draw(

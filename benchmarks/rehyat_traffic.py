@@ -121,7 +121,7 @@ def case(
     layer, config, tokens = made.layers[0], made.config, grid.rows * grid.columns
     prompt = made.prompt_keys(torch.empty(1, 1, prompt_tokens, config.text_dim, dtype=dtype)).layers[0]
     if kind.endswith("step"):
-        x, levels = (part.to(dtype) for part in drawn(CURRENT, grid, config.dim))
+        x, levels = (x.to(dtype) for x in drawn(CURRENT, grid, config.dim))
         around = [*layer.parameters(), x, x, levels, *prompt]
         if kind == "step":
             assert config.conversion is not None
@@ -148,7 +148,7 @@ def case(
         plain = [torch.empty(1, frames * tokens, config.heads, config.dim // config.heads, dtype=dtype)] * 3
         own = Tokens(*(rope.rotate(x, view.rotation) for x in plain[:2]), *plain)
         return lambda: view.attend(0, own), 0
-    x, levels = (part.to(dtype) for part in drawn(frames, grid, config.dim))
+    x, levels = (x.to(dtype) for x in drawn(frames, grid, config.dim))
 
     def whole() -> Tensor:
         own = layer.before_attention(x, levels, view.rotation)
