@@ -1,12 +1,14 @@
 """Students between two students."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 from longtake.cli import main
+from longtake.models.delta import save_delta
 from longtake.models.mix import save_mix
 from longtake.models.weights import load_weights, save_weights
 
@@ -48,6 +50,21 @@ def test_what_cannot_be_mixed_is_refused_in_one_line(pair, tmp_path, capsys) -> 
     assert "it lacks or reshapes 1 tensors (far)" in capsys.readouterr().err
     assert main(["models", "mix", base, tuned, "-o", tuned, "--share", "0.5"]) == 2
     assert "must be a new file" in capsys.readouterr().err and not (tmp_path / "m.safetensors").exists()
+
+
+def test_students_that_are_deltas_are_mixed_as_what_they_stand_for(pair, tmp_path) -> None:
+    base, tuned = pair
+    start, delta = tmp_path / "student.safetensors", tmp_path / "delta.safetensors"
+    shutil.copyfile(base, start)
+    save_delta(delta, start, tuned, rank=0)
+    out = [tmp_path / "of_delta.safetensors", tmp_path / "of_whole.safetensors"]
+    for second, mixed in zip((delta, tuned), out, strict=True):
+        assert main(["models", "mix", str(base), str(second), "-o", str(mixed), "--share", "0.5"]) == 0
+    assert main(["models", "mix", str(delta), str(tuned), "-o", str(tmp_path / "m.safetensors"), "--share", "0.5"]) == 0
+    (made, said), (expected, _) = map(load_weights, out)
+    assert said.keys() == {"network", "recipes", "mix"}, "a mix is no delta"
+    for name, x in expected.items():
+        torch.testing.assert_close(made[name], x, rtol=0.01, atol=0.04)
 
 
 def test_the_command_tells_what_it_wrote(pair, tmp_path, capsys) -> None:

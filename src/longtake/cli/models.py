@@ -135,9 +135,10 @@ def models_mix(
         json: Print one JSON object.
     """
     from longtake.models.mix import save_mix
-    from longtake.recipes.weight_files import student_file
+    from longtake.recipes.weight_files import load_tensors, student_file
 
-    print_result(save_mix(out, student_file(base), student_file(tuned), share=share), json, _mix_in_words)
+    told = save_mix(out, student_file(base), student_file(tuned), share=share, read=load_tensors)
+    print_result(told, json, _mix_in_words)
     return 0
 
 

@@ -6,7 +6,7 @@ became W', others are new and as they are; what did not change is left out. Fact
 of their rank: U and S V of the singular values of W' - W, so that an int8 step of a row is small beside what it adds.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from longtake.models.names import OURS, is_low_rank, low_rank_names, merged
 from longtake.models.weights import Checkpoint, fingerprint, load_weights, save_weights
 
 _DELTA = "delta"
+Weights = tuple[dict[str, Tensor], dict[str, Any]]
 _SAME = 1e-6  # of a number: what int8 files change of it when they are read and written again
 
 
@@ -38,7 +39,7 @@ def save_delta(path: Path, base_file: Path, tuned_file: Path, *, rank: int) -> d
     about = {"base": network_hash(base), "rank": rank}
     save_weights(path, delta, {**description, _DELTA: about}, int8=True)
     pairs = sum(map(is_low_rank, delta)) // 2
-    read_back = on_base(path, *load_weights(path), [base_file])
+    read_back, _ = on_base(path, *load_weights(path), [base_file])
     return {
         "file": str(path), "bytes": path.stat().st_size, **about, "low_rank": pairs, "in_full": len(delta) - 2 * pairs,
         **_error_left(base, tuned, read_back),
@@ -51,13 +52,16 @@ def require_new_file(path: Path) -> None:
         raise ValueError(f"{path} must be a new file, NAME.safetensors, in a folder that is there")
 
 
-def pair_of(base_file: Path, tuned_file: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+def pair_of(
+    base_file: Path, tuned_file: Path, read: Callable[[Path], Weights] = load_weights
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
     """The tensors of two of our networks' files, and what the second says of itself.
 
-    ValueError for files that hold no whole network, and unless the second has all that the first has, or more.
+    ValueError for files in which `read` finds no whole network, and unless the second has all that the first has, or
+    more.
     """
-    base, _ = _whole_network(base_file)
-    tuned, description = _whole_network(tuned_file)
+    base, _ = _whole_network(base_file, read)
+    tuned, description = _whole_network(tuned_file, read)
     if misfits := [name for name, x in base.items() if name not in tuned or tuned[name].shape != x.shape]:
         some = ", ".join(misfits[:3])
         raise ValueError(f"{tuned_file} is not {base_file} tuned: it lacks or reshapes {len(misfits)} tensors ({some})")
@@ -71,8 +75,9 @@ def is_delta(description: Mapping[str, Any]) -> bool:
 
 def on_base(
     path: Path, tensors: Mapping[str, Tensor], description: Mapping[str, Any], bases: Iterable[Path]
-) -> dict[str, Tensor]:
-    """The whole weights of a delta that was read from a file, in float32, on the first of these files that is its base.
+) -> Weights:
+    """The whole weights of a delta that was read from a file, in float32, on the first of these files that is its base,
+    and what the file says of them.
 
     ValueError if none is, and for factors that have no place in it; what else does not fit shows in the network.
     """
@@ -81,7 +86,8 @@ def on_base(
         base, _ = load_weights(file)
         found[file] = network_hash(base)
         if found[file] == description[_DELTA]["base"]:
-            return with_delta(_opened(file, base), _opened(path, tensors))
+            said = {name: value for name, value in description.items() if name != _DELTA}
+            return with_delta(_opened(file, base), _opened(path, tensors)), said
     seen = ", ".join(f"{file} holds {held}" for file, held in found.items())
     raise ValueError(f"{path} is a delta on the weights {description[_DELTA]['base']}, which are not here: {seen}")
 
@@ -150,8 +156,8 @@ def _norm(norms: Mapping[str, float]) -> float:
     return sum(norm**2 for norm in norms.values()) ** 0.5
 
 
-def _whole_network(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    tensors, description = load_weights(path)
+def _whole_network(path: Path, read: Callable[[Path], Weights]) -> Weights:
+    tensors, description = read(path)
     if "network" not in description:
         raise ValueError(f"{path} does not hold a network")
     if is_delta(description):

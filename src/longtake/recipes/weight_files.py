@@ -109,12 +109,14 @@ def load_network(path: Path, device: torch.device) -> tuple[WordEncoder, WanTran
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """As `load_weights`, but that a delta's tensors are those of base and delta together.
+    """As `load_weights`, but that a delta comes as the whole weights that it stands for.
 
     Its base is the student or the teacher beside it, or else the embedded ones. ValueError if none is.
     """
     tensors, description = load_weights(path)
-    return on_base(path, tensors, description, _bases(path)) if is_delta(description) else tensors, description
+    if not is_delta(description):
+        return tensors, description
+    return on_base(path, tensors, description, _bases(path))
 
 
 def _bases(delta: Path) -> Iterator[Path]:
