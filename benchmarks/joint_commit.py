@@ -1,6 +1,6 @@
 """What could a commit made together with the next block's first pass save? Two arms in turn.
 
-python benchmarks/joint_commit.py [--shape 1.3b|toy] [--device NAME] [--rounds N] [--json FILE]   # prints JSON too
+python benchmarks/joint_commit.py [--shape 1.3b|toy] [--block N] [--device NAME] [--rounds N] [--json FILE]
 
 apart: the commit of a block at level 0, then a pass over the next at level 1, as streams make them. joint: both blocks
 in one pass, each frame at its level; the last layer is left early for those committed. Random weights of the shape, and
@@ -43,7 +43,7 @@ from longtake.parallel import Recorded
 from longtake.recipes.devices import device_named, usual_dtype
 from longtake.recipes.weight_files import NETWORK_FILE, packaged
 
-BLOCK, WINDOW, WARM_UP = 3, 9, 3  # latent frames of a block and of a window; rounds
+WINDOW, WARM_UP = 9, 3  # latent frames; rounds
 Call = Callable[[Levels, Tensor], tuple[Tensor, ...]]
 Arm = Callable[[], tuple[Tensor, ...]]
 
@@ -68,12 +68,17 @@ class Unattended(NamedTuple):
 def main() -> None:
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("--shape", choices=["1.3b", "toy"], default="1.3b")
+    asked.add_argument("--block", type=int, default=3, help="latent frames of a block")
     asked.add_argument("--device")
     asked.add_argument("--rounds", type=int, default=50)
     asked.add_argument("--json", type=Path)
     options = asked.parse_args()
     device = device_named(options.device)
-    found = {"shape": options.shape, **measured(shape_named(options.shape), device, options.rounds), **machine(device)}
+    found = {
+        "shape": options.shape,
+        **measured(shape_named(options.shape), options.block, device, options.rounds),
+        **machine(device),
+    }
     print(json.dumps(found, indent=1))
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
@@ -87,7 +92,7 @@ def shape_named(name: str) -> Shape:
 
 
 @torch.no_grad()
-def measured(shape: Shape, device: torch.device, rounds: int) -> dict[str, object]:
+def measured(shape: Shape, block: int, device: torch.device, rounds: int) -> dict[str, object]:
     dtype, config = usual_dtype(device), shape.config
     network = drawn(partial(WanTransformer, config), device, dtype)
     kernels = device.type == "cuda" and find_spec("triton") is not None
@@ -95,7 +100,7 @@ def measured(shape: Shape, device: torch.device, rounds: int) -> dict[str, objec
         from longtake.models.wan_triton import fuse_layers
 
         fuse_layers(network)
-    latents = torch.randn(1, 2 * BLOCK, config.channels, *shape.latents, device=device)
+    latents = torch.randn(1, 2 * block, config.channels, *shape.latents, device=device)
     prompt = network.prompt_keys(torch.randn(1, 1, shape.text, config.text_dim, device=device, dtype=dtype))
     plain = arms(network, passes(network, prompt, latents, kept=Tensor.clone), latents)
     first, second = (torch.cat([x.flatten().float() for x in run()]) for run in plain.values())
@@ -109,7 +114,7 @@ def measured(shape: Shape, device: torch.device, rounds: int) -> dict[str, objec
     tokens = network.grid(latents).rows * network.grid(latents).columns
     return {
         "config": {name: getattr(config, name) for name in ("dim", "heads", "ffn_dim", "layers")},
-        "tokens_of_a_block": BLOCK * tokens,
+        "tokens_of_a_block": block * tokens,
         "dtype": str(dtype).removeprefix("torch."),
         "kernels": "fused, recorded" if kernels else "plain",
         "rounds": rounds,
@@ -128,9 +133,10 @@ def passes(
 ) -> dict[str, Call]:  # fmt: skip
     """Those of which the arms are made, as functions of levels and latents. kept: how joint gives committed keys."""
     grid, last = network.grid(latents), network.config.layers - 1
-    frames = range(2 * BLOCK)
+    frames = range(latents.shape[1])
+    half = len(frames) // 2
     first, second, both = (
-        Unattended(grid.rotation(some, latents.device)) for some in (frames[:BLOCK], frames[BLOCK:], frames)
+        Unattended(grid.rotation(some, latents.device)) for some in (frames[:half], frames[half:], frames)
     )
 
     def commit(levels: Levels, clean: Tensor) -> tuple[Tensor, ...]:
@@ -140,22 +146,23 @@ def passes(
         return (network.velocity_at(levels, noisy, prompt, second),)
 
     def joint(levels: Levels, latents: Tensor) -> tuple[Tensor, ...]:
-        x, keys, tokens = network.embed(latents), [], BLOCK * grid.rows * grid.columns
-        for i, block in enumerate(network.layers):
-            own = block.before_attention(x, levels.layers_BF6E, both.rotation)
+        x, keys, tokens = network.embed(latents), [], half * grid.rows * grid.columns
+        for i, layer in enumerate(network.layers):
+            own = layer.before_attention(x, levels.layers_BF6E, both.rotation)
             keys += [kept(own.plain_k[:, :tokens]), kept(own.v[:, :tokens])]
             attended, modulation = both.attend(i, own), levels.layers_BF6E
             if i == last:
-                x, attended, modulation = x[:, BLOCK:], attended[:, tokens:], modulation[:, BLOCK:]
-            x = block.after_attention(x, attended, modulation, prompt.layers[i], None)
-        return *keys, network._unpatch(network.head(x, levels.level_BFE[:, BLOCK:]), latents[:, BLOCK:].shape)
+                x, attended, modulation = x[:, half:], attended[:, tokens:], modulation[:, half:]
+            x = layer.after_attention(x, attended, modulation, prompt.layers[i], None)
+        return *keys, network._unpatch(network.head(x, levels.level_BFE[:, half:]), latents[:, half:].shape)
 
     return {"commit": commit, "step": step, "joint": joint}
 
 
 def arms(network: WanTransformer, calls: Mapping[str, Call], latents: Tensor) -> dict[str, Arm]:
     """Both, with levels that are embedded beforehand."""
-    level_BF = level_tensor([0.0] * BLOCK + [1.0] * BLOCK, latents)
+    half = latents.shape[1] // 2
+    level_BF = level_tensor([0.0] * half + [1.0] * half, latents)
 
     def arm(*own: Call) -> Arm:
         parts = zip(*(x.chunk(len(own), dim=1) for x in (level_BF, latents)), strict=True)
