@@ -15,6 +15,7 @@ from longtake.toy.clips import (
     _own_words,
     focus,
     landmark_share,
+    lingering,
     looking_soon,
     memory_focus,
     memory_scenes,
@@ -243,23 +244,51 @@ def test_clips_made_for_memory_show_what_no_caption_says_then_look_away_then_ret
     assert seconds.min() >= 1 and (seconds.max() > 5.5 if pictures == 237 else seconds.max() < 3.5)
 
 
+def blank(where: Pose, colours: Look) -> tuple[torch.Tensor, torch.Tensor]:
+    """Paints nothing."""
+    return torch.zeros(len(where.x), 3, HEIGHT, WIDTH), torch.zeros(len(where.x), HEIGHT, WIDTH)
+
+
 def test_cameras_that_look_away_soon_again_are_level_as_long_as_in_clips_made_for_memory() -> None:
     scenes, _ = training_scenes(300, 3, torch.device("cpu"))
     soon = looking_soon(scenes, 3)
-    changed = [f.name for f in fields(scenes) if not torch.equal(getattr(scenes, f.name), getattr(soon, f.name))]
-    assert changed == ["away_every"], "nothing else is another, so that captions stay true"
+    changed = {f.name for f in fields(scenes) if not torch.equal(getattr(scenes, f.name), getattr(soon, f.name))}
+    assert changed == {"away_start", "away_every"}, "nothing else is another, so that captions stay true"
+    assert 0.5 <= soon.away_start.min() < 0.6 and 9.9 < soon.away_start.max() <= 10
     level = soon.away_every - soon.away_seconds - 2 * SWEEP_SECONDS
     assert 1 <= level.min() < 1.1 and 3.9 < level.max() <= 4.0001
-    assert torch.equal(looking_soon(scenes, 3).away_every, soon.away_every)
-    assert not torch.equal(looking_soon(scenes, 4).away_every, soon.away_every)
+    again, other = looking_soon(scenes, 3), looking_soon(scenes, 4)
+    for name in changed:
+        assert torch.equal(getattr(again, name), getattr(soon, name))
+        assert not torch.equal(getattr(other, name), getattr(soon, name))
+
+
+def test_a_camera_lingers_that_has_been_level_for_long_until_it_turns() -> None:
+    away = make_scene(camera="looks away", away_start=3.0, away_seconds=1.0, away_every=7.0)
+    # level to 3 s, away to 7, level to 10: so it lingers from 1.5 s on, and from 8.5; four latent frames are a second
+    lingers = lingering(away, 177, 0, 4)[0]
+    way = functional.pad(pose(away, 177, 0).camera_x[0, 1:].unflatten(0, (-1, 4)).abs().amax(1), (1, 0))
+    assert not lingers[:7].any() and lingers[7:13].all() and not lingers[14:35].any() and lingers[36:41].all()
+    assert way[lingers].max() < 1 and not lingers[42:].any()
+    late = lingering(away, 97, torch.tensor([64]), 4)[0]
+    assert torch.equal(late[8:], lingers[24:41]), "a clip that begins later knows what came since, and nothing before"
+    assert not lingering(make_scene(camera="still"), 177, 0, 4).any()
+
+
+def test_frames_do_not_count_in_which_a_camera_lingers_that_was_told_to_look_away() -> None:
+    torch.manual_seed(0)
+    codec, cpu = LightCodec(SMALL), torch.device("cpu")
+    settings = {"at_once": 4, "pictures": 141, "memory_share": 0.5, "looks_soon": True}
+    drawn = ClipPool(codec, 8, 1, cpu, blank, **settings).draw(64, 36)
+    told = torch.tensor([parse(decode(row.tolist())).get("camera") == "looks away" for row in drawn.tokens_BPL[:, 0]])
+    ignored = (drawn.focus_BFHW == -1).all(3).all(2)
+    of_world = ~ignored[:, 0]  # clips made for memory begin so
+    assert ignored[told & of_world].any() and not ignored[~told & of_world].any()
 
 
 def test_a_pool_may_have_cameras_look_away_soon_again_but_for_clips_made_for_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def blank(where: Pose, colours: Look) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.zeros(len(where.x), 3, HEIGHT, WIDTH), torch.zeros(len(where.x), HEIGHT, WIDTH)
-
     asked: list[int] = []
     monkeypatch.setattr("longtake.toy.clips.looking_soon", lambda scenes, seed: asked.append(seed) or scenes)
     codec, cpu = LightCodec(SMALL), torch.device("cpu")

@@ -41,6 +41,10 @@ COLOURLESS = 0.35
 # three latent frames; then subject and landmark are, then they are not, then they are again, for the last of these.
 LEAD, SHOWN, AWAY, BACK = (0.6, 1.0), (1.0, 4.0), (1.0, 6.0), 1.0
 
+BEGINS, LINGERS = (0.5, 10.0), 1.5
+"""Of `looking_soon`, in seconds: when a camera first looks away; after how long of standing level frames do not count
+that show it still does, which is as far back as a student sees exactly."""
+
 STRESS = 4.0
 """How much more a latent frame matters in which the camera moves, or is back from looking away. A subject has 1."""
 
@@ -81,7 +85,8 @@ class ClipPool:
     seed: of the scenes; processes that train together take different ones. Scenes never repeat. pictures: of a clip, 1
     more than a multiple of the codec's pictures a latent frame. memory_share: of clips made for memory, see
     `memory_scenes`, 0 to 1; they come at once, so many together as any. ValueError if clips are too short for those.
-    looks_soon: whether in the others cameras that look away do so soon again, see `looking_soon`.
+    looks_soon: whether in the others cameras that look away do so soon again, see `looking_soon`, and no frame counts,
+    at a focus of -1, that shows one which its caption tells to `lingering`.
     """
 
     def __init__(
@@ -160,6 +165,10 @@ class ClipPool:
         matters_BFHW = focus(scenes, rendered, first, self._codec)
         if for_memory:
             matters_BFHW = memory_focus(matters_BFHW, scenes, rendered, first, self._codec)
+        if self._looks_soon:
+            told_B = torch.isin(tokens_BPL[:, 0], _own_words("camera").to(self._device)).any(1)
+            lingers_BF = lingering(scenes, self._pictures, first, self._codec.temporal_factor) & told_B[:, None]
+            matters_BFHW = matters_BFHW.masked_fill(lingers_BF[..., None, None], -1.0)
         return LatentClips(
             latents.bfloat16(),
             tokens_BPL,
@@ -208,13 +217,17 @@ def training_scenes(count: int, seed: int, device: torch.device) -> tuple[Scenes
 
 
 def looking_soon(scenes: Scenes, seed: int) -> Scenes:
-    """The same, but cameras that look away are level for 1 to 4 seconds until they do again, and not for 4 to 10.
+    """The same, but cameras that look away may begin late, and then are level for 1 to 4 seconds until they do again.
 
-    So are those of clips made for memory: what stands still for longer is no sign of a camera that will not move, as a
-    stream whose camera has once been level for long would be told by the world's own. seed: as of `training_scenes`.
+    The world's own begin within 2 seconds and are level for 4 to 10: there, one that has been level for longer never
+    looks away. seed: as of `training_scenes`.
     """
-    shown = torch.empty(len(scenes)).uniform_(*SHOWN, generator=_own_dice(seed, "looks soon"))
-    return replace(scenes, away_every=scenes.away_seconds + 2 * SWEEP_SECONDS + shown.to(scenes.away_seconds.device))
+    dice = _own_dice(seed, "looks soon")
+    begins, shown = (
+        torch.empty(len(scenes)).uniform_(*seconds, generator=dice).to(scenes.away_seconds.device)
+        for seconds in (BEGINS, SHOWN)
+    )
+    return replace(scenes, away_start=begins, away_every=scenes.away_seconds + 2 * SWEEP_SECONDS + shown)
 
 
 def _standing_subjects(scenes: Scenes, dice: torch.Generator) -> Scenes:
@@ -324,12 +337,24 @@ def moving(scenes: Scenes, pictures: int, first: int | Tensor, pictures_a_frame:
 
 def returned(scenes: Scenes, pictures: int, first: int | Tensor, pictures_a_frame: int) -> Tensor:
     """1 for each latent frame, [B, F], that shows again what the clip showed before its camera looked away, else 0."""
-    turned = _turned(scenes, pictures, first)
-    level = torch.minimum(turned, PERIOD - turned) < 1  # less than a pixel from where it began
+    level = _is_level(scenes, pictures, first)
     looks_away = (scenes.camera == CAMERAS.index("looks away"))[:, None]
     left = (~level & (level.cumsum(1) > 0)).cumsum(1) > 0
     back = (level & left & looks_away).float()
     return functional.pad(back[:, 1:].unflatten(1, (-1, pictures_a_frame)).amin(2), (1, 0))
+
+
+def lingering(scenes: Scenes, pictures: int, first: int | Tensor, pictures_a_frame: int) -> Tensor:
+    """Whether a latent frame [B, F] shows a camera that looks away after more than `LINGERS` seconds of being level.
+
+    To aim at the mean of what may come is never to begin what is seldom begun. Where only the frames count in which it
+    has begun to turn, whatever has been level for so long is about to.
+    """
+    level = _is_level(scenes, pictures, first)
+    number = torch.arange(1, pictures + 1, device=level.device)
+    since = number - (number * ~level).cummax(1).values  # pictures in a row, this one counted
+    lingers = (since > LINGERS * RATE) & (scenes.camera == CAMERAS.index("looks away"))[:, None]
+    return functional.pad(lingers[:, 1:].unflatten(1, (-1, pictures_a_frame)).all(2), (1, 0))
 
 
 def memory_focus(focus_BFHW: Tensor, scenes: Scenes, rendered: Rendering, first: int | Tensor, codec: Codec) -> Tensor:
@@ -359,6 +384,12 @@ def recalled(share_BFHW: Tensor) -> Tensor:
 def shown(share_BFHW: Tensor) -> Tensor:
     """1 for each latent frame, [B, F], in which half a latent cell or more is covered, else 0."""
     return (share_BFHW.sum((2, 3)) > 0.5).float()
+
+
+def _is_level(scenes: Scenes, pictures: int, first: int | Tensor) -> Tensor:
+    """Whether the camera is less than a pixel from where it began, in each picture, [B, pictures]."""
+    turned = _turned(scenes, pictures, first)
+    return torch.minimum(turned, PERIOD - turned) < 1
 
 
 def _turned(scenes: Scenes, pictures: int, first: int | Tensor) -> Tensor:

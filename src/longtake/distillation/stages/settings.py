@@ -165,8 +165,9 @@ class TeacherForcingStage(Stage):
     far_lr: rate of the projections of what is read from far states, see `DmdStage`. far_only: whether nothing but them
     learns, so that the student stays what it was wherever nothing is far. memory_share: of clips made for memory, which
     begin out of sight of what they show, and look away from it until neither sink nor recent frames show it, under
-    captions that do not say what it was; they take some length (8.5 seconds in the toy world). looks_soon:
-    whether in the others cameras that look away do so again after no more than 4 seconds, as in those. recompute:
+    captions that do not say what it was; they take some length (8.5 seconds in the toy world). looks_soon: to look
+    away at any time, also late: in the others cameras that look away may begin to after ten seconds, and do again after
+    no more than 4, and where one has been level for long only frames count in which it has begun to turn. recompute:
     whether clips are walked block by block, and of each pass only what went in and what came out is kept: the rest is
     computed again for its gradient. The same in more time and a small part of the memory. first_steps: of the recipe,
     at whose levels blocks are noisy (0: at any level). There it is decided what a block shows, so there memory is
