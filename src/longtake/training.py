@@ -405,9 +405,9 @@ class ToyWorld:
             sys.stderr.write(f"painting {size} clips to learn from\n")
         return pool
 
-    def prompts(self, count: int, seed: int, frames: int) -> Prompts:
-        own = seed * 1000 + self._run.rank
-        return sample_prompts(count, own, self._run.device, self._codec.temporal_factor, frames)
+    def prompts(self, count: int, seed: int, frames: int, looks_away: bool = True) -> Prompts:
+        own, pace = seed * 1000 + self._run.rank, self._codec.temporal_factor
+        return sample_prompts(count, own, self._run.device, pace, frames, looks_away=looks_away)
 
     def held_out(self, count: int) -> Tensor:
         return _held_out_tokens(count).to(self._run.device)

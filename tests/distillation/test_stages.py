@@ -478,7 +478,7 @@ def test_ode_refuses_what_it_could_not_train_or_show_before_work_begins(
         )  # type: ignore[arg-type]
 
 
-def said(count: int, seed: int, frames: int) -> SimpleNamespace:
+def said(count: int, seed: int, frames: int, looks_away: bool = True) -> SimpleNamespace:
     """Prompts of a world by their seed; they change in the last block."""
     words = torch.randint(1, 9, (count, 2, 5), generator=torch.Generator().manual_seed(seed))
     number = (torch.arange(frames) >= frames - 3).long().expand(count, -1)
@@ -624,6 +624,15 @@ def test_own_clips_are_what_the_student_streams_when_it_sees_all_of_its_window()
     found = [min((clip - own).abs().max().item() for own in streamed) for clip in drawn.latents_BFCHW]
     assert max(found) < 1e-4 and drawn.tokens_BPL.shape == (30, 2, 5)
     assert len({clip.sum().item() for clip in drawn.latents_BFCHW}) == 2, "both are drawn"
+
+
+def test_an_anchor_is_not_asked_to_look_away_where_lessons_tell_otherwise(monkeypatch, tmp_path: Path) -> None:
+    asked: list[bool] = []
+    monkeypatch.setitem(globals(), "said", lambda *given, of=said: asked.append(given[3]) or of(*given))
+    own = {"steps": 1, "pool": 1, "real_weight": 1.0, "anchor_weight": 1.0, "anchor_streams": True}
+    for looks_soon in (False, True):
+        forced(tmp_path / str(looks_soon), recipe_named("self_forcing_sink"), **own, looks_soon=looks_soon)
+    assert asked == [True, False]
 
 
 def test_own_clips_are_the_same_again_when_a_run_goes_on() -> None:

@@ -228,6 +228,17 @@ def test_prompts_need_no_rendering_and_say_what_the_clips_would() -> None:
     assert of_longer.prompt_BF.shape == (6, 40) and torch.equal(of_longer.prompt_BF[:, :33], said.prompt_BF)
 
 
+def test_prompts_may_be_of_scenes_alone_whose_camera_does_not_look_away() -> None:
+    prompts = [sample_prompts(300, 9, torch.device("cpu"), 4, 21, looks_away=away) for away in (True, False)]
+    said = [[parse(decode(row.tolist())) for row in of.tokens_BPL.flatten(0, 1)] for of in prompts]
+    share = [sum(one.get("camera") == "looks away" for one in of) / 600 for of in said]
+    assert share[0] > 0.1 and share[1] == 0 and prompts[1].tokens_BPL.shape == prompts[0].tokens_BPL.shape
+    changes = [(of.prompt_BF == 1).any(1).float().mean().item() for of in prompts]
+    assert changes[1] == pytest.approx(changes[0], abs=0.1), "as many change as in all"
+    other = sample_prompts(300, 10, torch.device("cpu"), 4, 21, looks_away=False)
+    assert not torch.equal(other.tokens_BPL, prompts[1].tokens_BPL)
+
+
 @pytest.mark.parametrize("pictures", [141, 237])
 def test_clips_made_for_memory_show_what_no_caption_says_then_look_away_then_return(pictures: int) -> None:
     scenes, tokens, first = memory_scenes(300, 3, torch.device("cpu"), pictures / RATE)

@@ -182,12 +182,19 @@ def _is_one(number: int, share: float) -> bool:
     return int((number + 1) * share) > int(number * share)
 
 
-def sample_prompts(count: int, seed: int, device: torch.device, pictures_a_frame: int, frames: int) -> Prompts:
+def sample_prompts(
+    count: int, seed: int, device: torch.device, pictures_a_frame: int, frames: int, *, looks_away: bool = True
+) -> Prompts:
     """The captions of scenes that are not rendered. The same seed gives the same ones.
 
     frames: latent frames that they are told for, at least: those of a clip of `CLIP_PICTURES`, or more if so many.
+    looks_away: whether cameras of some of them do.
     """
-    scenes, tokens_BPL = training_scenes(count, seed, device)
+    scenes, tokens_BPL = training_scenes(count if looks_away else 4 * count, seed, device)
+    if not looks_away:
+        others = (scenes.camera != CAMERAS.index("looks away")).nonzero()[:, 0]
+        some = others[torch.randperm(len(others), generator=_own_dice(seed, "not away"))[:count].to(device)]
+        scenes, tokens_BPL = scenes[some], tokens_BPL[some]
     frames = max(frames, 1 + (CLIP_PICTURES - 1) // pictures_a_frame)
     return Prompts(tokens_BPL, prompt_of_frames(scenes, frames, pictures_a_frame))
 

@@ -33,18 +33,19 @@ class OwnClips:
     of the window attended to; `renew` streams some anew in place of the oldest.
 
     network: for it alone, for its calls are recorded where there is a GPU. Clips follow from seed and number, on one
-    machine. Every cell counts alike: nobody knows what it shows.
+    machine. Every cell counts alike: nobody knows what it shows. looks_away: see `World.prompts`.
     """
 
     def __init__(
         self, text: WordEncoder, network: WanTransformer, world: World, recipe: Recipe, shift: float, run: Run, *,
-        size: int, seed: int, frames: int,
+        size: int, seed: int, frames: int, looks_away: bool = True,
     ):  # fmt: skip
         parallel.record_calls([network], ("forward", "keys_to_commit"))
         self.frames = frames
         self._text, self._network, self._world, self._run = text, network, world, run
         self._recipe, self._shift = replace(recipe, near=MemoryShape.near), shift
         self._size, self._seed, self._at_once, self._made = size, seed, min(AT_ONCE, size), 0
+        self._looks_away = looks_away
         self._pool: _Clips | None = None
 
     def renew(self) -> None:
@@ -79,7 +80,7 @@ class OwnClips:
     def _streamed(self) -> _Clips:
         recipe, count, device = self._recipe, self._at_once, self._run.device
         first = self._seed * 1_000_000 + self._made
-        said = self._world.prompts(count, first, self.frames)
+        said = self._world.prompts(count, first, self.frames, self._looks_away)
         levels, blocks = len(recipe.steps), self.frames // recipe.block
         plan = Plan((levels, levels), blocks=blocks, learned=blocks, block=recipe.block)
         prompt_BF = plan.prompts_of_judged(said.prompt_BF)

@@ -176,7 +176,8 @@ class TeacherForcingStage(Stage):
     converted layers too, at the recipe's levels. So a few-step student learns to remember, to see a part of its window,
     or to do with converted layers, and stays what it was. anchor_streams: whether those clips are streamed by the
     network as it was, under the first recipe and by prompts of the world, and not the world's own: in front of its own
-    it is asked. anchor_frames: latent frames of an anchor's clips, whole blocks (0: `frames`): shorter ones hold it to
+    it is asked; with looks_soon by prompts that do not tell a camera to look away, of which the lessons say otherwise
+    than it. anchor_frames: latent frames of an anchor's clips, whole blocks (0: `frames`): shorter ones hold it to
     how it begins, and leave open what it does later. real_weight: of the first lesson; 0: there is none, and all that
     is learned is to answer so. rank: of what is added to each matrix (0: any), see `low_rank`.
     far_maps: whether queries and keys of far states get maps of their own (`OwnMaps`), if they have none; they learn as

@@ -81,8 +81,10 @@ def train_teacher_forcing(
         if streamer is None:
             clips = world.clips(stage.pool, stage.seed, frames)
         else:
-            sizes = {"size": stage.pool, "seed": stage.seed, "frames": frames}
-            clips = OwnClips(text, streamer, world, recipes[0], shift, run, **sizes)
+            clips = OwnClips(
+                text, streamer, world, recipes[0], shift, run,
+                size=stage.pool, seed=stage.seed, frames=frames, looks_away=not stage.looks_soon,
+            )  # fmt: skip
         learn("anchor", stage.anchor_weight, clips, frames, lambda recipe: recipe.levels(shift), anchor=anchor)
 
     def turn(step: int) -> dict[str, Tensor]:

@@ -65,8 +65,11 @@ class World(Protocol):
         """
         ...
 
-    def prompts(self, count: int, seed: int, frames: int) -> Prompts:
-        """Prompts of clips that nobody rendered, of so many latent frames or more. The same seed gives the same."""
+    def prompts(self, count: int, seed: int, frames: int, looks_away: bool = True) -> Prompts:
+        """Prompts of clips that nobody rendered, of so many latent frames or more. The same seed gives the same.
+
+        looks_away: whether in some of these what was seen goes out of sight.
+        """
         ...
 
     def held_out(self, count: int) -> Tensor:
