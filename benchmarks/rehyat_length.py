@@ -141,10 +141,12 @@ def case(kind: str, frames: int, shape: str) -> Callable[[], object]:
     return whole
 
 
-def network(shape: str, *, converted: bool) -> tuple[WanTransformer, Grid]:
+def network(
+    shape: str, *, converted: bool, span: tuple[int, int] = (CURRENT, OVERLAP)
+) -> tuple[WanTransformer, Grid]:  # fmt: skip
     torch.manual_seed(0)
     sizes, (rows, columns) = SHAPES[shape]
-    conversion = Conversion(layers=(0,), current=CURRENT, overlap=OVERLAP) if converted else None
+    conversion = Conversion(layers=(0,), current=span[0], overlap=span[1]) if converted else None
     made = WanTransformer(WanConfig(layers=1, conversion=conversion, **sizes))
     return made.requires_grad_(False), Grid(made.config.axes, rows, columns)
 

@@ -2,10 +2,11 @@
 
     python benchmarks/rehyat_speed.py --out rehyat_speed.json            # the embedded model's shape, and the 1.3B one
     python benchmarks/rehyat_speed.py --out rehyat_speed.json --tiny     # the same lines on a CPU, in seconds
+    python benchmarks/rehyat_speed.py --out longer.json --span 11 3      # Tc and To
     python benchmarks/plot_rehyat.py rehyat_speed.json -o rehyat_speed.png
 
-Random weights and tokens, bfloat16 on a GPU, no gradients; Tc 3, To 1. Kinds are timed in turn, pass by pass, in one
-process. rehyat_speed.json holds, of each shape, part, kind and number of latent frames:
+Random weights and tokens, bfloat16 on a GPU, no gradients; Tc 3, To 1 unless told. Kinds are timed in turn, pass by
+pass, in one process. rehyat_speed.json holds, of each shape, part, kind and number of latent frames:
 
 part: `attention`, from queries, keys and values to answers; `self_attention`, with their projections, norms and
 rotations; `layer`, the whole layer. kind: `dense`, every token sees every token, by cuDNN on a GPU; `converted`, the
@@ -13,7 +14,7 @@ same converted, by the fused kernels there; `plain`, that in plain torch, chunk 
 function of tensors (`models.block_step`), whose input is made chunk by chunk. ms: median of the passes. peak_mb: what
 was allocated at most beyond the input. off: how far the kernels are from plain torch, beside its size. refused: why
 there is no number. gains: how many times faster `converted` is. crossing: the fewest of the measured frames from which
-on it is faster. export: the layer of each shape as an exported program.
+on it is faster. export: the layer of each shape as an exported program, Tc 3, To 1.
 """
 
 import argparse
@@ -56,17 +57,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shapes", nargs="+", default=["1.3B", "toy"])
     parser.add_argument("--frames", nargs="+", type=int)
+    parser.add_argument("--span", nargs=2, type=int, default=(CURRENT, OVERLAP), metavar=("CURRENT", "OVERLAP"))
     parser.add_argument("--enough", type=float, default=1.0, help="seconds after which a case is not timed again")
     parser.add_argument("--tiny", action="store_true")
     options = parser.parse_args()
     shapes, frames = (["tiny"], [6, 12]) if options.tiny else (options.shapes, FRAMES)
     frames = options.frames or frames
     about = {"torch": torch.__version__, "device": torch.cuda.get_device_name() if GPU else "cpu", "type": str(DTYPE)}
-    found: dict[str, Any] = {"about": about | {"dense": DENSE, "current": CURRENT, "overlap": OVERLAP}, "cases": []}
+    span = tuple(options.span)
+    about |= {"dense": DENSE, "current": span[0], "overlap": span[1]}
+    found: dict[str, Any] = {"about": about, "cases": []}
     for shape in shapes:
         for part in PARTS:
             for count in frames:
-                found["cases"] += measured(shape, part, count, options.enough)
+                found["cases"] += measured(shape, part, count, options.enough, span)
                 found |= summed_up(found["cases"])
                 options.out.write_text(json.dumps(found, indent=1) + "\n")
     chosen = {f"{c.batch} x {c.queries} x {c.keys} x {c.heads}": made.name for c, made in choices().items()}
@@ -89,7 +93,9 @@ def summed_up(cases: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def measured(shape: str, part: str, frames: int, enough: float) -> list[dict[str, Any]]:
+def measured(
+    shape: str, part: str, frames: int, enough: float, span: tuple[int, int]
+) -> list[dict[str, Any]]:  # fmt: skip
     """The cases of one length, timed in turn."""
     kinds = ["dense", "converted", *(["plain"] if part == "attention" else []), *(["step"] if part == "layer" else [])]
     kinds = [kind for kind in kinds if frames <= MOST.get((shape, part, kind), frames)]
@@ -100,7 +106,7 @@ def measured(shape: str, part: str, frames: int, enough: float) -> list[dict[str
     ]  # fmt: skip
     if not told:
         return []
-    inputs = Inputs.drawn(shape, part, frames, whole=kinds != ["step"])
+    inputs = Inputs.drawn(shape, part, frames, span, whole=kinds != ["step"])
     passes: dict[int, Callable[[], Tensor]] = {}
     seconds: dict[int, list[float]] = {}
     for i, one in enumerate(told):
@@ -143,9 +149,9 @@ class Inputs:
     levels: Tensor | None
 
     @classmethod
-    def drawn(cls, shape: str, part: str, frames: int, whole: bool) -> "Inputs":
+    def drawn(cls, shape: str, part: str, frames: int, span: tuple[int, int], *, whole: bool) -> "Inputs":
         """whole: whether the clip is there at once."""
-        (dense, grid), (made, _) = (layer_of(shape, converted) for converted in (False, True))
+        (dense, grid), (made, _) = (layer_of(shape, converted, span) for converted in (False, True))
         tokens, config = frames * grid.rows * grid.columns, made.config
         own = x = levels = None
         if part == "attention":
@@ -188,13 +194,14 @@ class Inputs:
         config = self.converted.config
         assert config.conversion is not None
         step = BlockStep(self.converted.layers[0], config.conversion, self.grid, Keep()).to(PLACE)
-        size = (1, CURRENT, self.grid.rows * self.grid.columns, config.dim)
+        chunk = config.conversion.current
+        size = (1, chunk, self.grid.rows * self.grid.columns, config.dim)
         x = torch.randn(size, device=PLACE, dtype=DTYPE)
-        levels = torch.randn(1, CURRENT, 6, config.dim, device=PLACE, dtype=DTYPE)
+        levels = torch.randn(1, chunk, 6, config.dim, device=PLACE, dtype=DTYPE)
 
         def chunks() -> Tensor:
             held = step.empty(1)
-            for _ in range(self.frames // CURRENT):
+            for _ in range(-(-self.frames // chunk)):
                 answer, *held = step(x, levels, *prompt, *held)
             return answer
 
@@ -212,9 +219,9 @@ class DenseView:
 
 
 @cache
-def layer_of(shape: str, converted: bool) -> tuple[WanTransformer, Grid]:
+def layer_of(shape: str, converted: bool, span: tuple[int, int]) -> tuple[WanTransformer, Grid]:
     """A network of one layer, on a GPU by the fused kernels."""
-    made, grid = network(shape, converted=converted)
+    made, grid = network(shape, converted=converted, span=span)
     made.to(PLACE, DTYPE)
     if GPU:
         from longtake.models.wan_triton import fuse_clips, fuse_layers

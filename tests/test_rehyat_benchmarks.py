@@ -53,8 +53,9 @@ def test_parts_run_alone_and_options_are_told(monkeypatch: pytest.MonkeyPatch, t
 
 def test_every_length_of_every_part_is_timed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     speed = script("rehyat_speed", monkeypatch)
-    told(speed, tmp_path / "speed.json", monkeypatch, "--tiny")
+    told(speed, tmp_path / "speed.json", monkeypatch, "--tiny", "--span", "4", "2")
     found = json.loads((tmp_path / "speed.json").read_text())
+    assert (found["about"]["current"], found["about"]["overlap"]) == (4, 2)
     timed = {(case["part"], case["kind"], case["frames"]) for case in found["cases"] if case["ms"] > 0}
     kinds = {"attention": ("dense", "converted", "plain"), "self_attention": ("dense", "converted")}
     kinds["layer"] = ("dense", "converted", "step")
@@ -70,7 +71,7 @@ def test_kernels_and_plain_torch_are_given_the_same_tokens(monkeypatch: pytest.M
     from longtake.models.wan_triton import FusedSpanView
 
     speed = script("rehyat_speed", monkeypatch)
-    inputs = speed.Inputs.drawn("tiny", "attention", 9, whole=True)
+    inputs = speed.Inputs.drawn("tiny", "attention", 9, (3, 1), whole=True)
     plain, own = inputs._view("plain"), inputs.own
     assert speed.distance(FusedSpanView(**vars(plain)).attend(0, own), plain.attend(0, own)) < 1e-2
 
