@@ -73,6 +73,8 @@ def main() -> None:
     asked.add_argument("--rounds", type=int, default=50)
     asked.add_argument("--json", type=Path)
     options = asked.parse_args()
+    if options.block < 1:
+        asked.error("a block has one latent frame or more")
     device = device_named(options.device)
     found = {
         "shape": options.shape,

@@ -99,7 +99,7 @@ class RandomWorld:
     def __init__(self, latent_size: tuple[int, int, int], words: int):
         self.latent_size, self._words = latent_size, words
 
-    def prompts(self, count: int, seed: int, frames: int) -> SimpleNamespace:
+    def prompts(self, count: int, seed: int, frames: int, looks_away: bool = True) -> SimpleNamespace:
         draw = torch.Generator().manual_seed(seed)
         tokens = torch.randint(1, WORDS, (count, 1, self._words), generator=draw).to(PLACE)
         return SimpleNamespace(tokens_BPL=tokens, prompt_BF=torch.zeros(count, frames, dtype=torch.long, device=PLACE))

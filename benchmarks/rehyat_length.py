@@ -141,9 +141,7 @@ def case(kind: str, frames: int, shape: str) -> Callable[[], object]:
     return whole
 
 
-def network(
-    shape: str, *, converted: bool, span: tuple[int, int] = (CURRENT, OVERLAP)
-) -> tuple[WanTransformer, Grid]:  # fmt: skip
+def network(shape: str, *, converted: bool, span: tuple[int, int] = (CURRENT, OVERLAP)) -> tuple[WanTransformer, Grid]:
     torch.manual_seed(0)
     sizes, (rows, columns) = SHAPES[shape]
     conversion = Conversion(layers=(0,), current=span[0], overlap=span[1]) if converted else None

@@ -11,10 +11,10 @@ pass, in one process. rehyat_speed.json holds, of each shape, part, kind and num
 part: `attention`, from queries, keys and values to answers; `self_attention`, with their projections, norms and
 rotations; `layer`, the whole layer. kind: `dense`, every token sees every token, by cuDNN on a GPU; `converted`, the
 same converted, by the fused kernels there; `plain`, that in plain torch, chunk after chunk; `step`, the layer as a
-function of tensors (`models.block_step`), whose input is made chunk by chunk. ms: median of the passes. peak_mb: what
-was allocated at most beyond the input. off: how far the kernels are from plain torch, beside its size. refused: why
-there is no number. gains: how many times faster `converted` is. crossing: the fewest of the measured frames from which
-on it is faster. export: the layer of each shape as an exported program, Tc 3, To 1.
+function of tensors (`models.block_step`), whose input is made chunk by chunk, whole ones. ms: median of the passes.
+peak_mb: what was allocated at most beyond the input. off: how far the kernels are from plain torch, beside its size.
+refused: why there is no number. gains: how many times faster `converted` is. crossing: the fewest of the measured
+frames from which on it is faster. export: the layer of each shape as an exported program, Tc 3, To 1.
 """
 
 import argparse
@@ -93,9 +93,7 @@ def summed_up(cases: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def measured(
-    shape: str, part: str, frames: int, enough: float, span: tuple[int, int]
-) -> list[dict[str, Any]]:  # fmt: skip
+def measured(shape: str, part: str, frames: int, enough: float, span: tuple[int, int]) -> list[dict[str, Any]]:
     """The cases of one length, timed in turn."""
     kinds = ["dense", "converted", *(["plain"] if part == "attention" else []), *(["step"] if part == "layer" else [])]
     kinds = [kind for kind in kinds if frames <= MOST.get((shape, part, kind), frames)]

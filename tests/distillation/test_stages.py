@@ -115,7 +115,7 @@ class Source:
         assert (count, frames) == (2, CLIP)
         return self
 
-    def prompts(self, count: int, seed: int, frames: int) -> SimpleNamespace:
+    def prompts(self, count: int, seed: int, frames: int, looks_away: bool = True) -> SimpleNamespace:
         assert (count, frames) == (2, CLIP)
         return SimpleNamespace(tokens_BPL=self.tokens_BPL, prompt_BF=1 - self.prompt_BF)
 

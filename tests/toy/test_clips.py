@@ -237,6 +237,8 @@ def test_prompts_may_be_of_scenes_alone_whose_camera_does_not_look_away() -> Non
     assert changes[1] == pytest.approx(changes[0], abs=0.1), "as many change as in all"
     other = sample_prompts(300, 10, torch.device("cpu"), 4, 21, looks_away=False)
     assert not torch.equal(other.tokens_BPL, prompts[1].tokens_BPL)
+    few = [len(sample_prompts(1, seed, torch.device("cpu"), 4, 21, looks_away=False).tokens_BPL) for seed in range(50)]
+    assert few == [1] * 50
 
 
 @pytest.mark.parametrize("pictures", [141, 237])
@@ -295,6 +297,7 @@ def test_frames_do_not_count_in_which_a_camera_lingers_that_was_told_to_look_awa
     ignored = (drawn.focus_BFHW == -1).all(3).all(2)
     of_world = ~ignored[:, 0]  # clips made for memory begin so
     assert ignored[told & of_world].any() and not ignored[~told & of_world].any()
+    assert (~ignored[told & of_world, 1:]).any(1).all(), "what it shows before and between still counts"
 
 
 def test_a_pool_may_have_cameras_look_away_soon_again_but_for_clips_made_for_memory(

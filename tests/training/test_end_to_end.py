@@ -83,7 +83,7 @@ class Shapes:
         assert frames == FRAMES
         return clips_of(SHOWN[torch.randint(len(SHOWN), (count,))])
 
-    def prompts(self, count: int, seed: int, frames: int) -> SimpleNamespace:
+    def prompts(self, count: int, seed: int, frames: int, looks_away: bool = True) -> SimpleNamespace:
         dice = torch.Generator().manual_seed(seed)
         return clips_of(SHOWN[torch.randint(len(SHOWN), (count,), generator=dice)])
 

@@ -85,8 +85,8 @@ class ClipPool:
     seed: of the scenes; processes that train together take different ones. Scenes never repeat. pictures: of a clip, 1
     more than a multiple of the codec's pictures a latent frame. memory_share: of clips made for memory, see
     `memory_scenes`, 0 to 1; they come at once, so many together as any. ValueError if clips are too short for those.
-    looks_soon: whether in the others cameras that look away do so soon again, see `looking_soon`, and no frame counts,
-    at a focus of -1, that shows one which its caption tells to `lingering`.
+    looks_soon: whether in the others cameras that look away do so soon again, see `looking_soon`, and in all of them
+    frames do not count, at a focus of -1, in which one that its caption tells to look away is `lingering`.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ def sample_prompts(
     frames: latent frames that they are told for, at least: those of a clip of `CLIP_PICTURES`, or more if so many.
     looks_away: whether cameras of some of them do.
     """
-    scenes, tokens_BPL = training_scenes(count if looks_away else 4 * count, seed, device)
+    scenes, tokens_BPL = training_scenes(count if looks_away else 4 * max(count, 16), seed, device)
     if not looks_away:
         others = (scenes.camera != CAMERAS.index("looks away")).nonzero()[:, 0]
         some = others[torch.randperm(len(others), generator=_own_dice(seed, "not away"))[:count].to(device)]

@@ -166,8 +166,8 @@ class TeacherForcingStage(Stage):
     learns, so that the student stays what it was wherever nothing is far. memory_share: of clips made for memory, which
     begin out of sight of what they show, and look away from it until neither sink nor recent frames show it, under
     captions that do not say what it was; they take some length (8.5 seconds in the toy world). looks_soon: to look
-    away at any time, also late: in the others cameras that look away may begin to after ten seconds, and do again after
-    no more than 4, and where one has been level for long only frames count in which it has begun to turn. recompute:
+    away at any time: in the others cameras that do begin to within ten seconds, and again after no more than 4; and in
+    all clips, where such a camera has been level for long, only frames count in which it has begun to turn. recompute:
     whether clips are walked block by block, and of each pass only what went in and what came out is kept: the rest is
     computed again for its gradient. The same in more time and a small part of the memory. first_steps: of the recipe,
     at whose levels blocks are noisy (0: at any level). There it is decided what a block shows, so there memory is
@@ -176,8 +176,8 @@ class TeacherForcingStage(Stage):
     converted layers too, at the recipe's levels. So a few-step student learns to remember, to see a part of its window,
     or to do with converted layers, and stays what it was. anchor_streams: whether those clips are streamed by the
     network as it was, under the first recipe and by prompts of the world, and not the world's own: in front of its own
-    it is asked; with looks_soon by prompts that do not tell a camera to look away, of which the lessons say otherwise
-    than it. anchor_frames: latent frames of an anchor's clips, whole blocks (0: `frames`): shorter ones hold it to
+    it is asked; with looks_soon by prompts that tell no camera to look away, for that is what the lessons change.
+    anchor_frames: latent frames of an anchor's clips, whole blocks (0: `frames`): shorter ones hold it to
     how it begins, and leave open what it does later. real_weight: of the first lesson; 0: there is none, and all that
     is learned is to answer so. rank: of what is added to each matrix (0: any), see `low_rank`.
     far_maps: whether queries and keys of far states get maps of their own (`OwnMaps`), if they have none; they learn as

@@ -60,8 +60,8 @@ class World(Protocol):
     ) -> ClipSupply:
         """A supply that holds so many clips, each of so many latent frames or more.
 
-        memory_share: of clips in which what was seen goes out of sight and comes back; looks_soon: whether in the
-        others what goes out of sight does so soon again. See `TeacherForcingStage`.
+        memory_share: of clips in which what was seen goes out of sight and comes back; looks_soon: whether the clips
+        teach to look away at any time. See `TeacherForcingStage`.
         """
         ...
 
