@@ -31,7 +31,7 @@ SHAPES = pytest.mark.parametrize(
         made(33, 100, 16, 8, batch=1, heads=3, head_dim=20),
         made(40, 61, 8, 32, head_dim=16),
         made(30, 50, 12, 7, batch=1, head_dim=16),
-        made(30, 61, 4, 4, heads=3, head_dim=32),
+        made(18, 37, 4, 4, heads=3, head_dim=32),
         made(1, 1, 16, 16, head_dim=16),
     ],
     ids=lambda it: f"{it.q.shape[1]}x{it.k.shape[1]}x{it.q.shape[-1]}",
@@ -150,7 +150,7 @@ def test_the_same_blocks_are_best_ties_included(blocks: int, share: float) -> No
 
 
 def test_scores_of_any_size_and_sign_are_ranked() -> None:
-    scores = torch.randn(2, 3, 50, 220, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    scores = torch.randn(1, 3, 50, 220, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     scores *= 10.0 ** torch.arange(-25, 25, device=DEVICE)[:, None]
     scores[..., ::7] = -0.0
     scores[..., 3::7] = 0.0
