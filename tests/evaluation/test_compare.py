@@ -52,14 +52,14 @@ def test_pairs_see_what_two_intervals_do_not() -> None:
 def test_the_interval_holds_the_truth_nineteen_times_of_twenty() -> None:
     """Captions differ in how hard they are, and seeds of one caption resemble each other."""
     held = 0
-    for seed in range(200):
+    for seed in range(120):
         dice = Random(seed)
         rates = [dice.choice((0.2, 0.9)) for _ in range(80)]
         first = "".join(str(int(dice.random() < rate)) for _ in range(4) for rate in rates)
         second = "".join(str(int(dice.random() < rate - 0.1)) for _ in range(4) for rate in rates)
         low, high = known(first, second, 4).interval_95
         held += low <= -0.1 <= high
-    assert held >= 180
+    assert held >= 108
 
 
 def table(verdicts: str, **more: Any) -> dict[str, Any]:

@@ -85,14 +85,14 @@ def score(engine: Any, prompts: int = 2, after: Sequence[int] = (2,), **more: An
 
 
 def test_who_remembers_recalls_everything() -> None:
-    table = score(SeeingEngine(), prompts=2)
+    table = score(SeeingEngine(), prompts=1)
     for seen in (table, table["seen_first"]):
         assert seen["after"] == {"2": EVERYTHING}
         assert seen["returned"] == seen["stayed_away"] == {"2": 1.0}
-    assert (table["recipe"], table["levels"], table["weights"], table["prompts"]) == ("any", 4, "drawn", 2)
+    assert (table["recipe"], table["levels"], table["weights"], table["prompts"]) == ("any", 4, "drawn", 1)
     assert (table["seeds"], table["seed_list"]) == (1, [0])
     low, high = table["counts"]["2"]["landmark"]["interval_95"]
-    assert 0.3 < low < high == 1.0
+    assert 0.1 < low < high == 1.0
 
 
 def test_who_forgets_returns_but_recalls_nothing() -> None:

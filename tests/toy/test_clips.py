@@ -213,7 +213,7 @@ def test_captions_are_known_to_say_an_attribute_as_parsing_has_it(attribute: str
 def test_a_pool_made_again_holds_the_same_clips() -> None:
     torch.manual_seed(0)
     codec = LightCodec(SMALL)
-    pool, twin = (ClipPool(codec, 3, seed=1, device=torch.device("cpu"), at_once=2) for _ in range(2))
+    pool, twin = (ClipPool(codec, 3, seed=1, device=torch.device("cpu"), at_once=2, pictures=33) for _ in range(2))
     pool.draw(1, 9)
     pool.renew()
     twin.load_state_dict(pool.state_dict())
