@@ -666,6 +666,19 @@ def test_evaluate_reads_captions_from_a_file(scorer, capsys, tmp_path):
     assert capsys.readouterr().out == words
 
 
+def test_a_guidance_is_told_to_what_is_guided(scorer, monkeypatch, capsys):
+    made = []
+    monkeypatch.setattr("longtake.recipes.teacher.toy_teacher", lambda device, **told: made.append(told))
+    assert main(["evaluate", "toy", "--recipe", "teacher", "converted", "--guidance", "3.5", "--device", "cpu"]) == 0
+    assert [(told["file"], told["guidance"]) for told in made] == [
+        ("teacher.safetensors", 3.5),
+        ("converted.safetensors", 3.5),
+    ]
+    capsys.readouterr()
+    assert main(["evaluate", "toy", "--recipe", "rehyat", "truth", "--guidance", "3.5", "--device", "cpu"]) == 2
+    assert "a guidance is of teacher and converted" in capsys.readouterr().err
+
+
 def test_evaluate_scores_other_weights(scorer, engine, capsys, tmp_path):
     assert main(["evaluate", "toy", "--model", str(tmp_path)]) == 0
     assert engine.asked_for[0][0] == str(tmp_path)

@@ -37,6 +37,7 @@ def evaluate_toy(
     prompt_file: Annotated[Path | None, arg(metavar="PATH"), _one_source] = None,
     seeds: int = 2,
     at: tuple[int, ...] = (5,),
+    guidance: Annotated[float | None, arg(metavar="N")] = None,
     device: Device = None,
     dtype: Precision = "auto",
     json: Switch = False,
@@ -51,10 +52,13 @@ def evaluate_toy(
         prompt_file: A file with one caption a line.
         seeds: Videos for each caption.
         at: Seconds at which the pictures just shown are scored.
+        guidance: Of the teacher and of converted, which are guided: 1 is none; unless given, 3.
         json: Print a JSON list with one object for each recipe.
     """
     from longtake.evaluation import toy
 
+    if guidance is not None and not {*recipe} & {*_GUIDED}:
+        raise ValueError(f"a guidance is of {' and '.join(_GUIDED)}, and none of {', '.join(recipe)} is one of them")
     with together(device) as (first, place):
         results = toy.evaluate_toy(
             recipe,
@@ -63,7 +67,7 @@ def evaluate_toy(
             prompt_file=prompt_file,
             seeds=seeds,
             at=at,
-            sources={name: source(model, place, dtype) for name, source in _MARKS.items() if name in recipe},
+            sources={name: _mark(name, model, place, dtype, guidance) for name in _MARKS if name in recipe},
             device=place,
             progress=say,
         )
@@ -248,27 +252,18 @@ def evaluate_compare(file: Annotated[tuple[Path, ...], Positional], json: Switch
     return 0
 
 
-def _codec_source(model: str, device: "torch.device", dtype: str) -> "Source":
-    from longtake.evaluation.sources import codec_source
-    from longtake.recipes.weight_files import toy_codec
-
-    return codec_source(toy_codec(device, model=model))
+_GUIDED = ("teacher", "converted")
+_MARKS = ("codec", *_GUIDED)  # not recipes
 
 
-def _teacher_source(model: str, device: "torch.device", dtype: str) -> "Source":
-    from longtake.evaluation.sources import clip_source
-    from longtake.recipes.teacher import TEACHER_STEPS, toy_teacher
+def _mark(name: str, model: str, device: "torch.device", dtype: str, guidance: float | None) -> "Source":
+    from longtake.evaluation.sources import clip_source, codec_source
+    from longtake.recipes.teacher import GUIDANCE, TEACHER_STEPS, toy_teacher
+    from longtake.recipes.weight_files import CONVERTED_FILE, TEACHER_FILE, toy_codec
 
-    return clip_source(toy_teacher(device, model=model, dtype=precision_named(dtype)), device, TEACHER_STEPS)
-
-
-def _converted_source(model: str, device: "torch.device", dtype: str) -> "Source":
-    from longtake.evaluation.sources import clip_source
-    from longtake.recipes.teacher import TEACHER_STEPS, toy_teacher
-    from longtake.recipes.weight_files import CONVERTED_FILE
-
-    sample = toy_teacher(device, model=model, dtype=precision_named(dtype), file=CONVERTED_FILE)
-    return clip_source(sample, device, TEACHER_STEPS)
-
-
-_MARKS = {"codec": _codec_source, "teacher": _teacher_source, "converted": _converted_source}  # not recipes
+    if name == "codec":
+        return codec_source(toy_codec(device, model=model))
+    file = {"teacher": TEACHER_FILE, "converted": CONVERTED_FILE}[name]
+    guidance = GUIDANCE if guidance is None else guidance
+    sample = toy_teacher(device, model=model, dtype=precision_named(dtype), guidance=guidance, file=file)
+    return clip_source(sample, device, TEACHER_STEPS, guidance)

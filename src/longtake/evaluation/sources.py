@@ -32,13 +32,14 @@ class Source:
 
     play: from B prompts, as many seeds and rising marks in seconds: for each mark, the uint8 pictures
     [B, 80, H, W, 3] of the five seconds that end there. levels: denoising steps, None for what has none.
-    weights: tell a recipe's network from others.
+    weights: tell a recipe's network from others. guidance: of what is guided.
     """
 
     play: Callable[[Sequence[str], Sequence[int], Sequence[int]], Iterator[Tensor]]
     device: torch.device = CPU
     levels: int | None = None
     weights: str | None = None
+    guidance: float | None = None
 
 
 def batches(clips: Sequence[Clip], device: torch.device) -> list[Sequence[Clip]]:
@@ -123,7 +124,10 @@ def through_codec(codec: Codec, scenes: Scenes, pictures: int, first: int = 0) -
 
 
 def clip_source(
-    sample: Callable[[Sequence[str], Sequence[int]], Tensor], device: torch.device = CPU, levels: int | None = None
+    sample: Callable[[Sequence[str], Sequence[int]], Tensor],
+    device: torch.device = CPU,
+    levels: int | None = None,
+    guidance: float | None = None,
 ) -> Source:
     """Whole clips, uint8 [B, F, H, W, 3], made at once from prompts and seeds: a teacher's. Marks end within them."""
 
@@ -133,7 +137,7 @@ def clip_source(
             raise ValueError(f"clips of {clips.shape[1] / RATE:.1f} seconds cannot be scored at {marks[-1]}")
         yield from windows([clips], RATE, marks)
 
-    return Source(play, device, levels)
+    return Source(play, device, levels, guidance=guidance)
 
 
 def engine_source(engine: Engine) -> Source:

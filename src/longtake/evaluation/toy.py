@@ -212,6 +212,7 @@ def _table(recipe: str, source: Source, plan: _Plan, watched: _Watched, referenc
         "recipe": recipe,
         "levels": source.levels,
         "weights": source.weights,
+        **({} if source.guidance is None else {"guidance": source.guidance}),
         "prompts": len(plan.prompts),
         **({"captions": plan.own} if plan.own else {}),
         "seeds": len(plan.seeds),

@@ -17,6 +17,7 @@ from longtake.recipes.weight_files import CODEC_FILE, TEACHER_FILE, file_of, loa
 from longtake.toy import captions
 
 TEACHER_STEPS = 32  # of a teacher's sampler
+GUIDANCE = 3.0
 
 
 def toy_teacher(
@@ -25,7 +26,7 @@ def toy_teacher(
     model: str | Path = "toy",
     dtype: torch.dtype | None = None,
     steps: int = TEACHER_STEPS,
-    guidance: float = 3.0,
+    guidance: float = GUIDANCE,
     file: str = TEACHER_FILE,
 ) -> Callable[[Sequence[str], Sequence[int]], Tensor]:
     """A model's teacher as a function of B prompts and B seeds: whole clips, uint8 [B, F, H, W, 3] on its device.
