@@ -464,6 +464,18 @@ def test_a_converted_teacher_can_be_held_to_what_its_teacher_answers(folders: Pa
         FinetuneStage(guided=True)
 
 
+def test_a_converted_teacher_is_told_its_teachers_answer_on_its_own_way(folders: Path, tmp_path: Path) -> None:
+    settings = ["steps=3", "seconds=1e9", *SETTINGS["finetune"], "anchored=true", "guided=true", "log_every=1"]
+    run = ["--from", str(folders / "attention_matching"), "--out", str(tmp_path), "--set", *settings]
+    finish(start("finetune", *run, "on_the_way=true"))
+    rows = read_metrics(tmp_path)
+    assert len(rows) == 3 and all(row["loss"] > 0 and row["norm"] > 0 for row in rows)
+    before, after = (load_weights(folder / CONVERTED_FILE)[0] for folder in (folders / "attention_matching", tmp_path))
+    assert any(not torch.equal(x, before[name]) for name, x in after.items())
+    with pytest.raises(ValueError, match="set anchored=true guided=true with on_the_way"):
+        FinetuneStage(on_the_way=True)
+
+
 def test_features_may_learn_alone(folders: Path, tmp_path: Path) -> None:
     """Then they are all that is new beside the teacher."""
     settings = ["--set", "steps=2", "seconds=1e9", *SETTINGS["finetune"], "anchored=true", "far_only=true"]

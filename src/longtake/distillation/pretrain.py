@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,16 +73,45 @@ def flow_loss(
     noisy = add_noise(clean, noise, level_BF)
 
     def answer(of: WanTransformer, view: View) -> Tensor:
-        velocity = of(noisy, level_BF, of.prompt_keys(clips.text_BPLE), view, clips.prompt_BF)
-        if nothing_BPLE is None:
-            return velocity
-        return guided(velocity, of(noisy, level_BF, of.prompt_keys(nothing_BPLE), view), guidance)
+        asked = Asking(noisy, level_BF, clips.text_BPLE, clips.prompt_BF)
+        return velocity_asked(of, asked, view, nothing_BPLE, guidance)
 
     target = noise - clean
     if anchor is not None:
         with torch.no_grad():
             target = answer(anchor, anchor.exact_view(clean))
     return _focused_mse(answer(network, network.clip_view(clean)), target, clips.focus_BFHW, focus_weight)
+
+
+class Asking(NamedTuple):
+    """What a velocity is asked of: latents [B, F, C, H, W] at levels [B, F], prompts as in `Clips`."""
+
+    noisy_BFCHW: Tensor
+    level_BF: Tensor
+    text_BPLE: Tensor
+    prompt_BF: Tensor
+
+
+def velocity_asked(
+    network: WanTransformer, asked: Asking, view: View, nothing_BPLE: Tensor | None, guidance: float
+) -> Tensor:
+    """The velocity of whole clips [B, F, C, H, W], guided if the embedding of no prompt [B, 1, L, E] is given."""
+    noisy, level_BF, text_BPLE, prompt_BF = asked
+    velocity = network(noisy, level_BF, network.prompt_keys(text_BPLE), view, prompt_BF)
+    if nothing_BPLE is None:
+        return velocity
+    return guided(velocity, network(noisy, level_BF, network.prompt_keys(nothing_BPLE), view), guidance)
+
+
+def on_the_way_loss(
+    network: WanTransformer, anchor: WanTransformer, asked: Asking, nothing_BPLE: Tensor, guidance: float
+) -> tuple[Tensor, Tensor]:
+    """Error of the guided velocity beside that of an anchor that attends exactly, where a sampling stands; and the
+    velocity itself, by which that sampling may go on (as 1011.0686 has a learner meet its own states)."""
+    velocity = velocity_asked(network, asked, network.clip_view(asked.noisy_BFCHW), nothing_BPLE, guidance)
+    with torch.no_grad():
+        target = velocity_asked(anchor, asked, anchor.exact_view(asked.noisy_BFCHW), nothing_BPLE, guidance)
+    return functional.mse_loss(velocity.float(), target.float()), velocity.detach()
 
 
 def teacher_forcing_loss(

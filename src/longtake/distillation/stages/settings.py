@@ -40,7 +40,7 @@ _MAY_BE_0 = {
     "seed", "kl_weight", "focus_weight", "no_prompt_share", "encoder_blocks", "decoder_blocks", "most_given", "pull",
     "self_forcing_share", "memory_share", "anchor_weight", "recompute", "real_weight", "real_frames", "real_batch",
     "last_exits", "rank", "layers", "first_steps", "far_only", "overlap", "turns_with_frames", "both_ways", "softmax",
-    "far_maps", "anchored", "anchor_streams", "anchor_frames", "exact", "looks_soon", "guided",
+    "far_maps", "anchored", "anchor_streams", "anchor_frames", "exact", "looks_soon", "guided", "on_the_way",
 }  # fmt: skip
 
 
@@ -120,11 +120,14 @@ class FinetuneStage(Stage):
     softmax: the control: the teacher itself, with no layer converted, on the same clips in the same order. anchored:
     whether what is learned is not to make these clips, but to answer on them as the teacher that it was made of (ours).
     guided: whether that answer is the velocity that sampling follows, of prompt and no prompt under `guidance`, and not
-    of either by itself; `no_prompt_share` then has no say. far_lr: rate of the features. far_only: whether nothing else
-    learns. rank: of what is added to each matrix (0: any), see `low_rank`; features learn whole. recompute: whether of
-    each layer's pass only what went in is kept, and the rest computed again for its gradient: the same in more time and
-    a small part of the memory. Published: about a thousand steps of everything (2601.04342).
-    ValueError for the control where it is anchored, for it already answers so, and for guided clips.
+    of either by itself; `no_prompt_share` then has no say. on_the_way: whether it is asked where the network's own
+    samplings stand, and not on noised clips: what it does wrong early it then meets later (ours, after DAgger,
+    1011.0686); prompts are all it takes, and pool, focus_weight have no say. far_lr: rate of the features. far_only:
+    whether nothing else learns. rank: of what is added to each matrix (0: any), see `low_rank`; features learn whole.
+    recompute: whether of each layer's pass only what went in is kept, and the rest computed again for its gradient: the
+    same in more time and a small part of the memory. Published: about a thousand steps of everything (2601.04342).
+    ValueError for the control where it is anchored, for it already answers so, for guided clips, and for samplings
+    that are not guided.
     """
 
     steps: int = 1000
@@ -142,12 +145,15 @@ class FinetuneStage(Stage):
     softmax: bool = False
     anchored: bool = False
     guided: bool = False
+    on_the_way: bool = False
     far_only: bool = False
     rank: int = 0
     recompute: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.on_the_way and not self.guided:
+            raise ValueError("samplings are guided: set anchored=true guided=true with on_the_way")
         if self.guided and not self.anchored:
             raise ValueError("clips show no guided velocity, only a network answers so: set anchored=true with guided")
         if self.softmax and (self.anchored or self.far_only):
