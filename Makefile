@@ -2,7 +2,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-INSTALL := $(BIN)/pip install --quiet --constraint constraints.txt
+INSTALL := $(BIN)/pip install --quiet --no-compile --constraint constraints.txt
+COMPILE := $(BIN)/python -m compileall -qq -j 0 .venv/lib 2>/dev/null  # on all cores, where pip takes one
 
 .PHONY: demo test check format clean
 .DELETE_ON_ERROR:
@@ -33,8 +34,10 @@ clean:
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(INSTALL) torch  # alone and first, so that the pinned build is settled before anything asks for torch
 	$(INSTALL) --editable .
+	@$(COMPILE) || :  # fails at files for a later Python, which nobody imports
 	@touch $@
 
 .venv/dev: .venv/runtime
 	$(INSTALL) --editable ".[dev]"
+	@$(COMPILE) || :
 	@touch $@
