@@ -79,7 +79,8 @@ def page(browser, address):
     )
     with closing(context):  # whatever goes wrong: a stream that is left behind would slow all that come after it
         page.goto(address)
-        page.click("#begin:enabled")
+        page.wait_for_selector("#begin:enabled")
+        page.keyboard.press("Enter")
         until(page, DECODED, lambda count: count >= 10)
         yield page
         page.click("#stop:enabled")
@@ -166,14 +167,18 @@ def test_words_blend_and_a_stream_goes_back_and_begins_again(page):
     until(page, setting, lambda seen: seen == ("day", "clear"))
     day = page.evaluate(LIGHT)
     assert page.is_disabled("#back")
-    page.press("#video", "s")
+    page.focus("#pause")
+    for _ in range(3):  # held
+        page.keyboard.down("S")
+    page.keyboard.up("S")
     page.wait_for_selector("#back:enabled")
     page.click("label:has-text('Blend')")
     say(page, NIGHT)
     until(page, setting, lambda seen: seen == ("night", "rain"))
     page.click("#copy")
     page.wait_for_selector("#copy-says:has-text('it holds a blend')")
-    page.press("#video", "b")
+    page.press("[name=change][value=blend]", "b")
+    assert page.locator(".kept .rewind").count() == 1
     page.wait_for_selector(f".part.current[data-state=completed]:text-is('↩ {DAY}')")
     until(page, LIGHT, lambda light: light > 0.9 * day)
     page.click("#copy")

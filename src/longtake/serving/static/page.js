@@ -367,7 +367,9 @@ function grow() {
 }
 $("prompt").oninput = grow;
 $("prompt").onkeydown = (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) { event.preventDefault(); send(); }
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  if (!event.repeat) send();
 };
 $("words").onsubmit = (event) => { event.preventDefault(); send(); };
 $("begin").onclick = () => start();
@@ -379,13 +381,18 @@ $("record").onclick = toggleRecording;
 $("stop").onclick = () => tell({ type: "session.stop" });
 $("dice").onclick = () => ($("seed").value = Math.floor(Math.random() * 1e6));
 document.addEventListener("keydown", (event) => {
-  if (event.target.closest?.("input, textarea, button, dialog") || event.ctrlKey || event.metaKey || event.altKey) return;
-  if (event.key === " ") { event.preventDefault(); stream ? togglePause() : start(); }
-  if (event.key === "s") snapshot();
-  if (event.key === "b") back();
-  if (event.key === "0") reset();
-  if (event.key === "r") toggleRecording();
-  if (event.key === "/") { event.preventDefault(); $("prompt").focus(); $("prompt").select(); }
+  const { target, repeat, ctrlKey, metaKey, altKey } = event;
+  if (repeat || ctrlKey || metaKey || altKey || target.closest?.("textarea, input:not([type=radio]), dialog")) return;
+  const key = event.key.toLowerCase(); // with Caps Lock, too
+  if ((key === " " || (key === "enter" && !stream)) && !target.closest?.("button, input, a")) { // which they press
+    event.preventDefault();
+    stream ? togglePause() : start();
+  }
+  if (key === "s") snapshot();
+  if (key === "b") back();
+  if (key === "0") reset();
+  if (key === "r") toggleRecording();
+  if (key === "/") { event.preventDefault(); $("prompt").focus(); $("prompt").select(); }
 });
 setInterval(() => tell({ type: "session.ping" }), 20000);
 setInterval(draw, 200);
