@@ -278,9 +278,11 @@ def test_what_was_kept_when_the_connection_broke_is_listed_and_so_it_is_after_a_
     page.context.close()
 
 
-def test_while_the_model_warms_up_or_a_stream_begins_nothing_is_pressed_and_nothing_goes_wrong(browser, address):
-    """No red line in the browser's console, and no fork that comes true when nobody expects it any more."""
+def test_who_waits_is_told_and_what_is_pressed_meanwhile_does_nothing_wrong(browser, address):
+    """No red line in the browser's console, no fork that comes true when nobody expects it any more, and no stream that
+    is called live while the server is silent."""
     page = browser.new_context().new_page()
+    page.clock.install()
     page.set_default_timeout(1000 * PATIENCE)
     wrong, warm = [], []
     page.on("console", lambda told: wrong.append(told.text) if told.type == "error" else None)
@@ -295,12 +297,34 @@ def test_while_the_model_warms_up_or_a_stream_begins_nothing_is_pressed_and_noth
     page.wait_for_selector(".kept .fork:enabled")
     page.click("#stop:enabled")
     page.wait_for_selector("#cover:visible")
-    page.route_web_socket("**/v1/realtime/video*", lambda line: None)  # which never answers
+    lines = []
+    page.route_web_socket("**/v1/realtime/video*", lambda line: lines.append(line))  # which never answers
     page.click("#begin:enabled")
     page.wait_for_selector("#state:has-text('Starting')")
     assert page.is_disabled(".kept .fork") and page.is_disabled(".kept .rewind")
     assert wrong == []
+    lines[0].send(json.dumps(STARTED))
+    page.wait_for_selector("#state:has-text('Live')")
+    page.clock.run_for(6000)
+    page.wait_for_selector("#state:has-text('Waiting for the server')")
+    lines[0].send(json.dumps(ABOUT))
+    page.wait_for_selector("#state:has-text('Live')")
+    lines[0].send(b"\0\0\0\x08no mp4")
+    page.wait_for_selector("#complaint:has-text('failed to play')")
+    page.clock.run_for(6000)
+    page.click("#stop")  # of which the server hears nothing
+    page.wait_for_selector("#complaint:has-text('connection')")
+    assert page.is_visible("#cover")
     page.context.close()
+
+
+STARTED = {
+    "type": "video.start", "request_id": "one", "mime": 'video/mp4; codecs="avc1.42c00b"',
+    "config": {"prompt": DAY, "seed": 42},
+}  # fmt: skip
+ABOUT = {
+    "type": "video.chunk_metadata", "prompt": DAY, "num_frames": 9, "start_seconds": 0, "started_event_ids": [],
+}  # fmt: skip
 
 
 def test_tabs_of_one_browser_list_what_each_other_keeps_and_removes(page):

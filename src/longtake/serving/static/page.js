@@ -119,8 +119,12 @@ async function start(from = null) {
 }
 
 let about = null; // the description of the bytes that follow it
+let silence = 0; // looks at the page since the server was heard; it tells its owner numbers every second
+const LONG = 25; // of these, 5 seconds
 
 function hear(data) {
+  if (silence >= LONG) mood();
+  silence = 0;
   if (typeof data !== "string") return take(data);
   const message = JSON.parse(data);
   if (message.type === "video.start") {
@@ -132,7 +136,7 @@ function hear(data) {
     player.begin(message.mime, complain);
     $("cover").hidden = true;
     $("send").textContent = "Change";
-    show("live", "Live");
+    mood();
     busy(false);
   } else if (message.type === "video.chunk_metadata") about = message;
   else if (/^session\.(interaction|rewind|seek|reset)\.queued$/.test(message.type)) queued(message);
@@ -207,8 +211,9 @@ function paused(is) {
   if (is) video.pause(); else player.play();
   player.paused = is;
   $("pause").lastElementChild.textContent = is ? "Go on" : "Pause";
-  show(is ? "wait" : "live", is ? "Paused" : "Live");
+  mood();
 }
+function mood() { show(player.paused ? "wait" : "live", player.paused ? "Paused" : "Live"); }
 function togglePause() {
   if (stream && !watching && !$("pause").disabled) tell({ type: player.paused ? "session.resume" : "session.pause" });
 }
@@ -378,7 +383,11 @@ $("snapshot").onclick = snapshot;
 $("back").onclick = back;
 $("reset").onclick = reset;
 $("record").onclick = toggleRecording;
-$("stop").onclick = () => tell({ type: "session.stop" });
+$("stop").onclick = () => {
+  const { socket } = stream;
+  tell({ type: "session.stop" });
+  if (silence >= LONG) socket.onclose({ code: 1006 }), socket.close(); // nobody will answer
+};
 $("dice").onclick = () => ($("seed").value = Math.floor(Math.random() * 1e6));
 document.addEventListener("keydown", (event) => {
   const { target, repeat, ctrlKey, metaKey, altKey } = event;
@@ -397,6 +406,7 @@ document.addEventListener("keydown", (event) => {
 setInterval(() => tell({ type: "session.ping" }), 20000);
 setInterval(draw, 200);
 function draw() {
+  if (stream?.prompts.length && ++silence === LONG) show("wait", "Waiting for the server");
   if (!stream?.shown) return;
   const words = timeline.draw(player.now(), stream.shown / model.fps);
   if (words) say(`On the screen: ${words}`);

@@ -21,6 +21,7 @@ export class Player {
     this.origin = null; // the second that the first picture has: who comes late does not begin at 0
     const Kind = window.ManagedMediaSource ?? window.MediaSource; // iPhones have the first alone
     if (!Kind?.isTypeSupported(mime)) return complain("This browser cannot play the stream: it lacks Media Source Extensions for H.264.");
+    this.video.onerror = () => complain("This browser failed to play on. The stream goes on: stop it, or take a snapshot and fork it.");
     this.video.disableRemotePlayback = true;
     const source = (this.source = new Kind());
     this.video.src = URL.createObjectURL(source);
