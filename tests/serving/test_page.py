@@ -382,6 +382,22 @@ def test_a_seed_that_a_browser_would_round_is_refused(browser, address):
     page.close()
 
 
+def test_the_door_stays_until_a_key_is_given_that_could_be_right(browser, address):
+    page = browser.new_page()
+    page.route("**/v1/models", lambda asked: asked.fulfill(status=401))
+    page.goto(address)
+    page.wait_for_selector("#door[open]")
+    for _ in range(3):
+        page.keyboard.press("Escape")
+    page.fill("#key", "ключ")  # which no header can carry
+    page.press("#key", "Enter")
+    assert page.is_visible("#door") and page.evaluate("() => sessionStorage.length") == 0
+    page.fill("#key", "sesame")
+    page.press("#key", "Enter")
+    page.wait_for_selector("#door-complaint:has-text('not right')")
+    page.close()
+
+
 SAID = """async (streams) => {
   const { commandLine, hindrance } = await import("/command.js");
   const model = { id: "a model", recipe: "one:past=6", levels: 4, codec: null, dtype: "float32", device: "cpu" };

@@ -176,6 +176,8 @@ def test_signals_end_streams_with_whole_fragments(number):
         (["--recipe", "self_forcin"], "self_forcing"),
         (["--port", "70000"], "0 to 65535"),
         (["--origin", "https://studio.example"], "without scheme"),
+        (["--api-key", "schlüssel"], "ASCII"),
+        (["--api-key", "sesame "], "no space"),
         (["--keep", "/dev/null/kept"], "/dev/null/kept"),
         (["--keep-gib", "0"], "more than 0 GiB"),
         (["--keep-gib", "inf"], "more than 0 GiB"),

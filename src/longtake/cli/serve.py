@@ -62,7 +62,7 @@ def serve(
     import torch
 
     from longtake.models.hub import registry
-    from longtake.serving.access import Access, require_host
+    from longtake.serving.access import Access, require_host, require_key
     from longtake.serving.admission import Limits
     from longtake.serving.app import Served, create_app
     from longtake.serving.server import is_loopback, listen, require_safe, run
@@ -70,7 +70,7 @@ def serve(
     from longtake.serving.worker import Worker
 
     key = api_key or os.environ.get("LONGTAKE_API_KEY") or None
-    require_safe(host, key, insecure)
+    require_safe(host, key and require_key(key), insecure)
     if sessions < 1:
         raise ValueError(f"a server has 1 session or more, got {sessions}")
     if not 0 < keep_gib * 2**30 < math.inf:

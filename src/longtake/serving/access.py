@@ -26,6 +26,16 @@ def require_host(text: str) -> str:
     return host
 
 
+_KEY = re.compile(r"[!-~]([ -~]*[!-~])?")
+
+
+def require_key(text: str) -> str:
+    """A key as headers can carry it. ValueError for anything else, with which nobody could ever come in."""
+    if not _KEY.fullmatch(text):
+        raise ValueError("a key has letters, digits and signs of ASCII alone, and no space at an end")
+    return text
+
+
 @dataclass(kw_only=True)
 class Access:
     """What a request must bring.

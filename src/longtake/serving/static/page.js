@@ -77,6 +77,7 @@ function openDoor() {
   if (!$("door").open) $("door").showModal();
 }
 $("door").oncancel = (event) => event.preventDefault();
+$("door").onkeydown = (event) => { if (event.key === "Escape") event.preventDefault(); }; // a second one has no cancel
 $("door-form").onsubmit = () => {
   key = $("key").value;
   sessionStorage.setItem("longtake-key", key);
