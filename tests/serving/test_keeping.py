@@ -310,6 +310,9 @@ def test_a_store_is_bounded_in_number_and_bytes(tmp_path):
     assert store.find(growing, "mp4") is None  # nothing was written
     store.remove(one[0].name, "take")
     put(store, size=3 * SIZE)
+    one[1].path.unlink()  # by hand
+    put(store, size=2 * SIZE)
+    assert store.find(one[1].name, "take") is None and one[1] not in store.kept("take")
     store.close()
 
 

@@ -61,12 +61,12 @@ class Store:
     def kept(self, kind: Kind) -> list[Kept]:
         """All files of a kind, the oldest first."""
         with self._lock:
-            found = [file for (_, own), file in self._files.items() if own == kind]
+            found = [file for (_, own), file in self._there().items() if own == kind]
         return sorted(found, key=lambda file: file.created)
 
     def find(self, name: str, kind: Kind) -> Kept | None:
         with self._lock:
-            return self._files.get((name, kind))
+            return self._there().get((name, kind))
 
     def remove(self, name: str, kind: Kind) -> bool:
         """False if there is none of that name."""
@@ -84,7 +84,7 @@ class Store:
         """
         name = secrets.token_hex(16)
         with self._lock:
-            if len(self._files) + len(self._growing) >= self.most:
+            if len(self._there()) + len(self._growing) >= self.most:
                 raise Full(f"{self.most} snapshots and recordings are kept already: remove some first")
             self._require_room(size)
             self._growing[name] = size
@@ -107,9 +107,13 @@ class Store:
             self._growing[name] = size
 
     def _require_room(self, size: int) -> None:
-        used = sum(file.bytes for file in self._files.values()) + sum(self._growing.values())
+        used = sum(file.bytes for file in self._there().values()) + sum(self._growing.values())
         if used + size > self.most_bytes:
             raise Full(f"{self.most_bytes / 2**30:g} GiB are kept already: remove some snapshots or recordings first")
+
+    def _there(self) -> dict[tuple[str, Kind], Kept]:
+        """The files but those that somebody has removed from the folder by hand."""
+        return {name: file for name, file in self._files.items() if file.path.exists()}
 
     def _look(self) -> None:
         for path in self.folder.iterdir():
