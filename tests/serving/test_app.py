@@ -382,7 +382,7 @@ def test_the_page_and_all_it_names_come_from_here(house):
     assert page.status_code == 200 and "default-src 'self'" in page.headers["content-security-policy"]
     for name in ("page.js", "player.js", "timeline.js", "kept.js", "command.js", "style.css", "icon.svg"):
         text = house.get(f"/{name}")
-        assert text.status_code == 200
+        assert text.status_code == 200 and text.headers["cache-control"] == "no-cache"
         assert "https://" not in text.text and "http://" not in text.text.replace("http://www.w3.org/2000/svg", "")
     assert "http" not in page.text
     for path in ("/../app.py", "/..%2fapp.py", "/%2e%2e/app.py"):

@@ -34,6 +34,7 @@ _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; media-src blob:; img-src 'self' data:; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",  # what is kept is asked for again: an upgraded page must not run older scripts
 }
 
 
