@@ -238,6 +238,9 @@ def test_others_watch_the_same_stream_and_cannot_steer_it(page, browser, address
     page.wait_for_selector("#cover:visible")
     assert page.locator(".part[data-state=sent], .part[data-state=accepted]").count() == 0  # it will never be shown
     viewer.wait_for_selector("#cover-text:has-text('It is over')", timeout=1000 * PATIENCE)
+    viewer.click("#begin:enabled")
+    viewer.wait_for_selector("#complaint:has-text('no such session: it is over')", timeout=1000 * PATIENCE)
+    viewer.wait_for_selector("#cover-text:text-is('Press to watch')", timeout=1000 * PATIENCE)
     viewer.context.close()
     page.click("#begin:enabled")
 
@@ -275,6 +278,9 @@ def test_what_was_kept_when_the_connection_broke_is_listed_and_so_it_is_after_a_
         page.locator(".video").first.click()
     with av.open(str(coming.value.path())) as video:
         assert len(list(video.decode(video=0))) > 10
+    page.route("**/run.json", lambda asked: asked.fulfill(status=404, json={"detail": "it could not be finished"}))
+    page.locator(".run").first.click()
+    page.wait_for_selector("#complaint:has-text('It cannot be fetched: it could not be finished.')")
     page.context.close()
 
 

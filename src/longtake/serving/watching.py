@@ -16,7 +16,7 @@ async def watch(wire: Wire, broadcast: Broadcast | None) -> None:
     Raises Refused where that is so, where too many watch, and for a viewer that takes too little.
     """
     if broadcast is None:
-        raise Refused("unknown_session", "there is no such session")
+        raise Refused("unknown_session", "there is no such session: it is over, or the link is wrong")
     if len(broadcast.viewers) >= MOST_VIEWERS:
         raise Refused("busy", f"{MOST_VIEWERS} watch this already", retry_after=10)
     with broadcast.watched() as viewer:

@@ -12,6 +12,7 @@ const timeline = new Timeline($("timeline"), $("track"), { from: $("from"), now:
 const kept = new Kept($("kept"), { ask, rewind, fork, download, complain });
 
 const watching = new URLSearchParams(location.search).get("watch"); // another's session, which can only be looked at
+const INVITATION = watching ? "Press to watch" : "Press start, or Enter";
 
 let model = null; // what /v1/models tells
 let key = sessionStorage.getItem("longtake-key");
@@ -62,7 +63,7 @@ async function waitUntilReady() {
     show("wait", "Warming up");
     return setTimeout(waitUntilReady, 500);
   }
-  rest("Ready", watching ? "Press to watch" : "Press start, or Enter");
+  rest("Ready", INVITATION);
 }
 
 function idea(words) {
@@ -100,7 +101,7 @@ async function start(from = null) {
   } catch (error) {
     if (error instanceof NoKey) openDoor();
     else complain("The server does not answer.");
-    return rest("Ready", "Press start, or Enter");
+    return rest("Ready", INVITATION);
   }
   const address = new URL(`v1/realtime/video${query}`, location.href);
   address.protocol = location.protocol === "https:" ? "wss:" : "ws:";
@@ -275,13 +276,13 @@ async function download(item, name) {
   try {
     const headers = key ? { Authorization: `Bearer ${key}` } : {};
     const answer = await fetch(`v1/recordings/${item.id}/${name}`, { headers });
-    if (!answer.ok) throw new Error(answer.status);
+    if (!answer.ok) throw new Error((await answer.json()).detail);
     const address = URL.createObjectURL(await answer.blob());
     const file = name === "run.json" ? name : `longtake-${item.seed}-${item.id.slice(0, 6)}.mp4`;
     Object.assign(document.createElement("a"), { href: address, download: file }).click();
     setTimeout(() => URL.revokeObjectURL(address), 60000);
-  } catch {
-    complain("It cannot be fetched: the server has it no longer.");
+  } catch (error) {
+    complain(`It cannot be fetched: ${error.message}.`);
   }
 }
 
@@ -304,7 +305,7 @@ function ended() {
   showRecording();
   player.end();
   const again = watching ? "It is over." : "The take is over. Start another?";
-  rest(why && ran ? "Stopped" : "Ready", ran ? again : "Press start, or Enter");
+  rest(why && ran ? "Stopped" : "Ready", ran ? again : INVITATION);
   const from = next;
   next = null;
   if (from && !why) start(from);
