@@ -2,7 +2,9 @@
 
 python benchmarks/film_strip.py prompts docs/images/prompts.jpg   # twelve prompts, four moments of each
 python benchmarks/film_strip.py take docs/images/take.jpg         # one stream, redirected five times
-python benchmarks/film_strip.py recall docs/images/recall.jpg --recipe hybrid_forcing   # three moments given, five made
+python benchmarks/film_strip.py recall docs/images/recall.jpg     # three moments given, five made
+
+Of `hybrid_forcing`, as `longtake generate` streams, unless another recipe is named.
 """
 
 import argparse
@@ -93,7 +95,7 @@ def main() -> None:
     parser.add_argument("sheet", choices=sheets)
     parser.add_argument("path", type=Path, help="the picture to write")
     parser.add_argument("--model", default="toy")
-    parser.add_argument("--recipe", default="self_forcing_sink")
+    parser.add_argument("--recipe", default="hybrid_forcing")
     arguments = parser.parse_args()
     sheet = sheets[arguments.sheet](longtake.load(arguments.model, recipe=arguments.recipe))
     Image.fromarray(sheet).save(arguments.path, quality=90)

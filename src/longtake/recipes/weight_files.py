@@ -80,7 +80,7 @@ def _in_package(name: str) -> Path:
 def file_of(model: str | Path, name: str) -> Path:
     """One of the files of a model, which is a name or a folder; only a name's are looked for in the package."""
     if str(model) in model_names():
-        if name == CONVERTED_FILE:  # none keeps its cameras yet (docs/rehyat.md)
+        if name == CONVERTED_FILE:  # none is both fast and keeps its cameras yet (docs/rehyat.md)
             raise ValueError(f"model {model} has no converted teacher: name a folder that holds {name}")
         return packaged(name)
     path = Path(model) / name
