@@ -104,6 +104,7 @@ def test_from_nothing_to_a_student_that_streams(folders) -> None:
     for stage in SETTINGS:
         record = json.loads((folders / stage / "record.json").read_text())
         assert record["stage"] == stage and record["spent"]["steps"] == STEPS
+        assert all(record[name] for name in ("date", "device", "torch", "longtake"))
         assert not (folders / stage / STATE_FILE).exists()
         assert list((folders / stage / "samples").glob("*.png"))
     assert (folders / "dmd" / "samples" / "self_forcing.mp4").stat().st_size > 1000
@@ -320,6 +321,8 @@ def test_every_stage_is_a_verb() -> None:
         ("teacher_forcing", ["--from", "{ode}", "--set", "real_weight=0"], "nothing would be learned"),
         ("teacher", ["--from", "{ode}"], "another shape"),
         ("teacher", [], "--from"),
+        ("codec", ["--from", "{ode}"], "begins with nothing: leave out --from"),
+        ("finetune", ["--from", "{ode}", "--recipe", "rehyat"], "trains no student: leave out --recipe"),
         ("teacher_forcing", ["--from", "{ode}", "--recipe", "rehyat"], "these weights have none"),
         ("ode", ["--from", "{ode}", "--recipe", "rehyat"], "converted layers cannot be given: take teacher_forcing"),
         ("finetune", ["--from", "{ode}"], "holds no converted.safetensors"),

@@ -133,9 +133,6 @@ def _require_sense(stage: DmdStage, network: WanTransformer, recipes: Sequence[R
         raise ValueError(
             "only rollouts that exit at the first step are pulled, and last_exits leaves that out: drop one"
         )
-    of_real_clips = [name for name in ("real_frames", "real_batch", "memory_share") if getattr(stage, name)]
-    if of_real_clips and not stage.real_weight:
-        raise ValueError(f"{of_real_clips[0]} is for teacher forcing on real clips: set real_weight above 0, too")
 
 
 def supplies_for(stage: DmdStage, world: World, clip: int) -> dict[str, ClipSupply]:
