@@ -200,8 +200,8 @@ class _Inputs:
     def has(self, file: str) -> bool:
         return self.source is not None and (self.source / file).is_file()
 
-    def codec(self) -> LightCodec:
-        return load_codec([self.path(CODEC_FILE), self.path(ENCODER_FILE)], self.device)
+    def world(self, run: Run) -> "ToyWorld":
+        return ToyWorld(load_codec([self.path(CODEC_FILE), self.path(ENCODER_FILE)], self.device), run)
 
     def network(self, file: str) -> tuple[WordEncoder, WanTransformer, float]:
         text, network, description = load_network(self.path(file), self.device)
@@ -292,8 +292,7 @@ def _train_teacher(stage: TeacherStage, inputs: _Inputs, chosen: Sequence[Recipe
             words=len(captions.VOCABULARY), length=captions.TEXT_LENGTH, dim=stage.network.text_dim
         )
         text, network = WordEncoder(config).to(run.device), WanTransformer(stage.network).to(run.device)
-    toy = ToyWorld(inputs.codec(), run)
-    spent = stages.train_teacher(text, network, toy, stage, run)
+    spent = stages.train_teacher(text, network, inputs.world(run), stage, run)
     _save(TEACHER_FILE, text, network, stage.shift, run, role="teacher", int8=True)
     return spent
 
@@ -302,8 +301,7 @@ def _train_attention_matching(
     stage: AttentionMatchingStage, inputs: _Inputs, chosen: Sequence[Recipe], run: Run
 ) -> dict[str, Any]:
     text, teacher, shift = inputs.network(TEACHER_FILE)
-    toy = ToyWorld(inputs.codec(), run)
-    network, spent = stages.train_attention_matching(text, teacher, toy, shift, stage, run)
+    network, spent = stages.train_attention_matching(text, teacher, inputs.world(run), shift, stage, run)
     _save(CONVERTED_FILE, text, network, shift, run, role="converted teacher")
     return spent
 
@@ -312,8 +310,7 @@ def _train_finetune(stage: FinetuneStage, inputs: _Inputs, chosen: Sequence[Reci
     file = TEACHER_FILE if stage.softmax else CONVERTED_FILE
     text, network, shift = inputs.network(file)
     anchor = inputs.teacher_of(text) if stage.anchored else None
-    toy = ToyWorld(inputs.codec(), run)
-    spent = stages.train_finetune(text, network, toy, shift, stage, run, anchor)
+    spent = stages.train_finetune(text, network, inputs.world(run), shift, stage, run, anchor)
     _save(file, text, network, shift, run, role="teacher" if stage.softmax else "converted teacher")
     return spent
 
@@ -326,8 +323,7 @@ def _train_teacher_forcing(
     if stage.far_maps and not any(recipe.far for recipe in chosen):
         raise ValueError("far_maps is for recipes with a far state, such as hybrid_forcing")
     network = with_far_maps(network) if stage.far_maps else network
-    toy = ToyWorld(inputs.codec(), run)
-    spent = stages.train_teacher_forcing(text, network, toy, chosen, shift, stage, run)
+    spent = stages.train_teacher_forcing(text, network, inputs.world(run), chosen, shift, stage, run)
     _save(NETWORK_FILE, text, network, shift, run, role="student", trained_under=chosen)
     return spent
 
@@ -335,8 +331,7 @@ def _train_teacher_forcing(
 def _train_ode(stage: OdeStage, inputs: _Inputs, chosen: Sequence[Recipe], run: Run) -> dict[str, float]:
     text, network, shift = inputs.student(chosen)
     teacher = inputs.teacher_of(text)
-    toy = ToyWorld(inputs.codec(), run)
-    spent = stages.train_ode(text, network, teacher, toy, chosen, shift, stage, run)
+    spent = stages.train_ode(text, network, teacher, inputs.world(run), chosen, shift, stage, run)
     _save(NETWORK_FILE, text, network, shift, run, role="student", trained_under=chosen)
     return spent
 
@@ -344,8 +339,7 @@ def _train_ode(stage: OdeStage, inputs: _Inputs, chosen: Sequence[Recipe], run: 
 def _train_dmd(stage: DmdStage, inputs: _Inputs, chosen: Sequence[Recipe], run: Run) -> dict[str, float]:
     text, network, shift = inputs.student(chosen)
     teacher = inputs.teacher_of(text)
-    toy = ToyWorld(inputs.codec(), run)
-    spent = stages.train_dmd(text, network, teacher, toy, chosen, shift, stage, run)
+    spent = stages.train_dmd(text, network, teacher, inputs.world(run), chosen, shift, stage, run)
     int8 = not stage.rank  # whose rounding would be of every rank
     _save(NETWORK_FILE, text, network, shift, run, role="student", trained_under=chosen, int8=int8)
     return spent
@@ -391,7 +385,7 @@ STAGES = {
 
 
 class ToyWorld:
-    """Clips, prompts and pictures of the toy world, through its codec (see `stages.World`)."""
+    """Clips, prompts and pictures of the toy world, through its codec (see `stages.world.World`)."""
 
     def __init__(self, codec: LightCodec, run: Run):
         self._codec, self._run = codec, run
