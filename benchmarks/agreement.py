@@ -23,7 +23,7 @@ TIMES = 2
 
 
 def main() -> int:
-    asked = argparse.ArgumentParser()
+    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("--recipe", nargs="+", default=["self_forcing_sink", "hybrid_forcing", "rolling_forcing"])
     asked.add_argument("--streams", type=int, default=8)
     asked.add_argument("--blocks", type=int, default=20)

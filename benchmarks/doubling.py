@@ -21,7 +21,7 @@ from longtake.plan import pixels
 
 
 def main() -> None:
-    asked = argparse.ArgumentParser()
+    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("--device", default="cuda")
     asked.add_argument("--size", type=pixels, default=(832, 480))
     asked.add_argument("--frames", type=int, default=3)

@@ -28,7 +28,7 @@ RECIPE = "self_forcing_sink"
 
 
 def main() -> None:
-    asked = argparse.ArgumentParser()
+    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("--blocks", type=int, default=6)
     asked.add_argument("--device", default="cpu")
     options = asked.parse_args()

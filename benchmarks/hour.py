@@ -5,9 +5,9 @@ python benchmarks/hour.py [MINUTES]   # of video, by default 60; needs Linux; pr
 The words change every 20 seconds of video, and each minute the stream goes back to a snapshot of the minute before.
 """
 
+import argparse
 import json
 import re
-import sys
 import threading
 import time
 from itertools import cycle
@@ -27,7 +27,9 @@ def resident_mib() -> int:
 
 
 def main() -> None:
-    minutes = float(sys.argv[1]) if len(sys.argv) > 1 else 60.0
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("minutes", nargs="?", type=float, default=60.0)
+    minutes = parser.parse_args().minutes
     engine, news = longtake.load("toy", recipe="self_forcing_sink"), threading.Event()
     worker = Worker(engine, Limits(ahead=1e9, lead=1e9 - 1, stall=1e9))  # nobody waits for a clock
     writer = FragmentWriter(engine.width, engine.height, engine.frame_rate)

@@ -6,6 +6,7 @@ The first viewer changes the words every 20 seconds, the second has a stream of 
 real time from the first picture on, and waits where the next chunk is late.
 """
 
+import argparse
 import asyncio
 import json
 import os
@@ -99,6 +100,9 @@ def wait_until_ready(address: str) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("minutes", type=float)
+    minutes = parser.parse_args().minutes
     command = [sys.executable, "-m", "longtake.cli", "serve", "--port", "0"]
     environment = {name: value for name, value in os.environ.items() if name != "LONGTAKE_API_KEY"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
@@ -106,7 +110,7 @@ def main() -> None:
             address = server.stdout.readline().strip().removeprefix("http://")
             wait_until_ready(address)
             time.sleep(10)  # for it to foresee what streams take of memory, and to try passes over several
-            print(json.dumps(asyncio.run(watched(address, server.pid, float(sys.argv[1]))), indent=1))
+            print(json.dumps(asyncio.run(watched(address, server.pid, minutes)), indent=1))
         finally:
             server.terminate()
 

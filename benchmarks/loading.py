@@ -27,7 +27,7 @@ SHARD = 5 * 10**9  # bytes
 
 
 def main() -> int:
-    asked = argparse.ArgumentParser()
+    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("model", choices=sorted(NETWORKS))
     asked.add_argument("folder", type=Path)
     asked.add_argument("--form", choices=("safetensors", "shards", "pt"), default="safetensors")

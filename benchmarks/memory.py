@@ -29,7 +29,7 @@ OTHER_BLOCKS = 3  # once the memory is full
 
 
 def main() -> int:
-    asked = argparse.ArgumentParser()
+    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("model")
     asked.add_argument("recipe")
     asked.add_argument("--size", type=pixels, default=(832, 480))

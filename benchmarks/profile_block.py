@@ -24,7 +24,7 @@ from longtake.recipes.wan_engines import load_random
 
 
 def main() -> None:
-    asked = argparse.ArgumentParser()
+    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("--model", default="wan2.1-1.3b")
     asked.add_argument("--recipe", default="hybrid_forcing:tokens=64")
     asked.add_argument("--decoder", default="wan")

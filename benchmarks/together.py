@@ -23,7 +23,7 @@ PROMPTS = (
 
 
 def main() -> None:
-    asked = argparse.ArgumentParser()
+    asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("--recipe", default="self_forcing_sink")
     asked.add_argument("--device", default="cpu")
     asked.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -21,7 +21,6 @@ PyAV is installed, mp4. A folder that holds state.pt holds a run that was stoppe
 
 import fcntl
 import json
-import platform
 import shutil
 import sys
 import time
@@ -38,7 +37,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from longtake import parallel, recipes
+from longtake import __version__, parallel, recipes
 from longtake.distillation import stages
 from longtake.distillation.stages import (
     AttentionMatchingStage,
@@ -51,6 +50,7 @@ from longtake.distillation.stages import (
     strips,
 )
 from longtake.distillation.trainer import STATE_FILE, Dice, Run, read_metrics
+from longtake.evaluation.speed import cpu_name
 from longtake.files import whole
 from longtake.generation.recipe import Recipe
 from longtake.generation.stream import to_uint8
@@ -85,21 +85,26 @@ def train(
     *,
     start: str | Path | None,
     out: Path,
-    recipe_names: Sequence[str] = ("self_forcing_sink", "self_forcing"),
+    recipe_names: Sequence[str] = (),
     settings: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Run a stage to its end, or go on with one that was stopped; returns its record (in the first process).
 
     start: a folder of weights, or "toy" for the embedded model's. recipe_names: what a student is trained under, in
-    turn. settings: "key=value" of the stage's settings, values in JSON.
-    Raises ValueError for unknown stages and settings, for a folder that lacks what the stage reads, and for one that
-    holds another run; KeyboardInterrupt after Ctrl-C or SIGTERM, with the state saved.
+    turn; none given: `_STUDENT`. settings: "key=value" of the stage's settings, values in JSON.
+    Raises ValueError for unknown stages and settings, for what the stage has no use for, for a folder that lacks what
+    it reads, and for one that holds another run; KeyboardInterrupt after Ctrl-C or SIGTERM, with the state saved.
     """
     if name not in STAGES:
         raise ValueError(f"no stage {name!r}: there are {', '.join(STAGES)}")
     kind = STAGES[name]
     stage = with_settings(kind.settings(), settings)
-    chosen = [recipes.recipe_named(recipe) for recipe in recipe_names]
+    if recipe_names and not kind.recipes:
+        raise ValueError(f"{name} trains no student: leave out --recipe")
+    if start is not None and not kind.reads:
+        raise ValueError(f"{name} begins with nothing: leave out --from")
+    names = list(recipe_names or kind.recipes)
+    chosen = [recipes.recipe_named(recipe) for recipe in names]
     source = None if start is None else _folder_named(start)
     rank, processes, device = parallel.join()
     try:
@@ -108,7 +113,7 @@ def train(
             inputs.path(file)
         if name == "codec" and processes > 1:
             raise ValueError("the codec trains in one process: start it without torchrun")
-        asked = {"stage": name, "from": str(start), "recipes": list(recipe_names), "config": asdict(stage)}
+        asked = {"stage": name, "from": str(start), "recipes": names, "config": asdict(stage)}
         with _claimed(run, asked):
             torch.manual_seed(_seed_of_noise(stage.seed, rank))
             torch.backends.cudnn.allow_tf32 = True  # not of matrices: far states and block scores want all of fp32
@@ -195,8 +200,8 @@ class _Inputs:
     def has(self, file: str) -> bool:
         return self.source is not None and (self.source / file).is_file()
 
-    def codec(self) -> LightCodec:
-        return load_codec([self.path(CODEC_FILE), self.path(ENCODER_FILE)], self.device)
+    def world(self, run: Run) -> "ToyWorld":
+        return ToyWorld(load_codec([self.path(CODEC_FILE), self.path(ENCODER_FILE)], self.device), run)
 
     def network(self, file: str) -> tuple[WordEncoder, WanTransformer, float]:
         text, network, description = load_network(self.path(file), self.device)
@@ -287,11 +292,8 @@ def _train_teacher(stage: TeacherStage, inputs: _Inputs, chosen: Sequence[Recipe
             words=len(captions.VOCABULARY), length=captions.TEXT_LENGTH, dim=stage.network.text_dim
         )
         text, network = WordEncoder(config).to(run.device), WanTransformer(stage.network).to(run.device)
-    toy = ToyWorld(inputs.codec(), run)
-    spent = stages.train_teacher(text, network, toy, stage, run)
-    if run.first:
-        path = run.out / TEACHER_FILE
-        save_network(path, text, network, role="teacher", shift=stage.shift, int8=True)
+    spent = stages.train_teacher(text, network, inputs.world(run), stage, run)
+    _save(TEACHER_FILE, text, network, stage.shift, run, role="teacher", int8=True)
     return spent
 
 
@@ -299,9 +301,8 @@ def _train_attention_matching(
     stage: AttentionMatchingStage, inputs: _Inputs, chosen: Sequence[Recipe], run: Run
 ) -> dict[str, Any]:
     text, teacher, shift = inputs.network(TEACHER_FILE)
-    toy = ToyWorld(inputs.codec(), run)
-    network, spent = stages.train_attention_matching(text, teacher, toy, shift, stage, run)
-    _save_clip_network(CONVERTED_FILE, text, network, shift, run)
+    network, spent = stages.train_attention_matching(text, teacher, inputs.world(run), shift, stage, run)
+    _save(CONVERTED_FILE, text, network, shift, run, role="converted teacher")
     return spent
 
 
@@ -309,17 +310,9 @@ def _train_finetune(stage: FinetuneStage, inputs: _Inputs, chosen: Sequence[Reci
     file = TEACHER_FILE if stage.softmax else CONVERTED_FILE
     text, network, shift = inputs.network(file)
     anchor = inputs.teacher_of(text) if stage.anchored else None
-    toy = ToyWorld(inputs.codec(), run)
-    spent = stages.train_finetune(text, network, toy, shift, stage, run, anchor)
-    _save_clip_network(file, text, network, shift, run)
+    spent = stages.train_finetune(text, network, inputs.world(run), shift, stage, run, anchor)
+    _save(file, text, network, shift, run, role="teacher" if stage.softmax else "converted teacher")
     return spent
-
-
-def _save_clip_network(file: str, text: WordEncoder, network: WanTransformer, shift: float, run: Run) -> None:
-    """As it is: other stages go on from it, and its softmax twin is compared with it."""
-    if run.first:
-        role = "teacher" if network.config.conversion is None else "converted teacher"
-        save_network(run.out / file, text, network, role=role, shift=shift, int8=False)
 
 
 def _train_teacher_forcing(
@@ -330,56 +323,59 @@ def _train_teacher_forcing(
     if stage.far_maps and not any(recipe.far for recipe in chosen):
         raise ValueError("far_maps is for recipes with a far state, such as hybrid_forcing")
     network = with_far_maps(network) if stage.far_maps else network
-    toy = ToyWorld(inputs.codec(), run)
-    spent = stages.train_teacher_forcing(text, network, toy, chosen, shift, stage, run)
-    _save_student(text, network, shift, chosen, run, int8=False)
+    spent = stages.train_teacher_forcing(text, network, inputs.world(run), chosen, shift, stage, run)
+    _save(NETWORK_FILE, text, network, shift, run, role="student", trained_under=chosen)
     return spent
 
 
 def _train_ode(stage: OdeStage, inputs: _Inputs, chosen: Sequence[Recipe], run: Run) -> dict[str, float]:
     text, network, shift = inputs.student(chosen)
     teacher = inputs.teacher_of(text)
-    toy = ToyWorld(inputs.codec(), run)
-    spent = stages.train_ode(text, network, teacher, toy, chosen, shift, stage, run)
-    _save_student(text, network, shift, chosen, run, int8=False)
+    spent = stages.train_ode(text, network, teacher, inputs.world(run), chosen, shift, stage, run)
+    _save(NETWORK_FILE, text, network, shift, run, role="student", trained_under=chosen)
     return spent
 
 
 def _train_dmd(stage: DmdStage, inputs: _Inputs, chosen: Sequence[Recipe], run: Run) -> dict[str, float]:
     text, network, shift = inputs.student(chosen)
     teacher = inputs.teacher_of(text)
-    toy = ToyWorld(inputs.codec(), run)
-    spent = stages.train_dmd(text, network, teacher, toy, chosen, shift, stage, run)
-    _save_student(text, network, shift, chosen, run, int8=not stage.rank)  # whose rounding would be of every rank
+    spent = stages.train_dmd(text, network, teacher, inputs.world(run), chosen, shift, stage, run)
+    int8 = not stage.rank  # whose rounding would be of every rank
+    _save(NETWORK_FILE, text, network, shift, run, role="student", trained_under=chosen, int8=int8)
     return spent
 
 
-def _save_student(
-    text: WordEncoder, network: WanTransformer, shift: float, chosen: Sequence[Recipe], run: Run, *, int8: bool
-) -> None:
+def _save(
+    file: str, text: WordEncoder, network: WanTransformer, shift: float, run: Run, *,
+    role: str, trained_under: Sequence[Recipe] = (), int8: bool = False,
+) -> None:  # fmt: skip
+    """int8: as a package has it. What other stages go on from, or are compared with, stays as it is."""
     if run.first:
-        path, names = run.out / NETWORK_FILE, [recipe.name for recipe in chosen]
-        save_network(path, text, network, role="student", shift=shift, int8=int8, recipes=names)
+        names = [recipe.name for recipe in trained_under]
+        save_network(run.out / file, text, network, role=role, shift=shift, int8=int8, recipes=names)
 
 
 @dataclass(frozen=True)
 class _Kind:
-    """A stage: its settings, the files it must have (which it hands on), and what runs it."""
+    """A stage: its settings, the files it must have (which it hands on), what runs it, and what its student is trained
+    under if no recipe is named: nothing, where it trains none."""
 
     settings: Callable[[], stages.Stage]
     reads: tuple[str, ...]
     train: Callable[[Any, _Inputs, Sequence[Recipe], Run], dict[str, Any]]
+    recipes: tuple[str, ...] = ()
 
 
 _CODEC = (CODEC_FILE, ENCODER_FILE)
+_STUDENT = ("self_forcing_sink", "self_forcing")
 STAGES = {
     "codec": _Kind(CodecStage, (), _train_codec),
     "teacher": _Kind(TeacherStage, _CODEC, _train_teacher),
     "attention_matching": _Kind(AttentionMatchingStage, (*_CODEC, TEACHER_FILE), _train_attention_matching),
     "finetune": _Kind(FinetuneStage, (*_CODEC, TEACHER_FILE), _train_finetune),
-    "teacher_forcing": _Kind(TeacherForcingStage, (*_CODEC, TEACHER_FILE), _train_teacher_forcing),
-    "ode": _Kind(OdeStage, (*_CODEC, TEACHER_FILE), _train_ode),
-    "dmd": _Kind(DmdStage, (*_CODEC, TEACHER_FILE, NETWORK_FILE), _train_dmd),
+    "teacher_forcing": _Kind(TeacherForcingStage, (*_CODEC, TEACHER_FILE), _train_teacher_forcing, _STUDENT),
+    "ode": _Kind(OdeStage, (*_CODEC, TEACHER_FILE), _train_ode, _STUDENT),
+    "dmd": _Kind(DmdStage, (*_CODEC, TEACHER_FILE, NETWORK_FILE), _train_dmd, _STUDENT),
 }
 
 
@@ -389,7 +385,7 @@ STAGES = {
 
 
 class ToyWorld:
-    """Clips, prompts and pictures of the toy world, through its codec (see `stages.World`)."""
+    """Clips, prompts and pictures of the toy world, through its codec (see `stages.world.World`)."""
 
     def __init__(self, codec: LightCodec, run: Run):
         self._codec, self._run = codec, run
@@ -468,8 +464,9 @@ def _finish(run: Run, inputs: _Inputs, kind: _Kind, spent: dict[str, Any], proce
         "spent": spent,
         "date": time.strftime("%Y-%m-%d"),
         "processes": processes,
-        "device": torch.cuda.get_device_name() if run.device.type == "cuda" else platform.processor(),
+        "device": torch.cuda.get_device_name() if run.device.type == "cuda" else cpu_name(),
         "torch": torch.__version__,
+        "longtake": __version__,
     }
     _write_json(run.out / RECORD_FILE, record)
     (run.out / STATE_FILE).unlink(missing_ok=True)
@@ -499,7 +496,7 @@ def report(out: Path) -> list[Path]:
     written = []
     if find_spec("matplotlib") and read_metrics(out):
         written.append(_draw_curves(out))
-    if find_spec("av") and config["stage"] in ("teacher_forcing", "ode", "dmd"):
+    if find_spec("av") and STAGES[config["stage"]].recipes:
         written += [_film(out, name) for name in dict.fromkeys(config["recipes"])]
     return written
 

@@ -12,11 +12,11 @@ from longtake.distillation import dmd, pretrain, stages
 from longtake.distillation.plan import Plan, Script, draw_plan, rolled_out
 from longtake.distillation.pretrain import teacher_forcing_loss
 from longtake.distillation.rollout import FreshNoise, rollout, windows
-from longtake.distillation.stages import DmdStage, OdeStage, TeacherForcingStage
+from longtake.distillation.stages import DmdStage, OdeStage, TeacherForcingStage, strips
 from longtake.distillation.stages.dmd import script_of
 from longtake.distillation.stages.learners import dmd_adam, learner_of
 from longtake.distillation.stages.own_clips import OwnClips
-from longtake.distillation.stages.world import renew
+from longtake.distillation.stages.world import drawn, renew
 from longtake.distillation.trainer import STATE_FILE, Dice, Learner, Run, read_metrics, train
 from longtake.generation.blockwise import blockwise
 from longtake.generation.noise import SeededNoise
@@ -29,6 +29,13 @@ from longtake.recipes import recipe_named, rolling_forcing, self_forcing_sink
 
 CLIP = 9
 RECIPE = self_forcing_sink()
+
+
+@pytest.fixture(autouse=True)
+def glances(monkeypatch) -> None:
+    """Strips of pictures, of which nothing is asked here, take long: they are as short as can be."""
+    monkeypatch.setattr(strips, "LOOKED_AT", 1)
+    monkeypatch.setattr(strips, "LOOKED_AT_BLOCKS", 1)
 
 
 def plans(recipe: Recipe = RECIPE, **settings) -> list[Plan]:
@@ -231,7 +238,7 @@ def steps(monkeypatch, out: Path, recipe: Recipe = RECIPE, reads_far: bool = Fal
     )
     text = WordEncoder(WordEncoderConfig(words=9, length=5, dim=8))
     out.mkdir(exist_ok=True)
-    stage = DmdStage(**{"batch": 2, "steps": 2, "most_blocks": 4, "most_given": 0} | settings)
+    stage = DmdStage(**{"batch": 2, "steps": 2, "critic_turns": 1, "most_blocks": 4, "most_given": 0} | settings)
     torch.manual_seed(1)
     run = Run(out=out, device=torch.device("cpu"))
     teacher = tiny.network(extent=12, seed=1).float().requires_grad_(False)
@@ -500,10 +507,11 @@ def forced(out: Path, recipe: Recipe = RECIPE, **settings) -> tuple[WanTransform
         held_out=lambda count: torch.ones(count, 5, dtype=torch.long),
         show=lambda name, latents: None,
     )
+    torch.manual_seed(1)
     text = WordEncoder(WordEncoderConfig(words=9, length=5, dim=8)).requires_grad_(False)
     network = tiny.network(extent=12, reads_far=recipe.far is not None).float()
     stage = TeacherForcingStage(**{"batch": 1, "frames": 6} | settings)
-    out.mkdir()
+    out.mkdir(exist_ok=True)
     stages.train_teacher_forcing(text, network, world, [recipe], 3.0, stage, Run(out=out, device=torch.device("cpu")))
     return network, supplies
 
@@ -589,7 +597,7 @@ def test_an_anchor_holds_a_network_to_what_it_was_on_clips_not_made_for_memory(t
 
 def test_an_anchor_alone_teaches_a_network_to_do_with_a_part_of_its_window(tmp_path: Path) -> None:
     sparse = recipe_named("hybrid_forcing:far=none,share=0.2,tokens=2")
-    settings = {"steps": 60, "frames": 9, "memory_share": 1.0, "real_weight": 0.0, "anchor_weight": 1.0}
+    settings = {"steps": 60, "frames": 9, "real_weight": 0.0, "anchor_weight": 1.0}
     taught, supplies = forced(tmp_path / "run", sparse, **settings)
     assert [supply.memory_share for supply in supplies] == [0.0]
     assert "loss" not in read_metrics(tmp_path / "run")[0]
@@ -597,6 +605,9 @@ def test_an_anchor_alone_teaches_a_network_to_do_with_a_part_of_its_window(tmp_p
     assert 0 < after < 0.7 * before, (after, before)
     with pytest.raises(ValueError, match="without a real_weight or an anchor_weight nothing would be learned"):
         TeacherForcingStage(real_weight=0.0)
+    for name in ("memory_share", "first_steps"):
+        with pytest.raises(ValueError, match=f"{name} is for teacher forcing on real clips: set real_weight"):
+            TeacherForcingStage(real_weight=0.0, anchor_weight=1.0, **{name: 1})
 
 
 def own_clips(recipe: Recipe, network: WanTransformer, size: int) -> OwnClips:
@@ -646,6 +657,27 @@ def test_own_clips_are_the_same_again_when_a_run_goes_on() -> None:
     first = own_clips(recipe, network, 3)
     first.renew()
     assert not torch.equal(first._pool.latents_BFCHW, clips._pool.latents_BFCHW), "renewed"  # type: ignore[union-attr]
+
+
+def test_a_run_in_front_of_its_own_clips_goes_on_after_a_crash_as_if_there_had_been_none(
+    monkeypatch, tmp_path: Path
+) -> None:
+    class Crash(Exception): ...
+
+    def crashing(supply: Clips, step: int, count: int, frames: int) -> None:
+        if step == 2:
+            raise Crash
+        return drawn(supply, step, count, frames)
+
+    monkeypatch.setitem(train.__kwdefaults__, "save_seconds", 0.0)
+    own = {"steps": 4, "pool": 2, "frames": 9, "anchor_weight": 1.0, "anchor_streams": True}
+    whole, _ = forced(tmp_path / "whole", **own)
+    with monkeypatch.context() as patched, pytest.raises(Crash):
+        patched.setattr("longtake.distillation.stages.teacher_forcing.drawn", crashing)
+        forced(tmp_path / "crashed", **own)
+    assert torch.load(tmp_path / "crashed" / STATE_FILE)["step"] == 2
+    resumed, _ = forced(tmp_path / "crashed", **own)
+    assert same([*resumed.state_dict().values()], [*whole.state_dict().values()])
 
 
 def test_an_anchor_can_hold_a_network_in_front_of_what_it_streams(tmp_path: Path) -> None:

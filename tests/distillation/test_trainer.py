@@ -1,6 +1,8 @@
 import math
 import os
+import resource
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -110,6 +112,26 @@ def test_a_gradient_that_is_not_finite_changes_nothing() -> None:
     assert student.module.weight.grad is None
 
 
+def taught(student: Learner, inputs: Callable[[int], float]) -> Callable[[int], dict[str, torch.Tensor]]:
+    """Turns on a loss whose gradient is finite where the input of the step is."""
+
+    def turn(step: int) -> dict[str, torch.Tensor]:
+        student.step(student.module(torch.full((1, 4), inputs(step))).sum())
+        return {}
+
+    return turn
+
+
+def test_a_run_tells_of_steps_that_it_skipped_and_refuses_to_end_with_those_alone(tmp_path: Path) -> None:
+    student, run = learner(), Run(tmp_path, CPU)
+    now_and_then = taught(student, lambda step: math.nan if step % 3 == 0 else 1.0)
+    assert train({"student": student}, now_and_then, Budget(steps=6), run)["skipped_student"] == 2
+    assert "skipped_student" not in train({"student": learner()}, taught(student, float), Budget(steps=1), run)
+    student = learner()
+    with pytest.raises(ValueError, match="student learned nothing"):
+        train({"student": student}, taught(student, lambda step: math.nan), Budget(steps=2), run)
+
+
 def test_rates_rise_stay_and_fall_to_nothing() -> None:
     budget = Budget(steps=100, warmup=10, decay=0.5)
     rates = [budget.rate(step, step / 100) for step in range(100)]
@@ -166,6 +188,36 @@ def test_a_state_of_other_processes_is_refused(tmp_path: Path) -> None:
     torch.save({"step": 1, "seconds": 0.0, "random": [{}, {}], "parts": {}}, tmp_path / STATE_FILE)
     with pytest.raises(ValueError, match="saved by 2 processes"):
         train({}, lambda step: {}, Budget(steps=2), Run(tmp_path, CPU))
+
+
+def test_a_state_that_is_not_whole_is_refused(tmp_path: Path) -> None:
+    student = learner()
+    with pytest.raises(KeyError):
+        train({"student": student}, lambda step: {}["no turn"], Budget(steps=2), Run(tmp_path, CPU), save_seconds=0)
+    whole = (tmp_path / STATE_FILE).read_bytes()
+    for broken in (b"", b"nothing of torch's", whole[:-100]):
+        (tmp_path / STATE_FILE).write_bytes(broken)
+        with pytest.raises(ValueError, match=r"state\.pt is not whole: remove it"):
+            train({"student": student}, lambda step: {}, Budget(steps=2), Run(tmp_path, CPU))
+
+
+def test_a_run_on_a_full_disk_says_so_and_goes_on_from_what_it_saved_before(tmp_path: Path) -> None:
+    """Files may be no larger than what was saved meanwhile, so writing breaks off as on a full disk."""
+    student, usual = learner(), resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def turn(step: int) -> dict[str, torch.Tensor]:
+        if step == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / STATE_FILE).stat().st_size // 2, usual[1]))
+        return taught(student, float)(step)
+
+    try:
+        with pytest.raises(OSError, match=r"state\.pt could not be written"):
+            train({"student": student}, turn, Budget(steps=6), Run(tmp_path, CPU), save_seconds=0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)
+    seen: list[int] = []
+    train({"student": student}, lambda step: seen.append(step) or {}, Budget(steps=6), Run(tmp_path, CPU))
+    assert seen == [3, 4, 5]
 
 
 def test_a_last_line_cut_off_is_left_out(tmp_path: Path) -> None:

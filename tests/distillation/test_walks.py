@@ -9,11 +9,13 @@ from tests import tiny
 from torch import Tensor
 
 from longtake.distillation.pretrain import Asking, on_the_way_loss
+from longtake.distillation.stages import FinetuneStage, strips, train_finetune
 from longtake.distillation.stages.walks import Walks
-from longtake.distillation.trainer import Run
+from longtake.distillation.trainer import STATE_FILE, Run, read_metrics, train
 from longtake.flow import euler_step, even_levels
 from longtake.generation.clip import sample_clip
 from longtake.models.features import Conversion
+from longtake.models.text import WordEncoder, WordEncoderConfig
 from longtake.models.wan import converted
 
 FRAMES, LEVELS = 9, even_levels(4, 3.0)
@@ -33,6 +35,49 @@ class Prompts:
 def walks(count: int, tmp_path: Path) -> Walks:
     torch.manual_seed(1)
     return Walks(Prompts(), LEVELS, count, FRAMES, 7, Run(tmp_path, torch.device("cpu")))
+
+
+def finetuned(out: Path) -> tuple[list[Tensor], list[dict[str, float]]]:
+    """The weights of a tiny converted teacher after a stage on its own way, and its metrics."""
+    teacher = tiny.network(extent=FRAMES).float().requires_grad_(False)
+    network = converted(teacher, Conversion(layers=(0, 2), current=3))
+    torch.manual_seed(1)
+    text = WordEncoder(WordEncoderConfig(words=9, length=3, dim=8)).requires_grad_(False)
+    world = SimpleNamespace(
+        latent_size=tiny.LATENTS[1:],
+        prompts=lambda count, seed, frames: SimpleNamespace(
+            tokens_BPL=torch.full((count, 1, 3), seed % 9), prompt_BF=torch.zeros(count, frames, dtype=torch.long)
+        ),
+        held_out=lambda count: torch.ones(count, 3, dtype=torch.long),
+        show=lambda name, latents: None,
+    )
+    own = {"anchored": True, "guided": True, "on_the_way": True}
+    stage = FinetuneStage(steps=4, batch=2, sampling_steps=2, log_every=1, **own)
+    out.mkdir(exist_ok=True)
+    train_finetune(text, network, world, 3.0, stage, Run(out, torch.device("cpu")), teacher)
+    return [*network.state_dict().values()], [{**row, "seconds": 0.0} for row in read_metrics(out)]
+
+
+def test_a_stage_that_crashes_on_its_way_goes_on_as_if_it_had_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class Crash(Exception): ...
+
+    def crashing(some: Walks, noisy_BFCHW: Tensor) -> None:
+        if some.state_dict()["begun"] > 3:
+            raise Crash
+        go_on(some, noisy_BFCHW)
+
+    monkeypatch.setitem(train.__kwdefaults__, "save_seconds", 0.0)
+    monkeypatch.setattr(strips, "LOOKED_AT", 1)
+    whole, rows = finetuned(tmp_path / "whole")
+    go_on = Walks.go_on
+    with monkeypatch.context() as patched, pytest.raises(Crash):
+        patched.setattr(Walks, "go_on", crashing)
+        finetuned(tmp_path / "crashed")
+    assert 0 < torch.load(tmp_path / "crashed" / STATE_FILE)["step"] < 4
+    resumed, again = finetuned(tmp_path / "crashed")
+    assert all(map(torch.equal, whole, resumed)) and again == rows
 
 
 def test_a_walk_by_a_networks_own_velocity_is_its_sampling(tmp_path: Path) -> None:

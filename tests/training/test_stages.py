@@ -19,9 +19,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from longtake import recipes
+from longtake import recipes, training
 from longtake.cli import main, train
-from longtake.distillation.stages import DmdStage, FinetuneStage, TeacherForcingStage
+from longtake.distillation.stages import DmdStage, FinetuneStage, TeacherForcingStage, strips
 from longtake.distillation.trainer import STATE_FILE, read_metrics
 from longtake.models.delta import save_delta
 from longtake.models.text import WordEncoder
@@ -104,6 +104,7 @@ def test_from_nothing_to_a_student_that_streams(folders) -> None:
     for stage in SETTINGS:
         record = json.loads((folders / stage / "record.json").read_text())
         assert record["stage"] == stage and record["spent"]["steps"] == STEPS
+        assert all(record[name] for name in ("date", "device", "torch", "longtake"))
         assert not (folders / stage / STATE_FILE).exists()
         assert list((folders / stage / "samples").glob("*.png"))
     assert (folders / "dmd" / "samples" / "self_forcing.mp4").stat().st_size > 1000
@@ -203,7 +204,9 @@ def test_a_folder_is_trained_into_by_one_process(folders: Path, tmp_path: Path, 
     assert "another process trains into" in capsys.readouterr().err
 
 
-def test_a_report_can_be_made_again_after_a_writer_was_killed(folders: Path) -> None:
+def test_a_report_can_be_made_again_after_a_writer_was_killed(folders: Path, monkeypatch) -> None:
+    monkeypatch.setattr(training, "FILMED", 1)
+    monkeypatch.setattr(strips, "LOOKED_AT_BLOCKS", 2)
     (folders / "dmd" / "samples" / "self_forcing.part.mp4").touch()
     written = report(folders / "dmd")
     films = {"self_forcing.mp4", "rolling_forcing.mp4", "hybrid_forcing_share_0.4.mp4"}
@@ -320,6 +323,8 @@ def test_every_stage_is_a_verb() -> None:
         ("teacher_forcing", ["--from", "{ode}", "--set", "real_weight=0"], "nothing would be learned"),
         ("teacher", ["--from", "{ode}"], "another shape"),
         ("teacher", [], "--from"),
+        ("codec", ["--from", "{ode}"], "begins with nothing: leave out --from"),
+        ("finetune", ["--from", "{ode}", "--recipe", "rehyat"], "trains no student: leave out --recipe"),
         ("teacher_forcing", ["--from", "{ode}", "--recipe", "rehyat"], "these weights have none"),
         ("ode", ["--from", "{ode}", "--recipe", "rehyat"], "converted layers cannot be given: take teacher_forcing"),
         ("finetune", ["--from", "{ode}"], "holds no converted.safetensors"),

@@ -24,7 +24,7 @@ def _stage_verb(stage: str) -> Callable[..., int]:
     def run(
         out: Annotated[Path, arg(metavar="DIR")],
         start: Annotated[str | None, arg(name="from", metavar="DIR")] = None,
-        recipe: tuple[str, ...] = ("self_forcing_sink", "self_forcing"),
+        recipe: tuple[str, ...] = (),
         set: Annotated[tuple[str, ...], arg(metavar="KEY=VALUE")] = (),
     ) -> int:
         from longtake.training import train
@@ -41,7 +41,8 @@ def _stage_verb(stage: str) -> Callable[..., int]:
     Args:
         out: Folder for weights, record, metrics and samples.
         start: Folder of the weights to start from; toy is the embedded model.
-        recipe: What a student is trained under, in turn; options may follow: hybrid_forcing:share=0.1,far=none.
+        recipe: What a student is trained under, in turn, unless named self_forcing_sink and self_forcing; options may
+            follow: hybrid_forcing:share=0.1,far=none.
         set: Settings of the stage, values in JSON: seconds=60 lr=1e-4.
     """
     return run

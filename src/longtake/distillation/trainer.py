@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from types import FrameType
 from typing import Any, Protocol, Self
 
@@ -83,7 +84,7 @@ class Learner:
         self._peaks = [[group["lr"] for group in o.param_groups] for o in optimizers]
         self._parameters = [p for o in optimizers for group in o.param_groups for p in group["params"]]
         self._decay = average
-        self._steps = 0
+        self.steps = self.skipped = 0  # skipped are those whose gradient was not finite
         self._average = [p.detach().clone() for p in self._parameters] if average is not None else []
 
     def taught_by(self, loss: Callable[..., Tensor], *, recorded: bool = True) -> Callable[..., Tensor]:
@@ -124,7 +125,9 @@ class Learner:
             for optimizer in self._optimizers:
                 optimizer.step()
             self._follow()
-            self._steps += 1
+            self.steps += 1
+        else:
+            self.skipped += 1
         for parameter in self._parameters:
             parameter.grad = None
         return norm
@@ -133,7 +136,7 @@ class Learner:
     def _follow(self) -> None:
         """Let the average take its step; with gradients on, it would keep the graph of all steps."""
         if self._decay is not None:
-            decay = min(self._decay, (1 + self._steps) / (10 + self._steps))
+            decay = min(self._decay, (1 + self.steps) / (10 + self.steps))
             torch._foreach_lerp_(self._average, self._parameters, 1 - decay)
 
     def set_rate(self, share: float) -> None:
@@ -155,7 +158,8 @@ class Learner:
             "module": self.module.state_dict(),
             "optimizers": [o.state_dict() for o in self._optimizers],
             "average": self._average,
-            "steps": self._steps,
+            "steps": self.steps,
+            "skipped": self.skipped,
         }
 
     @torch.no_grad()
@@ -165,7 +169,7 @@ class Learner:
             optimizer.load_state_dict(saved)
         for average, saved in zip(self._average, state["average"], strict=True):
             average.copy_(saved)
-        self._steps = state["steps"]
+        self.steps, self.skipped = state["steps"], state["skipped"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +206,8 @@ def train(
     killed at any moment goes on and ends as if it had not been; Ctrl-C and SIGTERM do the same at once and raise
     KeyboardInterrupt. Every `look_seconds` the first process calls `look(name)`, and once more at the end; it must
     leave all random state alone.
-    Returns {"steps", "seconds"}; seconds count over all parts of a run.
+    Returns {"steps", "seconds"}, which count over all parts of a run, and of each learner that skipped any how many
+    steps. ValueError where one skipped all: it is as it began.
     """
     state = _State(run, {**learners, **(keep or {})})
     first_step, before = state.resume()
@@ -235,11 +240,14 @@ def train(
                 if run.first:
                     _log(run.out, {"step": step, "seconds": round(before + time.perf_counter() - started, 2), **means})
             step += 1
-    if run.first and not asked_to_stop:
-        look("last")
     if asked_to_stop:
         raise KeyboardInterrupt(f"stopped at step {step}; the same command goes on from there")
-    return {"steps": step, "seconds": before + time.perf_counter() - started}
+    if nothing := [name for name, one in learners.items() if one.skipped and not one.steps]:
+        raise ValueError(f"{', '.join(nothing)} learned nothing: no step had a gradient of finite numbers")
+    if run.first:
+        look("last")
+    skipped = {f"skipped_{name}": learner.skipped for name, learner in learners.items() if learner.skipped}
+    return {"steps": step, "seconds": before + time.perf_counter() - started, **skipped}
 
 
 class _State:
@@ -253,8 +261,11 @@ class _State:
         random = parallel.gather(_random_state(self._run.device))
         if self._run.first:
             parts = {name: part.state_dict() for name, part in self._parts.items()}
-            with whole(self._file) as beside:
-                torch.save({"step": step, "seconds": seconds, "random": random, "parts": parts}, beside)
+            try:
+                with whole(self._file) as beside:
+                    torch.save({"step": step, "seconds": seconds, "random": random, "parts": parts}, beside)
+            except RuntimeError as error:  # how torch tells of a full disk
+                raise OSError(f"{self._file} could not be written, what was there before stays: {error}") from None
 
     def resume(self) -> tuple[int, float]:
         """Load what was saved, if anything was; returns the step to go on from and the seconds already spent."""
@@ -262,7 +273,11 @@ class _State:
             if self._run.first:
                 _forget_rows(self._run.out, 0)  # of a run that was stopped before it saved anything
             return 0, 0.0
-        state = torch.load(self._file, map_location="cpu", weights_only=True)
+        with self._file.open("rb") as file:
+            try:
+                state = torch.load(file, map_location="cpu", weights_only=True)
+            except (EOFError, OSError, RuntimeError, UnpicklingError):  # as after a power cut
+                raise ValueError(f"{self._file} is not whole: remove it, and the run begins anew") from None
         if len(state["random"]) != parallel.processes():
             raise ValueError(
                 f"{self._file} was saved by {len(state['random'])} processes and can only go on in as many, "

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from longtake import parallel
-from longtake.evaluation.scores import Score, Tally, tally
+from longtake.evaluation.scores import Score, Tally, tables, tally
 from longtake.evaluation.sources import (
     CPU,
     WINDOW_SECONDS,
@@ -317,5 +317,5 @@ def _table(scores: dict[int, Score]) -> dict[str, Any]:
         "after": {str(gap): {name: score[name].share for name in RECALLED} for gap, score in scores.items()},
         "returned": {str(gap): score["returned"].share for gap, score in scores.items()},
         "stayed_away": {str(gap): score["stayed_away"].share for gap, score in scores.items()},
-        "counts": {str(gap): {name: one.table() for name, one in score.items()} for gap, score in scores.items()},
+        "counts": {str(gap): tables(score) for gap, score in scores.items()},
     }

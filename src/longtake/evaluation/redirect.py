@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from longtake import parallel
-from longtake.evaluation.scores import Score, Tally, asked_for, joined, tally
+from longtake.evaluation.scores import Score, Tally, asked_for, joined, shares, tables, tally
 from longtake.evaluation.sources import batches, clip_seed, held_out_captions, seed_list
 from longtake.generation.stream import FAR_AFTER_CUT, FAR_AFTER_REDIRECT, Engine, PromptInFlight, StreamBatch
 from longtake.toy.captions import (
@@ -242,26 +242,22 @@ def _table(chosen: Sequence[Redirect], told: _Watched, control: _Watched) -> dic
     seconds = _seconds(told.read_BW, chosen).median().item()
     by_form = {form: _scores(told, chosen, [one.form == form for one in chosen]) for form in FORMS}
     return {
-        "reached_within_4s": {name: one.share for name, one in reached.items()},
-        "reached_within_4s_control": {name: one.share for name, one in reached_control.items()},
+        "reached_within_4s": shares(reached),
+        "reached_within_4s_control": shares(reached_control),
         "median_seconds": seconds if math.isfinite(seconds) else None,
         "kept_unchanged": kept.share,
         "kept_unchanged_control": kept_control.share,
         "counts": {
-            "reached_within_4s": _counts(reached),
-            "reached_within_4s_control": _counts(reached_control),
+            "reached_within_4s": tables(reached),
+            "reached_within_4s_control": tables(reached_control),
             "kept_unchanged": kept.table(),
             "kept_unchanged_control": kept_control.table(),
         },
         "by_form": {
-            form: {"reached_within_4s": _counts(reached), "kept_unchanged": kept.table()}
+            form: {"reached_within_4s": tables(reached), "kept_unchanged": kept.table()}
             for form, (reached, kept) in by_form.items()
         },
     }
-
-
-def _counts(score: Score) -> dict[str, dict[str, Any]]:
-    return {name: one.table() for name, one in score.items()}
 
 
 def _scores(watched: _Watched, chosen: Sequence[Redirect], counted: Sequence[bool]) -> tuple[Score, Tally]:

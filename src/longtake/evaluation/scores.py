@@ -64,6 +64,15 @@ class Tally:
 Score = dict[str, Tally]  # by attribute
 
 
+def shares(score: Score) -> dict[str, float | None]:
+    return {name: one.share for name, one in score.items()}
+
+
+def tables(score: Score) -> dict[str, dict[str, Any]]:
+    """All counts, ready for JSON."""
+    return {name: one.table() for name, one in score.items()}
+
+
 def tally(found_B: Tensor, wanted_B: Tensor) -> Tally:
     """Compare indices where something is wanted (0 or more); -1 as found is to abstain, and wrong."""
     return Tally("".join(map(_verdict, found_B.tolist(), wanted_B.tolist())))

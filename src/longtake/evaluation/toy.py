@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from longtake import parallel
-from longtake.evaluation.scores import Score, Tally, asked_for, joined, tally
+from longtake.evaluation.scores import Score, Tally, asked_for, joined, shares, tables, tally
 from longtake.evaluation.sources import (
     CPU,
     WINDOW_SECONDS,
@@ -216,9 +216,9 @@ def _table(recipe: str, source: Source, plan: _Plan, watched: _Watched, referenc
         "prompts": len(plan.prompts),
         **({"captions": plan.own} if plan.own else {}),
         "seeds": len(plan.seeds),
-        "at": {mark: _shares(score) for mark, score in following.items()},
-        "constancy": {mark: _shares(score) for mark, score in constancy.items()},
-        "one_subject": _shares(one_subject),
+        "at": {mark: shares(score) for mark, score in following.items()},
+        "constancy": {mark: shares(score) for mark, score in constancy.items()},
+        "one_subject": shares(one_subject),
         "frechet": {mark: distance if math.isfinite(distance) else None for mark, distance in distances.items()},
         "by_value": {
             mark: {
@@ -229,8 +229,8 @@ def _table(recipe: str, source: Source, plan: _Plan, watched: _Watched, referenc
         },
         "counts": {
             mark: {
-                "at": {name: one.table() for name, one in following[mark].items()},
-                "constancy": {name: one.table() for name, one in constancy[mark].items()},
+                "at": tables(following[mark]),
+                "constancy": tables(constancy[mark]),
                 "one_subject": one_subject[mark].table(),
             }
             for mark in by_mark
@@ -238,7 +238,3 @@ def _table(recipe: str, source: Source, plan: _Plan, watched: _Watched, referenc
         "seed_list": plan.seeds,
         "seed_of_a_video": "100000 * seed + number of the caption, from 0",
     }
-
-
-def _shares(score: Score) -> dict[str, float | None]:
-    return {name: one.share for name, one in score.items()}

@@ -29,21 +29,16 @@ from longtake.distillation.stages.settings import (
 )
 from longtake.distillation.stages.teacher_forcing import train_teacher_forcing
 from longtake.distillation.stages.whole_clips import train_finetune, train_teacher
-from longtake.distillation.stages.world import ClipSupply, LatentClips, Prompts, World
 
 __all__ = [
     "AttentionMatchingStage",
-    "ClipSupply",
     "CodecStage",
     "DmdStage",
     "FinetuneStage",
-    "LatentClips",
     "OdeStage",
-    "Prompts",
     "Stage",
     "TeacherForcingStage",
     "TeacherStage",
-    "World",
     "train_attention_matching",
     "train_codec",
     "train_dmd",

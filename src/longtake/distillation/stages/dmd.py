@@ -63,6 +63,26 @@ def train_dmd(
 
     criticised = judge.taught_by(critic_loss_of)
 
+    def matched(recipe: Recipe, plan: Plan, script: Script) -> tuple[Tensor, dict[str, Tensor]]:
+        """A rollout [B, F, C, H, W], and the student's loss on it under "loss", with its parts."""
+        text_BPLE, prompt_BF, _ = script
+        fresh = FreshNoise((stage.batch, recipe.block, *world.latent_size), run.device)
+        pulled = stage.pull > 0 and plan.can_be_pulled
+        first = [fresh(block, 0) for block in range(plan.blocks)] if pulled else []
+        said = dmd.estimate_by(teacher, text_BPLE, prompt_BF)
+        unsaid = dmd.estimate_by(teacher, nothing_BPLE, None)
+        with run.autocast():
+            noise = FirstNoise(first) if pulled else fresh
+            sample = rolled_out(network, script, noise, recipe, plan, shift).float()
+            guided = dmd.guided_estimate(said, unsaid, stage.guidance)
+            by_critic = dmd.estimate_by(critic, text_BPLE, prompt_BF)
+            matching = dmd.matching_loss(sample, guided, by_critic, shift, plan.learned_frames(run.device))
+            if not pulled:
+                return sample, {"loss": matching, "matching": matching}
+            guided = dmd.guided_estimate(said, unsaid, stage.pull_guidance)
+            target = teacher_sample(guided, torch.cat(first, dim=1), even_levels(stage.pull_steps, shift))
+            return sample, regularized_loss(matching, sample, target, stage.pull)
+
     def turn(step: int) -> dict[str, Tensor]:
         recipe = recipes[step % len(recipes)]
         plan = draw_plan(
@@ -80,26 +100,10 @@ def train_dmd(
             value = real_lesson(recipe.name, plan.levels[0])(*parts_of(drawn))
             taught = {"real": value / stage.real_weight}
         script = script_of(text, world, clips, plan, stage, step)
-        text_BPLE, prompt_BF, _ = script
-        fresh = FreshNoise((stage.batch, recipe.block, *world.latent_size), run.device)
-        pulled = stage.pull > 0 and plan.can_be_pulled
-        first = [fresh(block, 0) for block in range(plan.blocks)] if pulled else []
-        said = dmd.estimate_by(teacher, text_BPLE, prompt_BF)
-        unsaid = dmd.estimate_by(teacher, nothing_BPLE, None)
-        with run.autocast():
-            noise = FirstNoise(first) if pulled else fresh
-            sample = rolled_out(network, script, noise, recipe, plan, shift).float()
-            guided = dmd.guided_estimate(said, unsaid, stage.guidance)
-            by_critic = dmd.estimate_by(critic, text_BPLE, prompt_BF)
-            matching = dmd.matching_loss(sample, guided, by_critic, shift, plan.learned_frames(run.device))
-            losses = {"loss": matching, "matching": matching}
-            if pulled:
-                guided = dmd.guided_estimate(said, unsaid, stage.pull_guidance)
-                target = teacher_sample(guided, torch.cat(first, dim=1), even_levels(stage.pull_steps, shift))
-                losses = regularized_loss(matching, sample, target, stage.pull)
+        sample, losses = matched(recipe, plan, script)
         norm = student.step(losses.pop("loss"))
         for _ in range(stage.critic_turns):
-            critic_loss = criticised(sample.detach(), text_BPLE, prompt_BF)
+            critic_loss = criticised(sample.detach(), script.text_BPLE, script.prompt_BF)
             judge.step()
         learned = sample.detach()[:, plan.given * plan.block :]
         values = losses | taught | {"critic": critic_loss, "norm": norm, "motion": learned.diff(dim=1).abs().mean()}
@@ -133,9 +137,6 @@ def _require_sense(stage: DmdStage, network: WanTransformer, recipes: Sequence[R
         raise ValueError(
             "only rollouts that exit at the first step are pulled, and last_exits leaves that out: drop one"
         )
-    of_real_clips = [name for name in ("real_frames", "real_batch", "memory_share") if getattr(stage, name)]
-    if of_real_clips and not stage.real_weight:
-        raise ValueError(f"{of_real_clips[0]} is for teacher forcing on real clips: set real_weight above 0, too")
 
 
 def supplies_for(stage: DmdStage, world: World, clip: int) -> dict[str, ClipSupply]:

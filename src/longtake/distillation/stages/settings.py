@@ -1,6 +1,6 @@
 """What each stage can be told: dataclasses of numbers, with what they are by default."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from longtake.distillation.trainer import Budget
 from longtake.generation.recipe import Recipe
@@ -12,7 +12,7 @@ class Stage:
     """What all stages have: they end after `steps`, or after `seconds` if that comes first.
 
     log_every: steps from one row of metrics to the next.
-    ValueError for numbers that no stage can work with.
+    ValueError for numbers that no stage can work with. What is 0 or false by default may be so, and `_MAY_BE_0`.
     """
 
     steps: int = 100_000
@@ -23,13 +23,13 @@ class Stage:
     log_every: int = 50
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
+        for one in fields(self):
+            value, may_be_0 = getattr(self, one.name), one.default == 0 or one.name in _MAY_BE_0
             for number in value if isinstance(value, tuple) else (value,):
-                if isinstance(number, int | float) and not (number > 0 or (number == 0 and name in _MAY_BE_0)):
-                    least = "0 or more" if name in _MAY_BE_0 else "above 0"
-                    raise ValueError(f"{name} must be {least}, got {value}")
-                if name.endswith("_share") and number > 1:
-                    raise ValueError(f"{name} must be at most 1, got {value}")
+                if isinstance(number, int | float) and not (number > 0 or (number == 0 and may_be_0)):
+                    raise ValueError(f"{one.name} must be {'0 or more' if may_be_0 else 'above 0'}, got {value}")
+                if (one.name == "average" or one.name.endswith("_share")) and number > 1:
+                    raise ValueError(f"{one.name} must be at most 1, got {value}")
 
     def budget(self, warmup: int) -> Budget:
         """When it ends; its rates rise over the first `warmup` steps."""
@@ -37,10 +37,8 @@ class Stage:
 
 
 _MAY_BE_0 = {
-    "seed", "kl_weight", "focus_weight", "no_prompt_share", "encoder_blocks", "decoder_blocks", "most_given", "pull",
-    "self_forcing_share", "memory_share", "anchor_weight", "recompute", "real_weight", "real_frames", "real_batch",
-    "last_exits", "rank", "layers", "first_steps", "far_only", "overlap", "turns_with_frames", "both_ways", "softmax",
-    "far_maps", "anchored", "anchor_streams", "anchor_frames", "exact", "looks_soon", "guided", "on_the_way",
+    "seed", "kl_weight", "focus_weight", "no_prompt_share", "encoder_blocks", "decoder_blocks", "most_given",
+    "self_forcing_share", "real_weight", "layers", "overlap", "exact",
 }  # fmt: skip
 
 
@@ -49,8 +47,6 @@ class CodecStage(Stage):
     """The codec from nothing, on clips of `pictures`, in one process."""
 
     seconds: float = 285.0
-    seed: int = 42
-    batch: int = 16
     pictures: int = 17
     lr: float = 1.5e-3
     log_every: int = 100
@@ -66,7 +62,6 @@ class TeacherStage(Stage):
     """The bidirectional teacher and its text encoder, from nothing or from an earlier one."""
 
     seconds: float = 480.0
-    seed: int = 42
     batch: int = 32
     lr: float = 2e-3
     log_every: int = 100
@@ -213,13 +208,18 @@ class TeacherForcingStage(Stage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.anchor_streams and not self.anchor_weight:
-            raise ValueError("anchor_streams is for the clips of an anchor: set anchor_weight above 0, too")
-        if self.anchor_frames and not self.anchor_weight:
-            raise ValueError("anchor_frames is for the clips of an anchor: set anchor_weight above 0, too")
         if not (self.real_weight or self.anchor_weight):
             raise ValueError("without a real_weight or an anchor_weight nothing would be learned: give one")
+        _require_weight(self, "anchor_weight", "the clips of an anchor", "anchor_streams", "anchor_frames")
+        _require_weight(self, "real_weight", "teacher forcing on real clips", "memory_share", "first_steps")
         _require_a_matrix(self)
+
+
+def _require_weight(stage: Stage, weight: str, lesson: str, *names: str) -> None:
+    """ValueError for settings of a lesson that has no weight."""
+    for name in names:
+        if getattr(stage, name) and not getattr(stage, weight):
+            raise ValueError(f"{name} is for {lesson}: set {weight} above 0, too")
 
 
 def _require_a_matrix(stage: FinetuneStage | TeacherForcingStage) -> None:
@@ -295,6 +295,12 @@ class DmdStage(Stage):
     memory_share: float = 0.0
     focus_weight: float = 1.0
     rank: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_weight(
+            self, "real_weight", "teacher forcing on real clips", "real_frames", "real_batch", "memory_share"
+        )
 
     def levels_of(self, recipe: Recipe) -> tuple[int, ...]:
         """The numbers of levels that a recipe is trained with."""

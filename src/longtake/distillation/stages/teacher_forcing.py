@@ -26,19 +26,7 @@ def train_teacher_forcing(
     text: WordEncoder, network: WanTransformer, world: World, recipes: Sequence[Recipe], shift: float,
     stage: TeacherForcingStage, run: Run,
 ) -> dict[str, float]:  # fmt: skip
-    for recipe in recipes:
-        for name, frames in {"frames": stage.frames, "anchor_frames": stage.anchor_frames}.items():
-            if frames % recipe.block:
-                raise ValueError(f"{name} ({frames}) must be whole blocks of {recipe.block}")
-        if stage.first_steps > len(recipe.steps):
-            raise ValueError(f"{recipe.name} has {len(recipe.steps)} steps: first_steps cannot be {stage.first_steps}")
-        if stage.first_steps and recipe.rolls:
-            raise ValueError(f"{recipe.name} has blocks at all its steps in flight: first_steps is not for it")
-        if stage.anchor_streams and (recipe.rolls or recipe.joint):
-            raise ValueError(f"{recipe.name} is not streamed block by block with exact attention: no anchor_streams")
-        memory = recipe.memory(network)  # refused before work begins
-        if not stage.recompute:
-            require_one_pass(memory)
+    _require_sense(stage, network, recipes)
     anchor, streamer = (
         copy.deepcopy(network).requires_grad_(False) if wanted else None
         for wanted in (stage.anchor_weight, stage.anchor_streams)
@@ -98,6 +86,23 @@ def train_teacher_forcing(
     learner.swap_average()
     merge(network)
     return spent
+
+
+def _require_sense(stage: TeacherForcingStage, network: WanTransformer, recipes: Sequence[Recipe]) -> None:
+    """ValueError, before work begins, for settings that do not go with what is trained."""
+    for recipe in recipes:
+        for name, frames in {"frames": stage.frames, "anchor_frames": stage.anchor_frames}.items():
+            if frames % recipe.block:
+                raise ValueError(f"{name} ({frames}) must be whole blocks of {recipe.block}")
+        if stage.first_steps > len(recipe.steps):
+            raise ValueError(f"{recipe.name} has {len(recipe.steps)} steps: first_steps cannot be {stage.first_steps}")
+        if stage.first_steps and recipe.rolls:
+            raise ValueError(f"{recipe.name} has blocks at all its steps in flight: first_steps is not for it")
+        if stage.anchor_streams and (recipe.rolls or recipe.joint):
+            raise ValueError(f"{recipe.name} is not streamed block by block with exact attention: no anchor_streams")
+        memory = recipe.memory(network)
+        if not stage.recompute:
+            require_one_pass(memory)
 
 
 def forced_lesson(
