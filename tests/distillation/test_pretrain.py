@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import torch
 from tests import returning, tiny
+from torch.distributions import Normal, kl_divergence
 
 from longtake import parallel
 from longtake.attention.block_sparse import block_sparse
@@ -298,6 +299,7 @@ def test_only_how_cells_compare_changes_what_they_count() -> None:
     expected = (6 * share * early_alone + (1 - share) * late_alone) / (6 * share + 1 - share)
     torch.testing.assert_close(loss(early, 5.0), expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(loss(-early, 5.0), late_alone, rtol=1e-4, atol=0)  # below 0: not at all
+    assert loss(-everywhere, 5.0) == 0, "nothing counts"
     first = torch.zeros(given.focus_BFHW.shape)
     first[0] = 1.0
     torch.testing.assert_close(loss(first, 1e9), even)  # a clip that matters everywhere counts no more than the others
@@ -309,6 +311,31 @@ def test_a_perfect_codec_pays_for_its_latents_only() -> None:
     parts = codec_loss(Reconstruction(frames, latents, torch.zeros_like(latents)), frames, mask, kl_weight=0.1)
     torch.testing.assert_close(parts["kl"], torch.tensor(0.5))
     torch.testing.assert_close(parts["loss"], torch.tensor(0.05))
+
+
+def test_a_codec_pays_for_errors_and_for_how_they_differ_from_their_neighbours() -> None:
+    torch.manual_seed(0)
+    made, frames = torch.randn(2, 2, 3, 3, 4, 5)
+    mask, (mean, log_variance) = torch.rand(2, 3, 4, 5), torch.randn(2, 2, 1, 4, 2, 2).bfloat16()
+    error, weight = made - frames, ((1 + 5 * mask) / (1 + 5 * mask).mean()).unsqueeze(2).expand_as(made)
+
+    def differences(dim: int, power: int) -> torch.Tensor:
+        """Along a dimension, weighed where the later neighbour is."""
+        former, later = (error.narrow(dim, start, error.shape[dim] - 1) for start in (0, 1))
+        return (weight.narrow(dim, 1, error.shape[dim] - 1) * (later - former).abs() ** power).mean()
+
+    latents = Normal(mean.float(), (log_variance.float() / 2).exp())
+    expected = {
+        "l1": (weight * error.abs()).mean(),
+        "mse": (weight * error.square()).mean(),
+        "edges_l1": differences(3, 1) + differences(4, 1),
+        "edges_mse": differences(3, 2) + differences(4, 2),
+        "motion_l1": differences(1, 1),
+        "kl": kl_divergence(latents, Normal(torch.zeros(()), torch.ones(()))).mean(),
+    }
+    factors = {"l1": 0.5, "mse": 6, "edges_l1": 0.3, "edges_mse": 3, "motion_l1": 0.2, "kl": 0.1}
+    expected["loss"] = torch.stack([factors[name] * part for name, part in expected.items()]).sum()
+    torch.testing.assert_close(codec_loss(Reconstruction(made, mean, log_variance), frames, mask, 0.1), expected)
 
 
 def test_an_error_on_the_subject_costs_six_times_as_much() -> None:
