@@ -11,6 +11,7 @@ from torch.distributions import Normal, kl_divergence
 from longtake import parallel
 from longtake.attention.block_sparse import block_sparse
 from longtake.attention.linear import WIDTHS
+from longtake.distillation import pretrain
 from longtake.distillation.pretrain import (
     Clips,
     codec_loss,
@@ -125,15 +126,16 @@ def test_a_guided_anchor_is_that_of_sampling() -> None:
     anchor, given = tiny.network(extent=15), clips(frames=12)
     network, nothing_BPLE = tiny.network(extent=15, seed=5), tiny.text(2, seed=9)
 
-    def cost(**more) -> float:
+    def cost(clips: Clips = given, **more) -> float:
         torch.manual_seed(2)
-        return flow_loss(network, given, 3.0, 5.0, anchor, **more).item()
+        return flow_loss(network, clips, 3.0, 5.0, anchor, **more).item()
 
     assert cost(nothing_BPLE=nothing_BPLE, guidance=1.0) == pytest.approx(cost(), rel=1e-5)
     same = replace(given, text_BPLE=nothing_BPLE.expand_as(given.text_BPLE))
     assert flow_loss(anchor, same, 3.0, 5.0, anchor, nothing_BPLE, 3.0) < 1e-12
     # The velocity is u + w (c - u), a line in w; so a squared error is a parabola, which three of its points tell.
     at = {weight: cost(nothing_BPLE=nothing_BPLE, guidance=weight) for weight in (0.0, 1.0, 2.0, 3.0)}
+    assert at[0.0] == pytest.approx(cost(same), rel=1e-5) and at[0.0] != pytest.approx(at[1.0], rel=1e-3)
     assert at[3.0] == pytest.approx(at[0.0] - 3 * at[1.0] + 3 * at[2.0], rel=1e-4)
 
 
@@ -150,6 +152,21 @@ def test_chosen_levels_are_the_only_ones() -> None:
         teacher_forcing_loss(made, clips(batch=32), 3.0, 0.0, block=3, memory=SHAPE, levels=levels)
     assert seen[0].unique().tolist() == pytest.approx([0.9, 1.0]) and (seen[1] == 0.5).all()
     assert seen[2].unique().numel() == 64, "one a block, from anywhere"
+
+
+def test_a_clean_past_carries_a_little_noise_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, seen = clips(batch=32), []
+
+    def forced(network, past, noisy, level_BF, *rest):
+        seen.append((past, noisy))
+        return 0 * noisy
+
+    monkeypatch.setattr(pretrain, "forced_in_one_pass", forced)
+    teacher_forcing_loss(tiny.network(), given, 3.0, 0.0, block=3, memory=SHAPE, levels=(1.0,))
+    ((past, noise),) = seen  # at level 1 there is nothing else
+    carried = past - given.latents_BFCHW
+    assert carried.std() == pytest.approx(pretrain.CONTEXT_NOISE, rel=0.05)
+    assert (carried * noise).mean().abs() < 0.05 * pretrain.CONTEXT_NOISE
 
 
 def test_every_parameter_learns_from_both_losses() -> None:

@@ -316,6 +316,16 @@ def test_a_bank_needs_the_prompt_and_the_grid() -> None:
     assert kept.frames == 0 and Bank(BankShape()).nbytes() == 0
 
 
+@pytest.mark.parametrize("keep_sink", [True, False])
+def test_after_an_unwind_nothing_is_left_but_the_sink(keep_sink: bool) -> None:
+    kept = memory(Policy(recache=Recache(9)), 3, 9)
+    for number in range(6):
+        kept.commit([block_keys(number)], BLOCK, GRID, latents=torch.zeros(1, BLOCK, 1, 1, 1))
+    kept.unwind(6, keep_sink=keep_sink)
+    kept.audit()
+    assert (kept.frames, kept.held(0) and kept.held(0).frames) == ((12, (0, 1, 2)) if keep_sink else (0, None))
+
+
 # what does not go together
 
 
