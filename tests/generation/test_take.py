@@ -257,7 +257,7 @@ def test_what_would_not_be_the_same_is_refused_with_the_reason(other, why: str, 
     "key, value",
     [
         ("longtake", "0.0.1"), ("torch", "1.0"), ("device", "cuda NVIDIA H200"), ("sink", 9), ("past", 9),
-        ("block", 9), ("frame_rate", 9),
+        ("block", 9), ("frame_rate", 9), ("passes", "fused"),
     ],
 )  # fmt: skip
 def test_other_versions_devices_and_sizes_are_refused(key: str, value: str | int) -> None:
@@ -266,6 +266,13 @@ def test_other_versions_devices_and_sizes_are_refused(key: str, value: str | int
     elsewhere = replace(kept, made_with=kept.made_with | {key: value})
     with pytest.raises(ValueError, match=f"made with {key.replace('_', ' ')} {value}"):
         elsewhere.resume(engine("self_forcing"))
+
+
+def test_a_take_of_before_passes_were_told_goes_on() -> None:
+    kept = Take.of(engine("self_forcing").stream("abc"))
+    untold = {key: value for key, value in kept.made_with.items() if key != "passes"}
+    assert len(untold) < len(kept.made_with)
+    replace(kept, made_with=untold).resume(engine("self_forcing"))
 
 
 def test_another_name_for_the_same_weights_is_no_difference() -> None:
