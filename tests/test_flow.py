@@ -28,6 +28,18 @@ def test_each_frame_has_its_own_level() -> None:
     assert flow.add_noise(clean, noise, torch.tensor([[0.25, 1.0]])).flatten().tolist() == [0.25, 1.0]
 
 
+def test_samples_keep_their_type_whatever_that_of_levels() -> None:
+    sample, other = torch.randn(2, 1, 2, 1, 4, 4).bfloat16()
+    level_BF = torch.tensor([[0.5, 1.0]])
+    for made in (
+        flow.add_noise(sample, other, level_BF),
+        flow.clean_from_velocity(sample, other, level_BF),
+        flow.velocity_from_clean(sample, other, level_BF),
+        flow.euler_step(sample, other, level_BF, 0 * level_BF),
+    ):
+        assert made.dtype == torch.bfloat16
+
+
 def test_published_step_lists() -> None:
     warped = [round(1000 * level, 3) for level in flow.warped_levels([1000, 750, 500, 250], 5)]
     assert warped == [1000, 937.5, 833.333, 625]

@@ -174,7 +174,7 @@ def test_a_form_is_a_published_preset_of_choice_and_far_state() -> None:
         ("hybrid_forcing:far=kept", "no far=kept: there are keep, decay, cap, delta and none"),
         ("hybrid_forcing:far=decay", "decay and cap need a number of latent frames"),
         ("hybrid_forcing:frames=60", "keep takes none"),
-        ("hybrid_forcing:far=cap,frames=-1", "frames must be above 0"),
+        ("hybrid_forcing:far=cap,frames=0", "frames must be above 0"),
         ("hybrid_forcing:features=3", "features must be 0.5, 1, 2, 4 of a head's size, got 3.0"),
         ("hybrid_forcing:features=nan", "features must be 0.5, 1, 2, 4 of a head's size, got nan"),
         ("hybrid_forcing:far=none,features=2", "far=none takes no frames, features, stiffness or turns"),
@@ -232,7 +232,11 @@ def test_weights_stream_under_the_far_state_they_learned_to_read_and_no_other(tm
     assert load_network(file, CPU)[2]["recipes"] == ["self_forcing", taught]
     for name in (taught, "hybrid_forcing:features=2.0,share=1,far=delta", "hybrid_forcing:far=none", "self_forcing"):
         assert engine(file, name).recipe.name == name
-    for name in ("hybrid_forcing", "hybrid_forcing:far=delta", "hybrid_forcing:far=delta,features=2,frames=9"):
+    for name in (
+        "hybrid_forcing:features=2",
+        "hybrid_forcing:far=delta",
+        "hybrid_forcing:far=delta,features=2,frames=9",
+    ):
         said = (
             f"was trained under self_forcing and {taught}, and cannot read the far state of {name}: "
             "name one of those recipes, or far=none$"

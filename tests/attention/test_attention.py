@@ -38,6 +38,14 @@ def test_a_rotation_is_that_of_its_angles(frames: tuple[float, ...], split: tupl
     assert torch.equal(rotation.cos_TA, angles.cos().float()) and torch.equal(rotation.sin_TA, angles.sin().float())
 
 
+def test_angles_are_the_published_ones_in_double_precision() -> None:
+    """From fast to slow on every axis, at a frame that float32 would miss."""
+    places = (40_000_001, 8), (2, 4), (3, 4)  # of the last token on each axis, and how many numbers that has
+    expected = [at * 10_000 ** (-i / size) for at, size in places for i in range(0, size, 2)]
+    angles = rope.RotaryAxes(split=(8, 4, 4)).angles([40_000_001], 3, 4)
+    assert angles[-1].tolist() == pytest.approx(expected, rel=1e-14)
+
+
 @pytest.mark.parametrize("split", [(8, 4, 4), (24, 20, 20)])  # the second fills whole registers
 @pytest.mark.parametrize("frames", [(0,), (5, 6, 7), (0, 1, 40_000_000)])
 def test_rotation_equals_its_definition(frames: tuple[int, ...], split: tuple[int, int, int]) -> None:
@@ -46,6 +54,14 @@ def test_rotation_equals_its_definition(frames: tuple[int, ...], split: tuple[in
     x = torch.randn(2, len(frames) * 6, 3, sum(split), generator=torch.Generator().manual_seed(0))
     rotation = axes.rotation(frames, 2, 3, "cpu")
     assert_alike(lambda x: rope.rotate(x, rotation), lambda x: reference.rotate(x, angles), [x])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [16, 64])  # the second fills whole registers
+def test_where_positions_are_0_nothing_is_turned_or_rounded(size: int, dtype: torch.dtype) -> None:
+    x = torch.randn(2, 3, 2, size + 1, dtype=torch.float64)[..., 1:].to(dtype)  # float64: part of another tensor
+    turned = rope.rotate(x, rope.RotaryAxes(split=rope.split_like_wan(size)).rotation([0, 0, 0], 1, 1, "cpu"))
+    assert turned.dtype == dtype and torch.equal(turned, x)
 
 
 def test_only_distances_between_positions_matter_even_after_a_year() -> None:
@@ -68,15 +84,15 @@ def test_many_small_rotations_are_remembered_and_few_large_ones() -> None:
         return rope.Rotation(torch.zeros(numbers), torch.zeros(numbers))
 
     latest = rope._Latest(make, most_bytes=8 * 100)
-    for numbers in (*range(1, 13), *range(1, 13)):
+    for numbers in (*range(1, 13), *range(12, 0, -1)):
         latest(numbers)
     assert made == list(range(1, 13))  # 8 x 78 bytes
-    latest(40)  # the first ones make room for it
-    latest(12), latest(1)
-    assert made == [*range(1, 13), 40, 1]
+    latest(40)  # those that were not asked for longest make room for it
+    latest(1), latest(12)
+    assert made == [*range(1, 13), 40, 12]
     latest(1000)  # more than all that may be: it alone stays
-    latest(1000), latest(12)
-    assert made == [*range(1, 13), 40, 1, 1000, 12]
+    latest(1000), latest(1)
+    assert made == [*range(1, 13), 40, 12, 1000, 1]
 
 
 @pytest.mark.parametrize("head, split", [(128, (44, 42, 42)), (64, (24, 20, 20)), (20, (8, 6, 6))])

@@ -74,12 +74,25 @@ def test_copied_or_under_a_mask_the_chosen_are_read_alike(way: Callable[..., Ten
     )
 
 
-def test_a_mask_may_be_made_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    it = case(23, 50, 4, 6)
-    chosen = it.chosen(0.3)
-    whole = block_sparse.attend_masked(*it[:3], chosen, **it.blocks)
-    monkeypatch.setattr(block_sparse, "MASKED_AT_ONCE", 2 * 2 * 4 * 50 * 2)  # of two query blocks
-    torch.testing.assert_close(block_sparse.attend_masked(*it[:3], chosen, **it.blocks), whole)
+@pytest.mark.parametrize(
+    "way, most, kernel, one, pieces",
+    [
+        ("attend_masked", "MASKED_AT_ONCE", "by_torch", 2 * 2 * 4 * 50, 6),  # a mask of a query block, in both clips
+        ("attend_gathered", "GATHERED_AT_ONCE", "scaled_dot_product_attention", 2 * 6 * 8, 24),  # two key blocks' keys
+    ],
+)
+def test_query_blocks_are_read_as_many_at_once_as_there_is_room_for_and_never_none(
+    way: str, most: str, kernel: str, one: int, pieces: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it, calls, run = case(23, 50, 4, 6), [], getattr(block_sparse, kernel)
+    chosen, attend = it.chosen(0.3), getattr(block_sparse, way)
+    whole = attend(*it[:3], chosen, **it.blocks)
+    monkeypatch.setattr(block_sparse, kernel, lambda *given: calls.append(kernel) or run(*given))
+    for room, expected in ((1, pieces), (one, pieces), (2 * one, pieces // 2)):
+        monkeypatch.setattr(block_sparse, most, room)
+        calls.clear()
+        torch.testing.assert_close(attend(*it[:3], chosen, **it.blocks), whole)
+        assert len(calls) == expected
 
 
 @pytest.mark.parametrize(

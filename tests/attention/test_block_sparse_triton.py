@@ -151,7 +151,7 @@ def test_the_same_blocks_are_best_ties_included(blocks: int, share: float) -> No
 
 
 def test_scores_of_any_size_and_sign_are_ranked() -> None:
-    scores = torch.randn(1, 3, 50, 220, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    scores = torch.randn(1, 1, 50, 220, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     scores *= 10.0 ** torch.arange(-25, 25, device=DEVICE)[:, None]
     scores[..., ::7] = -0.0
     scores[..., 3::7] = 0.0

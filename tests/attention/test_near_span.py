@@ -189,4 +189,16 @@ def test_a_fused_answer_and_one_that_tells_its_mass_are_the_same() -> None:
     q, k, v, _, _ = drawn(9)
     near = massed(q, k, v)
     torch.testing.assert_close(near.out, dense(q, k, v), atol=1e-15, rtol=1e-14)
-    assert massed(q.bfloat16(), k.bfloat16(), v.bfloat16()).log_mass_BTN.dtype == torch.float32
+
+
+def test_masses_are_told_in_float32_whatever_comes_in_and_under_autocast_too() -> None:
+    narrow = drawn(9, dtype=torch.bfloat16)[:3]
+    wide = [x.float() for x in narrow]
+    expected, rounded = massed(*wide), massed(*narrow)
+    assert rounded.out.dtype == torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        again = massed(*wide)
+    for got in (again, rounded):
+        torch.testing.assert_close(got.log_mass_BTN, expected.log_mass_BTN)
+        torch.testing.assert_close(got.top_BTN, expected.top_BTN)
+    torch.testing.assert_close(again.out, expected.out)

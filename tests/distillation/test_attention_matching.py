@@ -200,7 +200,17 @@ def test_without_an_exact_part_the_near_span_answers_nothing(frame_T: Tensor) ->
 def test_layers_with_the_smallest_errors_are_converted() -> None:
     errors = {0: 0.3, 1: 0.1, 2: 0.2, 5: 0.1, 7: 0.9}
     assert easiest(errors, 0.4) == (1, 5) and easiest(errors, 0.6) == (1, 2, 5)
+    assert easiest(errors, 0.55) == (1, 2, 5), "the nearest whole number"
+    assert easiest(dict(reversed(errors.items())), 0.2) == (1,), "the first of those that are alike"
     assert easiest(errors, 0.01) == (1,) and easiest(errors, 1.0) == tuple(errors)
+
+
+def test_a_head_with_nothing_to_say_is_matched() -> None:
+    asked = drawn(torch.arange(6))
+    asked.v_BTND[:, :, 1] = 0
+    found = match(form(), asked, NearSpan(current=1, overlap=0))
+    for errors_N in found:
+        assert errors_N[0] > 0 and errors_N[1] == 0
 
 
 def test_a_match_has_a_number_a_head() -> None:

@@ -49,9 +49,10 @@ def test_a_student_that_is_the_teacher_is_left_alone() -> None:
     assert loss == 0 and torch.autograd.grad(loss, x)[0].abs().sum() == 0
 
 
-def test_a_sample_on_the_teachers_estimate_gives_no_nan() -> None:
+def test_a_sample_on_the_teachers_estimate_has_no_gradient() -> None:
     x = sample()
-    assert torch.isfinite(dmd.matching_gradient(x, x, x)).all()
+    for critic in (x, x + 1, x - 1):
+        assert not dmd.matching_gradient(x, critic, x).any()
 
 
 def test_the_critic_learns_the_velocity_of_detached_samples_at_one_level_a_clip() -> None:
@@ -94,6 +95,17 @@ def test_the_gradient_of_a_linear_critic_is_that_of_least_squares() -> None:
     error = torch.einsum("oc,bfchw->bfohw", weight.detach(), noisy) - velocity
     expected = 2 / x.numel() * torch.einsum("bfohw,bfchw->oc", error, noisy)
     torch.testing.assert_close(weight.grad, expected, rtol=1e-4, atol=1e-6)  # the loss is made in float32
+
+
+def test_an_estimate_hangs_on_each_frames_own_prompt_and_not_on_its_number() -> None:
+    made, x, text = tiny.network(), sample(), tiny.text(batch=2, prompts=2)
+    prompt_BF, level_BF = torch.tensor([0, 0, 0, 1, 1, 1]).expand(2, -1), torch.full((2, 6), 0.5)
+    with torch.no_grad():
+        one = dmd.estimate_by(made, text, prompt_BF)(x, level_BF)
+        other = dmd.estimate_by(made, text.flip(1), 1 - prompt_BF)(x, level_BF)
+        first_alone = dmd.estimate_by(made, text[:, :1], None)(x, level_BF)
+    torch.testing.assert_close(one, other)
+    assert not torch.allclose(one, first_alone)
 
 
 def test_guided_estimates_mix_clean_estimates() -> None:

@@ -6,10 +6,12 @@ from functools import partial
 import pytest
 import torch
 from tests import returning, tiny
+from torch.distributions import Normal, kl_divergence
 
 from longtake import parallel
 from longtake.attention.block_sparse import block_sparse
 from longtake.attention.linear import WIDTHS
+from longtake.distillation import pretrain
 from longtake.distillation.pretrain import (
     Clips,
     codec_loss,
@@ -124,15 +126,16 @@ def test_a_guided_anchor_is_that_of_sampling() -> None:
     anchor, given = tiny.network(extent=15), clips(frames=12)
     network, nothing_BPLE = tiny.network(extent=15, seed=5), tiny.text(2, seed=9)
 
-    def cost(**more) -> float:
+    def cost(clips: Clips = given, **more) -> float:
         torch.manual_seed(2)
-        return flow_loss(network, given, 3.0, 5.0, anchor, **more).item()
+        return flow_loss(network, clips, 3.0, 5.0, anchor, **more).item()
 
     assert cost(nothing_BPLE=nothing_BPLE, guidance=1.0) == pytest.approx(cost(), rel=1e-5)
     same = replace(given, text_BPLE=nothing_BPLE.expand_as(given.text_BPLE))
     assert flow_loss(anchor, same, 3.0, 5.0, anchor, nothing_BPLE, 3.0) < 1e-12
     # The velocity is u + w (c - u), a line in w; so a squared error is a parabola, which three of its points tell.
     at = {weight: cost(nothing_BPLE=nothing_BPLE, guidance=weight) for weight in (0.0, 1.0, 2.0, 3.0)}
+    assert at[0.0] == pytest.approx(cost(same), rel=1e-5) and at[0.0] != pytest.approx(at[1.0], rel=1e-3)
     assert at[3.0] == pytest.approx(at[0.0] - 3 * at[1.0] + 3 * at[2.0], rel=1e-4)
 
 
@@ -149,6 +152,21 @@ def test_chosen_levels_are_the_only_ones() -> None:
         teacher_forcing_loss(made, clips(batch=32), 3.0, 0.0, block=3, memory=SHAPE, levels=levels)
     assert seen[0].unique().tolist() == pytest.approx([0.9, 1.0]) and (seen[1] == 0.5).all()
     assert seen[2].unique().numel() == 64, "one a block, from anywhere"
+
+
+def test_a_clean_past_carries_a_little_noise_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, seen = clips(batch=32), []
+
+    def forced(network, past, noisy, level_BF, *rest):
+        seen.append((past, noisy))
+        return 0 * noisy
+
+    monkeypatch.setattr(pretrain, "forced_in_one_pass", forced)
+    teacher_forcing_loss(tiny.network(), given, 3.0, 0.0, block=3, memory=SHAPE, levels=(1.0,))
+    ((past, noise),) = seen  # at level 1 there is nothing else
+    carried = past - given.latents_BFCHW
+    assert carried.std() == pytest.approx(pretrain.CONTEXT_NOISE, rel=0.05)
+    assert (carried * noise).mean().abs() < 0.05 * pretrain.CONTEXT_NOISE
 
 
 def test_every_parameter_learns_from_both_losses() -> None:
@@ -298,6 +316,7 @@ def test_only_how_cells_compare_changes_what_they_count() -> None:
     expected = (6 * share * early_alone + (1 - share) * late_alone) / (6 * share + 1 - share)
     torch.testing.assert_close(loss(early, 5.0), expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(loss(-early, 5.0), late_alone, rtol=1e-4, atol=0)  # below 0: not at all
+    assert loss(-everywhere, 5.0) == 0, "nothing counts"
     first = torch.zeros(given.focus_BFHW.shape)
     first[0] = 1.0
     torch.testing.assert_close(loss(first, 1e9), even)  # a clip that matters everywhere counts no more than the others
@@ -309,6 +328,31 @@ def test_a_perfect_codec_pays_for_its_latents_only() -> None:
     parts = codec_loss(Reconstruction(frames, latents, torch.zeros_like(latents)), frames, mask, kl_weight=0.1)
     torch.testing.assert_close(parts["kl"], torch.tensor(0.5))
     torch.testing.assert_close(parts["loss"], torch.tensor(0.05))
+
+
+def test_a_codec_pays_for_errors_and_for_how_they_differ_from_their_neighbours() -> None:
+    torch.manual_seed(0)
+    made, frames = torch.randn(2, 2, 3, 3, 4, 5)
+    mask, (mean, log_variance) = torch.rand(2, 3, 4, 5), torch.randn(2, 2, 1, 4, 2, 2).bfloat16()
+    error, weight = made - frames, ((1 + 5 * mask) / (1 + 5 * mask).mean()).unsqueeze(2).expand_as(made)
+
+    def differences(dim: int, power: int) -> torch.Tensor:
+        """Along a dimension, weighed where the later neighbour is."""
+        former, later = (error.narrow(dim, start, error.shape[dim] - 1) for start in (0, 1))
+        return (weight.narrow(dim, 1, error.shape[dim] - 1) * (later - former).abs() ** power).mean()
+
+    latents = Normal(mean.float(), (log_variance.float() / 2).exp())
+    expected = {
+        "l1": (weight * error.abs()).mean(),
+        "mse": (weight * error.square()).mean(),
+        "edges_l1": differences(3, 1) + differences(4, 1),
+        "edges_mse": differences(3, 2) + differences(4, 2),
+        "motion_l1": differences(1, 1),
+        "kl": kl_divergence(latents, Normal(torch.zeros(()), torch.ones(()))).mean(),
+    }
+    factors = {"l1": 0.5, "mse": 6, "edges_l1": 0.3, "edges_mse": 3, "motion_l1": 0.2, "kl": 0.1}
+    expected["loss"] = torch.stack([factors[name] * part for name, part in expected.items()]).sum()
+    torch.testing.assert_close(codec_loss(Reconstruction(made, mean, log_variance), frames, mask, 0.1), expected)
 
 
 def test_an_error_on_the_subject_costs_six_times_as_much() -> None:

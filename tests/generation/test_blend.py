@@ -68,6 +68,15 @@ def test_where_there_is_no_great_circle_rows_go_linearly(seed, share, scale) -> 
         torch.testing.assert_close(between(one, other, share, "slerp"), one.lerp(other, share), atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("by", WAYS)
+@given(seed=seeds, share=shares)
+def test_half_precision_is_blended_in_float32(by, seed, share) -> None:
+    before, after = (x.bfloat16() for x in rows(seed))
+    made = between(before, after, share, by)
+    assert made.dtype == torch.bfloat16
+    assert torch.equal(made, between(before.float(), after.float(), share, by).bfloat16())
+
+
 # Streams
 
 

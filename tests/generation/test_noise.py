@@ -40,6 +40,16 @@ def test_noise_is_standard_normal_at_any_block() -> None:
     assert abs(drawn.mean()) < 0.05 and abs(drawn.std() - 1) < 0.05
 
 
+def test_a_batch_of_noise_has_the_type_that_was_asked_for() -> None:
+    drawn = SeededNoise([5], (2, 3, 4, 5), "cpu", torch.bfloat16)(3, 2)
+    assert drawn.dtype == torch.bfloat16 and torch.equal(drawn, noise(5)(3, 2).bfloat16())
+
+
+def test_keys_are_mixed_as_published_so_that_a_seed_stays_the_same_video() -> None:
+    """Known answer: what SplitMix64 gives first from 1234567 on, less its lowest bit."""
+    assert generator_for(1234567).initial_seed() == 6457827717110365317 >> 1
+
+
 def test_keys_are_mixed_in_order() -> None:
     assert generator_for(1, 2).initial_seed() != generator_for(2, 1).initial_seed()
     assert generator_for(0).initial_seed() != generator_for(0, 0).initial_seed()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests import tiny
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from longtake.attention.rope import rotate
 from longtake.distillation.plan import Plan, Script, rolled_out
@@ -216,6 +217,7 @@ def test_a_stream_is_redirected_and_cut_and_nothing_grows(name: str) -> None:
         pictures = next(batch)
         memory.audit()
         sizes.append(memory.nbytes())
+        assert sizes[-1] == sum(x.nbytes for x in tree_leaves(memory.state()) if isinstance(x, Tensor))
         begins = number == 0 or (number == 15 and name != "infinity_rope")
         assert pictures.shape[1] == (9 if begins else 12)
     assert max(sizes[14:]) <= max(sizes[:12]) and memory.blocks == 28

@@ -253,13 +253,32 @@ def test_what_would_not_be_the_same_is_refused_with_the_reason(other, why: str, 
         resume(tmp_path / "one.take", other())
 
 
-@pytest.mark.parametrize("key, value", [("longtake", "0.0.1"), ("torch", "1.0"), ("device", "cuda NVIDIA H200")])
-def test_other_versions_and_devices_are_refused(key: str, value: str) -> None:
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("longtake", "0.0.1"), ("torch", "1.0"), ("device", "cuda NVIDIA H200"), ("sink", 9), ("past", 9),
+        ("block", 9), ("frame_rate", 9), ("passes", "fused"),
+    ],
+)  # fmt: skip
+def test_other_versions_devices_and_sizes_are_refused(key: str, value: str | int) -> None:
     stream = engine("self_forcing").stream("abc")
     kept = Take.of(stream)
     elsewhere = replace(kept, made_with=kept.made_with | {key: value})
-    with pytest.raises(ValueError, match=f"made with {key} {value}"):
+    with pytest.raises(ValueError, match=f"made with {key.replace('_', ' ')} {value}"):
         elsewhere.resume(engine("self_forcing"))
+
+
+def test_a_take_of_before_passes_were_told_goes_on() -> None:
+    kept = Take.of(engine("self_forcing").stream("abc"))
+    untold = {key: value for key, value in kept.made_with.items() if key != "passes"}
+    assert len(untold) < len(kept.made_with)
+    replace(kept, made_with=untold).resume(engine("self_forcing"))
+
+
+def test_another_name_for_the_same_weights_is_no_difference() -> None:
+    kept = Take.of(engine("self_forcing").stream("abc"))
+    names = {"model": "one", "codec": "two", "base": "three"}
+    replace(kept, made_with=kept.made_with | names).resume(engine("self_forcing"))
 
 
 def test_files_that_are_no_takes_are_one_line(tmp_path: Path) -> None:

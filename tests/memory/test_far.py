@@ -162,7 +162,18 @@ def test_a_cap_changes_nothing_until_it_is_reached() -> None:
     assert capped.sums.mass_B.tolist() == [BLOCK * GRID.columns] * 2
 
 
-@pytest.mark.parametrize("rule", RULES, ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize("rule", [Decay(half_life=2 * BLOCK), Delta(half_life=2 * BLOCK)], ids=["Decay", "Delta"])
+def test_after_a_half_life_what_was_held_weighs_half(rule: Rule) -> None:
+    state = before = state_after(rule, [frames_of(BLOCK)])
+    nothing = torch.zeros_like(frames_of(BLOCK)[0])
+    for first in (BLOCK, 2 * BLOCK):
+        numbers = tuple(range(first, first + BLOCK))
+        state = state.absorb(Keys(nothing, nothing, numbers), GRID.rotation(numbers, "cpu"))
+    torch.testing.assert_close(state.sums.kv_BNRD, before.sums.kv_BNRD / 2)
+    torch.testing.assert_close(state.sums.k_BNR, before.sums.k_BNR / 2)
+
+
+@pytest.mark.parametrize("rule", [*RULES, MassCap(frames=1)], ids=repr)  # the last has no room for anything old
 def test_a_faded_state_keeps_its_share_and_one_that_forgot_all_begins_anew(rule: Rule) -> None:
     blocks = [frames_of(BLOCK, seed=i) for i in range(2)]
     state = state_after(rule, blocks)

@@ -316,6 +316,16 @@ def test_a_bank_needs_the_prompt_and_the_grid() -> None:
     assert kept.frames == 0 and Bank(BankShape()).nbytes() == 0
 
 
+@pytest.mark.parametrize("keep_sink", [True, False])
+def test_after_an_unwind_nothing_is_left_but_the_sink(keep_sink: bool) -> None:
+    kept = memory(Policy(recache=Recache(9)), 3, 9)
+    for number in range(6):
+        kept.commit([block_keys(number)], BLOCK, GRID, latents=torch.zeros(1, BLOCK, 1, 1, 1))
+    kept.unwind(6, keep_sink=keep_sink)
+    kept.audit()
+    assert (kept.frames, kept.held(0) and kept.held(0).frames) == ((12, (0, 1, 2)) if keep_sink else (0, None))
+
+
 # what does not go together
 
 
@@ -324,6 +334,7 @@ def test_a_bank_needs_the_prompt_and_the_grid() -> None:
     [
         ({"recache": Recache(3), "average": 0.9}, "need a window that is as they left it"),
         ({"recache": Recache(3), "flush": 2}, "need a window that is as they left it"),
+        ({"reads": BackAndForth(), "flush": 2}, "needs the frames that a flush forgets"),
         ({"jump": 45}, "say how many latent frames stay"),
         ({"bank": BankShape(), "recache": Recache(3, sink="new")}, "its recache must keep the sink"),
     ],
@@ -336,6 +347,7 @@ def test_rules_that_do_not_go_together_are_refused(parts: dict, said: str) -> No
 def test_shapes_that_a_rule_cannot_have_are_refused_with_the_numbers() -> None:
     window = WindowShape(sink=1, past=2)
     MemoryShape(window=window, extent=None, policy=Policy(reads=EndToEnd())).require_fit(3, 21)
+    MemoryShape(window=WindowShape(sink=3, past=3), extent=None, policy=Policy(reads=BackAndForth())).require_fit(3, 21)
     for policy, shape, said in (
         (Policy(), window, r"sink \(1\) and past \(2\) must be whole numbers of blocks of 3"),
         (

@@ -49,13 +49,18 @@ def test_without_an_extent_positions_are_absolute() -> None:
     "memory, said",
     [
         (shape(2, 3), "whole numbers of blocks of 3"),
-        (shape(3, 6, extent=9), "= 12 latent frames do not fit the extent of 9"),
-        (shape(3, 3, extent=30), "exceeds the 21 latent frames"),
+        (shape(3, 6, extent=11), "= 12 latent frames do not fit the extent of 11"),
+        (shape(3, 3, extent=22), "extent 22 exceeds the 21 latent frames"),
     ],
 )
 def test_shapes_that_cannot_be_streamed_are_refused_with_the_numbers(memory: MemoryShape, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         memory.require_fit(block=3, trained_extent=21)
+
+
+def test_shapes_that_fit_exactly_can_be_streamed() -> None:
+    for fits in (shape(3, 15), shape(3, 15, extent=21), shape(3, 6, extent=12)):
+        fits.require_fit(block=3, trained_extent=21)
 
 
 @pytest.mark.parametrize("ring", [True, False])

@@ -45,7 +45,13 @@ def test_ring_and_functional_forms_are_equal_and_every_frame_is_in_one_place(dra
         assert held == sorted(numbers_in(ring.held))
         assert held == [f for f in range(first) if f < sink or f >= first - past]
         assert sorted(left + held) == list(range(first))
+        assert (plain.held is None) == (ring.held is None) == (not held)
+        assert ring.is_full == (len(held) == sink + past)
     assert left == sorted(left)
+    odd = [frame for frame in held if frame % 2]
+    plain, ring = plain.only(odd), ring.only(odd)
+    assert odd == numbers_in(plain.held) == sorted(numbers_in(ring.held))
+    assert (plain.held is None) == (ring.held is None) == (not odd)
 
 
 def test_a_window_is_a_value() -> None:
@@ -65,5 +71,6 @@ def test_the_buffers_of_a_ring_never_move() -> None:
 
 
 def test_negative_sizes_are_refused() -> None:
-    with pytest.raises(ValueError, match="negative"):
-        WindowShape(sink=-1, past=3)
+    for sink, past in ((-1, 3), (3, -1)):
+        with pytest.raises(ValueError, match=f"negative number of frames: sink {sink}, past {past}"):
+            WindowShape(sink=sink, past=past)

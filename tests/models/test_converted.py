@@ -125,6 +125,9 @@ def test_converting_keeps_the_network_and_the_maps_it_has() -> None:
     assert torch.equal(answers[0], answers[1]) and not torch.allclose(answers[0], answers[2], atol=1e-3)
     with pytest.raises(ValueError, match="of degree 2 cannot become features of degree 3"):
         converted(made, Conversion(layers=(0,), degree=3))
+    for learns in (True, False):
+        same = converted(plain.train(learns).requires_grad_(learns), Conversion(layers=(1,)))
+        assert same.training == learns and all(p.requires_grad == learns for p in same.parameters())
 
 
 @st.composite

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from longtake.attention.rope import Grid, RotaryAxes
-from longtake.models.features import LearnedForm, PowerMap
+from longtake.models.features import LearnedForm, OwnMaps, PowerMap
 
 GRID = Grid(RotaryAxes(split=(4, 2, 2)), rows=1, columns=2)
 
@@ -55,11 +55,20 @@ def test_heads_know_nothing_of_each_other() -> None:
 
 
 def test_features_turned_after_keep_their_denominator_and_turn_above_it() -> None:
-    form, x = LearnedForm(3, 8, far_tokens=10, turned_after=True), torch.randn(1, 4, 3, 8)
+    form, x = LearnedForm(3, 8, degree=3, far_tokens=10, turned_after=True), torch.randn(1, 4, 3, 8)
     at, later = (form.of_keys(x, GRID.rotation(frames, "cpu")) for frames in ([0, 1], [5, 6]))
     assert torch.equal(at.below, later.below) and not torch.allclose(at.above, later.above)
     torch.testing.assert_close(at.above.norm(dim=-1), at.below.norm(dim=-1))
     assert form.features(8) == at.above.shape[-1]
+
+
+def test_maps_of_its_own_are_a_product_a_head_beside_the_identity() -> None:
+    made, x = OwnMaps(3, 8), torch.randn(2, 5, 3, 8)
+    for one, weight_NDD in ((made.of_queries, made.queries), (made.of_keys, made.keys)):
+        assert torch.equal(one(x), x), "zero at first"
+        torch.nn.init.normal_(weight_NDD)
+        by_head = [x[:, :, n] @ (torch.eye(8) + weight_NDD[n]) for n in range(3)]
+        torch.testing.assert_close(one(x), torch.stack(by_head, dim=2), atol=1e-5, rtol=1e-5)
 
 
 def test_heads_left_local_weigh_next_to_nothing_and_others_as_before() -> None:

@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from tests import tiny
 from longtake.generation.blockwise import commit
 from longtake.memory.stream_memory import MemoryShape
 from longtake.memory.window import WindowShape
-from longtake.models.wan import WanConfig, WanTransformer, reading_far, with_far_maps
+from longtake.models.wan import WanConfig, WanTransformer, level_features, reading_far, with_far_maps
 
 BLOCK = tiny.BLOCK
 
@@ -17,6 +18,15 @@ BLOCK = tiny.BLOCK
 def clip(frames: int, batch: int = 1, seed: int = 5) -> torch.Tensor:
     size = (batch, frames, *tiny.LATENTS[1:])
     return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_levels_are_told_by_cosines_then_sines_in_double_precision() -> None:
+    level_BF = torch.tensor([[1 / 3, 0.999]])
+    expected = [
+        [of(1000 * level * 10_000 ** (-i / 4)) for of in (math.cos, math.sin) for i in range(4)]
+        for level in level_BF[0].tolist()
+    ]
+    torch.testing.assert_close(level_features(level_BF, 8), torch.tensor([expected]), atol=1e-7, rtol=0)
 
 
 @given(sink=st.sampled_from([0, 3]), past=st.sampled_from([0, 3, 6, 12]), blocks=st.integers(1, 7))
