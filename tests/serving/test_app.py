@@ -372,6 +372,7 @@ def test_the_names_of_the_numbers_hold(house):
 
 def test_what_tools_ask_for(house):
     assert house.get("/health").json() == {"status": "ok", "ready": True} == house.get("/healthz").json()
+    assert house.head("/health").status_code == house.head("/healthz").status_code == 200
     (model,) = house.get("/v1/models").json()["data"]
     assert (model["id"], model["license"], model["recipe"]) == ("fake", "Apache-2.0", "fake_recipe")
     assert "session.interaction" in house.get("/docs").text and "/v1/sessions" in house.get("/docs").text

@@ -185,6 +185,8 @@ def _open_to_all(house: House) -> APIRouter:
         return {"status": "ok", "ready": house.ready and not house.leaving}
 
     router.add_api_route("/healthz", health, include_in_schema=False)
+    for path in ("/health", "/healthz"):
+        router.add_api_route(path, health, methods=["HEAD"], include_in_schema=False)  # as some watchdogs ask
 
     @router.get("/readyz")
     async def readyz() -> JSONResponse:

@@ -212,6 +212,7 @@ function tell(message) {
 function paused(is) {
   if (is) video.pause(); else player.play();
   player.paused = is;
+  $("pause").classList.toggle("paused", is);
   $("pause").lastElementChild.textContent = is ? "Go on" : "Pause";
   mood();
 }
