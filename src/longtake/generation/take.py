@@ -40,7 +40,8 @@ class Take:
     @classmethod
     def of(cls, stream: Stream, device: torch.device | str | None = None) -> Self:
         """The take of a stream as it stands, by default on its own device. RuntimeError for a closed stream."""
-        copied = _changed(stream.state(), lambda tensor: tensor.detach().to(device or tensor.device, copy=True))
+        with stream.lock:
+            copied = _changed(stream.state(), lambda tensor: tensor.detach().to(device or tensor.device, copy=True))
         return cls(made_with(stream.engine), copied)
 
     @classmethod
