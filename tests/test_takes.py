@@ -165,8 +165,12 @@ def test_what_cannot_be_replayed_is_one_line(first: Path, tmp_path: Path, capsys
     nowhere = rewritten(video, tmp_path / "nowhere.mp4", device=7)
     untimed = rewritten(video, tmp_path / "untimed.mp4", prompts=[{"at": "soon", "unit": "seconds", "prompt": PROMPT}])
     astray = rewritten(video, tmp_path / "astray.mp4", take={"blocks": 3})
+    deep = tmp_path / "deep.mp4"
+    with Mp4Writer(deep, 64, 64, 16, comment="[" * 100_000) as writer:
+        writer.write(np.zeros((1, 64, 64, 3), np.uint8))
     before = sorted(tmp_path.iterdir())
     for arguments, said in (
+        ([str(deep)], "deep.mp4 tells nothing of how it was made"),
         ([str(tmp_path / "bare.mp4")], "bare.mp4 tells nothing of how it was made"),
         ([str(tmp_path / "text.mp4")], "text.mp4 is no video"),
         ([str(tmp_path / "absent.mp4")], "absent.mp4: No such file"),

@@ -144,7 +144,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
         record = json.loads(read_comment(path))
     except av.error.InvalidDataError:
         raise ValueError(f"{path} is no video") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict):
         raise ValueError(f"{path} tells nothing of how it was made")
