@@ -13,9 +13,11 @@ import torch
 
 from longtake import load
 from longtake.cli import main
+from longtake.cli.filming import _keep
 from longtake.generation.stream import StreamBatch
 from longtake.generation.take import Take
 from longtake.media.mp4 import Mp4Writer, count_frames, first_difference, read_frames, read_record
+from tests import tiny
 
 PROMPT, SNOW, FISH = (
     "a red ball bounces over green hills",
@@ -42,6 +44,14 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
     write = Mp4Writer.write
     monkeypatch.setattr(Mp4Writer, "write", lambda writer, frames: seen.append(frames) or write(writer, frames))
     return seen
+
+
+def test_a_take_whose_name_was_taken_meanwhile_gets_another(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "one.take"
+    path.write_text("precious")
+    _keep(tiny.engine().stream("a ball"), path, whole=True)
+    assert path.read_text() == "precious" and Take.load(tmp_path / "one-2.take").state["blocks"] == 0
+    assert "one-2.take" in capsys.readouterr().err
 
 
 def test_a_video_and_what_its_take_goes_on_with_are_one_video(first: Path, tmp_path: Path, written) -> None:
