@@ -466,6 +466,7 @@ def test_help_can_be_read_in_a_narrow_terminal(capsys, monkeypatch):
     [
         (["--recipe", "self_forcing_sing"], "did you mean self_forcing_sink"),
         (["--recipe", "self_forcing:pasd=3"], "there are past=6"),
+        (["--recipe", "foo"], "there are causal_forcing, "),
         (["--model", "toi"], "did you mean toy"),
         (["--model", "self-forsing"], "did you mean self-forcing"),
     ],
