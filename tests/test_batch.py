@@ -63,6 +63,12 @@ def test_names_as_vbench_wants_them(folder) -> None:
     assert videos() == [f"{prompt}-{i}.mp4" for prompt in prompts for i in range(2)]
 
 
+def test_a_long_video_tells_how_far_it_is(folder, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(batch, "_TELL_EVERY_SECONDS", 0.0)
+    assert generate("--seconds", "1") == 0
+    assert "longtake: 0002-a-fox-42.mp4: 0.6 of 1.0 s made\n" in capsys.readouterr().err
+
+
 def test_what_is_there_is_not_made_again(folder, capsys, monkeypatch) -> None:
     assert generate() == 0
     Path("out/videos/0002-a-fox-42.mp4").unlink()

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -24,7 +25,9 @@ from longtake.recipes.methods import is_here
 
 
 class GreyEngine:
-    """An engine as the command line sees one; Ctrl-C comes in block `stops_at`."""
+    """An engine as the command line sees one; Ctrl-C, or `signal`, comes in block `stops_at`."""
+
+    signal: int | None = None
 
     frame_rate, height, width = 16, 32, 48
     model_name, weights, codec_name, codec_weights = "toy", "0123", None, "4567"
@@ -72,6 +75,8 @@ class GreyStream:
             frames = np.full((pictures, 32, 48, 3), 128, np.uint8)
             yield SimpleNamespace(frames=frames, pictures=pictures, index=index, wait=lambda: None)
             index += 1
+        if self.engine.signal is not None:
+            signal.raise_signal(self.engine.signal)
         raise KeyboardInterrupt
 
 
@@ -327,8 +332,9 @@ def test_a_full_disk_leaves_the_file_that_was_to_be_replaced_and_what_is_made_be
     assert main(arguments) == 0 and len(read_frames("out.mp4")) == 16 and files() == ["out.mp4"]
 
 
-def test_interrupt_keeps_what_is_made(engine, capsys):
-    engine.stops_at = 3
+@pytest.mark.parametrize("number", [None, signal.SIGTERM, signal.SIGHUP])
+def test_interrupt_keeps_what_is_made(engine, capsys, number):
+    engine.stops_at, engine.signal = 3, number
     assert main(["generate", "a red ball", "--seconds", "60", "-o", "out.mp4"]) == 130
     assert len(read_frames("out.mp4")) == 9 + 12 + 12
     assert capsys.readouterr().out == "out.mp4\n"
@@ -431,11 +437,36 @@ def test_a_closed_stdout_is_no_fault():
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_a_full_stdout_is_one_clear_line():
+    verb = [sys.executable, "-m", "longtake.cli", "--help"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(verb, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("longtake: ") and done.stderr.count("\n") == 1
+    assert "No space left on device" in done.stderr
+
+
+@pytest.mark.parametrize("stderr", [None, "/dev/full"])
+def test_a_video_is_made_though_its_progress_cannot_be_told(engine, monkeypatch, stderr):
+    with open(os.devnull if stderr is None else stderr, "w", buffering=1) as log:
+        monkeypatch.setattr(sys, "stderr", None if stderr is None else log)
+        assert main(["generate", "a red ball", "-o", "out.mp4"]) == 0
+        sys.stderr.close()
+    assert files() == ["out.mp4"]
+
+
+def test_help_can_be_read_in_a_narrow_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1")
+    with pytest.raises(SystemExit):
+        main(["models", "list", "--help"])
+    assert "Print one JSON object" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "option, nearest",
     [
         (["--recipe", "self_forcing_sing"], "did you mean self_forcing_sink"),
         (["--recipe", "self_forcing:pasd=3"], "there are past=6"),
+        (["--recipe", "foo"], "there are causal_forcing, "),
         (["--model", "toi"], "did you mean toy"),
         (["--model", "self-forsing"], "did you mean self-forcing"),
     ],

@@ -310,6 +310,9 @@ def test_devices_that_are_not_here_are_refused() -> None:
     for device in ("nonsense", "meta", *(() if torch.cuda.is_available() else ("cuda",))):
         with pytest.raises(ValueError, match="cannot compute on device"):
             longtake.load("toy", recipe="self_forcing", device=device)
+    for dtype in ("bfloat16", torch.int8):
+        with pytest.raises(ValueError, match=r"such as torch\.bfloat16"):
+            longtake.load("toy", recipe="self_forcing", dtype=dtype)
 
 
 def test_a_folder_of_the_models_name_does_not_hide_it(tmp_path: Path, monkeypatch) -> None:

@@ -13,9 +13,11 @@ import torch
 
 from longtake import load
 from longtake.cli import main
+from longtake.cli.filming import _keep
 from longtake.generation.stream import StreamBatch
 from longtake.generation.take import Take
 from longtake.media.mp4 import Mp4Writer, count_frames, first_difference, read_frames, read_record
+from tests import tiny
 
 PROMPT, SNOW, FISH = (
     "a red ball bounces over green hills",
@@ -42,6 +44,14 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[np.ndarray]:
     write = Mp4Writer.write
     monkeypatch.setattr(Mp4Writer, "write", lambda writer, frames: seen.append(frames) or write(writer, frames))
     return seen
+
+
+def test_a_take_whose_name_was_taken_meanwhile_gets_another(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "one.take"
+    path.write_text("precious")
+    _keep(tiny.engine().stream("a ball"), path, whole=True)
+    assert path.read_text() == "precious" and Take.load(tmp_path / "one-2.take").state["blocks"] == 0
+    assert "one-2.take" in capsys.readouterr().err
 
 
 def test_a_video_and_what_its_take_goes_on_with_are_one_video(first: Path, tmp_path: Path, written) -> None:
@@ -165,8 +175,12 @@ def test_what_cannot_be_replayed_is_one_line(first: Path, tmp_path: Path, capsys
     nowhere = rewritten(video, tmp_path / "nowhere.mp4", device=7)
     untimed = rewritten(video, tmp_path / "untimed.mp4", prompts=[{"at": "soon", "unit": "seconds", "prompt": PROMPT}])
     astray = rewritten(video, tmp_path / "astray.mp4", take={"blocks": 3})
+    deep = tmp_path / "deep.mp4"
+    with Mp4Writer(deep, 64, 64, 16, comment="[" * 100_000) as writer:
+        writer.write(np.zeros((1, 64, 64, 3), np.uint8))
     before = sorted(tmp_path.iterdir())
     for arguments, said in (
+        ([str(deep)], "deep.mp4 tells nothing of how it was made"),
         ([str(tmp_path / "bare.mp4")], "bare.mp4 tells nothing of how it was made"),
         ([str(tmp_path / "text.mp4")], "text.mp4 is no video"),
         ([str(tmp_path / "absent.mp4")], "absent.mp4: No such file"),

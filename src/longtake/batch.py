@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 from typing import IO, Any, Literal
 
 from longtake import parallel
@@ -20,6 +21,7 @@ Names = Literal["numbered", "vbench"]
 """0001-a-red-ball-42.mp4: number in the file, prompt, seed. "A red ball.-0.mp4": prompt and number of the seed."""
 
 _LONGEST_NAME = 255  # bytes, on all usual file systems
+_TELL_EVERY_SECONDS = 5.0  # of a video that is being made
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +113,7 @@ def make_all(
             say(f"{len(videos)} videos: {len(videos) - len(missing)} are there, {len(missing)} to make")
         try:
             for video in own:  # nobody waits at the end: the others may take longer than an exchange is given
-                made(_make(engine, video))
+                made(_make(engine, video, say if parallel.rank() == 0 else lambda line: None))
         except KeyboardInterrupt:
             raise KeyboardInterrupt("stopped: the same command goes on with the videos that are missing") from None
 
@@ -144,8 +146,8 @@ def _record_in(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is there, but tells nothing of how it was made: choose another folder") from None
 
 
-def _make(engine: Engine, video: Video) -> Path:
-    """Make one video; its name is given to it when it is whole."""
+def _make(engine: Engine, video: Video, say: Callable[[str], None]) -> Path:
+    """Make one video; its name is given to it when it is whole. say: is told now and then how far it is."""
     pictures = video.pictures(engine)
     cues = video.script.by_block(engine, pictures)
     part_of(video.unfinished).unlink(missing_ok=True)  # of a run that was killed: no other is here
@@ -156,10 +158,15 @@ def _make(engine: Engine, video: Video) -> Path:
             overwrite=True, comment=json.dumps(_record(engine, video)),
         ) as writer,
     ):  # fmt: skip
+        tell_at = monotonic() + _TELL_EVERY_SECONDS
         for chunk in shown(stream, cues, pictures):
             writer.write(chunk.frames[: pictures - writer.frames_written])
             if writer.frames_written == pictures:
                 break
+            if monotonic() >= tell_at:
+                tell_at = monotonic() + _TELL_EVERY_SECONDS
+                done, whole = writer.frames_written / engine.frame_rate, pictures / engine.frame_rate
+                say(f"{video.path.name}: {done:.1f} of {whole:.1f} s made")
     os.replace(video.unfinished, video.path)
     return video.path
 

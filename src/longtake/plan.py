@@ -181,14 +181,14 @@ class Records:
 
 def plan(
     model: str, *, size: tuple[int, int] | None = None, recipe: str | None = None, dtype: str = "bfloat16",
-    decoder: str | None = None, compile: bool = False,
+    decoder: str | None = None, compile: bool = False, say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Bytes of a stream by part, its moments and its peak, ready for JSON; nothing is loaded.
 
     model: toy, or a name of `longtake models`. size: width and height of pictures. recipe: by default that of
     `recipe_for`. decoder: of `wan_engines.DECODERS`, by default the model's own.
-    compile: as for `recipes.load`, on a GPU. `moments` are what is there at the same time. ValueError for unknown
-    names, with the nearest, and for sizes, recipes and decoders that cannot be.
+    compile: as for `recipes.load`, on a GPU. say: is told what is waited for. `moments` are what is there at the same
+    time. ValueError for unknown names, with the nearest, and for sizes, recipes and decoders that cannot be.
     """
     parts = _parts_of(model, recipe)
     name = recipe or recipe_for(model)
@@ -204,6 +204,7 @@ def plan(
     step = codec.spatial_factor * network.config.patch
     if not all(0 < side <= MOST_SIDE and side % step == 0 for side in (width, height)):
         raise ValueError(f"pictures are multiples of {step} high and wide, {MOST_SIDE} at most, not {width}x{height}")
+    say("a stream is run without numbers: of a large model that takes up to a minute")
     with Fused():
         how = replace(chosen, near=dense)
         working = streamed(network, codec, parts.text_rows, how, (width, height), compile=compile)
@@ -383,8 +384,11 @@ def _usual(model: str) -> Mapping[str, Any]:
     return {} if model == "toy" else AT_FULL_SIZE
 
 
-def ways_to_fit(told: Mapping[str, Any]) -> dict[str, int]:
-    """What could be changed, one thing at a time, in the words of the command line, and the peak that each gives."""
+def ways_to_fit(told: Mapping[str, Any], say: Callable[[str], None] = lambda line: None) -> dict[str, int]:
+    """What could be changed, one thing at a time, in the words of the command line, and the peak that each gives.
+
+    say: is told of each before it is tried.
+    """
     width, height = told["size"]
     function, _, options = told["recipe"].partition(":")
     recipe = recipe_named(told["recipe"])
@@ -406,7 +410,11 @@ def ways_to_fit(told: Mapping[str, Any]) -> dict[str, int]:
     asked = {name: told[name] for name in ("model", "recipe", "dtype", "decoder", "compile")} | {
         "size": (width, height)
     }
-    return {words: plan(**(asked | change))["peak"] for words, change in changes.items()}
+    peaks = {}
+    for words, change in changes.items():
+        say(f"trying {words}")
+        peaks[words] = plan(**(asked | change))["peak"]
+    return peaks
 
 
 def in_words(told: Mapping[str, Any]) -> str:

@@ -60,6 +60,9 @@ def test_streams_are_told_how_the_words_change(monkeypatch: pytest.MonkeyPatch) 
     assert told == [{"over": 4, "far": 1.0, "in_flight": "new"}] * 2
     with pytest.raises(ValueError, match="acts at once"):
         redirect.evaluate_redirect(["any"], lambda name: engine, prompts=1, seeds=1, over=4, transition="cut")
+    for how, why in (({"over": 0}, "over 1 block or more"), ({"far": float("nan")}, "a share of 0 to 1")):
+        with pytest.raises(ValueError, match=why):
+            redirect.evaluate_redirect(["any"], lambda name: pytest.fail("work was begun"), **how)
 
 
 def test_the_first_of_two_windows_is_when_it_is_reached() -> None:

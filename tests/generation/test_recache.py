@@ -228,8 +228,10 @@ def test_what_a_redirect_is_refused_changes_nothing() -> None:
         plain, refused = (opened(recipe_named(name)) for _ in range(2))
         for _ in range(5):
             next(plain), next(refused)
-        with pytest.raises(ValueError, match="a share of 0 to 1"):
-            refused.redirect(["another prompt"], far=2)
+        for far in (2, None, "0.5"):
+            for call in (refused.redirect, refused.cut):
+                with pytest.raises(ValueError, match="a share of 0 to 1"):
+                    call(["another prompt"], far=far)
         assert all(torch.equal(next(plain), next(refused)) for _ in range(3))
 
 

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from itertools import combinations, islice
+from threading import Thread
 from unittest.mock import patch
 from weakref import ref
 
@@ -68,6 +69,34 @@ def test_a_redirect_acts_from_the_next_block(engine, alone: np.ndarray) -> None:
         assert stream.prompt == "it starts to snow at night"
     assert (before == alone[: len(before)]).all()
     assert (after != alone[len(before) :]).any()
+
+
+@pytest.mark.parametrize("call", ["cut", "redirect", "take"])
+def test_another_thread_waits_for_the_end_of_the_block(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = tiny.engine()
+    stream, told = (engine.stream("a ball", seed=7) for _ in range(2))
+    kept = []
+    calls = {"cut": lambda: stream.cut("a cat"), "redirect": lambda: stream.redirect("a cat")}
+    caller = Thread(target=calls.get(call, lambda: kept.append(longtake.Take.of(stream))))
+    forward = engine.network.forward
+
+    def forward_and_call(*given, **named):
+        if not caller.ident:
+            caller.start()
+            caller.join(0.05)
+        return forward(*given, **named)
+
+    with monkeypatch.context() as called:
+        called.setattr(engine.network, "forward", forward_and_call)
+        first = next(stream)
+    caller.join()
+    assert (first.frames == next(told).frames).all()
+    if call == "take":
+        stream = kept[0].resume(engine)
+    else:
+        getattr(told, call)("a cat")
+    assert stream.history == told.history
+    assert (take(stream, 3) == take(told, 3)).all()
 
 
 def test_a_redirect_that_cannot_be_read_changes_nothing(engine, alone: np.ndarray) -> None:

@@ -288,6 +288,11 @@ def test_files_that_are_no_takes_are_one_line(tmp_path: Path) -> None:
     Take.of(stream).save(whole)
     cut.write_bytes(whole.read_bytes()[:-100])
     save_file({"x": torch.zeros(1)}, weights)
+    damaged = tmp_path / "damaged.take"
+    for part, other in ((b"seeds", b"sedes"), (b"levels", b"lovels"), (b"prompts", b"promqts"), (b"state.", b"stbte.")):
+        damaged.write_bytes(whole.read_bytes().replace(part, other, 1))
+        with pytest.raises(ValueError, match=r"damaged.take is damaged"):
+            Take.load(damaged)
     for path, error, why in (
         (cut, ValueError, "cut.take is not a whole take"),
         (weights, ValueError, "weights.safetensors is no take"),

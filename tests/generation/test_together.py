@@ -111,6 +111,8 @@ def test_what_does_not_go_together_is_refused():
             engine.next_together(pair)
     next(new)
     assert len(engine.next_together([old, new])) == 2
+    with pytest.raises(ValueError, match="name each once"):
+        engine.next_together([old, old])
     old.close()
     with pytest.raises(RuntimeError, match="closed"):
         engine.next_together([old, new])

@@ -143,6 +143,17 @@ def test_what_a_killed_writer_left_is_not_overwritten(tmp_path):
     assert left.read_bytes() == b"pictures that play"
 
 
+def test_a_file_that_came_to_be_meanwhile_is_not_overwritten(tmp_path):
+    path = tmp_path / "out.mp4"
+    with (
+        pytest.raises(FileExistsError, match="came to be while the video was made"),
+        Mp4Writer(path, WIDTH, HEIGHT, RATE) as writer,
+    ):
+        writer.write(np.zeros((1, HEIGHT, WIDTH, 3), np.uint8))
+        path.write_bytes(b"precious")
+    assert path.read_bytes() == b"precious" and len(read_frames(part_of(path))) == 1
+
+
 def test_a_file_carries_a_comment(tmp_path):
     comment = '{"prompt": "ein roter Ball \\"springt\\"", "lines": "a\\nb"}' * 40
     with Mp4Writer(tmp_path / "out.mp4", WIDTH, HEIGHT, RATE, comment=comment) as writer:

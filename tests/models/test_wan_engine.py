@@ -164,3 +164,6 @@ def test_what_is_missing_or_does_not_fit_is_one_line(whole: Path, tmp_path: Path
     cut.write_bytes(b"12345678")
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         longtake.load(cut, recipe=RECIPE, device="cpu")
+    torch.save({"a": torch.zeros(3)}, tmp_path / "foreign.pt")
+    with pytest.raises(ValueError, match=r"foreign.pt does not hold a Wan network"):  # and not: pull a base
+        longtake.load(tmp_path / "foreign.pt", recipe=RECIPE, device="cpu")

@@ -1,5 +1,6 @@
 """An engine whose pictures tell which stream, words and block they are of, and a clock that is moved by hand."""
 
+from threading import RLock
 from types import MappingProxyType, SimpleNamespace
 
 import numpy as np
@@ -22,6 +23,7 @@ class FakeStream:
     def __init__(self, engine: "FakeEngine", prompt: str, seed: int) -> None:
         self.engine, self.prompt, self.seed, self.blocks = engine, prompt, seed, 0
         self.closed, self.in_company, self.prompts = False, False, [(0, prompt)]
+        self.lock = RLock()
         engine.open_streams.add(self)
 
     @property

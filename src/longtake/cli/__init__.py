@@ -5,8 +5,13 @@ should not wait for it.
 """
 
 import os
+import shutil
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
 from tyro.extras import SubcommandApp
 
@@ -28,18 +33,56 @@ app.command(explain.explain)
 app.command(doctor.doctor)
 
 
+_NARROWEST = 50  # columns, in which help can be read; in fewer than 8 laying it out never ends
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code: 0 done, 1 a check failed (`verify`, `doctor`, `replay`), 2 bad input (one
-    line on stderr), 130 stopped by Ctrl-C, 141 stopped as nobody reads what it prints, as by `| head`.
+    line on stderr), 130 stopped by Ctrl-C, SIGTERM or SIGHUP, 141 stopped as nobody reads what it prints, as by
+    `| head`.
     """
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  # as in a service that closed them
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    if shutil.get_terminal_size().columns < _NARROWEST:
+        os.environ["COLUMNS"] = str(_NARROWEST)
+    exit_code = 0
     try:
         try:
-            return _run(arguments)
+            with _ended_as_by_ctrl_c():
+                exit_code = _run(arguments)
+                return exit_code
         finally:
             print(end="", flush=True)  # else what is left fails when Python ends, where nobody can catch it
     except BrokenPipeError:
-        leave_unread()
+        leave_unread(sys.stdout, sys.stderr)
         return UNREAD
+    except OSError as error:
+        if not exit_code:  # else it is told
+            say(f"cannot print: {in_one_line(error)}")
+        leave_unread(sys.stdout)
+        return BAD_INPUT
+
+
+@contextmanager
+def _ended_as_by_ctrl_c() -> Iterator[None]:
+    """SIGTERM, of a scheduler, and SIGHUP, of a terminal that was closed, do what Ctrl-C would: a video is kept.
+
+    Not of one of many processes, which may be waiting for the others, nor where they are ignored (nohup).
+    """
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        asked = signal.getsignal(signal.SIGINT)
+        (asked if callable(asked) else signal.default_int_handler)(number, frame)
+
+    alone = threading.current_thread() is threading.main_thread() and int(os.environ.get("WORLD_SIZE", "1")) == 1
+    heard = [one for one in (signal.SIGTERM, signal.SIGHUP) if alone and signal.getsignal(one) is signal.SIG_DFL]
+    for one in heard:
+        signal.signal(one, stop)
+    try:
+        yield
+    finally:
+        for one in heard:
+            signal.signal(one, signal.SIG_DFL)
 
 
 def _run(arguments: Sequence[str] | None) -> int:

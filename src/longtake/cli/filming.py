@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from longtake.cli.terminal import INTERRUPTED, LiveLine, in_one_line, say
+from longtake.cli.videos import unused
 
 if TYPE_CHECKING:
     import numpy as np
@@ -91,7 +92,12 @@ def _keep(stream: "Stream", path: Path, *, whole: bool) -> None:
     if stream.closed or not whole:
         say(f"no take at {path}: the stream was stopped within a block")
         return
-    Take.of(stream, "cpu").save(path)
+    take = Take.of(stream, "cpu")
+    try:
+        take.save(path)
+    except FileExistsError:  # there was none when the stream began
+        path = unused(path)
+        take.save(path)
     say(f"the take is {path}")
 
 
@@ -105,6 +111,8 @@ def _told_what_is_kept(path: Path) -> "Iterator[None]":
     is_new = not kept.exists()
     try:
         yield
+    except FileExistsError:  # says so itself
+        raise
     except OSError as error:
         if is_new and plays(kept):
             raise OSError(f"{in_one_line(error)}; {kept} keeps what was made until then") from None

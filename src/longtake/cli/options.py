@@ -24,8 +24,8 @@ Method = Annotated[
     str | None,
     arg(
         metavar="RECIPE",
-        help="The method; unless given, hybrid_forcing for toy, the one a published model was trained under, else "
-        "self_forcing_sink.",
+        help="The method; `longtake explain` lists them. Unless given, hybrid_forcing for toy, the one a published "
+        "model was trained under, else self_forcing_sink.",
     ),
 ]
 Levels = Annotated[

@@ -39,11 +39,11 @@ def plan(
     there = None if vram is None else planning.vram(vram)
     told = planning.plan(
         model, size=None if size is None else planning.pixels(size), recipe=recipe, dtype=dtype, decoder=decoder,
-        compile=compile,
+        compile=compile, say=say,
     )  # fmt: skip
     fits = there is None or told["peak"] <= there
     if there is not None:
-        told |= {"vram": there, "fits": fits, "ways_to_fit": {} if fits else planning.ways_to_fit(told)}
+        told |= {"vram": there, "fits": fits, "ways_to_fit": {} if fits else planning.ways_to_fit(told, say)}
     print_result(told, json, planning.in_words)
     if not fits:
         say(f"this does not fit {vram}: it takes {planning.gib(told['peak'])}")

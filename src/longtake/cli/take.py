@@ -11,7 +11,7 @@ from tyro.extras import SubcommandApp
 from longtake.cli.engines import load_again
 from longtake.cli.filming import show
 from longtake.cli.options import DeviceName, Mp4, OneFile, Seconds, Switch
-from longtake.cli.terminal import print_result
+from longtake.cli.terminal import print_result, say
 from longtake.cli.videos import free_name, length_of, require_length, require_writable_take
 from longtake.files import require_free_video
 
@@ -95,11 +95,12 @@ def take_sizes(
     from longtake import plan as planning
     from longtake.recipes import RECIPES
 
-    counted = [
-        {"model": one, "recipe": name, "bytes": planning.take_sizes(one, name, dtype=dtype)}
-        for one in model
-        for name in recipe or RECIPES
-    ]
+    counted = []
+    for one in model:
+        for name in recipe or RECIPES:
+            sizes = planning.take_sizes(one, name, dtype=dtype)
+            counted.append({"model": one, "recipe": name, "bytes": sizes})
+            say(f"{one}, {name}: {sum(sizes.values()) / 1e6:,.1f} MB")
     print_result(counted, json, planning.takes_in_words)
     return 0
 

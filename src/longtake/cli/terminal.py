@@ -5,14 +5,19 @@ import sys
 from collections.abc import Callable
 from json import dumps
 from time import perf_counter
-from typing import Any
+from typing import Any, TextIO
 
 CHECK_FAILED, BAD_INPUT, INTERRUPTED, UNREAD = 1, 2, 130, 141
 
 
 def say(text: str) -> None:
-    """One line of progress or complaint, on stderr."""
-    print(f"longtake: {text}", file=sys.stderr)
+    """One line of progress or complaint, on stderr. A log on a full disk ends no work."""
+    try:
+        print(f"longtake: {text}", file=sys.stderr)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        leave_unread(sys.stderr)
 
 
 def print_result(result: Any, json: bool, in_words: Callable[[Any], str]) -> None:
@@ -22,8 +27,8 @@ def print_result(result: Any, json: bool, in_words: Callable[[Any], str]) -> Non
 
 def in_one_line(error: Exception) -> str:
     """An error as one line, without Python's error number in front of what the system says."""
-    if isinstance(error, OSError) and error.strerror and error.filename:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split())
 
 
@@ -33,10 +38,10 @@ def is_out_of_memory(error: Exception) -> bool:
     return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
-def leave_unread() -> None:
-    """Print nothing more, not even what still waits: whoever read it has gone."""
+def leave_unread(*streams: TextIO) -> None:
+    """Print nothing more there, not even what still waits: whoever read it has gone, or the disk is full."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
+    for stream in streams:
         os.dup2(nowhere, stream.fileno())
 
 

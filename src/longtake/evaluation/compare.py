@@ -30,7 +30,7 @@ def tables_in(path: Path) -> list[dict[str, Any]]:
         tables = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError(f"{path} is not JSON: give what `longtake evaluate ... --json` printed") from None
     if not isinstance(tables, list) or not all(isinstance(one, dict) and "counts" in one for one in tables):
         raise ValueError(f"{path} holds no scores: give what `longtake evaluate ... --json` printed")

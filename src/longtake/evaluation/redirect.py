@@ -28,7 +28,9 @@ from torch import Tensor
 from longtake import parallel
 from longtake.evaluation.scores import Score, Tally, asked_for, joined, shares, tables, tally
 from longtake.evaluation.sources import batches, clip_seed, held_out_captions, seed_list
+from longtake.generation.blend import require_blend
 from longtake.generation.stream import FAR_AFTER_CUT, FAR_AFTER_REDIRECT, Engine, PromptInFlight, StreamBatch
+from longtake.memory.far import require_share
 from longtake.toy.captions import (
     COLOUR_CLAUSES,
     PHRASES,
@@ -131,6 +133,8 @@ def evaluate_redirect(
     """
     if transition == "cut" and (in_flight != "own" or over != 1):
         raise ValueError("a cut drops blocks in flight, and acts at once: in_flight and over are for redirects")
+    require_blend(over, "lerp")
+    require_share(FAR_AFTER_REDIRECT if far is None else far)
     chosen = redirects(held_out_captions(prompts), seed_list(seeds))
 
     def change(streams: StreamBatch, told: Sequence[str]) -> None:

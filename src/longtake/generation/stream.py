@@ -8,10 +8,11 @@ import random
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
-from typing import Any, Literal, NamedTuple, Protocol, Self
+from functools import cached_property, wraps
+from threading import RLock
+from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, Protocol, Self, TypeVar
 
 import numpy as np
 import torch
@@ -289,7 +290,10 @@ class Engine:
         have the same `phase`. If it fails, each goes on alone as if it had not been asked for: where all blocks were
         finished, the next chunk of each is its block, decoded alone. Those whose memory was being written are closed.
         """
-        return _next_together(self, streams)
+        with ExitStack() as held:
+            for stream in sorted(streams, key=id):  # in one order, lest two threads wait for each other
+                held.enter_context(stream.lock)
+            return _next_together(self, streams)
 
 
 def _kind_of(device: torch.device) -> str:
@@ -374,12 +378,30 @@ class _Stopwatch:
         return timings
 
 
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _in_turn(
+    call: Callable[Concatenate["StreamBatch", _P], _R],
+) -> Callable[Concatenate["StreamBatch", _P], _R]:
+    """A call that waits while another thread is making a block, or changing what the next is made from."""
+
+    @wraps(call)
+    def waiting(self: "StreamBatch", /, *args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with self.lock:
+            return call(self, *args, **kwargs)
+
+    return waiting
+
+
 class StreamBatch(_Closing):
     """Endless videos made in step: an iterator of uint8 pictures [B, T, H, W, 3] on the codec's device.
 
     It never ends by itself; close it or leave its `with`. blocks, pictures: how many each video has so far, given ones
     included. timings: of the last block. history: what they were told, from the beginning. in_company: whether any
-    block was made together with other streams, so that its bits may not be those of streams made alone.
+    block was made together with other streams, so that its bits may not be those of streams made alone. lock: held by
+    whoever makes a block or changes anything, so that other threads wait for the end of the block.
     """
 
     def __init__(
@@ -389,7 +411,7 @@ class StreamBatch(_Closing):
             raise ValueError(
                 f"streams need a prompt and a seed from 0 each, got {len(prompts)} prompts and seeds {list(seeds)}"
             )
-        self.engine = engine
+        self.engine, self.lock = engine, RLock()
         self.seeds = list(map(operator.index, seeds))  # numpy's are no numbers to noise, nor to JSON
         self.blocks = self.pictures = 0
         self.in_company = False
@@ -426,14 +448,15 @@ class StreamBatch(_Closing):
     def of_state(cls, engine: Engine, state: Mapping[str, Any]) -> Self:
         """Streams that go on from the `state()` of others under an engine like theirs; see `restore`."""
         made = cls.__new__(cls)
-        made.engine = engine
+        made.engine, made.lock = engine, RLock()
         made.restore(state)
         return made
 
     def state(self) -> dict[str, Any]:
         """All that the next blocks are made from: plain values, in which tensors stand as they are.
 
-        The next block writes over some of them, so whoever keeps it copies them. RuntimeError for closed streams.
+        The next block writes over some of them, so whoever keeps it copies them, and holds `lock` if another thread may
+        make it. RuntimeError for closed streams.
         """
         memory = self._open_memory()
         prompts = list(
@@ -456,6 +479,7 @@ class StreamBatch(_Closing):
             "memory": memory.state(),
         }
 
+    @_in_turn
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state()` on the network's device, whatever was made since; closed streams are open again."""
         self.seeds, self.blocks, self.pictures = list(state["seeds"]), state["blocks"], state["pictures"]
@@ -483,6 +507,7 @@ class StreamBatch(_Closing):
             self._decode(latents_BFCHW)  # for the state that the next block goes on from
         self.blocks, self.pictures = memory.blocks, pictures_BTHWC.shape[1]
 
+    @_in_turn
     def redirect(
         self, prompts: Sequence[str], *, over: int = 1, blend: Interpolation = "lerp",
         far: float = FAR_AFTER_REDIRECT, in_flight: PromptInFlight = "own",
@@ -505,6 +530,7 @@ class StreamBatch(_Closing):
         self.prompts = list(prompts)
         self._note("redirect", far, in_flight, over, blend)
 
+    @_in_turn
     def cut(self, prompts: Sequence[str], *, far: float = FAR_AFTER_CUT) -> None:
         """Begin a new shot in every stream, each under its own prompt, with the next block, as `Stream.cut`."""
         memory, keys = self._memory_for(prompts), self.engine.prompt_keys(*prompts)
@@ -590,6 +616,7 @@ class StreamBatch(_Closing):
     def __iter__(self) -> Self:
         return self
 
+    @_in_turn
     def __next__(self) -> Tensor:
         if self._latents is None:
             raise RuntimeError(_CLOSED)
@@ -649,6 +676,7 @@ class StreamBatch(_Closing):
         """Whether they make no more pictures, as they were closed or failed."""
         return self._memory is None
 
+    @_in_turn
     def close(self) -> None:
         """Let go of memory and codec state; closed streams make no more pictures."""
         self._latents = self._memory = self._codec_state = self._finished_BFCHW = None  # the schedule holds memory too
@@ -688,6 +716,11 @@ class Stream(_Closing):
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on from a `state()` of this stream or of another with its seed, as `StreamBatch.restore`."""
         self._batch.restore(state)
+
+    @property
+    def lock(self) -> RLock:
+        """Held by whoever makes a block or changes anything, so that other threads wait for the end of the block."""
+        return self._batch.lock
 
     @property
     def seed(self) -> int:
@@ -772,9 +805,10 @@ class Stream(_Closing):
 
     def __next__(self) -> Chunk:
         started = time.perf_counter()
-        index, start_seconds = self._batch.blocks, self._batch.pictures / self.engine.frame_rate
-        pictures_THWC = next(self._batch)[0]
-        frames, timings = to_host(pictures_THWC), self._batch._timings
+        with self.lock:
+            index, start_seconds = self._batch.blocks, self._batch.pictures / self.engine.frame_rate
+            pictures_THWC = next(self._batch)[0]
+            frames, timings = to_host(pictures_THWC), self._batch._timings
         assert timings is not None
 
         def read() -> tuple[np.ndarray, Timings]:
@@ -792,6 +826,8 @@ class Stream(_Closing):
 def _next_together(engine: Engine, streams: Sequence[Stream]) -> list[Chunk]:
     if any(stream.engine is not engine for stream in streams) or len({stream.phase for stream in streams}) != 1:
         raise ValueError("streams are made together if they are of one engine and in one phase")
+    if len({*map(id, streams)}) < len(streams):
+        raise ValueError("a stream is not made together with itself: name each once")
     batches = [stream._batch for stream in streams]
     stopwatch = _Stopwatch(engine)
     latents_BFCHW = _latents_together(engine, batches, stopwatch.begin_commit)

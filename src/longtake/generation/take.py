@@ -20,6 +20,7 @@ from longtake.generation.stream import MOST_TOLD, UNTOLD, Engine, Stream, Told
 
 _DESCRIPTION, _TENSOR = "longtake_take", "tensor"
 _FORM, _READ = 2, (1, 2)  # of the file, and those that are read; the first knows of no blends
+_MADE_WITH = {"model", "recipe", "levels", "weights", "codec_weights", "longtake", "torch", "device", "dtype"}
 _NAMES = ("model", "codec", "base")  # what only helps to find the weights again: their hashes decide
 
 
@@ -40,14 +41,22 @@ class Take:
     @classmethod
     def of(cls, stream: Stream, device: torch.device | str | None = None) -> Self:
         """The take of a stream as it stands, by default on its own device. RuntimeError for a closed stream."""
-        copied = _changed(stream.state(), lambda tensor: tensor.detach().to(device or tensor.device, copy=True))
+        with stream.lock:
+            copied = _changed(stream.state(), lambda tensor: tensor.detach().to(device or tensor.device, copy=True))
         return cls(made_with(stream.engine), copied)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """The take in a file, on the CPU. ValueError for a file that is not whole or no take, OSError if none is."""
         described, tensors = _read(Path(path))
-        return cls(described["made_with"], _unpacked(described["state"], tensors))
+        try:
+            take = cls(described["made_with"], _unpacked(described["state"], tensors))
+            told = take.info().keys() >= _MADE_WITH and len(take.made_with["levels"]) > 0 and bool(take.history)
+        except (LookupError, TypeError, ValueError):
+            told = False
+        if not told:
+            raise ValueError(f"{path} is damaged: what it says of its stream cannot be read")
+        return take
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Write the take to a file, which is there when it is whole and not before.

@@ -31,8 +31,8 @@ class Mp4Writer:
 
     The file grows beside its final name (`out.part.mp4` for `out.mp4`) and takes that name when it is closed, which
     happens on Ctrl-C and on errors too: pictures once written are kept. A file that is there already is replaced by a
-    video that could be written as far as was wanted, or until Ctrl-C; after an error the two stand side by side. Closed
-    without a picture, it leaves nothing.
+    video that could be written as far as was wanted, or until Ctrl-C; after an error the two stand side by side, and so
+    they do, with FileExistsError, where a file came to be meanwhile. Closed without a picture, it leaves nothing.
 
     Args:
         path: the file to make; its folder must exist.
@@ -61,6 +61,7 @@ class Mp4Writer:
         self.width, self.height = width, height
         self.frames_per_second = frames_per_second
         self.frames_written = 0
+        self._overwrite = overwrite
         require_even(width, height)
         require_free(self.path, overwrite=overwrite)
         self._part = part_of(self.path)
@@ -100,8 +101,10 @@ class Mp4Writer:
     def _settle(self, *, whole: bool) -> None:
         if not self.frames_written:
             self._part.unlink()
-        elif whole or not self.path.exists():
+        elif not self.path.exists() or (whole and self._overwrite):
             os.replace(self._part, self.path)
+        elif whole:
+            raise FileExistsError(f"{self.path} came to be while the video was made, which is {self._part}")
 
     def __enter__(self) -> Self:
         return self
@@ -144,7 +147,7 @@ def read_record(path: str | Path) -> dict[str, Any]:
         record = json.loads(read_comment(path))
     except av.error.InvalidDataError:
         raise ValueError(f"{path} is no video") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         record = None
     if not isinstance(record, dict):
         raise ValueError(f"{path} tells nothing of how it was made")

@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum, auto
+from numbers import Real
 from typing import Protocol, Self
 
 import torch
@@ -226,8 +227,8 @@ class FarState:
 
 def require_share(share: float) -> None:
     """ValueError for what cannot be a share of a far state."""
-    if not 0 <= share <= 1:
-        raise ValueError(f"a far state keeps a share of 0 to 1, not {share}")
+    if not isinstance(share, Real) or not 0 <= share <= 1:
+        raise ValueError(f"a far state keeps a share of 0 to 1, not {share!r}")
 
 
 def stacked(states: Sequence[FarState]) -> FarState:

@@ -87,7 +87,7 @@ def published(name: str) -> Published:
 def nearest(name: str, known: Iterable[str]) -> str:
     """What to say of a name that is unknown: which known ones are like it, or else which there are."""
     there = sorted(known)
-    close = get_close_matches(name, there, n=2, cutoff=0.4)
+    close = get_close_matches(name, there, n=2, cutoff=0.5)
     return f"did you mean {' or '.join(close)}?" if close else f"there are {', '.join(there)}"
 
 

@@ -34,6 +34,12 @@ def device_named(name: str | torch.device | None) -> torch.device:
     return device
 
 
+def require_dtype(dtype: torch.dtype | None) -> None:
+    """ValueError for what no engine computes in, such as the name of a type."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype is a type of torch's floating-point numbers, such as torch.bfloat16, got {dtype!r}")
+
+
 def usual_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 on a GPU, float32 on a CPU."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32

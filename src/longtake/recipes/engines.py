@@ -11,7 +11,7 @@ from longtake.generation.recipe import Recipe
 from longtake.generation.stream import Engine
 from longtake.models.light_codec import LightCodec
 from longtake.models.text import WordText
-from longtake.recipes.devices import device_named, faster_dtype, fused
+from longtake.recipes.devices import device_named, faster_dtype, fused, require_dtype
 from longtake.recipes.methods import recipe_named
 from longtake.recipes.wan_engines import is_wan, load_wan
 from longtake.recipes.weight_files import ENCODER_FILE, files_for, load_codec, load_network
@@ -47,6 +47,7 @@ def load(
     the network cannot be streamed under, and for one whose far state is not one that the weights learned to read, where
     their file says under which they were trained.
     """
+    require_dtype(dtype)
     if is_wan(model):
         return load_wan(
             model, recipe=recipe, device=device, dtype=dtype, levels=levels, codec=codec, base=base,

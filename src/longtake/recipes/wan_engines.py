@@ -84,6 +84,8 @@ def load_wan(
     known = registry().get(str(model), registry()[WAN_BASE])
     place = device_named(device)
     dtype = dtype or usual_dtype(place)
+    if str(model) not in registry():  # what is no network is told of before a base is, which would have to be pulled
+        checkpoints.network_config(checkpoints.open_network(model)[0])
     folder = _wan_base(model, base)
     files = UMT5Files.in_folder(folder)
     decoder = checkpoints.load_codec(codec or folder, device=device_named(codec_device or place), dtype=dtype)
