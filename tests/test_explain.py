@@ -1,5 +1,7 @@
 """Recipes in words and numbers."""
 
+from inspect import signature
+
 import pytest
 
 from longtake.explain import explain, in_words, recipes_in_short
@@ -39,8 +41,16 @@ def test_rules_of_a_memory_are_told() -> None:
     assert "redirect   the latest 12 latent frames are committed again, block by block; sink new" in lines
 
 
-def test_what_is_told_of_a_recipe_leaves_out_errors() -> None:
-    assert not any("ValueError" in paragraph for paragraph in explain("hybrid_forcing", 1)["about"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_option_is_told_of_with_what_it_is_unless_given(name: str) -> None:
+    told = explain(name, 1)
+    assert {one: option["default"] for one, option in told["options"].items()} == {
+        one: str(parameter.default) for one, parameter in signature(RECIPES[name]).parameters.items()
+    }
+    assert all(option["about"].endswith(".") for option in told["options"].values())
+    assert "ValueError" not in in_words(told) and max(map(len, in_words(told).splitlines())) <= 100
+    defaults = ",".join(f"{one}={option['default']}" for one, option in told["options"].items())
+    assert explain(f"{name}:{defaults}" if defaults else name, 1) | {"recipe": name} == told
 
 
 def test_as_many_blocks_as_asked_for() -> None:

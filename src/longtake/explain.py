@@ -1,9 +1,10 @@
 """Recipes explained: what each is, its numbers, and what it does block by block, as its own code does it."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from inspect import getdoc
+from inspect import getdoc, signature
 from itertools import islice, pairwise
 from textwrap import fill
 from typing import Any
@@ -61,6 +62,7 @@ def explain(name: str, blocks: int | None = None) -> dict[str, Any]:
     return {
         "recipe": name,
         "about": _about(function),
+        "options": _options(function),
         "model": MODEL,
         "has_weights": (MODEL, function) in MODELS and can_read(recipe, description.get("recipes", ())),
         "block": recipe.block,
@@ -84,15 +86,38 @@ def in_words(told: dict[str, Any]) -> str:
     """What `explain` gives, as text."""
     about = [fill(paragraph, COLUMNS) for paragraph in told["about"]]
     calls = [_calls(told)] if told["in_flight"] > 1 else []
-    parts = [told["recipe"], *about, _numbers(told), *calls, _table(told), _legend(told)]
+    options = [_how_to_choose(told)] if told["options"] else []
+    parts = [told["recipe"], *about, *options, _numbers(told), *calls, _table(told), _legend(told)]
     if converted := told["converted"]:
         parts += ["converted layers", _table(told | converted), _legend(told | converted)]
     return "\n\n".join(parts)
 
 
 def _about(name: str) -> list[str]:
-    """The paragraphs of a recipe's docstring, without what it says to callers about errors."""
-    return (getdoc(RECIPES[name]) or "").partition("ValueError")[0].strip().split("\n\n")
+    """The paragraphs of a recipe's docstring, but that of its options."""
+    paragraphs = (getdoc(RECIPES[name]) or "").split("\n\n")
+    return paragraphs[:-1] if signature(RECIPES[name]).parameters else paragraphs
+
+
+def _options(name: str) -> dict[str, dict[str, str]]:
+    """Of each option of a recipe what it is unless given, and what its docstring says of it, in a last paragraph in
+    which each begins a line; without what that says to callers about errors."""
+    told = (getdoc(RECIPES[name]) or "").split("\n\n")[-1].partition("\nValueError")[0]
+    defaults = {one: parameter.default for one, parameter in signature(RECIPES[name]).parameters.items()}
+    parts = re.split(rf"^({'|'.join(defaults)}): ", told, flags=re.MULTILINE)[1:] if defaults else []
+    about = {one: " ".join(text.split()) for one, text in zip(parts[::2], parts[1::2], strict=True)}
+    return {one: {"default": str(default), "about": about[one]} for one, default in defaults.items()}
+
+
+def _how_to_choose(told: dict[str, Any]) -> str:
+    name, options = told["recipe"].partition(":")[0], told["options"]
+    example = ",".join(f"{one}={option['default']}" for one, option in [*options.items()][:2])
+    width = max(len(f"{one}={option['default']}") for one, option in options.items()) + 4
+    lines = [f"options, and what they are unless they follow the name, as {name}:{example}"]
+    for one, option in options.items():
+        start = f"  {one}={option['default']}".ljust(width)
+        lines.append(fill(option["about"], COLUMNS, initial_indent=start, subsequent_indent=" " * width))
+    return "\n".join(lines)
 
 
 def _near(near: Attend) -> dict[str, Any]:

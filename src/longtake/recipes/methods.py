@@ -26,8 +26,9 @@ from longtake.models.hub import nearest, registry
 def self_forcing(past: int = 6, block: int = 3) -> Recipe:
     """Self Forcing (arXiv 2506.08009): block by block over a sliding window, distilled on its own rollouts.
 
-    past: latent frames of it that a block sees; published are 18. block: latent frames of one; published are 3 and,
-    for other weights, 1. ValueError for a block of less than 1.
+    past: latent frames of it that a block sees; published are 18.
+    block: latent frames of one; published are 3 and, for other weights, 1.
+    ValueError for a block of less than 1.
     """
     return Recipe(name="self_forcing", schedule=blockwise, sink=0, past=past, block=_at_least_one(block))
 
@@ -51,17 +52,22 @@ def hybrid_forcing(
 ) -> Recipe:
     """Hybrid Forcing (arXiv 2604.10103): a fifth of the window's key blocks, and a far state of what left it.
 
-    share: of the key blocks that each block of queries attends to; 1 is all. far: what is made of frames that left the
-    window: they are kept for ever (published); "none"; or a rule of `memory.far`, decay, cap or delta. frames: the half
-    life or the cap in latent frames, which decay and cap need. features: of the far state, beside the size of a head:
-    0.5, 1 (published), 2 or 4. stiffness: how hard delta holds on to the old. turns: the positions that features of the
-    far state bear, "all" (published) or "space", row and column but not frame: then it is the same how long ago
-    something was absorbed. tokens: of a block of queries or keys; 4 are a third of a row of the embedded model's latent
-    frames, which have 84; Wan's, of 1,560, have the published 64 unless told otherwise (`AT_FULL_SIZE`). block: latent
-    frames of one; there are weights for 3 alone. of: what the share is of, the key blocks of a full "window", so that
-    the first blocks of a take choose as many among fewer, or those "present" (published). form: what Figure 2 of the
-    "paper" draws, or what the code released for training or inference does, "ref_train" or "ref_infer": far states of
-    other features, which take the sink as well, and keys less their mean over the heads where blocks are chosen.
+    share: of the key blocks that each block of queries attends to; 1 is all.
+    far: what becomes of frames that left the window: "keep", for ever (published); "none"; or a rule of `memory.far`,
+    "decay", "cap" or "delta".
+    frames: the half life or the cap in latent frames, which decay and cap need.
+    features: of the far state, beside the size of a head: 0.5, 1 (published), 2 or 4.
+    stiffness: how hard delta holds on to the old.
+    turns: the positions that features of the far state bear, "all" (published) or "space", row and column but not
+    frame: then it is the same how long ago something was absorbed.
+    tokens: of a block of queries or keys; 4 are a third of a row of the embedded model's latent frames, which have 84.
+    Wan's, of 1,560, have the published 64 unless told otherwise (`AT_FULL_SIZE`).
+    block: latent frames of one; there are weights for 3 alone.
+    of: what the share is of, the key blocks of a full "window", so that the first blocks of a take choose as many among
+    fewer, or those "present" (published).
+    form: what Figure 2 of the "paper" draws, or what the code released for training or inference does, "ref_train" or
+    "ref_infer": far states of other features, which take the sink as well, and keys less their mean over the heads
+    where blocks are chosen.
     ValueError for what cannot be.
     """
     if not 0 < share <= 1:
@@ -143,8 +149,9 @@ def causvid(past: int = 18) -> Recipe:
 def causal_forcing(past: int = 18, block: int = 3) -> Recipe:
     """Causal Forcing (arXiv 2602.02214): Self Forcing's inference, with weights distilled otherwise.
 
-    past: latent frames that a block sees. block: latent frames of one. Published are 18 and 3, and, frame by frame, 20
-    and 1. ValueError for a block of less than 1.
+    past: latent frames that a block sees; published are 18, and 20 frame by frame.
+    block: latent frames of one; published are 3, and 1 frame by frame.
+    ValueError for a block of less than 1.
     """
     return replace(self_forcing(past, block), name="causal_forcing")
 
@@ -156,10 +163,13 @@ def longlive(
 
     Where everything stands is its frame number, so the sink falls ever farther behind.
 
-    sink, past: latent frames; published are 3 and 6. mask: what the frames that are committed once more see of each
-    other, "none" everything (as released), or "block_causal" what they would while streaming, as if they had just been
-    given. old_sink: "kept", or "new": then the first of these frames become the sink. positions: "absolute", or
-    "relative" to the window (its released variant after 2511.20649). ValueError for others.
+    sink: latent frames; published are 3.
+    past: latent frames; published are 6.
+    mask: what the frames that are committed once more see of each other, "none" everything (as released), or
+    "block_causal" what they would while streaming, as if they had just been given.
+    old_sink: "kept", or "new": then the first of these frames become the sink.
+    positions: "absolute", or "relative" to the window (its released variant after 2511.20649).
+    ValueError for others.
     """
     if positions not in ("absolute", "relative"):
         raise ValueError(f"positions must be absolute or relative, got {positions}")
@@ -175,7 +185,8 @@ def reward_forcing(average: float = 0.999) -> Recipe:
     Positions begin with the window. A change of prompt changes nothing in the memory.
 
     average: the share of itself that the sink keeps when a block leaves; the code has .999, the paper ablates .99, .9
-    and .5. ValueError outside 0 to 1.
+    and .5.
+    ValueError outside 0 to 1.
     """
     policy = Policy(reads=EndToEnd(), average=average)
     return replace(self_forcing_sink(), name="reward_forcing", policy=policy)
@@ -187,8 +198,10 @@ def memflow(past: int = 6, bank: int = 3, every: int = 3) -> Recipe:
     As released: by the prompt's keys (the paper: its queries), and all of sink and bank are seen: sparse memory
     activation is off there, and not built here.
 
-    past, bank: latent frames; published are 6 and 3. every: of how many blocks one's first frame is offered to the
-    bank. ValueError for a bank or blocks of less than 1.
+    past: latent frames; published are 6.
+    bank: latent frames of it; published are 3.
+    every: of how many blocks one's first frame is offered to the bank.
+    ValueError for a bank or blocks of less than 1.
     """
     made = longlive(past=past)
     policy = replace(made.policy, bank=BankShape(frames=bank, every=every))
@@ -201,8 +214,10 @@ def infinity_rope(past: int = 2, keep: int = 2, jump: int = 45) -> Recipe:
     A change of prompt flushes the window: the first frame stays, and the latest `keep`. A cut does so too, and its
     first block stands at position `jump`, the next one right behind the window again; pictures are counted on.
 
-    past: latent frames beside a sink of 1; published are 2, of which a flush forgets nothing. keep: the code has 2, the
-    paper says 1. jump: published is 45. ValueError for what cannot be.
+    past: latent frames beside a sink of 1; published are 2, of which a flush forgets nothing.
+    keep: latent frames that a flush keeps; the code has 2, the paper says 1.
+    jump: the position after a cut; published is 45.
+    ValueError for what cannot be.
     """
     policy = Policy(reads=EndToEnd(), flush=keep, jump=jump)
     return replace(self_forcing(past), name="infinity_rope", sink=1, policy=policy)
@@ -226,8 +241,9 @@ def rehyat(far: str = "cap", frames: float = math.inf) -> Recipe:
     streams of it are ours. Which layers are converted, and how far they overlap, is part of the weights.
 
     far: what becomes of frames before the near span: "cap" (never more than so many frames' mass), "keep" (all of it,
-    which comes to outweigh what is near), "decay", or "none". frames: the cap or the half life in latent frames; a cap
-    is by default as many as were far in training. ValueError for what cannot be.
+    which comes to outweigh what is near), "decay", or "none".
+    frames: the cap or the half life in latent frames; a cap is by default as many as were far in training.
+    ValueError for what cannot be.
     """
     if far not in ("cap", "keep", "decay", "none"):
         raise ValueError(f"no far={far}: there are cap, keep, decay and none")
