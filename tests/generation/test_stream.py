@@ -206,6 +206,8 @@ def test_prompts_are_prepared_by_the_text_encoder_unless_one_is_empty(monkeypatc
     made.prepare(["a ball", "a cube"])
     with pytest.raises(ValueError, match="the prompt is empty"):
         made.prepare(["a ball", "  "])
+    with pytest.raises(ValueError, match="a prompt is a string, got None"):
+        made.stream(None)  # type: ignore[arg-type]
     assert seen == [["a ball", "a cube"]]
 
 

@@ -161,6 +161,7 @@ def test_pausing_stops_what_is_sent_and_going_on_does_not_lose_any(house):
         ("{", "invalid_message", "Invalid JSON"),
         ("[]", "invalid_message", "object"),
         ('{"type": "session.begin"}', "invalid_message", "session.begin"),
+        pytest.param(json.dumps({"type": "a" * 60_000}), "invalid_message", "a ...", id="long"),
         ('{"type": "session.start"}', "invalid_message", "a prompt is needed"),
         ('{"type": "session.start", "resume_from": "a", "seed": 7}', "invalid_message", "leave seed out"),
         ('{"type": "session.start", "prompt": "a", "guidance_scale": 3}', "invalid_message", "guidance_scale"),
@@ -174,6 +175,7 @@ def test_what_cannot_be_followed_is_answered_and_forgiven(house, message, code, 
         socket.send_text(message)
         error = socket.receive_json()
         assert (error["type"], error["code"]) == ("error", code) and says in error["message"]
+        assert len(error["message"]) < 1100
         assert start(socket)["type"] == "video.start"
 
 

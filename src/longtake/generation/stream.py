@@ -302,6 +302,9 @@ def _kind_of(device: torch.device) -> str:
 
 
 def _require_words(prompts: Sequence[str]) -> None:
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise ValueError(f"a prompt is a string, got {prompt!r}")
     if not all(prompt.strip() for prompt in prompts):
         raise ValueError("the prompt is empty: say what to show")
 

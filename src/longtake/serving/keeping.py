@@ -84,7 +84,8 @@ class Keeping:
             log.exception("a snapshot could not be written")
             raise Refused("snapshot_failed", "the server could not write it: see its log", event) from None
         kept = self._store.find(name, "take")
-        assert kept is not None
+        if kept is None:
+            raise Refused("snapshot_failed", "somebody removed it as soon as it was made", event)
         seconds = take.state["pictures"] / self._worker.engine.frame_rate
         self._snapshots = [*self._still_kept(), (seconds, kept.name)]
         told = {"type": "session.snapshot.done", "request_id": session.id, "id": kept.name, "event_id": event}

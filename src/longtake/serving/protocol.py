@@ -190,6 +190,9 @@ Message = (
 _ANY: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="type")])
 
 
+_LONGEST_COMPLAINT = 1000  # characters
+
+
 class Refused(Exception):
     """A message that cannot be followed. code: for programs; the text: for people."""
 
@@ -201,7 +204,9 @@ class Refused(Exception):
 
     def message(self) -> dict[str, object]:
         of_event = {"event_id": self.event_id} if self.event_id is not None else {}
-        return {"type": "error", "code": self.code, "message": str(self), **of_event, **self.more}
+        text = str(self)  # which may repeat what the client said
+        told = text if len(text) <= _LONGEST_COMPLAINT else f"{text[:_LONGEST_COMPLAINT]} ..."
+        return {"type": "error", "code": self.code, "message": told, **of_event, **self.more}
 
 
 def parse(text: str) -> Message:
