@@ -1,22 +1,24 @@
 """Takes and replays as a user meets them: the command line with the embedded model."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
 from longtake import load
-from longtake.cli import main
-from longtake.cli.filming import _keep
+from longtake.cli import _ended_as_by_ctrl_c, main
+from longtake.cli.filming import _keep, show
 from longtake.generation.stream import StreamBatch
 from longtake.generation.take import Take
-from longtake.media.mp4 import Mp4Writer, count_frames, first_difference, read_frames, read_record
+from longtake.media.mp4 import Mp4Writer, count_frames, first_difference, part_of, read_frames, read_record
 from tests import tiny
 
 PROMPT, SNOW, FISH = (
@@ -52,6 +54,29 @@ def test_a_take_whose_name_was_taken_meanwhile_gets_another(tmp_path: Path, caps
     _keep(tiny.engine().stream("a ball"), path, whole=True)
     assert path.read_text() == "precious" and Take.load(tmp_path / "one-2.take").state["blocks"] == 0
     assert "one-2.take" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("trouble", ["a name that is taken", "a terminal that is closed"])
+def test_whatever_comes_of_its_video_a_take_is_kept(tmp_path: Path, monkeypatch, trouble: str) -> None:
+    video, take, write = tmp_path / "one.mp4", tmp_path / "one.take", Mp4Writer.write
+
+    def troubled(writer: Mp4Writer, frames: np.ndarray) -> None:
+        write(writer, frames)
+        if trouble == "a name that is taken":
+            video.write_text("precious")
+        elif writer.frames_written > 9:
+            signal.raise_signal(signal.SIGHUP), signal.raise_signal(signal.SIGHUP)  # of the shell, and of the system
+
+    monkeypatch.setattr(Mp4Writer, "write", troubled)
+    with open(os.devnull) as nowhere, monkeypatch.context() as patched, _ended_as_by_ctrl_c():
+        if trouble == "a terminal that is closed":
+            gone = {"write.side_effect": OSError(5, "Input/output error"), "fileno.return_value": nowhere.fileno()}
+            patched.setattr(sys, "stdout", Mock(**gone)), patched.setattr(sys, "stderr", Mock(**gone))
+        with pytest.raises(OSError):
+            show(tiny.engine().stream("a ball"), {}, 21, video, {}, take)
+    assert Take.load(take).state["blocks"] == 2
+    kept = part_of(video) if trouble == "a name that is taken" else video
+    assert count_frames(kept) == 21
 
 
 def test_a_video_and_what_its_take_goes_on_with_are_one_video(first: Path, tmp_path: Path, written) -> None:

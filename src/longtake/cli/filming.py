@@ -2,7 +2,7 @@
 
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,18 +45,19 @@ def show(
     from longtake.media.mp4 import Mp4Writer
 
     engine, begun = stream.engine, stream.pictures if keep is not None else 0
-    with (
-        _told_what_is_kept(path),
-        Mp4Writer(
-            path, engine.width, engine.height, engine.frame_rate, overwrite=force, comment=dumps(record)
-        ) as writer,
-        _between_blocks(keep is not None) as stopped,
-    ):
-        complete = _film(shown(stream, cues, pictures, stopped), writer, pictures, whole=keep is not None)
-    if writer.frames_written:
-        print(dumps(made(path, writer.frames_written, engine, record)) if json else path)
-    if keep is not None:
-        _keep(stream, keep, whole=writer.frames_written == stream.pictures - begun)
+    with ExitStack() as at_last:
+        with (
+            _told_what_is_kept(path),
+            Mp4Writer(
+                path, engine.width, engine.height, engine.frame_rate, overwrite=force, comment=dumps(record)
+            ) as writer,
+            _between_blocks(keep is not None) as stopped,
+        ):
+            if keep is not None:  # though the video's name be taken meanwhile, or the terminal closed
+                at_last.callback(lambda: _keep(stream, keep, whole=writer.frames_written == stream.pictures - begun))
+            complete = _film(shown(stream, cues, pictures, stopped), writer, pictures, whole=keep is not None)
+        if writer.frames_written:
+            print(dumps(made(path, writer.frames_written, engine, record)) if json else path)
     return 0 if complete else INTERRUPTED
 
 
@@ -122,12 +123,12 @@ def _told_what_is_kept(path: Path) -> "Iterator[None]":
 @contextmanager
 def _between_blocks(wanted: bool) -> "Iterator[Callable[[], bool]]":
     """Whether Ctrl-C was pressed: it waits for the block being made, since nothing goes on from half a one. Pressed
-    once more, or where this is not wanted, it stops at once.
+    once more, or where this is not wanted, it stops at once. A terminal that is closed may well tell so twice.
     """
     pressed: list[int] = []
 
     def note(number: int, frame: object) -> None:
-        if pressed:
+        if pressed and number == signal.SIGINT:
             raise KeyboardInterrupt
         pressed.append(number)
 

@@ -11,9 +11,14 @@ CHECK_FAILED, BAD_INPUT, INTERRUPTED, UNREAD = 1, 2, 130, 141
 
 
 def say(text: str) -> None:
-    """One line of progress or complaint, on stderr. A log on a full disk ends no work."""
+    """One line of progress or complaint, on stderr."""
+    _tell(f"longtake: {text}\n")
+
+
+def _tell(text: str) -> None:
+    """A log on a full disk, or a terminal that was closed, ends no work."""
     try:
-        print(f"longtake: {text}", file=sys.stderr)
+        print(text, end="", file=sys.stderr, flush=True)
     except BrokenPipeError:
         raise
     except OSError:
@@ -63,7 +68,7 @@ class LiveLine:
         self._start = self._start or (pictures, now)
         self._text = f"{pictures / self._frame_rate:.1f} s made{self._speed(pictures, now)}"
         if self._rewrites:
-            print(f"\r{self._text}\x1b[K", end="", file=sys.stderr, flush=True)
+            _tell(f"\r{self._text}\x1b[K")
         elif now >= self._next_log:
             self._next_log = now + self._LOG_EVERY_SECONDS
             self._log()
@@ -71,7 +76,7 @@ class LiveLine:
     def end(self) -> None:
         """Leave the last state standing."""
         if self._rewrites:
-            print(file=sys.stderr)
+            _tell("\n")
         elif self._text != self._logged:
             self._log()
 
