@@ -315,12 +315,14 @@ def test_who_waits_is_told_and_what_is_pressed_meanwhile_does_nothing_wrong(brow
     page.wait_for_selector("#state:has-text('Waiting for the server')")
     lines[0].send(json.dumps(ABOUT))
     page.wait_for_selector("#state:has-text('Live')")
+    lines[0].send('{"type": "session.paused"}')
+    page.wait_for_selector("#pause .on:visible")
     lines[0].send(b"\0\0\0\x08no mp4")
     page.wait_for_selector("#complaint:has-text('failed to play')")
     page.clock.run_for(6000)
     page.click("#stop")  # of which the server hears nothing
     page.wait_for_selector("#complaint:has-text('connection')")
-    assert page.is_visible("#cover")
+    assert page.is_visible("#cover") and page.is_visible("#pause .bars") and page.is_hidden("#pause .on")
     page.context.close()
 
 

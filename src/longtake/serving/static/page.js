@@ -212,9 +212,12 @@ function tell(message) {
 function paused(is) {
   if (is) video.pause(); else player.play();
   player.paused = is;
-  $("pause").classList.toggle("paused", is);
-  $("pause").lastElementChild.textContent = is ? "Go on" : "Pause";
+  pauses(!is);
   mood();
+}
+function pauses(does) {
+  $("pause").classList.toggle("paused", !does);
+  $("pause").lastElementChild.textContent = does ? "Pause" : "Go on";
 }
 function mood() { show(player.paused ? "wait" : "live", player.paused ? "Paused" : "Live"); }
 function togglePause() {
@@ -333,7 +336,7 @@ function rest(text, invitation) {
   show(text === "Stopped" ? "bad" : "", text);
   cover(invitation);
   $("send").textContent = "Start";
-  $("pause").lastElementChild.textContent = "Pause";
+  pauses(true);
   busy(false);
 }
 function numbers(told) {
