@@ -190,6 +190,12 @@ def test_a_state_of_other_processes_is_refused(tmp_path: Path) -> None:
         train({}, lambda step: {}, Budget(steps=2), Run(tmp_path, CPU))
 
 
+def test_a_state_of_before_skipped_steps_were_counted_is_read() -> None:
+    student = learner()
+    student.load_state_dict({key: value for key, value in student.state_dict().items() if key != "skipped"})
+    assert student.skipped == 0
+
+
 def test_a_state_that_is_not_whole_is_refused(tmp_path: Path) -> None:
     student = learner()
     with pytest.raises(KeyError):

@@ -169,7 +169,7 @@ class Learner:
             optimizer.load_state_dict(saved)
         for average, saved in zip(self._average, state["average"], strict=True):
             average.copy_(saved)
-        self.steps, self.skipped = state["steps"], state["skipped"]
+        self.steps, self.skipped = state["steps"], state.get("skipped", 0)  # states of earlier versions do not tell
 
 
 @dataclass(frozen=True, kw_only=True)
