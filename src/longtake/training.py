@@ -22,7 +22,6 @@ PyAV is installed, mp4. A folder that holds state.pt holds a run that was stoppe
 import fcntl
 import json
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -49,7 +48,7 @@ from longtake.distillation.stages import (
     TeacherStage,
     strips,
 )
-from longtake.distillation.trainer import STATE_FILE, Dice, Run, read_metrics
+from longtake.distillation.trainer import STATE_FILE, Dice, Run, read_metrics, tell
 from longtake.evaluation.speed import cpu_name
 from longtake.files import whole
 from longtake.generation.recipe import Recipe
@@ -398,7 +397,7 @@ class ToyWorld:
             pictures=pictures, memory_share=memory_share, looks_soon=looks_soon,
         )  # fmt: skip
         if self._run.first:
-            sys.stderr.write(f"painting {size} clips to learn from\n")
+            tell(f"painting {size} clips to learn from")
         return pool
 
     def prompts(self, count: int, seed: int, frames: int, looks_away: bool = True) -> Prompts:

@@ -1,9 +1,12 @@
 import math
 import os
 import resource
+import signal
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -205,6 +208,19 @@ def test_a_state_that_is_not_whole_is_refused(tmp_path: Path) -> None:
         (tmp_path / STATE_FILE).write_bytes(broken)
         with pytest.raises(ValueError, match=r"state\.pt is not whole: remove it"):
             train({"student": student}, lambda step: {}, Budget(steps=2), Run(tmp_path, CPU))
+
+
+def test_a_run_whose_terminal_is_closed_is_saved(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Mock(**{"write.side_effect": OSError(5, "Input/output error")}))
+
+    def turn(step: int) -> dict[str, torch.Tensor]:
+        if step == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return {"loss": torch.zeros(())}
+
+    with pytest.raises(KeyboardInterrupt):
+        train({"student": learner()}, turn, Budget(steps=3), Run(tmp_path, CPU), log_every=1, save_seconds=0)
+    assert (tmp_path / STATE_FILE).exists()
 
 
 def test_a_run_on_a_full_disk_says_so_and_goes_on_from_what_it_saved_before(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -288,7 +289,7 @@ class _State:
         _set_random_state(state["random"][self._run.rank], self._run.device)
         if self._run.first:
             _forget_rows(self._run.out, state["step"])
-            sys.stderr.write(f"going on from step {state['step']}\n")
+            tell(f"going on from step {state['step']}")
         return state["step"], state["seconds"]
 
 
@@ -315,7 +316,7 @@ class _Interrupt:
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         self.asked = True
-        sys.stderr.write("stopping after this step; the state is saved\n")
+        tell("stopping after this step; the state is saved")
 
     def __exit__(self, *error: object) -> None:
         for number, before in self._before.items():
@@ -343,4 +344,10 @@ def _forget_rows(out: Path, step: int) -> None:
 def _log(out: Path, row: dict[str, float]) -> None:
     with (out / METRICS_FILE).open("a") as file:
         file.write(json.dumps(row) + "\n")
-    sys.stderr.write(" ".join(f"{name} {value:.4g}" for name, value in row.items()) + "\n")
+    tell(" ".join(f"{name} {value:.4g}" for name, value in row.items()))
+
+
+def tell(text: str) -> None:
+    """A line of progress on stderr: a full disk, or a terminal that was closed, ends no run."""
+    with suppress(OSError):
+        sys.stderr.write(f"{text}\n")
