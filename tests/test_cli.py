@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -435,6 +436,14 @@ def test_a_closed_stdout_is_no_fault():
     verb = ["-m", "longtake.cli", "explain"]
     done = subprocess.run([sys.executable, "-c", program, *verb], stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_an_interrupt_is_told_as_one_though_the_terminal_is_gone(engine, monkeypatch):
+    engine.stops_at = 0
+    with open(os.devnull) as nowhere:
+        gone = {"flush.side_effect": OSError(5, "Input/output error"), "fileno.return_value": nowhere.fileno()}
+        monkeypatch.setattr(sys, "stdout", Mock(**gone))
+        assert main(["generate", "a red ball", "-o", "out.mp4"]) == 130
 
 
 def test_a_full_stdout_is_one_clear_line():

@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not exit_code:  # else it is told
             say(f"cannot print: {in_one_line(error)}")
         leave_unread(sys.stdout)
-        return BAD_INPUT
+        return exit_code or BAD_INPUT
 
 
 @contextmanager
