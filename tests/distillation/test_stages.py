@@ -790,12 +790,12 @@ def test_an_anchor_holds_a_network_to_what_it_was_on_clips_not_made_for_memory(t
 
 def test_an_anchor_alone_teaches_a_network_to_do_with_a_part_of_its_window(tmp_path: Path) -> None:
     sparse = recipe_named("hybrid_forcing:far=none,share=0.2,tokens=2")
-    settings = {"steps": 60, "frames": 9, "real_weight": 0.0, "anchor_weight": 1.0}
+    settings = {"steps": 60, "batch": 4, "frames": 9, "real_weight": 0.0, "anchor_weight": 1.0}
     taught, supplies = forced(tmp_path / "run", sparse, **settings)
     assert [supply.memory_share for supply in supplies] == [0.0]
     assert "loss" not in read_metrics(tmp_path / "run")[0]
     before, after = (strayed(network, sparse, 9) for network in (tiny.network(extent=12).float(), taught))
-    assert 0 < after < 0.7 * before, (after, before)
+    assert 0 < after < 0.8 * before, (after, before)
     with pytest.raises(ValueError, match="without a real_weight or an anchor_weight nothing would be learned"):
         TeacherForcingStage(real_weight=0.0)
     for name in ("memory_share", "first_steps"):
