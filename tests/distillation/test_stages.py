@@ -122,6 +122,8 @@ def test_a_block_stands_under_the_prompt_of_its_first_frame() -> None:
     torch.manual_seed(0)
     drawn = {tuple(longer.prompts_of_judged(prompt_BF)[0].tolist()) for _ in range(50)}
     assert {row.index(1) for row in drawn} == {3, 6}, "the change falls on one block or another, never inside one"
+    late = (torch.arange(12) >= 9).long().expand(200, -1)
+    assert {sum(row) for row in longer.prompts_of_judged(late).tolist()} == {0, 3}, "up to the last moment of the clip"
 
 
 class Source:
@@ -964,6 +966,17 @@ def judged_part(blocks: int, learned: int, given: tuple[torch.Tensor, ...] = ())
     text = tiny.text(prompts=2).float()
     noise = FreshNoise((1, *tiny.LATENTS), torch.device("cpu"))
     return rolled_out(made, Script(text, prompt_BF, given), noise, RECIPE, plan, 3.0)
+
+
+@pytest.mark.parametrize("used", [1, 2, 4])
+def test_a_rollout_exits_on_its_way_down(used: int) -> None:
+    made, heard = tiny.network(extent=CLIP).float(), []
+    forward = made.forward
+    made.forward = lambda noisy, level_BF, *more: heard.append(level_BF[0, 0].item()) or forward(noisy, level_BF, *more)
+    script = Script(tiny.text().float(), torch.zeros(1, CLIP, dtype=torch.long))
+    noise = FreshNoise((1, *tiny.LATENTS), torch.device("cpu"))
+    rolled_out(made, script, noise, RECIPE, Plan((4, used), 3, 3, RECIPE.block), 3.0)
+    assert heard == pytest.approx(3 * RECIPE.with_levels(4).levels(3.0)[:used])
 
 
 def test_the_learned_part_of_a_long_rollout_is_the_end_of_the_whole() -> None:
