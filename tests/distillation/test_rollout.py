@@ -94,14 +94,15 @@ def test_a_rolling_rollout_is_the_clip_and_begins_as_the_stream() -> None:
     torch.testing.assert_close(got[:, : alike * tiny.BLOCK], torch.cat(list(islice(stream, alike)), 1))
 
 
-def test_a_rolling_rollout_learns_by_the_calls_that_finish_blocks() -> None:
+@pytest.mark.parametrize("learning", [2, 6])
+def test_a_rolling_rollout_learns_by_the_calls_that_finish_blocks(learning: int) -> None:
     made = tiny.network()
     calls = []
     forward = made.forward
     made.forward = lambda *a, **k: calls.append(torch.is_grad_enabled()) or forward(*a, **k)
-    out = rolled(made, tiny.noise(7), blocks=6, learning=2)
-    assert out.shape[1] == 2 * tiny.BLOCK
-    assert calls == [False] * 6 + [True] * 2
+    out = rolled(made, tiny.noise(7), blocks=6, learning=learning)
+    assert out.shape[1] == learning * tiny.BLOCK
+    assert calls == [False] * (8 - learning) + [True] * learning
     out.square().mean().backward()
     assert all(p.grad is not None for p in made.parameters())
 

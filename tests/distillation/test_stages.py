@@ -1,6 +1,9 @@
 """What a step of distribution matching is made of: the shape of rollouts, their prompts and what they go on from."""
 
-from itertools import islice
+import math
+from collections.abc import Sequence
+from dataclasses import fields
+from itertools import islice, pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,9 +15,19 @@ from longtake.distillation import dmd, pretrain, stages
 from longtake.distillation.plan import Plan, Script, draw_plan, rolled_out
 from longtake.distillation.pretrain import teacher_forcing_loss
 from longtake.distillation.rollout import FreshNoise, rollout, windows
-from longtake.distillation.stages import DmdStage, OdeStage, TeacherForcingStage, strips
+from longtake.distillation.stages import (
+    AttentionMatchingStage,
+    CodecStage,
+    DmdStage,
+    OdeStage,
+    TeacherForcingStage,
+    attention_matching,
+    ode,
+    strips,
+    train_codec,
+)
 from longtake.distillation.stages.dmd import script_of
-from longtake.distillation.stages.learners import dmd_adam, learner_of
+from longtake.distillation.stages.learners import dmd_adam, learner_of, resting
 from longtake.distillation.stages.own_clips import OwnClips
 from longtake.distillation.stages.world import drawn, renew
 from longtake.distillation.trainer import STATE_FILE, Dice, Learner, Run, read_metrics, train
@@ -109,6 +122,8 @@ def test_a_block_stands_under_the_prompt_of_its_first_frame() -> None:
     torch.manual_seed(0)
     drawn = {tuple(longer.prompts_of_judged(prompt_BF)[0].tolist()) for _ in range(50)}
     assert {row.index(1) for row in drawn} == {3, 6}, "the change falls on one block or another, never inside one"
+    late = (torch.arange(12) >= 9).long().expand(200, -1)
+    assert {sum(row) for row in longer.prompts_of_judged(late).tolist()} == {0, 3}, "up to the last moment of the clip"
 
 
 class Source:
@@ -192,11 +207,13 @@ class Clips:
         self.made = state["made"]
 
 
-def steps(monkeypatch, out: Path, recipe: Recipe = RECIPE, reads_far: bool = False, **settings) -> SimpleNamespace:
+def steps(
+    monkeypatch, out: Path, recipe: Recipe = RECIPE, reads_far: bool = False, beside: Sequence[Recipe] = (), **settings
+) -> SimpleNamespace:
     """Two steps of distribution matching: what the teacher sampled from, what rollouts began with, and the student."""
     seen = SimpleNamespace(targets=[], began=[], student=tiny.network(extent=12, reads_far=reads_far).float())
     seen.samplers, seen.given, seen.schedules, seen.memories = [], [], [], []
-    seen.supplies, seen.lessons, seen.windows, seen.given_blocks = [], [], [], []
+    seen.supplies, seen.lessons, seen.windows, seen.given_blocks, seen.prompt_seeds = [], [], [], [], []
 
     def sampled(teacher, noise, levels):
         seen.samplers.append(teacher)
@@ -231,7 +248,7 @@ def steps(monkeypatch, out: Path, recipe: Recipe = RECIPE, reads_far: bool = Fal
     said = SimpleNamespace(tokens_BPL=Source.tokens_BPL, prompt_BF=torch.zeros(2, 12, dtype=torch.long))
     world = SimpleNamespace(
         latent_size=tiny.LATENTS[1:],
-        prompts=lambda count, seed, frames: said,
+        prompts=lambda count, seed, frames: seen.prompt_seeds.append(seed) or said,
         clips=clips,
         held_out=lambda count: torch.ones(count, 5, dtype=torch.long),
         show=lambda name, latents: None,
@@ -242,7 +259,7 @@ def steps(monkeypatch, out: Path, recipe: Recipe = RECIPE, reads_far: bool = Fal
     torch.manual_seed(1)
     run = Run(out=out, device=torch.device("cpu"))
     teacher = tiny.network(extent=12, seed=1).float().requires_grad_(False)
-    stages.train_dmd(text.requires_grad_(False), seen.student, teacher, world, [recipe], 3.0, stage, run)
+    stages.train_dmd(text.requires_grad_(False), seen.student, teacher, world, [recipe, *beside], 3.0, stage, run)
     return seen
 
 
@@ -492,7 +509,9 @@ def said(count: int, seed: int, frames: int, looks_away: bool = True) -> SimpleN
     return SimpleNamespace(tokens_BPL=words, prompt_BF=number)
 
 
-def forced(out: Path, recipe: Recipe = RECIPE, **settings) -> tuple[WanTransformer, list[Clips]]:
+def forced(
+    out: Path, recipe: Recipe = RECIPE, beside: Sequence[Recipe] = (), **settings
+) -> tuple[WanTransformer, list[Clips]]:
     """A tiny network after steps of teacher forcing, and the supplies of clips it was taught on."""
     supplies = []
 
@@ -512,8 +531,184 @@ def forced(out: Path, recipe: Recipe = RECIPE, **settings) -> tuple[WanTransform
     network = tiny.network(extent=12, reads_far=recipe.far is not None).float()
     stage = TeacherForcingStage(**{"batch": 1, "frames": 6} | settings)
     out.mkdir(exist_ok=True)
-    stages.train_teacher_forcing(text, network, world, [recipe], 3.0, stage, Run(out=out, device=torch.device("cpu")))
+    run = Run(out=out, device=torch.device("cpu"))
+    stages.train_teacher_forcing(text, network, world, [recipe, *beside], 3.0, stage, run)
     return network, supplies
+
+
+def begun(out: Path, monkeypatch, beside: Sequence[Recipe] = (), rank: int = 0, **settings) -> SimpleNamespace:
+    """A tiny network after steps on a teacher's trajectories, the windows it learned under, and the seeds of these."""
+    seen = SimpleNamespace(network=tiny.network(extent=CLIP).float(), windows=[], noise_seeds=[])
+    regression_loss, start_of = ode.ode_init.regression_loss, ode.start_of
+
+    def regressed(*given, window, **named):
+        seen.windows.append(window)
+        return regression_loss(*given, window=window, **named)
+
+    def started(text, network, text_BPLE, seeds, world):
+        seen.noise_seeds += seeds
+        return start_of(text, network, text_BPLE, seeds, world)
+
+    text = WordEncoder(WordEncoderConfig(words=9, length=5, dim=8)).requires_grad_(False)
+    world = SimpleNamespace(
+        latent_size=tiny.LATENTS[1:], prompts=said, show=lambda name, latents: None,
+        held_out=lambda count: torch.ones(count, 5, dtype=torch.long),
+    )  # fmt: skip
+    teacher = tiny.network(extent=CLIP, seed=1).float().requires_grad_(False)
+    stage = OdeStage(**{"batch": 2, "pairs": 4, "levels": 2, "sampling_steps": 2} | settings)
+    out.mkdir(exist_ok=True)
+    torch.manual_seed(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(ode.ode_init, "regression_loss", regressed)
+        patched.setattr(ode, "start_of", started)
+        run = Run(out=out, device=torch.device("cpu"), rank=rank)
+        stages.train_ode(text, seen.network, teacher, world, [RECIPE, *beside], 3.0, stage, run)
+    return seen
+
+
+def test_recipes_take_turns(monkeypatch, tmp_path: Path) -> None:
+    other = recipe_named("self_forcing:past=6")
+    assert RECIPE.sink == 3 and other.sink == 0
+    matched = steps(monkeypatch, tmp_path / "dmd", beside=[other], steps=4)
+    assert [shape.window.sink for shape in matched.memories] == [3, 0, 3, 0]
+    regressed = begun(tmp_path / "ode", monkeypatch, [other], steps=4)
+    assert [window.sink for window in regressed.windows] == [3, 0, 3, 0]
+    heard = heard_lessons(monkeypatch)
+    forced(tmp_path / "teacher_forcing", beside=[rolling_forcing().with_levels(2)], steps=4)
+    assert [offset is None for _, offset in heard] == [True, False, True, False]
+
+
+def test_no_two_steps_seeds_or_processes_draw_alike(monkeypatch, tmp_path: Path) -> None:
+    """A world sees to it that processes have prompts of their own."""
+    prompts = [steps(monkeypatch, tmp_path / f"dmd{seed}", steps=3, seed=seed).prompt_seeds for seed in (1, 2)]
+    noise = [
+        begun(tmp_path / f"ode{seed}{rank}", monkeypatch, rank=rank, steps=1, seed=seed).noise_seeds
+        for seed in (1, 2) for rank in (0, 1)
+    ]  # fmt: skip
+    for found, count in ((prompts, 2 * 3), (noise, 4 * 4)):
+        seeds = [seed for some in found for seed in some]
+        assert len(seeds) == len(set(seeds)) == count
+
+
+def test_no_two_samples_of_a_teacher_begin_with_the_same_noise(monkeypatch, tmp_path: Path) -> None:
+    stage, asked = AttentionMatchingStage(batch=2), []
+
+    def prompts(count: int, seed: int, frames: int) -> SimpleNamespace:
+        asked.append(seed)
+        return said(count, seed, frames)
+
+    world = SimpleNamespace(prompts=prompts, latent_size=tiny.LATENTS[1:])
+    monkeypatch.setattr(attention_matching._Samples, "_made", lambda self, tokens, numbers, seeds: [*seeds])
+    monkeypatch.setattr(attention_matching.parallel, "processes", lambda: 3)
+    drawn: list[int] = []
+    for rank in range(3):
+        run = Run(out=tmp_path, device=torch.device("cpu"), rank=rank)
+        samples = attention_matching._Samples(None, tiny.network(), world, 3.0, stage, run)  # type: ignore[arg-type]
+        for number in range(4):
+            drawn += samples.of(number)
+            assert samples.of(number) == drawn[-2:], "made once"
+    assert len(set(drawn)) == len(drawn) == 3 * 4 * 2
+    assert len(asked) == 3 * 4 and len(set(asked)) == 4
+
+
+ZERO_MEANS_NONE = {
+    "seed", "kl_weight", "focus_weight", "no_prompt_share", "most_given", "self_forcing_share", "real_weight",
+    "overlap",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", stages.Stage.__subclasses__())
+def test_numbers_of_a_stage_are_above_0_or_0_where_that_means_something(stage: type[stages.Stage]) -> None:
+    for one in fields(stage):
+        if type(one.default) not in (int, float):
+            continue
+        for number in (-1, math.nan):
+            with pytest.raises(ValueError, match=f"{one.name} must be "):
+                stage(**{one.name: number})
+        if one.name == "average" or one.name.endswith("_share"):
+            with pytest.raises(ValueError, match=f"{one.name} must be at most 1"):
+                stage(**{one.name: 1.5})
+        refused = ""
+        try:
+            stage(**{one.name: 0})
+        except ValueError as error:  # it may go with others
+            refused = str(error)
+        assert ("must be above 0" in refused) is (one.default != 0 and one.name not in ZERO_MEANS_NONE), one.name
+
+
+def test_lists_and_switches_of_a_stage_are_asked_alike() -> None:
+    CodecStage(encoder_blocks=(1, 0, 0), decoder_blocks=(0, 0, 0))
+    AttentionMatchingStage(exact=False, layers=(0, 2))
+    for stage, settings in ((CodecStage, {"encoder_widths": (8, 0, 8)}), (DmdStage, {"levels": (4, 0)})):
+        with pytest.raises(ValueError, match="must be above 0"):
+            stage(**settings)
+
+
+def test_a_critic_learns_as_often_as_it_is_told_to(monkeypatch, tmp_path: Path) -> None:
+    samples, weights, critic_loss = [], [], dmd.critic_loss
+
+    def learned(sample, critic, *more):
+        samples.append(sample)
+        weights.append(critic.patch_embedding.weight.detach().clone())
+        return critic_loss(sample, critic, *more)
+
+    monkeypatch.setattr(dmd, "critic_loss", learned)
+    steps(monkeypatch, tmp_path, steps=2, critic_turns=3)
+    assert len(samples) == 6 and not any(sample.requires_grad for sample in samples)
+    assert not any(torch.equal(one, other) for one, other in pairwise(weights))
+
+
+@pytest.mark.parametrize("stage", ["dmd", "teacher_forcing", "ode"])
+def test_what_comes_out_is_the_average_of_the_way(stage: str, monkeypatch, tmp_path: Path) -> None:
+    def trained(average: float) -> dict[str, torch.Tensor]:
+        out, settings = tmp_path / f"{average}", {"steps": 3, "average": average}
+        if stage == "dmd":
+            return steps(monkeypatch, out, **settings).student.state_dict()
+        if stage == "ode":
+            return begun(out, monkeypatch, **settings).network.state_dict()
+        return forced(out, **settings)[0].state_dict()
+
+    last, mean = trained(1e-9), trained(0.9)
+    assert all(not torch.equal(last[name], mean[name]) for name in last)
+
+
+def test_losses_are_told_unweighed(monkeypatch, tmp_path: Path) -> None:
+    def told(weight: float) -> list[float]:
+        forced(tmp_path / f"forced{weight}", steps=1, real_weight=weight, anchor_weight=weight, anchor_frames=3)
+        steps(monkeypatch, tmp_path / f"dmd{weight}", steps=1, real_weight=weight)
+        rows = [read_metrics(tmp_path / f"{stage}{weight}")[0] for stage in ("forced", "dmd")]
+        return [rows[0]["loss"], rows[1]["real"]]
+
+    assert told(1.0) == pytest.approx(told(8.0), rel=1e-5)
+
+
+def test_a_look_is_at_the_average_and_leaves_no_trace() -> None:
+    made = tiny.network().float()
+    student = learner_of(made, 1e-3, 1e-3, 0.9)
+    before = [x.clone() for x in made.parameters()]
+    with torch.no_grad():
+        made.patch_embedding.weight += 1
+    moved = [x.clone() for x in made.parameters()]
+    with resting(student):
+        assert same([*made.parameters()], before) and not torch.is_grad_enabled()
+    assert same([*made.parameters()], moved) and torch.is_grad_enabled()
+
+
+def test_latents_of_a_trained_codec_have_mean_0_and_deviation_1(tmp_path: Path) -> None:
+    codec = tiny.engine().codec.requires_grad_(True).train()
+    frames = torch.rand(1, 5, 3, 16, 16, generator=torch.Generator().manual_seed(2)) * 2 - 1
+    stage, run = CodecStage(steps=2, batch=1), Run(out=tmp_path, device=torch.device("cpu"))
+    looks = []
+
+    def look(name: str) -> None:
+        looks.append([x.clone() for x in codec.parameters()])
+
+    train_codec(codec, lambda dice: (frames, torch.zeros(1, 5, 16, 16)), look, stage, run)
+    assert same([*codec.parameters()], looks[-1]), "what was looked at last is what comes out"
+    latents = codec.encode(frames)[0]
+    assert not latents.requires_grad and not codec.training
+    torch.testing.assert_close(latents.mean((0, 1, 3, 4)), torch.zeros(latents.shape[2]), atol=1e-4, rtol=0)
+    torch.testing.assert_close(latents.std((0, 1, 3, 4)), torch.ones(latents.shape[2]), atol=0.1, rtol=0)
 
 
 def test_teacher_forcing_is_at_the_levels_of_the_first_steps_where_they_are_asked_for(monkeypatch, tmp_path) -> None:
@@ -597,12 +792,12 @@ def test_an_anchor_holds_a_network_to_what_it_was_on_clips_not_made_for_memory(t
 
 def test_an_anchor_alone_teaches_a_network_to_do_with_a_part_of_its_window(tmp_path: Path) -> None:
     sparse = recipe_named("hybrid_forcing:far=none,share=0.2,tokens=2")
-    settings = {"steps": 60, "frames": 9, "real_weight": 0.0, "anchor_weight": 1.0}
+    settings = {"steps": 60, "batch": 4, "frames": 9, "real_weight": 0.0, "anchor_weight": 1.0}
     taught, supplies = forced(tmp_path / "run", sparse, **settings)
     assert [supply.memory_share for supply in supplies] == [0.0]
     assert "loss" not in read_metrics(tmp_path / "run")[0]
     before, after = (strayed(network, sparse, 9) for network in (tiny.network(extent=12).float(), taught))
-    assert 0 < after < 0.7 * before, (after, before)
+    assert 0 < after < 0.8 * before, (after, before)
     with pytest.raises(ValueError, match="without a real_weight or an anchor_weight nothing would be learned"):
         TeacherForcingStage(real_weight=0.0)
     for name in ("memory_share", "first_steps"):
@@ -646,16 +841,19 @@ def test_an_anchor_is_not_asked_to_look_away_where_lessons_tell_otherwise(monkey
     assert asked == [True, False]
 
 
-def test_own_clips_are_the_same_again_when_a_run_goes_on() -> None:
+def test_own_clips_are_the_same_again_when_a_run_goes_on(monkeypatch) -> None:
+    """Few at a time, however many there are."""
+    monkeypatch.setattr("longtake.distillation.stages.own_clips.AT_ONCE", 2)
     recipe, network = recipe_named("self_forcing_sink"), tiny.network(extent=12).float()
     clips, again = own_clips(recipe, network, 3), own_clips(recipe, network, 3)
-    for _ in range(3):
+    for _ in range(4):
         clips.renew()
     again.load_state_dict(clips.state_dict())
     for one, other in zip(clips._pool, again._pool, strict=True):  # type: ignore[arg-type]
         torch.testing.assert_close(one, other, atol=0, rtol=0)
     first = own_clips(recipe, network, 3)
-    first.renew()
+    drawn = first.draw(30, 9).latents_BFCHW
+    assert drawn.isfinite().all() and len({clip.sum().item() for clip in drawn}) == 3, "all are made, no two alike"
     assert not torch.equal(first._pool.latents_BFCHW, clips._pool.latents_BFCHW), "renewed"  # type: ignore[union-attr]
 
 
@@ -768,6 +966,17 @@ def judged_part(blocks: int, learned: int, given: tuple[torch.Tensor, ...] = ())
     text = tiny.text(prompts=2).float()
     noise = FreshNoise((1, *tiny.LATENTS), torch.device("cpu"))
     return rolled_out(made, Script(text, prompt_BF, given), noise, RECIPE, plan, 3.0)
+
+
+@pytest.mark.parametrize("used", [1, 2, 4])
+def test_a_rollout_exits_on_its_way_down(used: int) -> None:
+    made, heard = tiny.network(extent=CLIP).float(), []
+    forward = made.forward
+    made.forward = lambda noisy, level_BF, *more: heard.append(level_BF[0, 0].item()) or forward(noisy, level_BF, *more)
+    script = Script(tiny.text().float(), torch.zeros(1, CLIP, dtype=torch.long))
+    noise = FreshNoise((1, *tiny.LATENTS), torch.device("cpu"))
+    rolled_out(made, script, noise, RECIPE, Plan((4, used), 3, 3, RECIPE.block), 3.0)
+    assert heard == pytest.approx(3 * RECIPE.with_levels(4).levels(3.0)[:used])
 
 
 def test_the_learned_part_of_a_long_rollout_is_the_end_of_the_whole() -> None:

@@ -26,15 +26,17 @@ class Prompts:
 
     latent_size = tiny.LATENTS[1:]
 
+    def __init__(self) -> None:
+        self.given: dict[int, Tensor] = {}
+
     def prompts(self, count: int, seed: int, frames: int) -> SimpleNamespace:
-        return SimpleNamespace(
-            tokens_BPL=torch.full((count, 1, 3), seed), prompt_BF=torch.zeros(count, frames + 2, dtype=torch.long)
-        )
+        self.given[seed] = torch.full((count, 1, 3), seed)
+        return SimpleNamespace(tokens_BPL=self.given[seed], prompt_BF=torch.zeros(count, frames + 2, dtype=torch.long))
 
 
-def walks(count: int, tmp_path: Path) -> Walks:
+def walks(count: int, tmp_path: Path, world: Prompts | None = None) -> Walks:
     torch.manual_seed(1)
-    return Walks(Prompts(), LEVELS, count, FRAMES, 7, Run(tmp_path, torch.device("cpu")))
+    return Walks(world or Prompts(), LEVELS, count, FRAMES, 7, Run(tmp_path, torch.device("cpu")))
 
 
 def finetuned(out: Path) -> tuple[list[Tensor], list[dict[str, float]]]:
@@ -112,13 +114,14 @@ def test_walks_drift_apart_until_all_levels_are_among_them(tmp_path: Path) -> No
 
 
 def test_one_that_arrives_begins_anew_under_another_prompt_and_the_others_go_on(tmp_path: Path) -> None:
-    several = walks(2, tmp_path)
+    several = walks(2, tmp_path, world := Prompts())
     first = several.steps()
     several.go_on(torch.zeros_like(first.noisy_BFCHW))
     noisy, _, _, tokens, _ = several.steps()
     assert noisy[0].std() > 0.5 and not noisy[1].any(), "the first of two ends its first way after one step"
     assert tokens[0, 0, 0] == 7_000_002 and torch.equal(tokens[1], first.tokens_BPL[1])
     assert not torch.equal(noisy[0], first.noisy_BFCHW[0])
+    assert all((tokens == seed).all() for seed, tokens in world.given.items()), "what is the world's stays as it is"
 
 
 def test_walks_that_were_kept_go_on_as_if_nothing_had_been(tmp_path: Path) -> None:

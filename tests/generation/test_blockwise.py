@@ -4,6 +4,7 @@ import gc
 import math
 import statistics
 import time
+from collections.abc import Callable
 from itertools import islice
 
 import numpy as np
@@ -14,6 +15,7 @@ from tests import tiny
 from longtake.flow import add_noise
 from longtake.generation.blockwise import blockwise, clean_estimate, commit
 from longtake.generation.stream import Stream
+from longtake.memory.stream_memory import StreamMemory
 from longtake.memory.view import MemoryView
 from longtake.recipes import recipe_named
 
@@ -127,6 +129,35 @@ def live_tensors() -> tuple[int, int]:
     gc.collect()
     tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
     return len(tensors), sum(x.nbytes for x in tensors)
+
+
+def test_a_block_costs_a_pass_for_each_level_one_commit_and_one_view(monkeypatch) -> None:
+    made, log = tiny.network(), []
+
+    def noted(name: str, own: Callable) -> Callable:
+        return lambda *given, **more: log.append(name) or own(*given, **more)
+
+    for name in ("memory_view", "forward", "keys_to_commit"):
+        monkeypatch.setattr(made, name, noted(name, getattr(made, name)))
+    take(stream(made, 7), 2)
+    assert log == 2 * ["memory_view", *len(tiny.LEVELS) * ["forward"], "keys_to_commit"]
+
+
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize("keeps_graph", [True, False])
+def test_what_is_committed_teaches_the_network_alone_and_only_where_graphs_are_kept(
+    keeps_graph: bool, learns: bool
+) -> None:
+    made, block = tiny.network(), tiny.noise(7)(0, 0).requires_grad_()
+    memory = StreamMemory(tiny.memory(made).shape, made.config.layers, ring=False, keeps_graph=keeps_graph)
+    prompt = made.prompt_keys(tiny.text())
+    with torch.set_grad_enabled(learns):
+        commit(made, memory, block, prompt)
+    remembered = [x for layer in range(memory.layers) for x in memory.held(layer)[:2]]
+    assert {x.requires_grad for x in remembered} == {keeps_graph and learns}
+    if keeps_graph and learns:
+        sum(x.square().sum() for x in remembered).backward()
+        assert made.patch_embedding.weight.grad.any() and block.grad is None
 
 
 def test_a_long_stream_keeps_its_books() -> None:

@@ -77,6 +77,18 @@ def test_nothing_waits_for_the_device_between_two_calls() -> None:
         assert seen.made == 1
 
 
+def test_a_commit_is_told_beforehand() -> None:
+    made, prompt = tiny.network(), tiny.prompt(tiny.network())
+    for schedule in (rolling, blockwise):
+        memory, told = memory_of(made), []
+
+        def tell(memory=memory, told=told) -> None:
+            told.append(memory.blocks)
+
+        take(schedule(made, memory, lambda block: prompt, tiny.noise(7), tiny.LEVELS, commits=tell), 3)
+        assert told == [0, 1, 2], schedule
+
+
 def test_a_stream_keeps_no_graph() -> None:
     made = tiny.network()
     prompts, noise = tiny.prompt(made), tiny.noise(7)

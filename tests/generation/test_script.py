@@ -1,16 +1,28 @@
 """Prompts over time: every format that is read, when a prompt begins, and a stream that follows."""
 
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tests import tiny
 
 from longtake.generation import rolling
-from longtake.generation.script import Cue, Script, follow, read_scripts, record_of, script_from, script_in, slug
+from longtake.generation.script import (
+    Cue,
+    Script,
+    follow,
+    read_scripts,
+    record_of,
+    script_from,
+    script_in,
+    slug,
+    whole_blocks,
+)
 
 ENGINE = tiny.engine()  # blocks of 3 latent frames: 9 pictures, then 12 each, 16 a second
 ROLLING = tiny.engine(tiny.rolling_recipe())  # 3 blocks in flight
@@ -58,7 +70,9 @@ def test_spans_tell_the_length() -> None:
     assert script_from("[0s:5s] a").lasts(16, 7) == 7
 
 
-@pytest.mark.parametrize("text", ["5s: a", "a | 5s: b | c", "[5s:2s] a", "[1%:5s] a", "[5s:9s] a", *NOT_IN_A_ROW])
+@pytest.mark.parametrize(
+    "text", ["5s: a", "a | 5s: b | c", "a | b | 5s: c", "[5s:2s] a", "[1%:5s] a", "[5s:9s] a", *NOT_IN_A_ROW]
+)
 def test_inline_scripts_that_make_no_sense(text) -> None:
     with pytest.raises(ValueError):
         script_from(text)
@@ -91,7 +105,7 @@ def test_ours(tmp_path) -> None:
     text = """
     - {at: 0, prompt: a ball}
     - {at: 6.5, prompt: it snows, transition: 0, method: slerp}
-    - {chunk: 12, prompts: [{text: night, weight: 1}, {text: day, weight: 0}]}
+    - {chunk: 12, prompts: [{text: night}, {text: day, weight: 0}]}
     - {frame: 60, prompt: rain}
     """
     for name in ("schedule.yaml", "schedule.YML"):
@@ -154,6 +168,8 @@ def test_vllm_omni(tmp_path) -> None:
         ("a.txt", " \n", "a.txt holds no prompt"),
         ("a.csv", "a", "there are .txt, .jsonl, .json and .yaml"),
         ("a.jsonl", '{"prompt": "a"}\n{"prompt": ', "a.jsonl:2: Expecting value"),
+        ("a.jsonl", '{"prompt": "a"}\n\n{"prompt": ', "a.jsonl:3: Expecting value"),
+        ("a.json", 100_000 * "[", "a.json: maximum recursion depth exceeded"),
         ("a.jsonl", '{"prompt": 3}', "a.jsonl:1: a video is a list of times, or has a prompt or prompts"),
         ("a.jsonl", '{"prompts": ["a", "b"], "switch_frame_indices": "40, 80"}', "2 prompts need 1 switch_frame_ind"),
         ("a.jsonl", '{"prompts": ["a", "b"], "switch_frame_indices": "soon"}', "a time is a number from 0, got 'soon'"),
@@ -167,6 +183,8 @@ def test_vllm_omni(tmp_path) -> None:
         ("a.json", '{"prompts": [{"text": "a"}]}', "an entry of a timeline has startTime, endTime and prompts"),
         ("a.yaml", "[{at: 0, prompt: a}, {at: -1, prompt: b}]", "a time is a number from 0, got -1"),
         ("a.yaml", "[{at: 0, prompt: a}, {at: yes, prompt: b}]", "a time is a number from 0, got True"),
+        ("a.yaml", "[{at: 0, prompt: a}, {at: .inf, prompt: b}]", "a time is a number from 0, got inf"),
+        ("a.yaml", "[{at: 0, prompt: a}, {at: .nan, prompt: b}]", "a time is a number from 0, got nan"),
         ("a.yaml", "[{at: 0, promt: a}]", "no key 'promt' in a time: did you mean prompt?"),
         ("a.yaml", "[{at: 0, chunk: 0, prompt: a}]", "a time has one of at, chunk and frame"),
         ("a.yaml", "[{at: 0, prompt: 3}]", "a prompt is text, got 3"),
@@ -177,6 +195,7 @@ def test_vllm_omni(tmp_path) -> None:
             "[{at: 0, prompt: a}, {at: 1, prompt: b, transition: soon}]",
             "a number of blocks from 0, got 'soon'",
         ),
+        ("a.yaml", "[{at: 0, prompt: a}, {at: 1, prompt: b, transition: yes}]", "a number of blocks from 0, got True"),
         ("a.yaml", "[{at: 0, prompt: a}, {at: 1, prompt: b, transition: -4}]", "a number of blocks from 0, got -4"),
         ("a.yaml", "[{at: 0, prompt: a}, {at: 1, prompt: b, method: cut}]", "blended by lerp or slerp, got 'cut'"),
         ("a.yaml", "[{at: 0, prompt: a, transition: 4}]", "the first prompt has none to go over from"),
@@ -222,6 +241,13 @@ def test_a_time_that_is_the_start_of_a_block_is_that_block() -> None:
         assert [*Script(cues).by_block(ENGINE, TEN_SECONDS)] == [0, block]
 
 
+@given(block=st.integers(1, 40), later=st.integers(1, 60))
+def test_a_share_that_is_the_start_of_a_block_is_that_block(block, later) -> None:
+    begins, pictures = ENGINE.pictures_in(block), ENGINE.pictures_in(block + later)
+    cues = (Cue(prompt="a"), Cue(prompt="b", at=begins / pictures, unit="of the video"))
+    assert [*Script(cues).by_block(ENGINE, pictures)] == [0, block]
+
+
 @given(before=st.integers(1, 4), block=st.integers(1, 12))
 def test_times_count_from_what_follows_given_pictures(before, block) -> None:
     def at(pictures: int) -> list[int]:
@@ -247,6 +273,15 @@ def test_a_prompt_that_would_never_be_seen_is_refused() -> None:
         script.by_block(ENGINE, TEN_SECONDS)
     with pytest.raises(ValueError, match="or earlier"):
         script_from("a | 5s: b | 2s: c").by_block(ENGINE, TEN_SECONDS)
+
+
+@given(pictures=st.integers(1, 200), before=st.integers(0, 4))
+def test_whole_blocks_are_as_few_as_hold_the_pictures(pictures, before) -> None:
+    given = ENGINE.pictures_in(before)
+    whole = whole_blocks(ENGINE, pictures, given)
+    last = 9 if whole == 9 and not before else 12  # only a stream's very first block has fewer
+    assert whole in {ENGINE.pictures_in(before + blocks) - given for blocks in range(1, 30)}
+    assert whole - last < pictures <= whole
 
 
 # the stream
@@ -319,6 +354,8 @@ def test_both_prompts_are_recorded() -> None:
     record = record_of(ENGINE, script, 3, 10.0)
     assert record == json.loads(json.dumps(record))
     assert script_in(record) == script, "it is read back"
+    with pytest.raises(ValueError):
+        script.rewritten(["a ball bounces"])
     assert record["prompts"] == [
         {"at": 0.0, "unit": "seconds", "prompt": "a", "rewritten": "a ball bounces"},
         {"at": 5.0, "unit": "seconds", "prompt": "b", "rewritten": "it begins to snow"},
@@ -329,6 +366,11 @@ def test_both_prompts_are_recorded() -> None:
         3,
         "float32",
     )
+    assert (record["weights"], record["codec_weights"]) == (ENGINE.weights, ENGINE.codec_weights)
+    assert record_of(replace(ENGINE, codec_name="light", base_name="wan"), script, 3, 10.0) == record | {
+        "codec": "light",
+        "base": "wan",
+    }
     shown = [cue.shown for cue in script.by_block(ENGINE, TEN_SECONDS).values()]
     assert shown == ["a ball bounces", "it begins to snow"]
 
@@ -352,11 +394,21 @@ def test_prompts_in_file_names(prompt, expected) -> None:
     assert slug(prompt) == expected
 
 
+@given(st.text() | st.lists(st.sampled_from(["a", "bc", "...", "/", "_"]), max_size=90).map(" ".join))
+@example("x" * 59 + " and more")
+def test_any_prompt_is_words_in_a_file_name(prompt) -> None:
+    assert re.fullmatch(r"[^\W_]+(-[^\W_]+)*", slug(prompt)) and len(slug(prompt)) <= 60
+
+
 @pytest.mark.parametrize(
     "prompts",
     [None, "a ball", [], ["a ball"], [{"at": 0, "unit": "years", "prompt": "a"}], [{"at": 0, "unit": "seconds"}],
      [{"at": 0, "unit": "seconds", "prompt": "a"}, {"at": 1, "unit": "seconds", "prompt": "b", "over": 0}],
-     [{"at": -1, "unit": "seconds", "prompt": "a"}], [{"at": 0, "unit": "seconds", "prompt": "a", "colour": 3}]],
+     [{"at": 0, "unit": "seconds", "prompt": "a", "rewritten": 3}],
+     [{"at": 0, "unit": "seconds", "prompt": "a"},
+      {"at": 1, "unit": "seconds", "prompt": "b", "over": 2, "blend": "cut"}],
+     [{"at": 0, "unit": "seconds", "prompt": "a"}, {"at": -1, "unit": "seconds", "prompt": "b"}],
+     [{"at": 0, "unit": "seconds", "prompt": "a", "colour": 3}]],
 )  # fmt: skip
 def test_records_that_cannot_be_read(prompts) -> None:
     with pytest.raises(ValueError, match=r"record|time|prompt|words"):

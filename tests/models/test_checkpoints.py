@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from dataclasses import asdict, replace
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tests.models.layouts import CONFIG, LAYOUTS, in_diffusers, network, prefixed, shards
 from torch import Tensor
@@ -395,6 +397,34 @@ def test_weights_larger_than_a_shard_are_written_in_shards_with_an_index(tmp_pat
     assert len(files) > 2
     assert all(sum(tensor.nbytes for tensor in load_file(file).values()) <= limit for file in files)
     assert equal(load_wan(tmp_path / "out").state_dict(), tensors)
+    index = json.loads((tmp_path / "out" / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    sizes = {file.name: sum(tensor.nbytes for tensor in load_file(file).values()) for file in files}
+    assert index["metadata"]["total_size"] == sum(sizes.values())
+    in_order = [sizes[file] for file in dict.fromkeys(index["weight_map"].values())]
+    assert all(one + other > limit for one, other in pairwise(in_order)), "no two would go in one"
+
+
+@pytest.mark.parametrize("name, to", [("out.safetensors", "original"), ("out", "diffusers"), ("out", "original")])
+def test_files_that_are_written_are_those_that_others_read(name: str, to: str, tmp_path: Path) -> None:
+    """transformers asks what they are of, other users may read them; and a matrix may lie in memory as it likes."""
+    tensors = {key: x.T.contiguous().T if x.ndim == 2 else x for key, x in network().state_dict().items()}
+    torch.save(tensors, tmp_path / "model.pt")
+    convert(tmp_path / "model.pt", tmp_path / name, to)
+    made = tmp_path / name
+    (file,) = [made] if made.is_file() else made.glob("*.safetensors")
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
+    assert file.stat().st_mode & 0o044 == 0o044
+    assert equal(load_wan(made).state_dict(), tensors)
+
+
+def test_a_folder_tells_the_sizes_in_the_words_of_the_original(tmp_path: Path) -> None:
+    """Those of the config.json that is published with Wan2.1-T2V-1.3B, in small."""
+    convert(LAYOUTS["bare"](tmp_path, network().state_dict()), tmp_path / "out", "original")
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {
+        "_class_name": "WanModel", "dim": 256, "eps": 1e-6, "ffn_dim": 32, "freq_dim": 16, "in_dim": 4,
+        "model_type": "t2v", "num_heads": 2, "num_layers": 2, "out_dim": 4, "text_len": 512,
+    }  # fmt: skip
 
 
 def test_a_merged_network_can_be_written(tmp_path: Path) -> None:
@@ -572,8 +602,11 @@ def test_a_vae_is_read_from_the_entry_that_is_named_and_takes_no_alpha(tmp_path:
     torch.save({"model": {name: x + 1 for name, x in tensors.items()}, "ema": tensors}, tmp_path / "vae.pt")
     convert(tmp_path / "vae.pt", tmp_path / "out.pth", "original", entries=("ema",))
     assert equal(written(tmp_path / "out.pth"), tensors)
-    with pytest.raises(ValueError, match="is a Wan VAE, which takes no LoRA and no alpha"):
-        convert(tmp_path / "vae.pt", tmp_path / "other.pth", "original", entries=("ema",), alpha=2.0)
+    for options in ({"alpha": 2.0}, {"lora": tmp_path / "out.pth"}):
+        with pytest.raises(ValueError, match="is a Wan VAE, which takes no LoRA and no alpha"):
+            convert(tmp_path / "vae.pt", tmp_path / "other.pth", "original", entries=("ema",), **options)
+    with pytest.raises(ValueError, match="the original Wan VAE is one file"):
+        convert(tmp_path / "vae.pt", tmp_path / "other", "original", entries=("ema",))
 
 
 def test_a_vae_s_layout_that_would_lose_sizes_is_refused(tmp_path: Path) -> None:

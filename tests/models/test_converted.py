@@ -8,17 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tests import tiny
 
 from longtake import recipes
+from longtake.attention.block_sparse import block_sparse
 from longtake.distillation.pretrain import forced_by_block, forced_in_one_pass
 from longtake.generation.blockwise import blockwise, commit
 from longtake.memory.far import Keep
 from longtake.memory.stream_memory import MemoryShape, StreamMemory
+from longtake.memory.view import Attend
 from longtake.memory.window import WindowShape
 from longtake.models.features import Conversion
 from longtake.models.text import WordEncoder, WordEncoderConfig
@@ -217,19 +219,29 @@ def test_a_stream_of_clean_blocks_is_the_clip_they_make(overlap: int, blocks: in
 
 
 FARS = ("", "far=keep", "far=decay,frames=4", "far=cap,frames=2", "far=none")
+NEARS = (MemoryShape.near, partial(block_sparse, share=0.4, block_q=6, block_k=6))
 
 
-@given(overlap=st.integers(0, 7), blocks=st.integers(1, 7), far=st.sampled_from(FARS))
+@given(
+    overlap=st.integers(0, 7), blocks=st.integers(1, 7), far=st.sampled_from(FARS), near=st.sampled_from(NEARS),
+    size=st.integers(1, 3),
+)  # fmt: skip
+@example(overlap=3, blocks=5, far="", near=NEARS[1], size=1)
+@example(overlap=3, blocks=5, far="far=none", near=NEARS[0], size=2)
 @settings(max_examples=20)
 @torch.no_grad()
-def test_teacher_forcing_sees_in_one_pass_what_a_stream_sees(overlap: int, blocks: int, far: str) -> None:
+def test_teacher_forcing_sees_in_one_pass_what_a_stream_sees(
+    overlap: int, blocks: int, far: str, near: Attend, size: int
+) -> None:
+    """However the window is attended, and where nothing is far, with several blocks denoised together."""
     made = student((0, 2), overlap)
-    memory = recipes.recipe_named(f"rehyat:{far}" if far else "rehyat").memory(made)
+    memory = replace(recipes.recipe_named(f"rehyat:{far}" if far else "rehyat").memory(made), near=near)
+    together = [min(size, blocks - begin) for begin in range(0, blocks, size)] if far == "far=none" else []
     past, noisy = clip(blocks * BLOCK), clip(blocks * BLOCK, seed=6)
     level = torch.rand(1, blocks, generator=torch.Generator().manual_seed(0)).repeat_interleave(BLOCK, 1)
     numbers = torch.zeros(1, blocks * BLOCK, dtype=torch.long)
     one, other = (
-        forced(made, past, noisy, level, tiny.prompt(made), numbers, BLOCK, memory)
+        forced(made, past, noisy, level, tiny.prompt(made), numbers, BLOCK, memory, together)
         for forced in (forced_in_one_pass, forced_by_block)
     )
     torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)

@@ -1,6 +1,7 @@
 """Whether another stream is taken: by number, speed and memory."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from longtake.cli.serve import _memory_for
 from longtake.generation import take
 from longtake.plan import bytes_of_stream, umt5_parameters
 from longtake.recipes import recipe_named
-from longtake.serving.admission import Busy, Limits, Memory, has_room
+from longtake.serving.admission import Busy, Limits, Memory, has_room, retry_seconds
 from longtake.serving.session import Over
 from longtake.serving.worker import Worker
 from tests import tiny
@@ -130,6 +131,8 @@ def test_one_prompt_is_read_at_a_time():
 
 def test_a_first_stream_is_taken_whatever_it_takes():
     assert has_room(0, MANY, 5.0, lambda streams: False) and not has_room(1, MANY, 0.0, lambda streams: False)
+    four = Limits(sessions=4)
+    assert has_room(3, four, 0.0, lambda streams: True) and not has_room(4, four, 0.0, lambda streams: True)
     assert has_room(1, MANY, 0.4, lambda streams: True) and not has_room(1, MANY, 0.5, lambda streams: True)
 
 
@@ -181,6 +184,20 @@ def test_who_is_refused_is_told_a_longer_time_the_longer_it_takes_to_foresee():
     worker.foresee()
     worker.step()
     assert worker.admit("a ball")
+
+
+def test_who_is_refused_is_told_of_the_first_that_is_sure_to_be_over():
+    def session(pictures=None, sent=0, paused_at=None):
+        playback = SimpleNamespace(paused=paused_at is not None)
+        return SimpleNamespace(pictures=pictures, sent=sent, playback=playback, paused_at=paused_at or 0.0)
+
+    def told(*sessions):
+        return retry_seconds(sessions, Limits(pause=300.0), 16, 1000.0)
+
+    endless, paused, short = session(), session(paused_at=750.0), session(pictures=800, sent=320)
+    assert told() == told(endless) == 10  # nobody knows
+    assert told(endless, paused) == 50 and told(endless, short) == told(paused, short) == 30
+    assert told(session(pictures=800, sent=800)) == told(session(paused_at=600.0)) == 1  # at once, or nearly
 
 
 @pytest.mark.parametrize(("block_seconds", "seconds"), [(0.2, 10), (1.5, 20)])

@@ -305,6 +305,15 @@ def test_without_a_start_the_socket_is_closed(house, monkeypatch):
         assert socket.receive_json()["code"] == "start_timeout"
 
 
+@pytest.mark.parametrize("seed", [0, 7])
+def test_a_seed_that_is_told_is_taken_and_a_ping_is_answered_before(seed, house):
+    with house.websocket_connect(SOCKET) as socket:
+        socket.send_json({"type": "session.ping"})
+        assert socket.receive_json()["type"] == "session.pong"
+        start(socket, seed=seed)
+        assert [one["seed"] for one in house.get("/v1/sessions").json()["data"]] == [seed]
+
+
 def test_a_stream_that_fails_says_so(house):
     with house.websocket_connect(SOCKET) as socket:
         start(socket, "explode")

@@ -1,5 +1,7 @@
 """Blocks of several streams in one pass: only where it was measured to pay, and nobody waits the longer."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -47,6 +49,7 @@ def test_who_would_run_dry_meanwhile_is_made_alone():
     assert how_many([1.7, 9.0], 0.0, 1.0, {2: 0.8}) == 2
     assert how_many([0.0, 0.0], 0.0, 1.0, {2: 0.8}) == 1  # the first would see nothing for longer than both gain
     assert how_many([0.0, 0.0], 0.0, 1.0, {2: 0.6}) == 2
+    assert how_many([9.0] * 3, 0.0, 1.0, {4: 0.6}) == 1  # of so few nothing was measured
 
 
 @pytest.mark.parametrize(("gain", "sizes"), [(0.5, [2, 4, 8]), (PAYS, []), (1.2, [])])
@@ -56,12 +59,22 @@ def test_a_trial_finds_what_pays(gain, sizes):
     assert list(gains) == sizes and all(found == pytest.approx(gain) for found in gains.values())
 
 
+@pytest.mark.parametrize("slow", range(6))
+def test_a_trial_takes_the_best_of_its_rounds(slow):
+    """Whichever of its blocks something else held up, one by one or together."""
+    engine, gains = FakeEngine(gain=0.5), {}
+    for number, _ in enumerate(trial(engine, "a ball", 2, gains), -1):  # the first fills memories
+        engine.block_seconds = 2.0 if number == slow else 0.2
+    assert gains == {2: pytest.approx(0.5)}
+
+
 def test_a_trial_measures_full_memories():
     engine = FakeEngine(gain=0.5)
     engine.blocks_until_full = 5
     gains = {}
-    assert [*trial(engine, "a ball", 2, gains)] and gains == {2: pytest.approx(0.5)}
-    assert engine.passes == [2] * (5 + 2)
+    left_at = [engine.clock.now for _ in trial(engine, "a ball", 2, gains)]
+    assert gains == {2: pytest.approx(0.5)} and engine.passes == [2] * (5 + 2)
+    assert max(after - before for before, after in pairwise(left_at)) <= engine.block_seconds + 1e-9, "a pass at a time"
 
 
 def test_a_trial_that_fails_finds_nothing_and_ends_nothing():
