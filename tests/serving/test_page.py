@@ -45,6 +45,7 @@ CAPTURED = """(count) => new Promise((done) => {
   video.requestVideoFrameCallback(look);
 })"""
 DECODED = "() => document.querySelector('video').getVideoPlaybackQuality().totalVideoFrames"
+TEXT = "() => document.body.innerText"
 TIME = "() => document.querySelector('video').currentTime"
 
 
@@ -98,7 +99,7 @@ def until(page, asks, holds):
     """What the page says, or is found of it, once it holds."""
     deadline = time.monotonic() + PATIENCE
     while not holds(told := asks(page) if callable(asks) else page.evaluate(asks)):
-        assert time.monotonic() < deadline, f"still {told}"
+        assert time.monotonic() < deadline, f"still {told} on a page that says {page.evaluate(TEXT)!r}"
         page.wait_for_timeout(100)
     return told
 
